@@ -1,0 +1,1 @@
+"""Ray, MLflow and the file system: one file per stage of a run."""

@@ -1,0 +1,1 @@
+"""Search spaces for Ray Tune: declarative Python that a user copies and edits."""
