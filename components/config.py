@@ -192,7 +192,12 @@ class TrainConfig:
         _check_literals(self, "train")
         blocks = ENCODER_BLOCKS[self.arch]
         _check(self.width >= 1, "train.width", self.width, "at least 1 channel")
-        _check(1 <= self.shared_blocks <= blocks, "train.shared_blocks", self.shared_blocks, f"1 to {blocks} ({self.arch} has {blocks} encoder blocks)")
+        _check(
+            1 <= self.shared_blocks <= blocks,
+            "train.shared_blocks",
+            self.shared_blocks,
+            f"1 to {blocks} ({self.arch} has {blocks} encoder blocks)",
+        )
         for name in ("lam", "reconstruction_weight", "noise_sigma", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"train.{name}", value, "a finite number, 0 or more")
@@ -209,7 +214,12 @@ class TrainConfig:
             "as many values as train.normalize_mean, all above 0",
         )
         if self.schedule == "alternating":
-            _check(self.defense != "none", "train.schedule", self.schedule, "'joint' where defense='none' (no auto-encoder)")
+            _check(
+                self.defense != "none",
+                "train.schedule",
+                self.schedule,
+                "'joint' where defense='none' (no auto-encoder)",
+            )
             for name in ("cycles", "autoencoder_epochs", "classifier_epochs"):
                 _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
             alternating = self.cycles * (self.autoencoder_epochs + self.classifier_epochs)
@@ -225,7 +235,14 @@ class TrainConfig:
 class EvaluationConfig:
     """What attacks what. No accuracy leaves this project without its threat model."""
 
-    attacks: tuple[str, ...] = ("noise:eps=0.2", "fgsm:eps=0.2", "bim:eps=0.2,steps=100", "pgd:eps=0.2,steps=100", "cw", "ddn:steps=100")
+    attacks: tuple[str, ...] = (
+        "noise:eps=0.2",
+        "fgsm:eps=0.2",
+        "bim:eps=0.2,steps=100",
+        "pgd:eps=0.2,steps=100",
+        "cw",
+        "ddn:steps=100",
+    )
     """Attack specs, NAME or NAME:FIELD=VALUE,... (see components/attacks/spec.py)."""
     threat_models: tuple[Literal["white_box", "transfer"], ...] = ("white_box", "transfer")
     """white_box: examples made on the very model under test. transfer: made on transfer_source."""
@@ -266,6 +283,8 @@ class ScalingConfig:
     """Logical CPUs that Ray reserves for an attack task."""
     gpus_per_attack: float = 0.0
     """GPUs (a fraction is allowed) that Ray reserves for an attack task; 0: CPU."""
+    wait_s: float = 0.0
+    """On a cluster that grows: seconds to wait for nodes that the run needs and that are not there yet."""
     max_failures: int = 3
     """How often a training run is started again from its last checkpoint after a worker or node died."""
 
@@ -275,6 +294,7 @@ class ScalingConfig:
         for name in ("cpus_per_worker", "cpus_per_attack"):
             _check(0 < getattr(self, name) < math.inf, f"scaling.{name}", getattr(self, name), "above 0")
         _check(0 <= self.gpus_per_attack < math.inf, "scaling.gpus_per_attack", self.gpus_per_attack, "0 or more")
+        _check(0 <= self.wait_s < math.inf, "scaling.wait_s", self.wait_s, "0 or more seconds")
         _check(self.max_failures >= 0, "scaling.max_failures", self.max_failures, "0 or more")
 
 
@@ -290,7 +310,11 @@ class Experiment:
     pyramids: PyramidConfig = field(default_factory=PyramidConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     """What all models have in common."""
-    models: tuple[str, ...] = ("no_defense:defense=none,seed=0", "control:defense=none,seed=1", "defend:defense=defend++,seed=1")
+    models: tuple[str, ...] = (
+        "no_defense:defense=none,seed=0",
+        "control:defense=none,seed=1",
+        "defend:defense=defend++,seed=1",
+    )
     """The models compared, NAME or NAME:FIELD=VALUE,... where FIELD is one of train's."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -313,7 +337,9 @@ class Experiment:
                     f"one value per channel ({self.data.channels})",
                 )
             if config.defense == "defend++" and len(sizes) < 2:
-                raise ConfigError.of("data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)")
+                raise ConfigError.of(
+                    "data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)"
+                )
             _check(
                 config.batch_size % self.scaling.workers == 0,
                 f"models[{name}].batch_size",

@@ -117,7 +117,9 @@ class Storage:
         try:
             return json.loads(self.read_bytes(name))
         except ValueError as e:
-            raise StorageError(f"{self.uri}/{name} is not valid JSON ({e}); delete it and run the same command again") from e
+            raise StorageError(
+                f"{self.uri}/{name} is not valid JSON ({e}); delete it and run the same command again"
+            ) from e
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, json.dumps(value, indent=1, sort_keys=True).encode())
@@ -140,7 +142,9 @@ class Storage:
             self.write_bytes(name, b"x" * 4096)
             self.delete(name)
         except (StorageError, OSError) as e:
-            raise StorageError(f"storage {self.uri} is not writable: {e.__cause__ or e}. Give another one with --storage") from e
+            raise StorageError(
+                f"storage {self.uri} is not writable: {e.__cause__ or e}. Give another one with --storage"
+            ) from e
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -1,0 +1,92 @@
+"""BIM: Kurakin, Goodfellow, Bengio, "Adversarial Examples in the Physical World", https://arxiv.org/abs/1607.02533
+
+Its iteration is also that of PGD, which only starts elsewhere, and of FGSM, which is its first step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.attacks.common import check_batch, cross_entropy_gradient, is_adversarial
+from components.attacks.projections import Norm, project, steepest
+
+
+def bim(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "linf",
+    steps: int = 100,
+    step_size: float = 0.0,
+    targeted: bool = False,
+    early_leaving: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Steepest ascent of the cross entropy from the clean image, projected onto the eps-ball and [0,1] at every step.
+
+    Args:
+        model: maps [0,1] images to logits [N,K]; its mode is left as it is.
+        inputs: float32 [N,C,H,W] in [0,1].
+        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
+        eps: largest norm of the perturbation, in [0,1] pixel units.
+        norm: linf (steps along the sign) or l2 (along the normalised gradient).
+        steps: forward and backward passes.
+        step_size: length of a step in the same norm; 0 takes 2.5 * eps / steps.
+        early_leaving: a sample leaves the batch at its first adversarial iterate, which is what is returned for it.
+            Only for examples judged on this very model: they lie just behind its boundary and transfer worse. False:
+            every sample takes all steps and its last iterate is returned.
+        generator: unused, BIM is deterministic.
+
+    Raises:
+        ValueError: inputs or labels of the wrong type, shape or range.
+    """
+    check_batch(inputs, labels)
+    return ascend(
+        model,
+        inputs,
+        inputs,
+        labels,
+        eps=eps,
+        norm=norm,
+        steps=steps,
+        step_size=step_size,
+        targeted=targeted,
+        early_leaving=early_leaving,
+    )
+
+
+def ascend(
+    model: nn.Module,
+    start: Tensor,
+    clean: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: Norm,
+    steps: int,
+    step_size: float,
+    targeted: bool,
+    early_leaving: bool = False,
+) -> Tensor:
+    """The iteration of :func:`bim` from any start inside the ball around ``clean``. Returns a new tensor."""
+    step_size = step_size or 2.5 * eps / steps
+    result = start.clone()
+    if not len(start):
+        return result
+    x = start
+    active = torch.arange(len(x), device=x.device)
+    for _ in range(steps):
+        gradient, logits = cross_entropy_gradient(model, x, labels, targeted)
+        if early_leaving:
+            broken = is_adversarial(logits, labels, targeted)
+            if broken.any():
+                result[active[broken]] = x[broken]
+                active, x, clean, labels, gradient = (t[~broken] for t in (active, x, clean, labels, gradient))
+                if not len(active):
+                    return result
+        x = project(steepest(gradient, norm).mul_(step_size).add_(x), clean, eps, norm)
+    result[active] = x
+    return result

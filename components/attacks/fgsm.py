@@ -1,0 +1,34 @@
+"""FGSM: Goodfellow, Shlens, Szegedy, "Explaining and Harnessing Adversarial Examples", https://arxiv.org/abs/1412.6572"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.attacks.bim import ascend
+from components.attacks.common import check_batch
+
+
+def fgsm(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    targeted: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One step of size eps along the sign of the gradient of the cross entropy (linf).
+
+    Args:
+        model: maps [0,1] images to logits [N,K]; its mode is left as it is.
+        inputs: float32 [N,C,H,W] in [0,1].
+        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
+        eps: linf norm of the perturbation before clipping to [0,1].
+        generator: unused, FGSM is deterministic.
+
+    Raises:
+        ValueError: inputs or labels of the wrong type, shape or range.
+    """
+    check_batch(inputs, labels)
+    return ascend(model, inputs, inputs, labels, eps=eps, norm="linf", steps=1, step_size=eps, targeted=targeted)

@@ -1,0 +1,45 @@
+"""Norms, steps and projections of perturbations, sample by sample. Inputs and outputs: float32 [N,C,H,W]."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["linf", "l2"]
+
+_TINY = 1e-30  # below any norm that float32 pixels can have, above zero
+
+
+def l2_norms(x: Tensor) -> Tensor:
+    """L2 norm of each sample: [N]."""
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """[N] -> [N,1,1,1], to multiply a batch of images with."""
+    return values.view(-1, 1, 1, 1)
+
+
+def unit_l2(x: Tensor) -> Tensor:
+    """Each sample scaled to L2 norm 1; a zero sample stays zero."""
+    return x / per_sample(l2_norms(x).clamp_min(_TINY))
+
+
+def steepest(gradient: Tensor, norm: Norm) -> Tensor:
+    """The direction of norm 1 along which the loss rises fastest: sign (linf) or normalised gradient (l2)."""
+    return gradient.sign() if norm == "linf" else unit_l2(gradient)
+
+
+def project(x: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
+    """The nearest point of the eps-ball around ``clean``, then clipped to [0,1].
+
+    Clipping cannot leave the ball again, as ``clean`` is in [0,1] itself.
+    """
+    if norm == "linf":
+        return torch.maximum(torch.minimum(x, clean + eps), clean - eps).clamp_(0, 1)
+    delta = x - clean
+    scale = (eps / l2_norms(delta).clamp_min(_TINY)).clamp_max(1)
+    return delta.mul_(per_sample(scale)).add_(clean).clamp_(0, 1)

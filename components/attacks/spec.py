@@ -1,0 +1,204 @@
+"""What crosses a process boundary in place of an attack: its name and settings, frozen, validated and serialisable.
+
+No torch here, so that a config can be checked without loading it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from components.config import parse_spec, replace_typed
+from components.errors import ConfigError
+
+Setting = str | int | float
+
+
+@dataclass(frozen=True)
+class _Attack:
+    """What one attack accepts: its norms (the first is the default) and its other fields with their defaults."""
+
+    kind: Literal["budget", "minimal_norm"]
+    norms: tuple[str, ...]
+    defaults: dict[str, Setting]
+    can_leave_early: bool = False
+
+
+_ITERATED: dict[str, Setting] = {"steps": 100, "step_size": 0.0}
+_ATTACKS: dict[str, _Attack] = {
+    "noise": _Attack("budget", ("linf", "l2"), {}),
+    "fgsm": _Attack("budget", ("linf",), {}),
+    "bim": _Attack("budget", ("linf", "l2"), _ITERATED, can_leave_early=True),
+    "pgd": _Attack("budget", ("linf", "l2"), _ITERATED, can_leave_early=True),
+    "cw": _Attack(
+        "minimal_norm",
+        ("l2",),
+        {"steps": 20, "binary_search_steps": 5, "lr": 0.1, "initial_const": 1.0, "confidence": 0.0},
+    ),
+    "ddn": _Attack(
+        "minimal_norm", ("l2",), {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0}
+    ),
+}
+ATTACK_NAMES = tuple(_ATTACKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parsed:
+    """The type of every field that text may set; its values are never used."""
+
+    norm: str = ""
+    eps: float = 0.0
+    steps: int = 0
+    step_size: float = 0.0
+    binary_search_steps: int = 0
+    lr: float = 0.0
+    initial_const: float = 0.0
+    confidence: float = 0.0
+    gamma: float = 0.0
+    initial_norm: float = 0.0
+    quantization_levels: int = 0
+
+
+_FIELD_TYPES: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(_Parsed)}
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "eps": (lambda v: 0 < v < math.inf, "a finite number above 0, in units of [0,1] pixels"),
+    "steps": (lambda v: v >= 1, "at least 1"),
+    "step_size": (lambda v: 0 <= v < math.inf, "a finite number, 0 (2.5 * eps / steps) or more"),
+    "binary_search_steps": (lambda v: v >= 1, "at least 1"),
+    "lr": (lambda v: 0 < v < math.inf, "a finite number above 0"),
+    "initial_const": (lambda v: 0 < v < math.inf, "a finite number above 0"),
+    "confidence": (lambda v: 0 <= v < math.inf, "a finite number, 0 or more"),
+    "gamma": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "initial_norm": (lambda v: 0 < v < math.inf, "a finite number above 0"),
+    "quantization_levels": (lambda v: v == 0 or v >= 2, "0 (none) or at least 2 (256 for 8-bit images)"),
+}
+
+
+def _defaults(name: str) -> dict[str, Setting | None]:
+    """The fields of an attack in canonical order, with their defaults; eps has none."""
+    attack = _ATTACKS[name]
+    eps: dict[str, Setting | None] = {"eps": None} if attack.kind == "budget" else {}
+    return {**eps, "norm": attack.norms[0], **attack.defaults}
+
+
+def _no_such_field(attack: str, field: str, value: object) -> ConfigError:
+    return ConfigError.of(f"{attack}.{field}", value, f"no such field; {attack} has " + ", ".join(_defaults(attack)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSpec:
+    """One attack with all its settings.
+
+    A field left ``None`` takes the attack's default; one that the attack does not have stays ``None``. Fields are
+    described where they are used: ``components/attacks/<name>.py``.
+
+    Raises:
+        ConfigError: unknown attack, a field it does not have, a missing eps, or a value out of range.
+    """
+
+    name: str
+    norm: str | None = None
+    eps: float | None = None
+    """Largest norm of the perturbation in [0,1] pixel units. Budget attacks need it, minimal-norm attacks have none."""
+    steps: int | None = None
+    step_size: float | None = None
+    binary_search_steps: int | None = None
+    lr: float | None = None
+    initial_const: float | None = None
+    confidence: float | None = None
+    gamma: float | None = None
+    initial_norm: float | None = None
+    quantization_levels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in _ATTACKS:
+            raise ConfigError.of("attack", self.name, "one of " + ", ".join(_ATTACKS))
+        attack = _ATTACKS[self.name]
+        defaults = _defaults(self.name)
+        for name in _FIELD_TYPES:
+            value = getattr(self, name)
+            if name not in defaults:
+                if value is not None:
+                    raise _no_such_field(self.name, name, value)
+                continue
+            if value is None:
+                value = defaults[name]
+            if value is None:
+                raise ConfigError.of(f"{self.name}.eps", None, f"{self.name} needs eps, e.g. {self.name}:eps=0.2")
+            object.__setattr__(self, name, self._checked(name, value, attack))
+
+    def _checked(self, name: str, value: Setting, attack: _Attack) -> Setting:
+        where = f"{self.name}.{name}"
+        if name == "norm":
+            if value not in attack.norms:
+                raise ConfigError.of(where, value, "one of " + ", ".join(attack.norms))
+            return value
+        wanted = _FIELD_TYPES[name]
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or (wanted is int and not isinstance(value, int)):
+            raise ConfigError.of(where, value, f"a value of type {wanted.__name__}")
+        ok, allowed = _RANGES[name]
+        if not ok(value):
+            raise ConfigError.of(where, value, allowed)
+        typed: Setting = wanted(value)
+        return typed
+
+    @classmethod
+    def parse(cls, text: str) -> AttackSpec:
+        """``NAME`` or ``NAME:FIELD=VALUE,...``, e.g. ``bim:eps=0.2,steps=100``. Fractions may be written ``8/255``.
+
+        Raises:
+            ConfigError: see the class; also text that is not of this form.
+        """
+        name, fields = parse_spec(text)
+        if name not in _ATTACKS:
+            raise ConfigError.of("attack", name, "one of " + ", ".join(_ATTACKS))
+        known = _defaults(name)
+        for field, value in fields.items():
+            if field not in known:
+                raise _no_such_field(name, field, value)
+            if _FIELD_TYPES[field] is float:
+                fields[field] = _fraction(value)
+        parsed = replace_typed(_Parsed(), fields, name)
+        return cls(name=name, **{field: getattr(parsed, field) for field in fields})
+
+    def __str__(self) -> str:
+        """Canonical text: eps and steps always, other fields where they differ from the default."""
+        defaults = _defaults(self.name)
+        shown = [
+            f"{name}={getattr(self, name)}"
+            for name in defaults
+            if name in ("eps", "steps") or getattr(self, name) != defaults[name]
+        ]
+        return ":".join([self.name, ",".join(shown)]) if shown else self.name
+
+    @property
+    def kind(self) -> Literal["budget", "minimal_norm"]:
+        """budget: the best example within eps. minimal_norm: the adversarial example of the smallest norm."""
+        return _ATTACKS[self.name].kind
+
+    @property
+    def can_leave_early(self) -> bool:
+        """Whether ``early_leaving`` means something for this attack."""
+        return _ATTACKS[self.name].can_leave_early
+
+    @property
+    def short_name(self) -> str:
+        """For column heads and file names: the name, with the norm where it is not the attack's default."""
+        return self.name if self.norm == _ATTACKS[self.name].norms[0] else f"{self.name}-{self.norm}"
+
+    def settings(self) -> dict[str, Setting]:
+        """The keyword arguments of the attack function. A norm that cannot vary is no argument."""
+        single_norm = len(_ATTACKS[self.name].norms) == 1
+        return {name: getattr(self, name) for name in _defaults(self.name) if not (name == "norm" and single_norm)}
+
+
+def _fraction(text: str) -> str:
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return repr(float(numerator) / float(denominator)) if slash else text
+    except (ValueError, ZeroDivisionError):
+        return text

@@ -1,0 +1,1 @@
+"""Classifiers, untouched by the defense, and the auto-encoder that shares their encoder."""

@@ -1,0 +1,46 @@
+"""Which phase a step belongs to and its learning rate: pure functions of the step and the config (sec. 3.4, 4.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from components.config import TrainConfig
+
+Phase = Literal["joint", "autoencoder", "classifier"]
+
+
+def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
+    """The phase of an epoch (0-based).
+
+    Without an auto-encoder always "classifier". ``alternating``: ``cycles`` times (``autoencoder_epochs`` on L_rec, then
+    ``classifier_epochs`` on L_cls), and "joint" ever after (sec. 3.4).
+    """
+    if config.defense == "none":
+        return "classifier"
+    if config.schedule == "joint":
+        return "joint"
+    cycle = config.autoencoder_epochs + config.classifier_epochs
+    if epoch >= config.cycles * cycle:
+        return "joint"
+    return "autoencoder" if epoch % cycle < config.autoencoder_epochs else "classifier"
+
+
+def phase_at(step: int, steps_per_epoch: int, config: TrainConfig) -> Phase:
+    """The phase of an optimisation step (0-based, counted over the whole run)."""
+    return phase_at_epoch(step // steps_per_epoch, config)
+
+
+def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """Learning rate of an optimisation step (0-based); it goes on over changes of phase.
+
+    ``step``: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1). ``one_cycle``: linear from lr/25 to lr over the
+    first 30 % of all steps, then half a cosine to zero (Smith & Topin 2018, as a cosine).
+    """
+    if config.lr_schedule == "step":
+        return float(config.lr * config.lr_gamma ** (step // steps_per_epoch // config.lr_step_epochs))
+    total = config.epochs * steps_per_epoch
+    peak = 0.3 * total
+    if step < peak:
+        return config.lr * (0.04 + 0.96 * step / peak)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - peak)))

@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# A one-machine Ray cluster with token authentication, for `ray job submit`. Linux.
+#
+#   infra/local-cluster.sh start     start the head; print what to export and how to submit
+#   infra/local-cluster.sh status    say whether it runs
+#   infra/local-cluster.sh stop      stop the processes that `start` started, and no others
+#                                    (`ray stop` would stop every Ray on the machine)
+#
+# Settings, from the environment; give `stop` and `status` the same LOCAL_RAY_PORT:
+#   LOCAL_RAY_PORT             6379   port of the head (GCS; on all interfaces, behind the token); names the state directory
+#   LOCAL_RAY_DASHBOARD_PORT   8265   dashboard and Jobs API, on 127.0.0.1 only
+#   LOCAL_RAY_CLIENT_PORT     10001   Ray client server
+#   LOCAL_RAY_AGENT_PORT      52365   dashboard agent
+#   LOCAL_RAY_CPUS, LOCAL_RAY_GPUS    what Ray may use; unset: what it finds
+#   RAY                               the ray command; unset: .venv/bin/ray, else ray in PATH
+# The token is Ray's own: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, made if none exists.
+set -euo pipefail
+umask 077 # the token is the user's alone
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+port=${LOCAL_RAY_PORT:-6379}
+dashboard_port=${LOCAL_RAY_DASHBOARD_PORT:-8265}
+client_port=${LOCAL_RAY_CLIENT_PORT:-10001}
+agent_port=${LOCAL_RAY_AGENT_PORT:-52365}
+# Closed to others, because Ray opens its own directory below to all; short, because Ray puts Unix sockets there, whose
+# paths end at 107 characters.
+state=/tmp/defendpp-$(id -u)-$port
+ray_dir=$state/r
+pid_file=$state/head.pid
+
+die() {
+  echo "local-cluster.sh: $*" >&2
+  exit 1
+}
+
+# Processes of our session: `start` gives the head a session of its own, which its children stay in.
+session_pids() {
+  pgrep -s "$1" || true
+}
+
+# Prints the head's pid (and session id) if the process recorded there is still ours: pids are reused.
+running_head() {
+  local pid start_time
+  [[ -r $pid_file ]] || return 1
+  read -r pid start_time <"$pid_file" || return 1
+  [[ -n $pid && $(start_time_of "$pid") == "$start_time" ]] || return 1
+  echo "$pid"
+}
+
+# Field 22 of /proc/PID/stat: with the pid it names one process until the machine restarts. Empty where there is none.
+start_time_of() {
+  local stat fields
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+  read -r -a fields <<<"${stat##*) }"
+  echo "${fields[19]}"
+}
+
+port_is_taken() {
+  (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
+}
+
+find_ray() {
+  if [[ -n ${RAY:-} ]]; then
+    echo "$RAY"
+  elif [[ -x $root/.venv/bin/ray ]]; then
+    echo "$root/.venv/bin/ray"
+  else
+    command -v ray || die "no ray command: run 'make .venv/installed' or set RAY=/path/to/ray"
+  fi
+}
+
+start() {
+  command -v setsid >/dev/null || die "needs setsid (util-linux); on another system use 'ray start --head' and 'ray stop'"
+  command -v pgrep >/dev/null || die "needs pgrep (procps)"
+  local ray head p args
+  ray=$(find_ray)
+  if head=$(running_head); then
+    die "runs already (pid $head); stop it first with: LOCAL_RAY_PORT=$port $0 stop"
+  fi
+  for p in "$port" "$dashboard_port" "$client_port" "$agent_port"; do
+    if port_is_taken "$p"; then
+      die "port $p is taken; choose others with LOCAL_RAY_PORT, LOCAL_RAY_DASHBOARD_PORT, LOCAL_RAY_CLIENT_PORT, LOCAL_RAY_AGENT_PORT"
+    fi
+  done
+  [[ -d $state ]] || mkdir -m 700 "$state"
+  [[ -O $state && ! -L $state ]] || die "$state belongs to someone else"
+  chmod 700 "$state"
+  rm -rf "$ray_dir" # logs of the last time
+
+  export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+  unset RAY_ADDRESS # else `ray start --head` refuses
+  "$ray" get-auth-token --generate >/dev/null || die "no token could be made or read"
+
+  args=(
+    --head --block --disable-usage-stats "--port=$port"
+    --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$dashboard_port"
+    "--ray-client-server-port=$client_port" "--dashboard-agent-listen-port=$agent_port" "--temp-dir=$ray_dir"
+  )
+  [[ -z ${LOCAL_RAY_CPUS:-} ]] || args+=("--num-cpus=$LOCAL_RAY_CPUS")
+  [[ -z ${LOCAL_RAY_GPUS:-} ]] || args+=("--num-gpus=$LOCAL_RAY_GPUS")
+  # not a process-group leader here, so setsid does not fork and $! is the head itself
+  setsid "$ray" start "${args[@]}" </dev/null >"$state/head.log" 2>&1 &
+  head=$!
+  echo "$head $(start_time_of "$head")" >"$pid_file"
+
+  trap 'stop; exit 130' INT TERM
+  # asks the Jobs API with the token: ready means that a submission will be taken
+  for ((i = 0; i < 60; i++)); do
+    if ! running_head >/dev/null; then
+      tail -n 20 "$state/head.log" >&2
+      die "the head died; log: $state/head.log"
+    fi
+    if port_is_taken "$dashboard_port" && "$ray" job list --address "http://127.0.0.1:$dashboard_port" >/dev/null 2>&1; then
+      break
+    fi
+    sleep 1
+  done
+  if ((i == 60)); then
+    tail -n 20 "$state/head.log" >&2
+    stop
+    die "the Jobs API did not answer; log: $state/head.log"
+  fi
+
+  trap - INT TERM
+
+  cat <<TEXT
+Ray runs (pid $head; logs: $state). In the shell that submits:
+
+  export RAY_AUTH_MODE=token
+  export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard_port
+
+  cd $root
+  $ray job submit --working-dir . -- python pipeline/main.py run mnist-demo --storage "\$HOME/defendpp"
+
+Dashboard: http://127.0.0.1:$dashboard_port (it asks for the token: '$ray get-auth-token' prints it).
+Stop: LOCAL_RAY_PORT=$port $0 stop
+TEXT
+}
+
+stop() {
+  local head pids
+  if ! head=$(running_head); then
+    # a head that died alone leaves children behind: they keep its session id
+    if [[ -r $pid_file ]] && read -r head _ <"$pid_file" && [[ -n $head && ! -e /proc/$head ]] && pgrep -s "$head" -f -- "$ray_dir" >/dev/null; then
+      echo "the head is gone; stopping what it left"
+    else
+      rm -f "$pid_file"
+      echo "not running on port $port"
+      return 0
+    fi
+  fi
+  kill -TERM "$head" 2>/dev/null || true # `ray start --block` stops its children when it gets this
+  for ((i = 0; i < 40; i++)); do
+    [[ -n $(session_pids "$head") ]] || break
+    sleep 0.5
+  done
+  pids=$(session_pids "$head")
+  if [[ -n $pids ]]; then
+    # shellcheck disable=SC2086 # one pid a word
+    kill -KILL $pids 2>/dev/null || true
+    sleep 0.5
+  fi
+  pids=$(session_pids "$head")
+  [[ -z $pids ]] || die "these processes are still there: ${pids//$'\n'/ }"
+  rm -f "$pid_file"
+  echo "stopped (logs stay in $state)"
+}
+
+status() {
+  local head
+  if head=$(running_head); then
+    echo "runs: pid $head, $(session_pids "$head" | wc -l) processes; logs: $state"
+  else
+    echo "not running on port $port"
+    return 1
+  fi
+}
+
+case ${1:-} in
+  start) start ;;
+  stop) stop ;;
+  status) status ;;
+  *) die "usage: $0 start|status|stop (settings: the head of this file)" ;;
+esac

@@ -1,0 +1,147 @@
+"""Training checkpoints (all that an exact continuation needs) and exported networks (weights alone, as safetensors)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import nn
+
+from components.config import TrainConfig, from_dict, to_dict
+from components.errors import DataError
+from components.models.classifiers import ResNet18
+from components.models.defend import AutoEncoder, DefendNet
+from pipeline.storage import Storage
+from pipeline.train_step import Shapes, build_net, classifier_of
+
+SCHEMA = 1
+"""Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""
+CHECKPOINT = "training.pt"
+
+
+def save_checkpoint(
+    directory: str, *, net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, config: TrainConfig, shapes: Shapes
+) -> None:
+    """Write the state after ``epoch`` epochs to a directory. Random streams need no state: they follow from the step."""
+    state = {
+        "schema": SCHEMA,
+        "epoch": epoch,
+        "config": to_dict(config),
+        "shapes": to_dict(shapes),
+        "net": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    temporary = os.path.join(directory, CHECKPOINT + ".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, os.path.join(directory, CHECKPOINT))
+
+
+def load_checkpoint(
+    directory: str, *, net: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, shapes: Shapes
+) -> int:
+    """Load the state into network and optimizer and return how many epochs are done.
+
+    Raises:
+        DataError: missing or corrupt file, another schema version, or a checkpoint of another model.
+    """
+    path = os.path.join(directory, CHECKPOINT)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {path} does not exist") from None
+    except Exception as e:  # torch raises whatever the unzipper or the unpickler met
+        raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
+    if state.get("schema") != SCHEMA:
+        raise DataError(f"checkpoint {path} has schema {state.get('schema')}, this version reads {SCHEMA}")
+    for name, mine in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
+        different = {k: (state[name].get(k), v) for k, v in mine.items() if state[name].get(k) != v}
+        if different:
+            told = "; ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
+            raise DataError(f"checkpoint {path} is of another model: {told}")
+    net.load_state_dict(state["net"], strict=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epoch"])
+
+
+def export(storage: Storage, net: ResNet18 | DefendNet, config: TrainConfig, shapes: Shapes) -> list[str]:
+    """Write classifier.safetensors (the bare classifier) and, where there is one, autoencoder.safetensors.
+
+    Each file says in its metadata how to build its network, so that it can be loaded alone.
+    Returns the names of the files written.
+    """
+    metadata = {
+        "format": "pt",
+        "defendpp": json.dumps({"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}),
+    }
+    parts: dict[str, nn.Module] = {"classifier": classifier_of(net)}
+    if isinstance(net, DefendNet):
+        parts["autoencoder"] = net.autoencoder
+    for name, module in parts.items():
+        tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+        storage.write_bytes(f"{name}.safetensors", safetensors_save(tensors, metadata))
+    return [f"{name}.safetensors" for name in parts]
+
+
+def _read(path: str | os.PathLike[str], name: str) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
+    text = os.fspath(path)
+    if not text.endswith(".safetensors"):
+        text = f"{text.rstrip('/')}/{name}.safetensors"
+    if "://" not in text:
+        text = str(Path(text).expanduser().absolute())
+    parent, _, base = text.rpartition("/")
+    data = Storage(parent).read_bytes(base)
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        tensors = safetensors_load(data)
+    except Exception as e:  # the format's own errors are of several kinds
+        raise DataError(
+            f"{text} is not a whole safetensors file ({type(e).__name__}: {e}); train or copy it again"
+        ) from e
+    described = header.get("__metadata__", {}).get("defendpp")
+    if described is None:
+        raise DataError(f"{text} was not exported by this project: its metadata does not say which network it is")
+    said = json.loads(described)
+    if said["schema"] != SCHEMA:
+        raise DataError(f"{text} has schema {said['schema']}, this version reads {SCHEMA}")
+    return tensors, from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"]), text
+
+
+def _load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as e:
+        raise DataError(f"{where} holds the weights of another architecture: {e}") from None
+
+
+def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ResNet18:
+    """The exported classifier: images [N, C, W, W] in [0,1] to logits, in eval mode, ready for any library's attacks.
+
+    Args:
+        path: classifier.safetensors, or the model's directory; local or a URI.
+
+    Raises:
+        StorageError: it cannot be read. DataError: it is corrupt or of another architecture.
+    """
+    tensors, config, shapes, where = _read(path, "classifier")
+    undefended = dataclasses.replace(config, defense="none", schedule="joint")
+    module = classifier_of(build_net(undefended, shapes))
+    _load_strictly(module, tensors, where)
+    return module.to(device).eval()
+
+
+def load_autoencoder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AutoEncoder:
+    """The exported auto-encoder in eval mode: images in [0,1] to reconstructed levels, level 0 first.
+
+    Raises as :func:`load_classifier`; a model without an auto-encoder has no such file.
+    """
+    tensors, config, shapes, where = _read(path, "autoencoder")
+    net = build_net(config, shapes)
+    if not isinstance(net, DefendNet):
+        raise DataError(f"{where} says that it has no auto-encoder")
+    _load_strictly(net.autoencoder, tensors, where)
+    return net.autoencoder.to(device).eval()

@@ -1,0 +1,125 @@
+"""Joining or starting Ray, and asking whether what a run needs is there before it starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from components.config import ScalingConfig
+from components.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ResourceError(UserError):
+    """The cluster does not have what the run asks for."""
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (a job's own), or the local one that runs, or start one.
+
+    Raises:
+        UserError: the cluster cannot be reached, or its token is missing.
+    """
+    if ray.is_initialized():
+        return
+    # workers of a local cluster inherit this, so they import the same checkout as the driver
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # each of these announces a future default of Ray that does not concern a user of this tool
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if _starts_own() else None)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise UserError(
+            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'auto')!r} cannot be joined ({e}). Start one with infra/local-cluster.sh, "
+            "export the same RAY_AUTH_MODE and token on both sides, or set RAY_ADDRESS=local for one of your own"
+        ) from e
+
+
+def _starts_own() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") == "local"
+
+
+def in_job() -> bool:
+    """Whether this process was started by ``ray job submit``: its working directory is a temporary copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
+    """Refuse what the cluster cannot give, instead of waiting for it without end.
+
+    Args:
+        wait_s: on a cluster that grows, ask its autoscaler and wait so long.
+
+    Raises:
+        ResourceError: naming what is asked for, what there is and which settings to change.
+    """
+    train: dict[str, float] = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpu:
+        train["GPU"] = 1.0
+    attack: dict[str, float] = {"CPU": scaling.cpus_per_attack}
+    if scaling.gpus_per_attack:
+        attack["GPU"] = scaling.gpus_per_attack
+    deadline = time.monotonic() + wait_s
+    asked = False
+    while True:
+        short = _short_of(train, scaling.workers, "scaling.workers") or _short_of(attack, 1, "an attack task")
+        if short is None:
+            return
+        if time.monotonic() >= deadline:
+            raise ResourceError(short)
+        if not asked:
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[train] * scaling.workers)
+            asked = True
+        time.sleep(2)
+
+
+def _short_of(each: dict[str, float], count: int, what: str) -> str | None:
+    """What is missing for ``count`` bundles, or None. Bundles do not span nodes, so nodes are filled one by one."""
+    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    placed = 0
+    for node in nodes:
+        placed += int(min(node.get(k, 0.0) / v + 1e-9 for k, v in each.items()))
+    if placed >= count:
+        return None
+    have = {k: sum(n.get(k, 0.0) for n in nodes) for k in ("CPU", "GPU")}
+    needs = " and ".join(f"{v:g} {k}" for k, v in each.items())
+    return (
+        f"{what}: {count} x ({needs}) asked for, room for {placed}: the cluster has {have['CPU']:g} CPU and {have['GPU']:g} GPU "
+        f"on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or scaling.cpus_per_attack, set scaling.gpu False "
+        "where there is none, add nodes, or give a growing cluster time with scaling.wait_s"
+    )
+
+
+def unwrap(error: BaseException) -> UserError | None:
+    """The user's error inside what Ray wrapped around it, if there is one."""
+    seen: set[int] = set()
+    queue: list[Any] = [error]
+    while queue:
+        e = queue.pop(0)
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, UserError) and type(e).__name__.find("RayTaskError") < 0:
+            return e
+        queue += [getattr(e, "cause", None), e.__cause__, e.__context__]
+        queue += list(getattr(e, "worker_failures", {}).values())
+    return None
+
+
+def executable(name: str) -> str:
+    """A command that was installed beside this Python, as a user would type it."""
+    path = Path(sys.executable).parent / name
+    return os.path.relpath(path) if path.exists() else name

@@ -1,0 +1,92 @@
+"""The command line: which stage, which recipe, which fields of it are different.
+
+python pipeline/main.py run mnist-demo --train.epochs 8 --storage s3://bucket/defendpp
+ray job submit --working-dir . -- python pipeline/main.py run mnist-demo --storage /shared/defendpp
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# started as a script: Python puts this file's folder on the path, the packages lie one above
+sys.path[:] = [str(Path(__file__).resolve().parent.parent), *(p for p in sys.path if p != str(Path(__file__).parent))]
+
+HELP = """\
+Trains Defend++ and what it is compared with, attacks all of them, and reports what the numbers mean.
+
+  python pipeline/main.py run RECIPE [--FIELD VALUE ...]       all stages; run again, it continues
+  python pipeline/main.py pyramids RECIPE [--FIELD VALUE ...]  stage 1: images to low-pass pyramids in Parquet shards
+  python pipeline/main.py train RECIPE [--FIELD VALUE ...]     stage 2: train the recipe's models
+  python pipeline/main.py attack RECIPE [--FIELD VALUE ...]    stage 3: attack them, then report
+  python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
+  python pipeline/main.py recipes                              the recipes and what they cost
+
+Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
+"""
+COMMANDS = ("run", "pyramids", "train", "attack", "report")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command. Returns the exit status: 0, 1 (the run failed), 2 (the command line or a setting is wrong)."""
+    from components.errors import ConfigError, UserError
+    from pipeline.progress import complain
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command == "recipes":
+            list_recipes()
+            return 0
+        if command not in COMMANDS:
+            raise ConfigError.of("command", command, "one of " + ", ".join((*COMMANDS, "recipes")))
+        experiment = parse(command, rest)
+        from pipeline import run
+
+        run.execute(command, experiment)
+        return 0
+    except UserError as e:
+        complain(str(e))
+        return 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
+    """The recipe named first, with the overrides that follow.
+
+    Raises:
+        ConfigError: no or unknown recipe, or a value that the recipe's own checks refuse. tyro itself ends the process
+            with status 2 for an unknown field or a value of the wrong type.
+    """
+    import tyro
+
+    from components.errors import ConfigError
+    from pipeline.recipes import RECIPES
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        list_recipes()
+        print(f"Fields of a recipe: python pipeline/main.py {command} RECIPE --help")
+        raise SystemExit(0 if arguments else 2)
+    name, rest = arguments[0], arguments[1:]
+    if name not in RECIPES:
+        raise ConfigError.of("recipe", name, "one of " + ", ".join(RECIPES))
+    default = RECIPES[name].make()
+    return tyro.cli(
+        type(default), default=default, args=rest, prog=f"main.py {command} {name}", description=default.description
+    )
+
+
+def list_recipes() -> None:
+    """Print each recipe, what it shows and what it costs."""
+    from pipeline.recipes import RECIPES
+
+    for name, recipe in RECIPES.items():
+        experiment = recipe.make()
+        print(f"{name}\n    {experiment.description}\n    models: {', '.join(experiment.variants())}; {recipe.cost}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

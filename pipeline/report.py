@@ -1,0 +1,656 @@
+"""What a run found, from its records alone: table, plots and one HTML file that opens from disk.
+
+Rebuilt at any time from ``run.json`` and what it names (docs/records.md); the same records give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from components.attacks.spec import AttackSpec
+from components.config import Experiment, from_dict, parse_spec, to_dict
+from components.errors import ConfigError, DataError
+from components.robustness import mcnemar
+from pipeline import plots
+from pipeline.storage import Storage
+
+PHASES = ("joint", "autoencoder", "classifier")
+THREATS = {"clean": "clean", "random": "random (control)", "white_box": "white-box", "transfer": "transfer"}
+"""Threat models in the order of a table, as they are written for people."""
+ROLES = {
+    "source": "undefended, source of transfer",
+    "control": "control: undefended, another seed",
+    "defended": "defended",
+}
+TERMINAL_WIDTH = 100
+"""Where there is no terminal to ask."""
+
+Row = dict[str, Any]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_run(run: Storage) -> dict[str, Any]:
+    """``run.json`` with what a run that is not complete lacks filled in empty.
+
+    Raises:
+        DataError: it is missing, of another schema, or lacks what every run has. StorageError: it cannot be read.
+    """
+    if not run.exists("run.json"):
+        raise DataError(f"{run.uri} is not the directory of a run: it has no run.json. Runs lie under STORAGE/runs/")
+    record = run.read_json("run.json")
+    if not isinstance(record, dict) or record.get("schema") != 1:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise DataError(f"{run.uri}/run.json has schema {schema!r}; this version reads schema 1")
+    for key in ("name", "experiment"):
+        if key not in record:
+            raise DataError(f"{run.uri}/run.json lacks {key!r}; run the same command again to write it anew")
+    empty: dict[str, Any] = {"models": {}, "evaluations": [], "stages": {}, "data": {}, "git": {}, "hardware": {}}
+    whole = {**empty, "versions": {}, "command": "", "created": "", "finished": None}
+    whole.update({k: v for k, v in record.items() if v is not None})
+    for i, evaluation in enumerate(whole["evaluations"]):
+        for key in ("model", "threat_model", "attack", "n", "metrics"):
+            if key not in evaluation:
+                raise DataError(f"{run.uri}/run.json: evaluation {i} lacks {key!r}; run the same command again")
+        for key in ("accuracy", "accuracy_low", "accuracy_high"):
+            if not isinstance(evaluation["metrics"].get(key), int | float):
+                raise DataError(f"{run.uri}/run.json: evaluation {i} lacks metrics.{key}; run the same command again")
+    return whole
+
+
+def history_files(root: Storage, model: Mapping[str, Any]) -> list[str]:
+    """Names, below the storage, of a model's epoch records, first epoch first."""
+    directory = f"{model['path']}/history"
+    return [f"{directory}/{name}" for name in root.list(directory)]
+
+
+def read_epoch(root: Storage, file: str) -> dict[str, Any]:
+    """One epoch record. Raises DataError if it is not one, StorageError if it cannot be read."""
+    record = root.read_json(file)
+    try:
+        if (
+            record["phase"] in PHASES
+            and int(record["epoch"]) >= 0
+            and all({"step", "time"} <= s.keys() for s in record["steps"])
+        ):
+            return dict(record)
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(
+        f"{root.uri}/{file} is not the record of an epoch; delete its directory and run the same command again"
+    )
+
+
+def read_gallery(run: Storage) -> dict[str, np.ndarray]:
+    """``gallery.npz``; empty if the run has none yet. Raises DataError if it is corrupt."""
+    if not run.exists("gallery.npz"):
+        return {}
+    try:
+        with np.load(io.BytesIO(run.read_bytes("gallery.npz")), allow_pickle=False) as file:
+            gallery = {name: file[name] for name in file.files}
+        if len(gallery["clean"]) == len(gallery["label"]):
+            return gallery
+        reason = "it has not as many labels as images"
+    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e:
+        reason = str(e)
+    raise DataError(f"{run.uri}/gallery.npz is corrupt ({reason}); delete it and run the same command again")
+
+
+def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
+    """The columns of one ``judged/<hash>``, by sample index. Raises DataError if a chunk is missing or corrupt."""
+    chunks = [name for name in root.list(path) if name.endswith(".parquet")]
+    if not chunks:
+        raise DataError(f"{root.uri}/{path} has no records of an evaluation; run the same command again")
+    wanted = ["index", "label", "adversarial_prediction"]
+    try:
+        tables = [pq.read_table(pa.BufferReader(root.read_bytes(f"{path}/{name}")), columns=wanted) for name in chunks]
+    except (pa.ArrowInvalid, OSError, KeyError) as e:
+        raise DataError(f"{root.uri}/{path} is corrupt ({e}); delete it and run the same command again") from e
+    table = pa.concat_tables(tables).sort_by("index")
+    return {name: table.column(name).to_numpy() for name in wanted}
+
+
+# -- meaning ---------------------------------------------------------------------------------------------------------------
+
+
+def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The complete training config of a model, also before it is trained."""
+    trained: dict[str, Any] | None = record["models"].get(name, {}).get("train") if "models" in record else None
+    return trained or to_dict(from_dict(Experiment, record["experiment"]).variants()[name])
+
+
+def roles(record: Mapping[str, Any]) -> dict[str, str]:
+    """Model -> source, control or defended, in the order of the config."""
+    experiment = from_dict(Experiment, record["experiment"])
+    source = experiment.evaluation.transfer_source
+    return {
+        name: "defended" if config.defense != "none" else "source" if name == source else "control"
+        for name, config in experiment.variants().items()
+    }
+
+
+def attack_labels(record: Mapping[str, Any]) -> dict[str, str]:
+    """Attack spec -> a short name, ``bim``, with settings only where the run has several of that name: ``bim_eps0.1``."""
+    specs = dict.fromkeys(["none", *(e["attack"] for e in record.get("evaluations", []))])
+    short = {spec: _short(spec) for spec in specs}
+    out = {}
+    for spec, name in short.items():
+        rivals = [s for s, n in short.items() if n == name]
+        fields = {s: parse_spec(s)[1] for s in rivals}
+        differing = [k for k in fields[spec] if len({fields[s].get(k) for s in rivals}) > 1]
+        out[spec] = "_".join([name, *(f"{k}{_decimal(fields[spec][k])}" for k in differing)])
+    return out
+
+
+def _short(spec: str) -> str:
+    try:
+        return AttackSpec.parse(spec).short_name
+    except ConfigError:  # "none", or an attack of another version
+        return parse_spec(spec)[0]
+
+
+def attack_title(spec: str) -> tuple[str, str]:
+    """Name and settings for people: ``bim:eps=0.2,steps=100`` is ("BIM", "eps 0.2, 100 steps")."""
+    if spec == "none":
+        return "no attack", ""
+    fields = parse_spec(spec)[1]
+    said = []
+    try:
+        parsed = AttackSpec.parse(spec)
+        if parsed.kind == "minimal_norm":
+            said.append(f"any {_norm(parsed.norm)} norm")
+        elif parsed.norm == "l2":
+            said.append("L2")
+    except ConfigError:
+        pass  # an attack of another version: its text says all we know
+    for key, value in fields.items():
+        if key == "steps":
+            said.append(f"{value} steps")
+        elif key != "norm":
+            said.append(f"{key.replace('_', ' ')} {_decimal(value)}")
+    return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "uniform noise", ", ".join(said)
+
+
+def _norm(name: str | None) -> str:
+    return {"l2": "L2", "linf": "Linf"}.get(name or "", name or "")
+
+
+def _decimal(text: str) -> str:
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
+
+
+def table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The result table as data: ``columns`` (threat model x attack) and ``rows`` (models) with a cell per column."""
+    order = list(THREATS)
+    evaluations = record["evaluations"]
+    keys = dict.fromkeys((e["threat_model"], e["attack"]) for e in evaluations)
+    ranked = sorted(
+        keys, key=lambda k: order.index(k[0]) if k[0] in order else len(order)
+    )  # stable: attacks keep their order
+    labels = attack_labels(record)
+    columns = []
+    for threat, attack in ranked:
+        name, settings = attack_title(attack)
+        columns.append(
+            {
+                "key": "clean" if threat == "clean" else f"{threat}/{labels[attack]}",
+                "threat_model": threat,
+                "threat_title": THREATS.get(threat, threat),
+                "attack": attack,
+                "attack_title": name,
+                "settings": settings,
+                "minimal_norm": any(e["metrics"].get("curve") for e in evaluations if e["attack"] == attack),
+            }
+        )
+    rows = []
+    for model, role in roles(record).items():
+        cells: dict[str, Any] = {}
+        for e in evaluations:
+            if e["model"] == model:
+                key = next(
+                    c["key"] for c in columns if (c["threat_model"], c["attack"]) == (e["threat_model"], e["attack"])
+                )
+                metrics = {k: v for k, v in e["metrics"].items() if k != "curve"}
+                cells[key] = {"source": e.get("source"), "n": e["n"], **metrics}
+        if cells or model in record["models"]:
+            rows.append({"model": model, "role": role, "cells": cells})
+    return {"schema": 1, "recipe": record["name"], "columns": columns, "rows": rows}
+
+
+def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
+    """Every defended model against every control on the same transferred examples (exact McNemar test).
+
+    Raises:
+        DataError: a judged record is missing or corrupt, or two evaluations are not of the same samples.
+    """
+    role = roles(record)
+    transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer" and e.get("path")]
+    out = []
+    for a in transferred:
+        for b in transferred:
+            same = a["attack"] == b["attack"] and a.get("source") == b.get("source")
+            if not (same and role.get(a["model"]) == "defended" and role.get(b["model"]) == "control"):
+                continue
+            first, second = read_judged(root, a["path"]), read_judged(root, b["path"])
+            if not np.array_equal(first["index"], second["index"]):
+                raise DataError(
+                    f"{root.uri}/{a['path']} and {b['path']} are not of the same samples; delete both and run the same command again"
+                )
+            right_a = first["adversarial_prediction"] == first["label"]
+            right_b = second["adversarial_prediction"] == second["label"]
+            out.append(
+                {
+                    "attack": a["attack"],
+                    "attack_title": ", ".join(filter(None, attack_title(a["attack"]))),
+                    "source": a.get("source"),
+                    "defended": a["model"],
+                    "control": b["model"],
+                    "n": len(right_a),
+                    "accuracy_defended": float(right_a.mean()),
+                    "accuracy_control": float(right_b.mean()),
+                    "only_defended": int((right_a & ~right_b).sum()),
+                    "only_control": int((right_b & ~right_a).sum()),
+                    "p": mcnemar(right_a, right_b),
+                }
+            )
+    return out
+
+
+def explanation(record: Mapping[str, Any]) -> list[str]:
+    """How to read the numbers, in plain sentences."""
+    source = record["experiment"].get("evaluation", {}).get("transfer_source", "an undefended model")
+    return [
+        "White-box: the examples were made on the very model under test. This is the number that says how much a model "
+        "withstands, and no more than that: a stronger attack can only lower it.",
+        f"Transfer: the examples were made on the undefended model {source} and then shown to the model under test. A high "
+        "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
+        "Control: an undefended model of another seed on the same examples, and uniform noise of the same size without any "
+        "attacker. Only what a defended model does better than the controls can be owed to its defense.",
+    ]
+
+
+def in_short(record: Mapping[str, Any]) -> list[str]:
+    """One sentence per model: clean accuracy and the attack within a budget that leaves least of it."""
+    said = []
+    for row in table(record)["rows"]:
+        clean = row["cells"].get("clean")
+        parts = [] if clean is None else [f"{_percent(clean['accuracy'])} % clean"]
+        for threat in ("white_box", "transfer"):
+            found = [
+                (e["metrics"]["accuracy"], e["attack"])
+                for e in record["evaluations"]
+                if (e["model"], e["threat_model"]) == (row["model"], threat) and not e["metrics"].get("curve")
+            ]
+            if found:
+                lowest, attack = min(found)
+                parts.append(f"{_percent(lowest)} % under the worst {THREATS[threat]} attack ({_said(attack)})")
+        if parts:
+            said.append(f"{row['model']} ({ROLES[row['role']]}): " + ", ".join(parts) + ".")
+    return said
+
+
+def missing(record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Mapping[str, Any]) -> list[str]:
+    """What a partial run lacks, in words; empty for a complete one."""
+    out = []
+    untrained = [name for name in roles(record) if name not in record["models"]]
+    if untrained:
+        out.append("not trained yet: " + ", ".join(untrained))
+    no_history = [name for name in record["models"] if not histories.get(name)]
+    if no_history:
+        out.append("no training history of: " + ", ".join(no_history))
+    if not record["evaluations"]:
+        out.append("no evaluations yet")
+    if not gallery:
+        out.append("no gallery of images yet")
+    if not record.get("finished"):
+        out.append("the run has not finished")
+    return out
+
+
+def counted(record: Mapping[str, Any]) -> str:
+    """``n = 1,000 test images``, or the range where evaluations differ."""
+    sizes = sorted({e["n"] for e in record["evaluations"]})
+    if not sizes:
+        return "no evaluations yet"
+    return f"n = {sizes[0]:,} test images" if len(sizes) == 1 else f"n = {sizes[0]:,} to {sizes[-1]:,} test images"
+
+
+def _said(attack: str) -> str:
+    name, settings = attack_title(attack)
+    return f"{name}, {settings}" if settings else name
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+# -- tables for people -----------------------------------------------------------------------------------------------------
+
+
+def print_table(run: Storage, *, console: Console | None = None) -> None:
+    """The result table on the terminal; plain text of at most 100 columns where there is none.
+
+    Raises:
+        DataError: ``run.json`` is missing or corrupt.
+    """
+    if console is None:
+        console = Console() if sys.stdout.isatty() else Console(width=TERMINAL_WIDTH)
+    record = read_run(run)
+    if not record["evaluations"]:
+        console.print(f"{record['name']}: no evaluations yet", markup=False, highlight=False)
+        return
+    for part in terminal_tables(record, console.width):
+        console.print(part)
+    role = roles(record)
+    notes = [
+        f"Accuracy in % of {counted(record)}, ± half the 95 % Wilson interval (sampling of images only, not of seeds).",
+        *explanation(record),
+    ]
+    if any(r == "control" for r in role.values()):
+        notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
+    """The table in as few parts as fit into ``width``, none across two threat models unless both fit whole."""
+    data = table(record)
+    first = max(len("model"), *(len(line) for row in data["rows"] for line in _row_head(row)))
+    parts: list[list[Row]] = []
+    groups: dict[str, list[Row]] = {}
+    for column in data["columns"]:
+        groups.setdefault(column["threat_model"], []).append(column)
+
+    def needed(columns: Sequence[Row]) -> int:
+        return first + 2 + sum(2 + _column_width(c, data["rows"]) for c in columns)
+
+    for columns in groups.values():
+        if parts and needed([*parts[-1], *columns]) <= width:
+            parts[-1].extend(columns)
+            continue
+        parts.append([])
+        for column in columns:
+            if parts[-1] and needed([*parts[-1], column]) > width:
+                parts.append([])
+            parts[-1].append(column)
+    return [_terminal_table(data["rows"], part) for part in parts]
+
+
+def _terminal_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    out.add_column("model", no_wrap=True)
+    for column in columns:
+        out.add_column("\n".join(_head(column)), justify="right", no_wrap=True)
+    for row in rows:
+        name, role = _row_head(row)
+        cells = ["\n".join(_cell(column, row)) for column in columns]
+        out.add_row(Text.assemble(name, "\n", (role, "dim")), *cells)
+    return out
+
+
+def _row_head(row: Row) -> tuple[str, str]:
+    return row["model"], {"source": "undefended", "control": "control", "defended": "defended"}[row["role"]]
+
+
+def _head(column: Row) -> list[str]:
+    if column["threat_model"] == "clean":
+        return ["clean"]
+    threat = "random" if column["threat_model"] == "random" else column["threat_title"]
+    name = "noise" if column["attack_title"] == "uniform noise" else column["attack_title"]
+    settings = [s for s in column["settings"].split(", ") if s]
+    return [threat, name, *settings]
+
+
+def _cell(column: Row, row: Row) -> list[str]:
+    cell = row["cells"].get(column["key"])
+    if cell is None:
+        return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
+    half = (cell["accuracy_high"] - cell["accuracy_low"]) / 2
+    lines = [f"{_percent(cell['accuracy'])} ±{100 * half:.1f}"]
+    if column["minimal_norm"]:
+        median = cell.get("l2_median")
+        lines.append("never" if median is None else f"L2 {median:.2f}")
+    return lines
+
+
+def _column_width(column: Row, rows: Sequence[Row]) -> int:
+    return max(len(line) for lines in (_head(column), *(_cell(column, row) for row in rows)) for line in lines)
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Description and table for places that show Markdown, such as MLflow's page of a run."""
+    data = table(record)
+    lines = [record["experiment"].get("description", ""), ""]
+    heads = [
+        " ".join(
+            filter(None, (c["threat_title"], c["attack_title"] if c["threat_model"] != "clean" else "", c["settings"]))
+        )
+        for c in data["columns"]
+    ]
+    lines += ["| " + " | ".join(["model", *heads]) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for row in data["rows"]:
+        cells = ["<br>".join(_cell(c, row)) if c["minimal_norm"] else _cell(c, row)[0] for c in data["columns"]]
+        lines.append(
+            "| "
+            + " | ".join([f"{row['model']} ({_row_head(row)[1]})", *(c.replace("<br>", ", ") for c in cells)])
+            + " |"
+        )
+    lines += ["", f"Accuracy in %, {counted(record)}, ± half the 95 % Wilson interval.", "", *explanation(record)]
+    return "\n".join(lines).strip()
+
+
+def to_csv(record: Mapping[str, Any]) -> str:
+    """One line per evaluation, accuracies as fractions."""
+    names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
+    names += ["l2_median", "l2_q25", "l2_q75", "linf_median", "seconds"]
+    role = roles(record)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names])
+    for e in record["evaluations"]:
+        values = [e["metrics"].get(name) for name in names]
+        writer.writerow(
+            [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
+        )
+    return out.getvalue()
+
+
+# -- building --------------------------------------------------------------------------------------------------------------
+
+
+def build(run: Storage, root: Storage) -> dict[str, str]:
+    """Write ``report/`` of a run: report.html, table.json, table.csv and plots/*.png. A partial run gives a partial report.
+
+    Args:
+        run: the run directory. root: the storage it lies in.
+
+    Returns:
+        What was written, name -> path below the run directory; "html" is the report, "table_json", "table_csv", and
+        "plot_..." for each plot there was data for.
+
+    Raises:
+        DataError: a record is missing or corrupt; the message names it. StorageError: something could not be written.
+    """
+    record = read_run(run)
+    gallery = read_gallery(run)
+    histories = {
+        name: [read_epoch(root, file) for file in history_files(root, model)]
+        for name, model in record["models"].items()
+    }
+    data = {**table(record), "comparisons": comparisons(record, root)}
+    pictures = _pictures(record, gallery, histories)
+    paths = {"html": "report/report.html", "table_json": "report/table.json", "table_csv": "report/table.csv"}
+    for name, (_, _, png) in pictures.items():
+        paths[f"plot_{name}"] = f"report/plots/{name}.png"
+        run.write_bytes(paths[f"plot_{name}"], png)
+    run.write_json(paths["table_json"], data)
+    run.write_bytes(paths["table_csv"], to_csv(record).encode())
+    html = _html(record, data, pictures, missing(record, gallery, histories))
+    run.write_bytes(paths["html"], html.encode())  # last: its presence says that all of it is there
+    return paths
+
+
+def _pictures(
+    record: Mapping[str, Any], gallery: Mapping[str, np.ndarray], histories: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, tuple[str, str, bytes]]:
+    """Name -> (heading, caption, PNG) of every plot that there is data for."""
+    out: dict[str, tuple[str, str, bytes]] = {}
+    role = roles(record)
+    if panels := _bar_panels(record):
+        out["accuracy"] = (
+            "Accuracy by threat model",
+            f"{counted(record)}; whiskers: 95 % Wilson interval. A missing bar is 0 % where it has a whisker, and not measured where it has none.",
+            plots.bars(panels, role),
+        )
+    if panels_by_norm := _curve_panels(record):
+        out["curves"] = (
+            "Accuracy over the norm of the perturbation",
+            "Minimal-norm attacks: what is left when only examples up to that norm count. At any norm, nothing is left of a "
+            "differentiable network attacked white-box; what differs is how far that is.",
+            plots.curves(panels_by_norm, role),
+        )
+    if gallery:
+        rows = _gallery_rows(record, gallery)
+        for model, entries in rows.items():
+            out[f"adversarial-{model}"] = (
+                f"White-box examples of {model}",
+                "Each with what the model takes it for; ✓ still right, ✗ wrong.",
+                plots.adversarial(gallery, entries),
+            )
+        if any(k.startswith("reconstruction_") for k in gallery):
+            out["reconstructions"] = (
+                "Targets and reconstructions",
+                "Clean images, the low-pass targets of each level, and what the auto-encoders make of them.",
+                plots.reconstructions(gallery, list(role)),
+            )
+    trained = {name: epochs for name, epochs in histories.items() if epochs}
+    if trained:
+        out["losses"] = (
+            "Training losses",
+            "Logarithmic; the phase of the schedule behind them.",
+            plots.losses(trained),
+        )
+    if any(e.get("validation", {}).get("accuracy") is not None for epochs in trained.values() for e in epochs):
+        out["validation"] = (
+            "Validation accuracy",
+            "Clean images held out of the training set.",
+            plots.validation(trained, role),
+        )
+    return out
+
+
+def _bar_panels(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, plots.Bar]]]:
+    panels: dict[str, dict[str, dict[str, plots.Bar]]] = {}
+    for column in table(record)["columns"]:
+        # clean images and noise share a panel: both are without an attacker
+        plain = column["threat_model"] in ("clean", "random")
+        panel = panels.setdefault("no attacker" if plain else column["threat_title"], {})
+        label = "clean" if column["threat_model"] == "clean" else "\n".join(_head(column)[1:])
+        for e in record["evaluations"]:
+            if (e["threat_model"], e["attack"]) == (column["threat_model"], column["attack"]):
+                m = e["metrics"]
+                bar = plots.Bar(accuracy=m["accuracy"], low=m["accuracy_low"], high=m["accuracy_high"])
+                panel.setdefault(label, {})[e["model"]] = bar
+    return panels
+
+
+def _curve_panels(record: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for threat in THREATS:
+        for e in record["evaluations"]:
+            if e["threat_model"] == threat and (curve := e["metrics"].get("curve")):
+                panels.setdefault(f"{THREATS[threat]}: {_said(e['attack'])}", {})[e["model"]] = curve
+    return panels
+
+
+def _gallery_rows(record: Mapping[str, Any], gallery: Mapping[str, np.ndarray]) -> dict[str, list[tuple[str, str]]]:
+    """Model -> (label of a row, key in the gallery), in the order of the gallery."""
+    out: dict[str, list[tuple[str, str]]] = {}
+    specs = {e["attack"] for e in record["evaluations"]}
+    titles = {**{_short(s): s for s in specs}, **{s: s for s in specs}}
+    for model in sorted(roles(record), key=len, reverse=True):  # a name may begin with another's
+        prefix = f"adversarial__{model}__"
+        taken = {key for entries in out.values() for _, key in entries}
+        for name in gallery:
+            key = name.removeprefix("adversarial__")
+            if name.startswith(prefix) and key not in taken:
+                title, settings = attack_title(titles.get(name.removeprefix(prefix), name.removeprefix(prefix)))
+                out.setdefault(model, []).append((f"white-box {title}\n{settings.replace(', ', chr(10))}".strip(), key))
+    return {model: out[model] for model in roles(record) if model in out}
+
+
+def _html(
+    record: Mapping[str, Any],
+    data: Mapping[str, Any],
+    pictures: Mapping[str, tuple[str, str, bytes]],
+    lacking: Sequence[str],
+) -> str:
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=_percent, duration=_duration, when=_when)
+    groups: dict[str, int] = {}
+    for column in data["columns"]:
+        groups[column["threat_title"]] = groups.get(column["threat_title"], 0) + 1
+    budgets = [
+        (row["model"], column, row["cells"][column["key"]]["accuracy_at_budget"])
+        for column in data["columns"]
+        for row in data["rows"]
+        if row["cells"].get(column["key"], {}).get("accuracy_at_budget")
+    ]
+    return environment.get_template("report.html.j2").render(
+        record=record,
+        table=data,
+        groups=groups,
+        budgets=budgets,
+        roles=ROLES,
+        lacking=lacking,
+        counted=counted(record),
+        explanation=explanation(record),
+        in_short=in_short(record),
+        pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],
+        config=json.dumps(record["experiment"], indent=2, sort_keys=True),
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _when(iso: str | None) -> str:
+    """An ISO time as ``2026-01-31 12:00 UTC``; what is none, as it is."""
+    try:
+        return datetime.fromisoformat(iso or "").strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return iso or ""

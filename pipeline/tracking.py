@@ -1,0 +1,952 @@
+"""MLflow, published from the records of a run. The only file that imports mlflow.
+
+The records on storage are the truth; MLflow is a view of them. So every call here may fail without harm: what could not be
+sent waits in order and is tried again, and the same command run again sends what is still missing. ``tracking.json`` of the run
+directory remembers, for each tracking URI, which MLflow runs exist and what they already have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import sqlite3
+import sys
+import tempfile
+import threading
+import time as clock
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.errors import UserError
+from pipeline import report
+from pipeline.environment import without_password
+from pipeline.storage import Storage, StorageError
+
+# mlflow reads these when it is imported or at each call; what the user has set stands
+for _name, _value in {
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # else alembic tells of every table it makes
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7 with growing pauses, blocks a dead server's caller for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities import (  # noqa: E402
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException  # noqa: E402
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+BATCH = 1000
+"""MLflow refuses more metrics than that in one request."""
+RETRY_SECONDS = 10.0
+"""How long an outage is left alone before a call tries the server again."""
+UPLOAD_TIMEOUT_SECONDS = 120
+"""A server answers an upload only when it has passed the file on to its store."""
+ATTEMPTS = 3
+"""How often an operation is tried that fails although the server answers."""
+
+
+def default_uri(storage: Storage) -> str:
+    """The database that is used where the user names none: ``mlflow.db`` in the storage.
+
+    Raises:
+        UserError: the storage is not on this machine, where SQLite cannot go.
+    """
+    if not storage.is_local:
+        raise UserError(
+            f"storage {storage.uri} is not on this machine, so MLflow cannot keep its database there: "
+            "give a server with --tracking-uri http://HOST:PORT, or a local file with --tracking-uri sqlite:////absolute/path/mlflow.db"
+        )
+    return f"sqlite:///{storage.local_root / 'mlflow.db'}"
+
+
+def check_reachable(uri: str) -> None:
+    """Make sure, within about ten seconds and before hours of compute, that MLflow at ``uri`` can be written to.
+
+    Raises:
+        UserError: a server that does not answer or refuses, a database that is none or cannot be written, or a kind of
+            URI that does not serve; the message names the URI and what to do.
+    """
+    shown = without_password(uri)
+    if uri.startswith("sqlite:"):
+        _check_sqlite(uri)
+    elif not re.match(r"^[a-z0-9+]+://", uri) or uri.startswith("file:"):
+        path = os.path.abspath(os.path.expanduser(re.sub("^file:(//)?", "", uri)))
+        raise UserError(
+            f"tracking URI {shown!r} is a directory, which MLflow 3 no longer supports: "
+            f"give a database, sqlite:///{path}.db, or a server, http://HOST:PORT"
+        )
+
+    def ask() -> None:
+        MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+
+    with _http_limits(timeout=4, retries=1):
+        # only a database server needs the outer limit: mlflow tries it fifteen times, whatever the settings say;
+        # the first visit to a new SQLite file builds its tables, which takes seconds on a busy machine
+        error = _error_within(None if uri.startswith(("sqlite:", "http")) else 10.0, ask)
+    if error is not None:
+        what = "The MLflow server" if uri.startswith("http") else "The MLflow database"
+        raise UserError(
+            f"{what} {shown} cannot be used: {_reason(error)}. Start it (mlflow server --host 127.0.0.1 --port 5000), "
+            "give another one with --tracking-uri, or leave that out to keep mlflow.db in the storage"
+        ) from None
+
+
+def _check_sqlite(uri: str) -> None:
+    path = _sqlite_path(uri)
+    if not path.is_absolute():
+        raise UserError(
+            f"tracking URI {uri!r} has a relative path, which a Ray job would look for elsewhere: "
+            f"give sqlite:///{Path(os.path.abspath(path.expanduser()))}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # asks for the right to write, and writes nothing
+            connection.execute("PRAGMA schema_version")  # reads the header: tells a database from another file
+            connection.execute("ROLLBACK")
+    except (OSError, sqlite3.Error) as e:
+        raise UserError(f"MLflow database {path} cannot be used: {e}. Give another one with --tracking-uri") from None
+
+
+def _sqlite_path(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
+
+
+def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
+    """One line to paste: opens the UI, with the address of this very run where its id is known."""
+    page = f"#/experiments/{experiment_id}/runs/{run_id}" if experiment_id and run_id else ""
+    if uri.startswith("http"):
+        return f"open {without_password(uri).rstrip('/')}/{page}"
+    beside = Path(sys.executable).parent / "mlflow"
+    mlflow = os.path.relpath(beside) if beside.exists() else "mlflow"
+    if mlflow.startswith("../"):
+        mlflow = str(beside)
+    database = shlex.quote(without_password(uri))
+    # without job execution and with one worker: two processes instead of a dozen
+    return (
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
+        f"   # then open http://127.0.0.1:5000/{page}"
+    )
+
+
+@dataclass
+class _Operation:
+    """One thing to be published. It may be sent twice (an answer was lost), so each is written to bear that."""
+
+    key: str
+    """``ALIAS|WHAT``: what is remembered as published."""
+    send: Callable[[MlflowClient], None]
+    failures: int = 0
+    """Failures while the server answered."""
+
+
+class Tracker:
+    """The MLflow runs of one run directory, addressed by alias: "run", "model/defend", "evaluation/defend/white_box/fgsm".
+
+    No method raises because of MLflow: an outage is told once, what could not be sent waits in order, and every later
+    call tries again. Safe to call from several threads.
+
+    Args:
+        uri: MLflow server or database; see :func:`check_reachable`.
+        run: the run directory; ``tracking.json`` there makes a second publication add nothing.
+        experiment: name of the MLflow experiment.
+        artifact_root: where artifacts go if the experiment is new. None: beside the SQLite file, or what the server says.
+        echo: takes the few plain lines meant for a person.
+
+    Raises:
+        UserError: an sqlite URI with a relative path.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        run: Storage,
+        *,
+        experiment: str = "defendpp",
+        artifact_root: str | None = None,
+        echo: Callable[[str], None] | None = None,
+    ) -> None:
+        if uri.startswith("sqlite:") and not _sqlite_path(uri).is_absolute():
+            _check_sqlite(uri)
+        if artifact_root is None and uri.startswith("sqlite:"):
+            artifact_root = str(
+                _sqlite_path(uri).parent / "mlartifacts"
+            )  # mlflow's own default is the working directory
+        self.uri = uri
+        self.storage = run
+        self.experiment = experiment
+        self.artifact_root = artifact_root
+        self._echo = echo or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._lock = threading.RLock()
+        self._queue: deque[_Operation] = deque()
+        self._client: MlflowClient | None = None
+        self._retry_at: float | None = None  # set: there is an outage
+        self._rejected: list[str] = []
+        self._saved_at = 0.0
+        self._unsaved = False
+        self._file = self._load()
+        self._state: dict[str, Any] = self._file["uris"].setdefault(without_password(uri), _new_state())
+        self._published: set[str] = set(self._state["published"])
+        self._waiting: set[str] = set()
+        self._starts: dict[str, int] = {alias: r["start"] for alias, r in self._state["runs"].items()}
+
+    # -- what a user of this class calls ---------------------------------------------------------------------------------
+
+    def start(
+        self,
+        alias: str,
+        name: str,
+        *,
+        parent: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        time: float | None = None,
+    ) -> None:
+        """Have an MLflow run of that alias: made once, continued ever after. Tags and params may be added by a later call.
+
+        Args:
+            parent: alias of the run it belongs to, started before.
+            time: when it began (unix seconds); now if None. The first one stands.
+        """
+        with self._lock:
+            self._starts.setdefault(alias, _milliseconds(time))
+            if parent is not None:
+                self._require(parent)
+
+            def create(client: MlflowClient) -> None:
+                self._create(client, alias, name, parent)
+
+            self._put(alias, "create", create)
+            if self._state["status"].get(alias) in ("FAILED", "KILLED"):
+                self._put(alias, "status/RUNNING", lambda client: self._set_status(client, alias, "RUNNING", None))
+            self._tags(alias, tags or {})
+            self._params(alias, params or {})
+            self._drain()
+
+    def history(self, alias: str, epoch_record: Mapping[str, Any]) -> None:
+        """The steps of one epoch (a ``history/epoch-*.json``) as metrics ``train/...``, and its ``validation/...``."""
+        with self._lock:
+            self._require(alias)
+            metrics = _epoch_metrics(epoch_record)
+            self._put_metrics(alias, f"history/{int(epoch_record['epoch'])}", metrics)
+            self._drain()
+
+    def has_history(self, alias: str, epoch: int) -> bool:
+        """Whether that epoch is published or waits to be, so that its record need not be read again."""
+        with self._lock:
+            key = f"{alias}|history/{epoch}"
+            return key in self._waiting or (self._client is not None and key in self._published)
+
+    def metrics(
+        self, alias: str, values: Mapping[str, float | None], *, step: int = 0, time: float | None = None
+    ) -> None:
+        """Metrics at one step; None is left out. ``time``: unix seconds; when the run began if None, which repeats."""
+        with self._lock:
+            self._require(alias)
+            at = self._starts[alias] if time is None else _milliseconds(time)
+            metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
+            self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics)
+            self._drain()
+
+    def curve(self, alias: str, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
+        """One metric over many steps."""
+        with self._lock:
+            self._require(alias)
+            at = self._starts[alias]
+            metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
+            self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
+            self._drain()
+
+    def dataset(
+        self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int | None = None
+    ) -> None:
+        """A data set that the run read, with its hash. ``context``: training, validation or test."""
+        with self._lock:
+            self._require(alias)
+            data = Dataset(
+                name=name,
+                digest=digest[:36],  # mlflow's limit
+                source_type="storage",
+                source=json.dumps({"uri": source}),
+                profile=None if rows is None else json.dumps({"num_rows": rows}),
+            )
+            entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+
+            def send(client: MlflowClient) -> None:
+                client.log_inputs(self._id(alias), datasets=[entry])
+
+            self._put(alias, f"dataset/{context}/{_digest([name, digest, source, rows])}", send)
+            self._drain()
+
+    def artifact(self, alias: str, storage: Storage, name: str, artifact_path: str = "") -> None:
+        """A file of a storage as an artifact, under its own name in the artifact directory ``artifact_path``.
+
+        Raises:
+            StorageError: there is no such file.
+        """
+        with self._lock:
+            self._require(alias)
+            digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
+
+            def send(client: MlflowClient) -> None:
+                if storage.is_local:
+                    self._upload(client, alias, Path(storage.path(name)), artifact_path)
+                else:
+                    self._upload_bytes(client, alias, Path(name).name, storage.read_bytes(name), artifact_path)
+
+            self._put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
+            self._drain()
+
+    def artifact_bytes(self, alias: str, name: str, data: bytes, artifact_path: str = "") -> None:
+        """``data`` as an artifact called ``name``."""
+        with self._lock:
+            self._require(alias)
+            digest = hashlib.sha256(data).hexdigest()[:16]
+
+            def send(client: MlflowClient) -> None:
+                self._upload_bytes(client, alias, name, data, artifact_path)
+
+            self._put(alias, f"artifact/{artifact_path}/{name}/{digest}", send)
+            self._drain()
+
+    def register_model(
+        self,
+        alias: str,
+        module: nn.Module,
+        example_input: np.ndarray,
+        name: str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        version_alias: str = "newest",
+    ) -> None:
+        """A network as a logged model of the run and as a version of the registered model ``name``.
+
+        ``mlflow.pytorch.load_model("models:/NAME@newest")`` gives the module back, with ``eval()`` and gradients. That takes
+        MLflow's pickle format (and so trust in who wrote it): its pt2 format comes back as a graph on which ``eval()`` raises.
+        Attacks do not use either; they rebuild the network from ``classifier.safetensors`` and ``model.json``, which
+        :func:`publish_run` logs beside it.
+
+        Args:
+            example_input: a batch of images, float32 [B,C,H,W]; gives the signature.
+            metadata: JSON types, kept in the model's MLmodel file.
+            version_alias: registry alias that is moved to this version.
+        """
+        with self._lock:
+            self._require(alias)
+            weights = _weights_digest(module)
+            progress: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
+
+            def send(client: MlflowClient) -> None:
+                run_id = self._id(alias)
+                made = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+                version = next((v.version for v in made if v.tags.get("weights") == weights), None)
+                if version is None:
+                    model_id = self._log_model(
+                        client, run_id, module, example_input, name, dict(metadata or {}), progress
+                    )
+                    with contextlib.suppress(MlflowException):  # it exists, or the next call says what is wrong
+                        client.create_registered_model(name)
+                    tags = {"weights": weights, "alias": alias}
+                    version = client.create_model_version(
+                        name, f"models:/{model_id}", run_id=run_id, tags=tags, model_id=model_id
+                    ).version
+                client.set_registered_model_alias(name, version_alias, version)
+
+            self._put(alias, f"register/{name}/{version_alias}/{weights}", send)
+            self._drain()
+
+    def finish(self, alias: str, status: str = "FINISHED", *, time: float | None = None) -> None:
+        """End a run: FINISHED, FAILED or KILLED. A later :meth:`start` continues one that did not end well."""
+        with self._lock:
+            self._require(alias)
+            if self._state["status"].get(alias) == status and not self._queued(alias, "status/"):
+                return
+            end = _milliseconds(time)
+            self._put(alias, f"status/{status}", lambda client: self._set_status(client, alias, status, end))
+            self._drain()
+
+    def run_id(self, alias: str = "run") -> str | None:
+        """MLflow's id of a run; None while it could not be made."""
+        run = self._state["runs"].get(alias)
+        return run["id"] if run else None
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment; None before the first answer of the server."""
+        experiment_id: str | None = self._state["experiment"]
+        return experiment_id
+
+    @property
+    def pending(self) -> int:
+        """How many operations wait for the server."""
+        return len(self._queue)
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Send what waits, for at most about so long, and say how it ended. True if all is published."""
+        deadline = clock.monotonic() + timeout_s
+        with self._lock:
+            self._drain(now=True)
+            while self._queue and clock.monotonic() < deadline:
+                clock.sleep(min(1.0, max(0.0, deadline - clock.monotonic())))
+                self._drain(now=True)
+            self._save(force=True)
+            missing = len(self._queue) + len(self._rejected)
+            if not missing:
+                self._echo(f"MLflow: all published to {without_password(self.uri)}")
+                return True
+            self._echo(
+                f"MLflow: {missing} operations not published to {without_password(self.uri)}; records are safe under "
+                f"{self.storage.uri}; run the same command again to publish"
+            )
+            return False
+
+    # -- queue -----------------------------------------------------------------------------------------------------------
+
+    def _require(self, alias: str) -> None:
+        if alias not in self._starts:
+            raise ValueError(f"start({alias!r}, ...) comes first")
+
+    def _queued(self, alias: str, what: str) -> bool:
+        return any(key.startswith(f"{alias}|{what}") for key in self._waiting)
+
+    def _put(self, alias: str, what: str, send: Callable[[MlflowClient], None]) -> None:
+        key = f"{alias}|{what}"
+        if what.startswith("status/"):  # a status may come back; whether it is due is known to the caller
+            self._published.discard(key)
+        if key not in self._waiting:
+            self._waiting.add(key)
+            self._queue.append(_Operation(key, send))
+
+    def _drain(self, *, now: bool = False) -> None:
+        if not now and self._retry_at is not None and clock.monotonic() < self._retry_at:
+            return
+        while self._queue:
+            operation = self._queue[0]
+            try:
+                client = self._connect()
+                if operation.key not in self._published:
+                    operation.send(client)
+            except Exception as e:  # tracking never ends a run that took hours
+                if not self._give_up(operation, e):
+                    self._outage(e)
+                    return
+                self._rejected.append(operation.key)
+                self._echo(f"MLflow refused {operation.key.replace('|', ': ')}: {_reason(e)}")
+            else:
+                self._published.add(operation.key)
+                self._unsaved = True
+            self._queue.popleft()
+            self._waiting.discard(operation.key)
+            if self._retry_at is not None:
+                self._retry_at = None
+                self._echo(f"MLflow at {without_password(self.uri)} answers again")
+        self._save()
+
+    def _give_up(self, operation: _Operation, error: Exception) -> bool:
+        """Whether the operation itself is at fault, so that it must not hold up those behind it."""
+        if isinstance(error, StorageError | KeyError):
+            return True  # the file is gone, or the run it belongs to was refused
+        if isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404, 405, 409, 413, 422):
+            return True
+        if self._client is None:
+            return False
+        try:
+            with _http_limits(timeout=4, retries=0):
+                self._client.search_experiments(max_results=1)
+        except Exception:
+            return False
+        operation.failures += 1
+        return operation.failures >= ATTEMPTS
+
+    def _outage(self, error: Exception) -> None:
+        if self._retry_at is None:
+            self._echo(
+                f"MLflow at {without_password(self.uri)} cannot be reached ({_reason(error)}); the run goes on, "
+                "its records are kept and published when it answers again"
+            )
+        self._retry_at = clock.monotonic() + RETRY_SECONDS
+        self._save()
+
+    def _connect(self) -> MlflowClient:
+        if self._client is not None:
+            return self._client
+        client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        experiment = client.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            # the kind opens the UI's page for training runs; without it the UI asks
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            experiment_id = client.create_experiment(self.experiment, self.artifact_root, tags=kind)
+        else:
+            experiment_id = experiment.experiment_id
+            if experiment.lifecycle_stage == "deleted":
+                client.restore_experiment(experiment_id)
+        if self._state["runs"] and not _all_there(client, self._state, experiment_id):
+            self._echo(
+                f"MLflow at {without_password(self.uri)} no longer has what was published there; publishing it again"
+            )
+            self._state.update(_new_state())
+            self._published.clear()
+        self._state["experiment"] = experiment_id
+        self._client = client
+        return client
+
+    # -- sending ---------------------------------------------------------------------------------------------------------
+
+    def _id(self, alias: str) -> str:
+        run_id: str = self._state["runs"][alias]["id"]
+        return run_id
+
+    def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None) -> None:
+        # the answer to an earlier try may have been lost: such a run is found by its key
+        key = f"{self._file['token']}/{alias}"
+        experiment_id = self._state["experiment"]
+        found = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+        else:
+            if not self._saved_at:  # the key must outlive this process before a run carries it
+                self._unsaved = True
+                self._save(force=True)
+            tags = {"defendpp_key": key, "mlflow.user": _user(), "mlflow.source.name": "pipeline/main.py"}
+            if parent is not None:
+                tags["mlflow.parentRunId"] = self._id(parent)
+            run_id = client.create_run(experiment_id, self._starts[alias], tags, name).info.run_id
+        self._state["runs"][alias] = {"id": run_id, "start": self._starts[alias]}
+
+    def _tags(self, alias: str, tags: Mapping[str, Any]) -> None:
+        entries = [RunTag(k, _text(v)[:5000]) for k, v in sorted(tags.items()) if v is not None]
+        for part in _slices(entries, 100):
+
+            def send(client: MlflowClient, part: list[RunTag] = part) -> None:
+                client.log_batch(self._id(alias), tags=part)
+
+            self._put(alias, f"tags/{_digest([[t.key, t.value] for t in part])}", send)
+
+    def _params(self, alias: str, params: Mapping[str, Any]) -> None:
+        entries = [Param(k, _text(v)[:6000]) for k, v in sorted(params.items())]
+        for part in _slices(entries, 100):
+
+            def send(client: MlflowClient, part: list[Param] = part) -> None:
+                client.log_batch(self._id(alias), params=part)
+
+            self._put(alias, f"params/{_digest([[p.key, p.value] for p in part])}", send)
+
+    def _put_metrics(self, alias: str, what: str, metrics: list[Metric]) -> None:
+        def send(client: MlflowClient) -> None:
+            # the same metric at the same step and time is one row in MLflow: sending it again changes nothing
+            for part in _slices(metrics, BATCH):
+                client.log_batch(self._id(alias), metrics=part)
+
+        self._put(alias, what, send)
+
+    def _upload(self, client: MlflowClient, alias: str, path: Path, artifact_path: str) -> None:
+        with _http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+            client.log_artifact(self._id(alias), str(path), artifact_path or None)
+
+    def _upload_bytes(self, client: MlflowClient, alias: str, name: str, data: bytes, artifact_path: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
+            path = Path(directory) / name
+            path.write_bytes(data)
+            self._upload(client, alias, path, artifact_path)
+
+    def _set_status(self, client: MlflowClient, alias: str, status: str, end: int | None) -> None:
+        if status == "RUNNING":
+            client.update_run(self._id(alias), status=status)
+        else:
+            client.set_terminated(self._id(alias), status, end)
+        self._state["status"][alias] = status
+
+    def _log_model(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        module: nn.Module,
+        example_input: np.ndarray,
+        name: str,
+        metadata: dict[str, Any],
+        progress: dict[str, str],
+    ) -> str:
+        import copy
+
+        import mlflow.pytorch
+        import torch
+        from mlflow.models import Model, infer_signature
+
+        module = copy.deepcopy(module).cpu().eval()
+        with torch.no_grad():
+            output = module(torch.from_numpy(example_input)).numpy()
+        if "model_id" not in progress:
+            logged = client.create_logged_model(self._state["experiment"], name, run_id, model_type="classifier")
+            progress.update(model_id=logged.model_id, location=logged.artifact_location)
+        model_id = progress["model_id"]
+        with tempfile.TemporaryDirectory(prefix="defendpp-") as directory, _quiet("mlflow.pytorch"):
+            path = f"{directory}/model"
+            mlflow.pytorch.save_model(
+                module,
+                path,
+                mlflow_model=Model(
+                    progress["location"], run_id, model_uuid=model_id, metadata=metadata or None, model_id=model_id
+                ),
+                signature=infer_signature(example_input, output),
+                serialization_format="pickle",  # the log line that warns of it is what _quiet is for
+                code_paths=[str(Path(__file__).parent.parent / "components")],
+                # given, since mlflow would otherwise find them out by loading the model in another process
+                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "torchvision", "numpy", "cloudpickle"],
+            )
+            with _http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+                client.log_model_artifacts(model_id, path)
+        client.finalize_logged_model(model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        return model_id
+
+    # -- tracking.json ---------------------------------------------------------------------------------------------------
+
+    def _load(self) -> dict[str, Any]:
+        if self.storage.exists("tracking.json"):
+            try:
+                found = self.storage.read_json("tracking.json")
+                if isinstance(found, dict) and found.get("schema") == 1:
+                    return found
+                reason = "its schema is another one"
+            except StorageError as e:
+                reason = str(e)
+            self._echo(f"{self.storage.uri}/tracking.json cannot be used ({reason}); publishing into new MLflow runs")
+        return {"schema": 1, "token": secrets.token_hex(8), "uris": {}}
+
+    def _save(self, *, force: bool = False) -> None:
+        if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
+            return
+        self._state["published"] = sorted(self._published)
+        try:
+            self.storage.write_json("tracking.json", self._file)
+            self._unsaved = False
+        except StorageError as e:
+            self._echo(f"MLflow's bookkeeping could not be kept: {e}")
+        self._saved_at = clock.monotonic()
+
+
+# -- a whole run -----------------------------------------------------------------------------------------------------------
+
+
+def start_run(tracker: Tracker, record: Mapping[str, Any]) -> None:
+    """The parent run, alias "run", out of what ``run.json`` holds from its first stage on."""
+    git, hardware = record.get("git") or {}, record.get("hardware") or {}
+    experiment = record["experiment"]
+    tags = {
+        "kind": "run",
+        "recipe": record["name"],
+        "records": tracker.storage.uri,
+        "command": record.get("command"),
+        "git_dirty": git.get("dirty"),
+        "mlflow.source.git.commit": git.get("revision"),
+        "mlflow.source.type": "LOCAL",
+        "hardware": hardware,
+        "versions": record.get("versions"),
+    }
+    tracker.start("run", record["name"], tags=tags, params=flatten(experiment), time=_unix(record.get("created")))
+    _datasets(tracker, "run", record, ("train", "validation", "test"))
+
+
+def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: float | None = None) -> None:
+    """The child run of a model, alias "model/NAME", e.g. before its first epoch. ``start_run`` comes before.
+
+    ``record`` is ``run.json``; the model need not stand in it yet.
+    """
+    model = record.get("models", {}).get(name, {})
+    role = report.roles(record).get(name)
+    tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
+    # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
+    params = flatten(model.get("train") or report.model_config(record, name))
+    tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
+
+
+def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
+    """Publish all that the records of a run hold by now; what is published already is skipped, so call it as often as you like.
+
+    A parent run with the config, data sets, report and plots; below it a run per model with its history, weights and the
+    numbers of the final table; below each of those a run per evaluation.
+
+    Args:
+        run: the run directory. root: the storage it lies in.
+
+    Raises:
+        UserError: ``run.json`` or a record that it names is missing or corrupt.
+    """
+    record = report.read_run(run)
+    start_run(tracker, record)
+    for name, model in record["models"].items():
+        _publish_model(tracker, root, record, name, model)
+    labels = report.attack_labels(record)
+    for order, evaluation in enumerate(record["evaluations"]):
+        _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
+    if record["evaluations"]:
+        tracker.start("run", record["name"], tags={"mlflow.note.content": report.markdown(record)})
+    tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
+    tracker.artifact_bytes("run", "run.json", run.read_bytes("run.json"))
+    for name in run.list("report"):
+        if "." in name:
+            tracker.artifact("run", run, f"report/{name}", "report")
+    for name in run.list("report/plots"):
+        tracker.artifact("run", run, f"report/plots/{name}", "report/plots")
+    if record.get("finished"):
+        tracker.finish("run", time=_unix(record["finished"]))
+
+
+def _publish_model(
+    tracker: Tracker, root: Storage, record: Mapping[str, Any], name: str, model: Mapping[str, Any]
+) -> None:
+    alias = f"model/{name}"
+    history = report.history_files(root, model)
+    first = root.read_json(history[0]) if history else None
+    begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
+    start_model(tracker, record, name, begin)
+    for file in history:
+        epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
+        if not tracker.has_history(alias, epoch):
+            tracker.history(alias, report.read_epoch(root, file))
+    numbers = {key: model.get(key) for key in ("parameters", "clean_validation", "seconds", "images_per_second")}
+    tracker.metrics(alias, {**numbers, **table_metrics(record, name)})
+    _datasets(tracker, alias, record, ("train", "validation"))
+    for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
+        if root.exists(f"{model['path']}/{file}"):
+            tracker.artifact(alias, root, f"{model['path']}/{file}", "weights")
+    tracker.finish(alias, time=None if begin is None else begin + float(model.get("seconds") or 0.0))
+
+
+def _publish_evaluation(
+    tracker: Tracker, root: Storage, record: Mapping[str, Any], evaluation: Mapping[str, Any], label: str, order: int
+) -> None:
+    model, threat = evaluation["model"], evaluation["threat_model"]
+    short = "clean" if threat == "clean" else f"{threat}/{label}"
+    alias = f"evaluation/{model}/{short}"
+    created = _unix(record.get("created"))
+    # a millisecond apart, so that the UI lists them in the order of the table
+    begin = None if created is None else created + order / 1000
+    tags = {
+        "kind": "evaluation",
+        "recipe": record["name"],
+        "model": model,
+        "role": report.roles(record).get(model),
+        "threat_model": threat,
+        "attack": evaluation["attack"],
+        "examples_made_on": evaluation.get("source"),
+        "records": f"{root.uri}/{evaluation['path']}" if evaluation.get("path") else None,
+    }
+    params = {
+        "threat_model": threat,
+        "attack": evaluation["attack"],
+        "model": model,
+        "source": evaluation.get("source"),
+    }
+    tracker.start(alias, short, parent=f"model/{model}", tags=tags, params=params, time=begin)
+    metrics = evaluation["metrics"]
+    budget = metrics.get("accuracy_at_budget") or {}
+    plain = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    tracker.metrics(alias, {"n": evaluation["n"], **plain, **{f"accuracy_at/{_name(k)}": v for k, v in budget.items()}})
+    if curve := metrics.get("curve"):
+        # MLflow's steps are whole numbers: thousandths of the norm
+        steps = [round(1000 * eps) for eps in curve["eps"]]
+        tracker.curve(alias, f"accuracy_by_{curve['norm']}_x1000", steps, curve["accuracy"])
+    _datasets(tracker, alias, record, ("test",))
+    tracker.finish(alias, time=None if begin is None else begin + float(metrics.get("seconds") or 0.0))
+
+
+def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
+    """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``."""
+    labels = report.attack_labels(record)
+    found: dict[str, float] = {}
+    for evaluation in record["evaluations"]:
+        if evaluation["model"] != model:
+            continue
+        metrics = evaluation["metrics"]
+        if evaluation["threat_model"] == "clean":
+            found["clean/accuracy"] = metrics["accuracy"]
+            continue
+        key = f"{evaluation['threat_model']}/{labels[evaluation['attack']]}"
+        found[key] = metrics["accuracy"]
+        if metrics.get("curve") and metrics.get("l2_median") is not None:
+            found[f"{key}/l2_median"] = metrics["l2_median"]
+    return found
+
+
+def _datasets(tracker: Tracker, alias: str, record: Mapping[str, Any], splits: Sequence[str]) -> None:
+    data = record.get("data") or {}
+    for split in splits:
+        rows = (data.get("rows") or {}).get(split)
+        if rows:
+            source = (data.get("splits") or {}).get(split) or data["source"]
+            context = "training" if split == "train" else split
+            name = f"{data['source'].replace(':', ' ')} {split}"
+            tracker.dataset(alias, name=name, digest=data["hash"], source=source, context=context, rows=rows)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"lr": 1}}`` as ``{"train.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+# -- small things ----------------------------------------------------------------------------------------------------------
+
+
+def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
+    phase = report.PHASES.index(record["phase"])
+    metrics: list[Metric] = []
+    at, number = 0, 0
+    for step in record["steps"]:
+        at, number = _milliseconds(step["time"]), int(step["step"])
+        for key, value in step.items():
+            if key not in ("step", "time") and value is not None:
+                metrics.append(Metric(f"train/{key}", float(value), at, number))
+        metrics.append(Metric("train/phase", float(phase), at, number))
+        metrics.append(Metric("train/epoch", float(record["epoch"]), at, number))
+    for key, value in (record.get("validation") or {}).items():
+        if value is not None:
+            metrics.append(Metric(f"validation/{key}", float(value), at, number))
+    return metrics
+
+
+def _new_state() -> dict[str, Any]:
+    return {"experiment": None, "runs": {}, "published": [], "status": {}}
+
+
+def _all_there(client: MlflowClient, state: Mapping[str, Any], experiment_id: str) -> bool:
+    """Whether the runs remembered are those of this server: it may have been emptied, or its runs deleted."""
+    run = state["runs"].get("run") or next(iter(state["runs"].values()))
+    try:
+        info = client.get_run(run["id"]).info
+    except MlflowException as e:
+        if e.get_http_status_code() == 404:
+            return False
+        raise
+    return bool(info.lifecycle_stage == "active" and info.experiment_id == experiment_id)
+
+
+def _weights_digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _milliseconds(time: float | None) -> int:
+    return round(1000 * (clock.time() if time is None else time))
+
+
+def _unix(iso: str | None) -> float | None:
+    return None if not iso else datetime.fromisoformat(iso).timestamp()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name(text: str) -> str:
+    """``text`` with what MLflow does not allow in a metric's name left out: ``l2<=1.5`` is ``l2_1.5``."""
+    return re.sub(r"[^\w./: -]+", "_", text)
+
+
+def _slices(entries: list[Any], size: int) -> Iterator[list[Any]]:
+    for begin in range(0, len(entries), size):
+        yield entries[begin : begin + size]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without the addresses and nesting that urllib3 puts around it."""
+    text = without_password(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    for known in (
+        "Connection refused",
+        "timed out",
+        "Name or service not known",
+        "Temporary failure in name resolution",
+    ):
+        if known in text:
+            return known.lower()
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
+
+
+@contextlib.contextmanager
+def _http_limits(*, timeout: int, retries: int | None = None) -> Iterator[None]:
+    """Other limits for the requests inside, which mlflow reads from the environment at each."""
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
+    if retries is not None:
+        wanted["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(retries)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _error_within(seconds: float | None, work: Callable[[], None]) -> BaseException | None:
+    """What ``work`` raised, or TimeoutError if it is not done by then (it is left behind), or None."""
+    found: list[BaseException | None] = [TimeoutError(f"no answer within {seconds} s")]
+
+    def run() -> None:
+        try:
+            work()
+            found[0] = None
+        except Exception as e:
+            found[0] = e
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0]
