@@ -208,10 +208,16 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "lr_step_epochs", "checkpoint_every_epochs"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _check(
-            len(self.normalize_mean) == len(self.normalize_std) and all(s > 0 for s in self.normalize_std),
+            all(math.isfinite(m) for m in self.normalize_mean),
+            "train.normalize_mean",
+            self.normalize_mean,
+            "finite numbers",
+        )
+        _check(
+            len(self.normalize_mean) == len(self.normalize_std) and all(0 < s < math.inf for s in self.normalize_std),
             "train.normalize_std",
             self.normalize_std,
-            "as many values as train.normalize_mean, all above 0",
+            "as many values as train.normalize_mean, all finite and above 0",
         )
         if self.schedule == "alternating":
             _check(
@@ -337,6 +343,8 @@ class Experiment:
                     f"one value per channel ({self.data.channels})",
                 )
             if config.defense == "defend++" and len(sizes) < 2:
+                if self.pyramids.levels == 1:
+                    raise ConfigError.of("pyramids.levels", 1, "0 or at least 2 for Defend++")
                 raise ConfigError.of(
                     "data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)"
                 )
@@ -381,11 +389,12 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     fields: dict[str, str] = {}
     for part in rest.split(",") if colon else []:
         key, equals, value = part.partition("=")
+        key = key.strip()
         if not equals or not key:
             raise ConfigError.of("spec", text, f"NAME:FIELD=VALUE,...; {part!r} is not FIELD=VALUE")
         if key in fields:
             raise ConfigError.of("spec", text, f"each field once; {key!r} stands twice")
-        fields[key.strip()] = value.strip()
+        fields[key] = value.strip()
     return name, fields
 
 

@@ -33,26 +33,40 @@ die() {
   exit 1
 }
 
-# Processes of our session: `start` gives the head a session of its own, which its children stay in.
+# Living processes of our session (no zombies): `start` gives the head a session of its own, which its children stay in.
 session_pids() {
-  pgrep -s "$1" || true
+  pgrep -s "$1" -U "$(id -u)" -r D,I,R,S,T || true
 }
 
-# Prints the head's pid (and session id) if the process recorded there is still ours: pids are reused.
-running_head() {
-  local pid start_time
+# Prints the recorded head's pid, which is its session's id too, if that is not from before the last restart.
+recorded_head() {
+  local pid start_time boot
   [[ -r $pid_file ]] || return 1
-  read -r pid start_time <"$pid_file" || return 1
-  [[ -n $pid && $(start_time_of "$pid") == "$start_time" ]] || return 1
+  read -r pid start_time boot <"$pid_file" || return 1
+  [[ $boot == "$(boot_id)" ]] || return 1
+  echo "$pid $start_time"
+}
+
+# The same if the head lives and is still ours: pids are reused.
+running_head() {
+  local pid start_time recorded
+  recorded=$(recorded_head) || return 1
+  read -r pid start_time <<<"$recorded"
+  [[ $(start_time_of "$pid") == "$start_time" ]] || return 1
   echo "$pid"
 }
 
-# Field 22 of /proc/PID/stat: with the pid it names one process until the machine restarts. Empty where there is none.
+boot_id() {
+  cat /proc/sys/kernel/random/boot_id
+}
+
+# Field 22 of /proc/PID/stat: with the pid it names one process until the machine restarts. Empty where there is none, or
+# only a zombie.
 start_time_of() {
   local stat fields
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
   read -r -a fields <<<"${stat##*) }"
-  echo "${fields[19]}"
+  [[ ${fields[0]} == Z ]] || echo "${fields[19]}"
 }
 
 port_is_taken() {
@@ -89,7 +103,7 @@ start() {
 
   export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
   unset RAY_ADDRESS # else `ray start --head` refuses
-  "$ray" get-auth-token --generate >/dev/null || die "no token could be made or read"
+  "$ray" get-auth-token --generate >/dev/null 2>&1 || die "no token; see: RAY_AUTH_MODE=token $ray get-auth-token --generate"
 
   args=(
     --head --block --disable-usage-stats "--port=$port"
@@ -101,7 +115,7 @@ start() {
   # not a process-group leader here, so setsid does not fork and $! is the head itself
   setsid "$ray" start "${args[@]}" </dev/null >"$state/head.log" 2>&1 &
   head=$!
-  echo "$head $(start_time_of "$head")" >"$pid_file"
+  echo "$head $(start_time_of "$head") $(boot_id)" >"$pid_file"
 
   trap 'stop; exit 130' INT TERM
   # asks the Jobs API with the token: ready means that a submission will be taken
@@ -140,14 +154,15 @@ TEXT
 stop() {
   local head pids
   if ! head=$(running_head); then
-    # a head that died alone leaves children behind: they keep its session id
-    if [[ -r $pid_file ]] && read -r head _ <"$pid_file" && [[ -n $head && ! -e /proc/$head ]] && pgrep -s "$head" -f -- "$ray_dir" >/dev/null; then
-      echo "the head is gone; stopping what it left"
-    else
+    # a head that died alone may leave children behind: they keep its session's id, and no process gets that pid meanwhile
+    head=$(recorded_head) || head=
+    head=${head%% *}
+    if [[ -z $head || -n $(start_time_of "$head") || -z $(session_pids "$head") ]]; then
       rm -f "$pid_file"
       echo "not running on port $port"
       return 0
     fi
+    echo "the head is gone; stopping what it left"
   fi
   kill -TERM "$head" 2>/dev/null || true # `ray start --block` stops its children when it gets this
   for ((i = 0; i < 40; i++)); do

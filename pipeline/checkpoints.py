@@ -56,8 +56,9 @@ def load_checkpoint(
         raise DataError(f"checkpoint {path} does not exist") from None
     except Exception as e:  # torch raises whatever the unzipper or the unpickler met
         raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
-    if state.get("schema") != SCHEMA:
-        raise DataError(f"checkpoint {path} has schema {state.get('schema')}, this version reads {SCHEMA}")
+    schema = state.get("schema") if isinstance(state, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}")
     for name, mine in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
         different = {k: (state[name].get(k), v) for k, v in mine.items() if state[name].get(k) != v}
         if different:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -71,10 +72,8 @@ def hardware() -> dict[str, Any]:
         "memory_gib": None,
         "gpus": [],
     }
-    try:
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system tells
         found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        pass  # not every system tells
     import torch
 
     if torch.cuda.is_available():

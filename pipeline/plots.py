@@ -68,6 +68,8 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 x, y = _thin(steps, values)
                 axis.plot(x, y, color=colour, linewidth=1.2, label=label)
         axis.set(title=model, xlabel="step", ylabel="loss", yscale="log")
+        axis.yaxis.set_major_formatter(_plain)
+        axis.yaxis.set_minor_formatter(_plain if np.diff(np.log10(axis.get_ylim()))[0] < 1.5 else "")
         axis.margins(x=0)
     handles: dict[str, Any] = {}
     for axis in axes:
@@ -197,11 +199,17 @@ def adversarial(gallery: Mapping[str, np.ndarray], rows: Sequence[tuple[str, str
 
 def _images(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]], labels: np.ndarray) -> bytes:
     n = min(MAX_IMAGES, len(labels))
-    figure = Figure(figsize=(1.9 + 0.88 * n, 1.02 * len(rows) + 0.25))
+    height = 1.02 if any(predictions is not None for *_, predictions in rows) else 0.92  # room for a line of text
+    figure = Figure(figsize=(1.9 + 0.88 * n, height * len(rows) + 0.25))
     axes = figure.subplots(len(rows), n, squeeze=False)
     left = 1.9 / (1.9 + 0.88 * n)
     figure.subplots_adjust(
-        left=left, right=0.995, top=1 - 0.25 / (len(rows) + 0.25), bottom=0.01, wspace=0.08, hspace=0.32
+        left=left,
+        right=0.995,
+        top=1 - 0.25 / (height * len(rows) + 0.25),
+        bottom=0.01,
+        wspace=0.08,
+        hspace=height - 0.8,
     )
     for row, (title, images, predictions) in zip(axes, rows, strict=True):
         row[0].text(
@@ -244,11 +252,17 @@ def _frame(axis: Axes) -> None:
 
 
 def _legend(model: str, roles: Mapping[str, str]) -> str:
-    return f"{model} ({roles[model]})" if model in roles else model
+    role = roles.get(model, model)
+    return model if model == role else f"{model} ({role})"
 
 
 def _size(images: np.ndarray) -> str:
     return f"{images.shape[-2]}×{images.shape[-1]}"
+
+
+def _plain(value: float, _: int) -> str:
+    """A tick of a logarithmic axis as people write it; only 1, 2 and 5 times a power of ten, which never touch."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _number(value: float | None) -> float:

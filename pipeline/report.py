@@ -67,6 +67,13 @@ def read_run(run: Storage) -> dict[str, Any]:
     empty: dict[str, Any] = {"models": {}, "evaluations": [], "stages": {}, "data": {}, "git": {}, "hardware": {}}
     whole = {**empty, "versions": {}, "command": "", "created": "", "finished": None}
     whole.update({k: v for k, v in record.items() if v is not None})
+    # JSON objects are stored by name; people read them in the order in which things happen
+    whole["stages"] = _in_order(whole["stages"], ("pyramids", "train", "attack", "report"))
+    whole["data"] = {
+        **whole["data"],
+        "rows": _in_order(whole["data"].get("rows") or {}, ("train", "validation", "test")),
+    }
+    whole["models"] = _in_order(whole["models"], tuple(roles(whole)))
     for i, evaluation in enumerate(whole["evaluations"]):
         for key in ("model", "threat_model", "attack", "n", "metrics"):
             if key not in evaluation:
@@ -75,6 +82,10 @@ def read_run(run: Storage) -> dict[str, Any]:
             if not isinstance(evaluation["metrics"].get(key), int | float):
                 raise DataError(f"{run.uri}/run.json: evaluation {i} lacks metrics.{key}; run the same command again")
     return whole
+
+
+def _in_order(values: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in dict.fromkeys((*first, *values)) if name in values}
 
 
 def history_files(root: Storage, model: Mapping[str, Any]) -> list[str]:
@@ -417,10 +428,10 @@ def _row_head(row: Row) -> tuple[str, str]:
 def _head(column: Row) -> list[str]:
     if column["threat_model"] == "clean":
         return ["clean"]
-    threat = "random" if column["threat_model"] == "random" else column["threat_title"]
-    name = "noise" if column["attack_title"] == "uniform noise" else column["attack_title"]
     settings = [s for s in column["settings"].split(", ") if s]
-    return [threat, name, *settings]
+    if column["threat_model"] == "random":
+        return ["control:", "random noise", *settings]
+    return [column["threat_title"], column["attack_title"], *settings]
 
 
 def _cell(column: Row, row: Row) -> list[str]:
@@ -431,7 +442,7 @@ def _cell(column: Row, row: Row) -> list[str]:
     lines = [f"{_percent(cell['accuracy'])} ±{100 * half:.1f}"]
     if column["minimal_norm"]:
         median = cell.get("l2_median")
-        lines.append("never" if median is None else f"L2 {median:.2f}")
+        lines.append("unbroken" if median is None else f"L2 {median:.2f}")
     return lines
 
 

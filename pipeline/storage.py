@@ -6,10 +6,12 @@ unreachable bucket is one clear error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,32 +88,50 @@ class Storage:
             raise StorageError(f"{self.uri}/{name} could not be read: {e}") from e
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write a whole file or nothing: to a temporary name and then moved (local), or as one object (URI)."""
+        """Write a whole file or nothing: to a temporary name and then moved, or as one object on an object store."""
         path = self.path(name)
-        temporary = path
+        parent, _, base = path.rpartition("/")
+        temporary = path if self._is_object_store else f"{parent}/.{base}.{secrets.token_hex(4)}.tmp"
         try:
             if self.is_local:
-                parent, _, base = path.rpartition("/")
                 os.makedirs(parent, exist_ok=True)
-                temporary = f"{parent}/.{base}.{secrets.token_hex(4)}.tmp"
                 with open(temporary, "wb") as file:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())  # else a power cut leaves an empty file under the final name
                 os.replace(temporary, path)
             else:
-                with self.fs.open_output_stream(path) as stream:
+                if not self._is_object_store:
+                    self.fs.create_dir(parent, recursive=True)
+                with self.fs.open_output_stream(temporary) as stream:
                     stream.write(data)
+                if temporary != path:
+                    self.fs.move(temporary, path)
         except OSError as e:
             if temporary != path:
-                try:
-                    os.unlink(temporary)
-                except OSError:
-                    pass
+                with contextlib.suppress(OSError):
+                    self.fs.delete_file(temporary)
             raise StorageError(
                 f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
                 "make room or give another storage, then run the same command again to continue"
             ) from e
+
+    @property
+    def _is_object_store(self) -> bool:
+        """Whether an object appears under its name only when it is complete (and directories do not exist)."""
+        return bool(re.search(r"\b(s3|s3a|gcs|gs|abfs|abfss|adl|az)\b", self.fs.type_name))
+
+    def delete_stale(self, directory: str, older_than_s: float) -> None:
+        """Delete files half written below a directory by processes that were killed, so that they do not fill the disk.
+
+        ``older_than_s`` seconds without a change tell them from those that another process is writing now.
+        """
+        selector = pafs.FileSelector(self.path(directory), allow_not_found=True)
+        for info in self.fs.get_file_info(selector):
+            half_written = info.base_name.startswith(".") and info.base_name.endswith(".tmp")
+            if half_written and info.mtime and time.time() - info.mtime.timestamp() > older_than_s:
+                with contextlib.suppress(OSError):  # another process may have been quicker
+                    self.fs.delete_file(info.path)
 
     def read_json(self, name: str) -> Any:
         try:
@@ -126,10 +146,8 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Delete a file; not an error where there is none."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.fs.delete_file(self.path(name))
-        except FileNotFoundError:
-            pass
 
     def check_writable(self) -> None:
         """Write and delete a small file, before hours of compute are spent.

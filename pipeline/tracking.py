@@ -43,6 +43,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import mlflow  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import (  # noqa: E402
     Dataset,
@@ -204,7 +205,8 @@ class Tracker:
         self._lock = threading.RLock()
         self._queue: deque[_Operation] = deque()
         self._client: MlflowClient | None = None
-        self._retry_at: float | None = None  # set: there is an outage
+        self._retry_at: float | None = None
+        self._outage = False
         self._rejected: list[str] = []
         self._saved_at = 0.0
         self._unsaved = False
@@ -358,22 +360,21 @@ class Tracker:
         with self._lock:
             self._require(alias)
             weights = _weights_digest(module)
-            progress: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
+            done: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
 
             def send(client: MlflowClient) -> None:
                 run_id = self._id(alias)
                 made = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
                 version = next((v.version for v in made if v.tags.get("weights") == weights), None)
                 if version is None:
-                    model_id = self._log_model(
-                        client, run_id, module, example_input, name, dict(metadata or {}), progress
-                    )
-                    with contextlib.suppress(MlflowException):  # it exists, or the next call says what is wrong
+                    model_id = self._log_model(client, run_id, module, example_input, name, dict(metadata or {}), done)
+                    if not client.search_registered_models(f"name = '{name}'"):
                         client.create_registered_model(name)
+                    # with a database this looks the logged model up by mlflow's global URI
+                    mlflow.set_tracking_uri(self.uri)
                     tags = {"weights": weights, "alias": alias}
-                    version = client.create_model_version(
-                        name, f"models:/{model_id}", run_id=run_id, tags=tags, model_id=model_id
-                    ).version
+                    source = f"models:/{model_id}"
+                    version = client.create_model_version(name, source, run_id, tags, model_id=model_id).version
                 client.set_registered_model_alias(name, version_alias, version)
 
             self._put(alias, f"register/{name}/{version_alias}/{weights}", send)
@@ -452,7 +453,8 @@ class Tracker:
                     operation.send(client)
             except Exception as e:  # tracking never ends a run that took hours
                 if not self._give_up(operation, e):
-                    self._outage(e)
+                    self._retry_at = clock.monotonic() + RETRY_SECONDS
+                    self._save()
                     return
                 self._rejected.append(operation.key)
                 self._echo(f"MLflow refused {operation.key.replace('|', ': ')}: {_reason(e)}")
@@ -461,8 +463,9 @@ class Tracker:
                 self._unsaved = True
             self._queue.popleft()
             self._waiting.discard(operation.key)
-            if self._retry_at is not None:
-                self._retry_at = None
+            self._retry_at = None
+            if self._outage:
+                self._outage = False
                 self._echo(f"MLflow at {without_password(self.uri)} answers again")
         self._save()
 
@@ -472,24 +475,19 @@ class Tracker:
             return True  # the file is gone, or the run it belongs to was refused
         if isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404, 405, 409, 413, 422):
             return True
-        if self._client is None:
-            return False
         try:
             with _http_limits(timeout=4, retries=0):
-                self._client.search_experiments(max_results=1)
+                (self._client or MlflowClient(tracking_uri=self.uri)).search_experiments(max_results=1)
         except Exception:
+            if not self._outage:
+                self._outage = True
+                self._echo(
+                    f"MLflow at {without_password(self.uri)} cannot be reached ({_reason(error)}); the run goes on, "
+                    "its records are kept and published when it answers again"
+                )
             return False
         operation.failures += 1
         return operation.failures >= ATTEMPTS
-
-    def _outage(self, error: Exception) -> None:
-        if self._retry_at is None:
-            self._echo(
-                f"MLflow at {without_password(self.uri)} cannot be reached ({_reason(error)}); the run goes on, "
-                "its records are kept and published when it answers again"
-            )
-        self._retry_at = clock.monotonic() + RETRY_SECONDS
-        self._save()
 
     def _connect(self) -> MlflowClient:
         if self._client is not None:
@@ -588,7 +586,7 @@ class Tracker:
         example_input: np.ndarray,
         name: str,
         metadata: dict[str, Any],
-        progress: dict[str, str],
+        done: dict[str, str],
     ) -> str:
         import copy
 
@@ -596,31 +594,38 @@ class Tracker:
         import torch
         from mlflow.models import Model, infer_signature
 
-        module = copy.deepcopy(module).cpu().eval()
-        with torch.no_grad():
-            output = module(torch.from_numpy(example_input)).numpy()
-        if "model_id" not in progress:
+        if "id" not in done:
             logged = client.create_logged_model(self._state["experiment"], name, run_id, model_type="classifier")
-            progress.update(model_id=logged.model_id, location=logged.artifact_location)
-        model_id = progress["model_id"]
-        with tempfile.TemporaryDirectory(prefix="defendpp-") as directory, _quiet("mlflow.pytorch"):
-            path = f"{directory}/model"
-            mlflow.pytorch.save_model(
-                module,
-                path,
-                mlflow_model=Model(
-                    progress["location"], run_id, model_uuid=model_id, metadata=metadata or None, model_id=model_id
-                ),
-                signature=infer_signature(example_input, output),
-                serialization_format="pickle",  # the log line that warns of it is what _quiet is for
-                code_paths=[str(Path(__file__).parent.parent / "components")],
-                # given, since mlflow would otherwise find them out by loading the model in another process
-                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "torchvision", "numpy", "cloudpickle"],
-            )
-            with _http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-                client.log_model_artifacts(model_id, path)
+            done.update(id=logged.model_id, location=logged.artifact_location)
+        model_id = done["id"]
+        if "uploaded" not in done:
+            module = copy.deepcopy(module).cpu().eval()
+            with torch.no_grad():
+                output = module(torch.from_numpy(example_input)).numpy()
+            card = Model(done["location"], run_id, model_uuid=model_id, metadata=metadata or None, model_id=model_id)
+            with tempfile.TemporaryDirectory(prefix="defendpp-") as directory, _quiet("mlflow.pytorch"):
+                mlflow.pytorch.save_model(
+                    module,
+                    f"{directory}/model",
+                    mlflow_model=card,
+                    signature=infer_signature(example_input, output),
+                    serialization_format="pickle",  # _quiet is for the warning that mlflow logs of it
+                    code_paths=[str(Path(__file__).parent.parent / "components")],
+                    # given, since mlflow would otherwise find them out by loading the model in another process
+                    pip_requirements=[
+                        f"torch=={torch.__version__.split('+')[0]}",
+                        "torchvision",
+                        "numpy",
+                        "cloudpickle",
+                    ],
+                )
+                with _http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+                    client.log_model_artifacts(model_id, f"{directory}/model")
+            done["uploaded"] = "yes"
         client.finalize_logged_model(model_id, "READY")
-        client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+        if "output" not in done:
+            client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
+            done["output"] = "yes"
         return model_id
 
     # -- tracking.json ---------------------------------------------------------------------------------------------------
@@ -728,7 +733,7 @@ def _publish_model(
         epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
         if not tracker.has_history(alias, epoch):
             tracker.history(alias, report.read_epoch(root, file))
-    numbers = {key: model.get(key) for key in ("parameters", "clean_validation", "seconds", "images_per_second")}
+    numbers = flatten({k: model.get(k) for k in ("parameters", "clean_validation", "seconds", "images_per_second")})
     tracker.metrics(alias, {**numbers, **table_metrics(record, name)})
     _datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):

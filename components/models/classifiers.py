@@ -37,7 +37,7 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-class ResNet18(ResNet):
+class ResNet18(ResNet):  # type: ignore[misc]  # torchvision has no types
     """torchvision's ResNet-18 with a choice of stem, channels and width; the same keys.
 
     Args:
@@ -64,7 +64,7 @@ class ResNet18(ResNet):
             self.conv1 = nn.Conv2d(channels, width, stem_kernel, stem_stride, padding=stem_kernel // 2, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
             if small:
-                self.maxpool = nn.Identity()  # type: ignore[assignment]
+                self.maxpool = nn.Identity()
             self.inplanes = width
             for i in range(4):
                 stage = self._make_layer(BasicBlock, width * 2**i, 2, stride=1 if i == 0 else 2)
@@ -77,7 +77,8 @@ class ResNet18(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
-        return super().forward(x if self.normalize is None else self.normalize(x))
+        logits: Tensor = super().forward(x if self.normalize is None else self.normalize(x))
+        return logits
 
 
 def build_classifier(

@@ -158,7 +158,9 @@ class PyramidDecoder(nn.Module):
         size = blocks[-1].size
         for i in range(len(blocks) - 1, levels - 2, -1):
             final = i == levels - 1
-            grown = min(2 * size, sizes[-1])  # 4 -> 7 by the transposed convolution's padding, 4 -> 8 exactly
+            # the size that the mirrored block came from, 4 -> 7 by the transposed convolution's padding, 4 -> 8 exactly;
+            # never above the level's own, which is the smaller of the two where floor and ceiling differ (30: 15, 8 | 7)
+            grown = min(blocks[i - 1].size if i else sizes[-1], sizes[-1])
             out = image_channels if final else blocks[i].in_channels
             bottom.append(mirrored(blocks[i], blocks[i].out_channels, out, size, grown, extra_conv=i == 0, last=final))
             size = grown

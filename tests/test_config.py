@@ -1,0 +1,348 @@
+"""Settings: what is refused and how it is said, and that a config survives text, JSON and hashing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+
+import pytest
+from components.config import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    PyramidConfig,
+    ScalingConfig,
+    TrainConfig,
+    content_hash,
+    from_dict,
+    level_sizes,
+    parse_spec,
+    replace_typed,
+    to_dict,
+)
+from components.errors import ConfigError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ALTERNATING = {"schedule": "alternating", "cycles": 2, "autoencoder_epochs": 3, "classifier_epochs": 1}
+
+
+def refused(make: typing.Callable[[], object], field: str, value: object, allowed: str) -> None:
+    """The error names the field, the value as Python writes it, and what would be allowed."""
+    with pytest.raises(ConfigError) as error:
+        make()
+    text = str(error.value)
+    assert text.startswith(f"{field}={value!r} is not possible: "), text
+    assert allowed in text.partition("not possible: ")[2], text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("arch", "resnet19", "'resnet18'"),
+        ("defense", "defend", "'none', 'defend++'"),
+        ("decoder", "unet", "'pyramid'"),
+        ("schedule", "mixed", "'joint', 'alternating'"),
+        ("reconstruction_reduction", "max", "'mean', 'sum'"),
+        ("noise_location", "logits", "'none', 'latent', 'input'"),
+        ("lr_schedule", "cosine", "'one_cycle', 'step'"),
+        ("precision", "float16", "'float32', 'bfloat16'"),
+        ("width", 0, "at least 1"),
+        ("shared_blocks", 0, "1 to 4"),
+        ("shared_blocks", 5, "1 to 4"),
+        ("lam", -0.01, "0 or more"),
+        ("lam", math.nan, "0 or more"),
+        ("lam", math.inf, "finite"),
+        ("reconstruction_weight", -1.0, "0 or more"),
+        ("noise_sigma", -1.0, "0 or more"),
+        ("weight_decay", -1.0, "0 or more"),
+        ("clip_norm", math.nan, "0 or more"),
+        ("lr", 0.0, "above 0"),
+        ("lr", math.nan, "above 0"),
+        ("lr_gamma", -0.1, "above 0"),
+        ("momentum", 1.0, "[0, 1)"),
+        ("momentum", -0.1, "[0, 1)"),
+        ("epochs", 0, "at least 1"),
+        ("batch_size", 0, "at least 1"),
+        ("lr_step_epochs", 0, "at least 1"),
+        ("checkpoint_every_epochs", 0, "at least 1"),
+    ],
+)
+def test_train_refuses(field: str, value: typing.Any, allowed: str) -> None:
+    refused(lambda: TrainConfig(**{field: value}), f"train.{field}", value, allowed)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "field"),
+    [
+        ((0.5,), (), "normalize_std"),
+        ((), (0.5,), "normalize_std"),
+        ((0.5,), (0.0,), "normalize_std"),
+        ((0.5,), (math.nan,), "normalize_std"),
+        ((0.5,), (math.inf,), "normalize_std"),
+        ((math.nan,), (0.5,), "normalize_mean"),
+    ],
+)
+def test_normalisation_refuses(mean: tuple[float, ...], std: tuple[float, ...], field: str) -> None:
+    value = mean if field == "normalize_mean" else std
+    refused(lambda: TrainConfig(normalize_mean=mean, normalize_std=std), f"train.{field}", value, "finite")
+
+
+def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
+    TrainConfig(**ALTERNATING, epochs=8)
+    refused(lambda: TrainConfig(**ALTERNATING, epochs=7), "train.epochs", 7, "= 8; the rest is joint")
+    refused(lambda: TrainConfig(**ALTERNATING, epochs=8, defense="none"), "train.schedule", "alternating", "'joint'")
+    for name in ("cycles", "autoencoder_epochs", "classifier_epochs"):
+        refused(lambda name=name: TrainConfig(**{**ALTERNATING, "epochs": 8, name: 0}), f"train.{name}", 0, "at least 1")
+
+
+@pytest.mark.parametrize(
+    ("cls", "prefix", "field", "value", "allowed"),
+    [
+        (DataConfig, "data", "source", "http:x", "parquet:DIR"),
+        (DataConfig, "data", "source", "parquet:", "parquet:DIR"),
+        (DataConfig, "data", "image_size", 6, "at least 7 pixels"),
+        (DataConfig, "data", "channels", 2, "1 (grey) or 3"),
+        (DataConfig, "data", "num_classes", 1, "at least 2"),
+        (DataConfig, "data", "validation_fraction", 1.0, "[0, 1)"),
+        (DataConfig, "data", "validation_fraction", math.nan, "[0, 1)"),
+        (DataConfig, "data", "train_limit", -1, "0 (all)"),
+        (DataConfig, "data", "test_limit", -1, "0 (all)"),
+        (PyramidConfig, "pyramids", "targets", "wavelet", "'lowpass', 'linear', 'none'"),
+        (PyramidConfig, "pyramids", "dtype", "int8", "'float16', 'float32'"),
+        (PyramidConfig, "pyramids", "levels", 5, "to 4"),
+        (PyramidConfig, "pyramids", "levels", -1, "to 4"),
+        (PyramidConfig, "pyramids", "rows_per_shard", 0, "at least 1"),
+        (EvaluationConfig, "evaluation", "attacks", ("cw", "cw"), "each attack once"),
+        (EvaluationConfig, "evaluation", "test_images", -1, "0 (all)"),
+        (EvaluationConfig, "evaluation", "chunk_size", 0, "at least 1"),
+        (ScalingConfig, "scaling", "workers", 0, "at least 1"),
+        (ScalingConfig, "scaling", "threads_per_worker", 0, "at least 1"),
+        (ScalingConfig, "scaling", "cpus_per_worker", 0.0, "above 0"),
+        (ScalingConfig, "scaling", "cpus_per_attack", math.nan, "above 0"),
+        (ScalingConfig, "scaling", "gpus_per_attack", -0.5, "0 or more"),
+        (ScalingConfig, "scaling", "max_failures", -1, "0 or more"),
+    ],
+)
+def test_other_sections_refuse(cls: type, prefix: str, field: str, value: object, allowed: str) -> None:
+    refused(lambda: cls(**{field: value}), f"{prefix}.{field}", value, allowed)
+
+
+def test_unknown_threat_model_and_attack() -> None:
+    refused(
+        lambda: EvaluationConfig(threat_models=("grey_box",)),  # type: ignore[arg-type]
+        "evaluation.threat_models",
+        "grey_box",
+        "white_box, transfer",
+    )
+    with pytest.raises(ConfigError, match="deepfool"):
+        EvaluationConfig(attacks=("deepfool",))
+
+
+def experiment(**changes: typing.Any) -> Experiment:
+    return Experiment(**{"name": "x", **changes})
+
+
+def test_experiment_refuses_what_does_not_fit_together() -> None:
+    experiment()
+    refused(lambda: experiment(name=""), "name", "", "a name")
+    refused(lambda: experiment(models=()), "models", (), "at least one")
+    refused(
+        lambda: experiment(models=("no_defense:defense=none", "no_defense:seed=2")),
+        "models",
+        "no_defense:seed=2",
+        "each model name once",
+    )
+    refused(
+        lambda: experiment(train=TrainConfig(batch_size=10), scaling=ScalingConfig(workers=4)),
+        "models[no_defense].batch_size",
+        10,
+        "a multiple of scaling.workers (4)",
+    )
+    # only the variant that is wrong is named
+    refused(
+        lambda: experiment(
+            models=("no_defense:defense=none", "odd:batch_size=9"),
+            train=TrainConfig(batch_size=8),
+            scaling=ScalingConfig(workers=2),
+        ),
+        "models[odd].batch_size",
+        9,
+        "a multiple of",
+    )
+    refused(
+        lambda: experiment(evaluation=EvaluationConfig(transfer_source="nobody")),
+        "evaluation.transfer_source",
+        "nobody",
+        "no_defense, control, defend",
+    )
+    refused(
+        lambda: experiment(evaluation=EvaluationConfig(transfer_source="defend")),
+        "evaluation.transfer_source",
+        "defend",
+        "an undefended model",
+    )
+    # nobody transfers: the source may be missing
+    experiment(evaluation=EvaluationConfig(transfer_source="nobody", threat_models=("white_box",)))
+    refused(
+        lambda: experiment(train=TrainConfig(normalize_mean=(0.5, 0.5), normalize_std=(1.0, 1.0))),
+        "models[no_defense].normalize_mean",
+        (0.5, 0.5),
+        "one value per channel (1)",
+    )
+
+
+def test_a_level_under_seven_pixels_is_refused() -> None:
+    refused(lambda: experiment(pyramids=PyramidConfig(levels=4)), "pyramids.levels", 4, "1 to 3 at image size 28")
+    experiment(pyramids=PyramidConfig(levels=3))
+    refused(lambda: experiment(data=DataConfig(image_size=13)), "data.image_size", 13, "at least 14 pixels")
+    # what is wrong here is the number of levels, not the size
+    refused(lambda: experiment(pyramids=PyramidConfig(levels=1)), "pyramids.levels", 1, "at least 2")
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        (28, (28, 14, 7)),
+        (32, (32, 16, 8)),
+        (64, (64, 32, 16, 8)),
+        (224, (224, 112, 56, 28)),
+        (7, (7,)),
+        (13, (13,)),
+        (14, (14, 7)),
+        (29, (29, 14, 7)),
+        (27, (27, 13)),
+        (55, (55, 27, 13)),
+        (57, (57, 28, 14, 7)),
+    ],
+)
+def test_level_sizes(size: int, sizes: tuple[int, ...]) -> None:
+    assert level_sizes(size) == sizes
+    for levels in range(1, len(sizes) + 1):
+        assert level_sizes(size, levels) == sizes[:levels]
+    refused(lambda: level_sizes(size, len(sizes) + 1), "pyramids.levels", len(sizes) + 1, f"1 to {len(sizes)}")
+    refused(lambda: level_sizes(size, -1), "pyramids.levels", -1, f"1 to {len(sizes)}")
+
+
+def test_level_sizes_refuses_small_images() -> None:
+    refused(lambda: level_sizes(6), "data.image_size", 6, "at least 7 pixels")
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,8}", fullmatch=True),
+    st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.from_regex(r"[a-z0-9.=-]{0,8}", fullmatch=True)),
+)
+def test_parse_spec_round_trip(name: str, fields: dict[str, str]) -> None:
+    text = name + (":" + ",".join(f"{k}={v}" for k, v in fields.items()) if fields else "")
+    assert parse_spec(text) == (name, fields)
+
+
+def test_parse_spec_strips_blanks() -> None:
+    assert parse_spec("a:lr = 0.1, width = 8") == ("a", {"lr": "0.1", "width": "8"})
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":lr=1", "a b", "a/b:lr=1", "a:", "a:lr", "a:=1", "a: =1", "a:lr=1,", "a:lr=1,lr=2", "a:lr=1, lr=2"]
+)
+def test_parse_spec_refuses(text: str) -> None:
+    refused(lambda: parse_spec(text), "spec", text, "")
+
+
+def test_replace_typed_converts_by_the_fields_type() -> None:
+    base = TrainConfig()
+    new = replace_typed(
+        base, {"lr": "1e-3", "width": "8", "channels_last": "True", "defense": "none", "seed": "-1"}, "models[x]"
+    )
+    assert new == dataclasses.replace(base, lr=1e-3, width=8, channels_last=True, defense="none", seed=-1)
+    assert [type(getattr(new, f)) for f in ("lr", "width", "channels_last", "defense")] == [float, int, bool, str]
+    assert replace_typed(base, {}, "x") == base
+    assert replace_typed(base, {"channels_last": "false"}, "x").channels_last is False
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.builds(
+        TrainConfig,
+        width=st.integers(1, 99),
+        lam=st.floats(0, 10),
+        lr=st.floats(1e-9, 10),
+        defense=st.sampled_from(["none", "defend++"]),
+        channels_last=st.booleans(),
+        seed=st.integers(-9, 9),
+    )
+)
+def test_replace_typed_round_trip(config: TrainConfig) -> None:
+    texts = {f: str(getattr(config, f)) for f in ("width", "lam", "lr", "defense", "channels_last", "seed")}
+    assert replace_typed(TrainConfig(), texts, "x") == config
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "named", "allowed"),
+    [
+        ("width", "8.5", "models[x].width", "of type int"),
+        ("lr", "fast", "models[x].lr", "of type float"),
+        ("channels_last", "1", "models[x].channels_last", "true or false"),
+        ("colour", "red", "models[x].colour", "there are arch, width"),
+        ("normalize_mean", "0.5", "models[x].normalize_mean", "set it for all models"),
+        ("defense", "armour", "train.defense", "'none', 'defend++'"),
+        ("shared_blocks", "5", "train.shared_blocks", "1 to 4"),
+    ],
+)
+def test_replace_typed_refuses(field: str, text: str, named: str, allowed: str) -> None:
+    value: object = 5 if field == "shared_blocks" else text
+    refused(lambda: replace_typed(TrainConfig(), {field: text}, "models[x]"), named, value, allowed)
+
+
+def test_variants_keep_order_and_inherit() -> None:
+    e = experiment(
+        train=TrainConfig(width=4, seed=7),
+        models=("b:defense=none", "a", "c:seed=1"),
+        evaluation=EvaluationConfig(transfer_source="b"),
+    )
+    assert list(e.variants()) == ["b", "a", "c"]
+    assert e.variants()["a"] == e.train
+    assert e.variants()["c"] == dataclasses.replace(e.train, seed=1)
+
+
+def full() -> Experiment:
+    return Experiment(
+        name="full",
+        data=DataConfig(source="folder:/x", image_size=32, channels=3),
+        pyramids=PyramidConfig(levels=2, dtype="float32"),
+        train=TrainConfig(normalize_mean=(0.1, 0.2, 0.3), normalize_std=(0.5, 0.5, 0.5), lam=0.1, lr=1 / 3),
+        evaluation=EvaluationConfig(attacks=("cw",), threat_models=("white_box",)),
+        scaling=ScalingConfig(workers=2, cpus_per_worker=0.5),
+    )
+
+
+def test_dict_round_trip_through_json() -> None:
+    for config in (full(), Experiment(name="default"), TrainConfig(**ALTERNATING, epochs=9)):
+        back = from_dict(type(config), json.loads(json.dumps(to_dict(config))))
+        assert back == config
+        assert hash(back) == hash(config)  # lists became tuples again
+    assert isinstance(to_dict(full())["train"]["normalize_mean"], list)
+
+
+def test_from_dict_refuses_an_unknown_field_and_validates() -> None:
+    refused(lambda: from_dict(TrainConfig, {"colour": "red"}), "TrainConfig.colour", "red", "no such field")
+    values = to_dict(full())
+    values["train"]["lam"] = -1
+    refused(lambda: from_dict(Experiment, values), "train.lam", -1, "0 or more")
+
+
+def test_content_hash_is_stable() -> None:
+    # pinned: another value would orphan every model and shard set on disk
+    assert content_hash(1, {"b": [1, 2.5], "a": "x"}) == "fc068422a8662e67"
+    assert content_hash(1, {"a": "x", "b": [1, 2.5]}) == content_hash(1, {"b": [1, 2.5], "a": "x"})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+    assert content_hash("ab", "c") != content_hash("a", "bc")
+
+
+def test_configs_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        TrainConfig("resnet18")  # type: ignore[misc]
