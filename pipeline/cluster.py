@@ -98,7 +98,7 @@ def _short_of(each: dict[str, float], count: int, what: str) -> str | None:
     needs = " and ".join(f"{v:g} {k}" for k, v in each.items())
     return (
         f"{what}: {count} x ({needs}) asked for, room for {placed}: the cluster has {have['CPU']:g} CPU and {have['GPU']:g} GPU "
-        f"on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or scaling.cpus_per_attack, set scaling.gpu False "
+        f"on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or scaling.cpus_per_attack, use --scaling.no-gpu "
         "where there is none, add nodes, or give a growing cluster time with scaling.wait_s"
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import logging
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasink
+from ray.exceptions import UserCodeException
 
 from components.config import DataConfig, PyramidConfig, content_hash, level_sizes
 from components.errors import DataError, UserError
@@ -263,7 +265,7 @@ class _Plan:
 
     def table(self, shard: int) -> pa.Table:
         """Decode the images of a shard and compute their levels. Raises DataError as :meth:`Source.read`."""
-        # not at the top: Ray's workers import this module when they start, and torch takes 3 s; a reader needs none of it
+        _import_torch()
         import torch
 
         from components.dct import linear_pyramid, lowpass_pyramid
@@ -305,7 +307,8 @@ class _ShardDatasink(Datasink[dict[str, Any]]):
         expected = len(self.plan.shard_rows(shard))
         if table.num_rows != expected:
             raise RuntimeError(f"Ray Data passed {table.num_rows} rows of shard {shard}, not {expected}")
-        return _write_shard(self.directory, shard, table)
+        with _carrying_user_errors():
+            return _write_shard(self.directory, shard, table)
 
     def on_write_complete(self, write_result: Any) -> None:
         _write_manifest(self.plan, self.directory, write_result.write_returns)
@@ -324,17 +327,17 @@ def _write(plan: _Plan, directory: Storage, missing: list[int]) -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # else only its text comes back
     context.target_max_block_size = None  # a shard is as large as rows_per_shard says, and stays one block
-    tables = shards.map_batches(
-        lambda batch: plan.table(batch["shard"][0].as_py()),
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-    )
+
+    def build_shard(batch: pa.Table) -> pa.Table:
+        with _carrying_user_errors():
+            return plan.table(batch["shard"][0].as_py())
+
+    tables = shards.map_batches(build_shard, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
     try:
         with _quiet_ray_data():
             tables.write_datasink(_ShardDatasink(plan, directory))
     except Exception as e:
-        user_error = _user_error(e)
+        user_error = _carried_user_error(e)
         if user_error is None:
             raise
         raise user_error from None
@@ -465,32 +468,62 @@ def _reporting(plan: _Plan, directory: Storage, report: Callable[[int, int], Non
         thread.join()
 
 
+class _TaskError(UserCodeException):
+    """Carries a UserError from a task to the driver. As it is, Ray would add its own advice to the message."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def __reduce__(self) -> tuple[type[_TaskError], tuple[UserError]]:
+        return _TaskError, (self.error,)
+
+
+@contextlib.contextmanager
+def _carrying_user_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as e:
+        raise _TaskError(e) from None
+
+
+def _carried_user_error(error: BaseException | None) -> UserError | None:
+    """The UserError in what Ray wrapped a task's error in."""
+    while error is not None:
+        if isinstance(error, _TaskError):
+            return error.error
+        error = getattr(error, "cause", None) or error.__cause__
+    return None
+
+
+def _import_torch() -> None:
+    """Import what a task needs out of components.dct, so that no interrupt can leave torch half imported.
+
+    When a task fails, Ray interrupts the others in their main threads; one that was just importing torch would leave it unusable
+    in a worker process that lives on. An interrupt does not reach another thread.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=("components.dct",))
+    thread.start()
+    thread.join()
+
+
+_QUIET = {
+    "ray.data": logging.WARNING,  # when a plan starts and ends; its warnings (no resources, memory) stay
+    "ray.data._internal.progress": logging.ERROR,  # that bars are off
+    # a failed task with a traceback, twice: build raises the error itself
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
+    "ray.data.exceptions": logging.CRITICAL,
+}
+
+
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data's loggers say when a plan starts and ends, and print a traceback of each failure: ours are reported by :func:`build`.
-
-    Its warnings (no resources, memory) stay.
-    """
-    loggers = {
-        logging.getLogger("ray.data"): logging.WARNING,
-        logging.getLogger("ray.data.exceptions"): logging.CRITICAL,
-    }
-    before = {logger: logger.level for logger in loggers}
-    for logger, level in loggers.items():
-        logger.setLevel(level)
+    """No lines of Ray Data's own about what :func:`build` reports: ``_QUIET`` says which."""
+    before = {name: logging.getLogger(name).level for name in _QUIET}
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        for logger, level in before.items():
-            logger.setLevel(level)
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """The error that a task raised for the user, out of what Ray wrapped it in."""
-    while error is not None:
-        # Ray's RayTaskError is made a subclass of its cause, with the worker's traceback as its text
-        cause = getattr(error, "cause", None)
-        if isinstance(error, UserError) and cause is None:
-            return error
-        error = cause or error.__cause__
-    return None
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -16,7 +16,7 @@ from typing import Any
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
 from pipeline import attack, cluster, environment, gallery, pyramids, report, sources, tracking, train
-from pipeline.progress import console, say, stage
+from pipeline.progress import say, stage
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes
 
@@ -208,8 +208,7 @@ def train_models(run: Run, sets: dict[str, pyramids.ShardSet]) -> list[attack.Mo
         run.record["models"][name] = {
             "path": model["path"],
             "train": model["train"],
-            "parameters": model["parameters"]["classifier"],
-            "parameters_autoencoder": model["parameters"].get("autoencoder"),
+            "parameters": model["parameters"],
             "clean_validation": model["validation"].get("accuracy"),
             "reconstruction_validation": model["validation"].get("reconstruction"),
             "seconds": model["seconds"],
@@ -289,7 +288,7 @@ def finish(run: Run) -> None:
     """Publish what is left, then show the table and where to look."""
     run.publish()
     run.tracker.flush()
-    report.print_table(run.storage, console)
+    report.print_table(run.storage)
     paths = [run.storage.uri + "/report/report.html"]
     say(f"report: {paths[0]}")
     say(f"MLflow: {tracking.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")

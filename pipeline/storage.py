@@ -46,13 +46,13 @@ class Storage:
         self.fs, self.root = _resolve(self.uri)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
-        return Storage, (self.uri,)
+        return type(self), (self.uri,)
 
     def __repr__(self) -> str:
         return f"Storage({self.uri!r})"
 
     def __truediv__(self, name: str) -> Storage:
-        return Storage(f"{self.uri}/{name}")
+        return type(self)(f"{self.uri}/{name}")
 
     @property
     def is_local(self) -> bool:

@@ -139,7 +139,10 @@ def _sqlite_path(uri: str) -> Path:
 
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """One line to paste: opens the UI, with the address of this very run where its id is known."""
-    page = f"#/experiments/{experiment_id}/runs/{run_id}" if experiment_id and run_id else ""
+    # without the last part the UI opens on its pages for language models
+    page = (
+        f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if experiment_id and run_id else ""
+    )
     if uri.startswith("http"):
         return f"open {without_password(uri).rstrip('/')}/{page}"
     beside = Path(sys.executable).parent / "mlflow"
@@ -733,7 +736,12 @@ def _publish_model(
         epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
         if not tracker.has_history(alias, epoch):
             tracker.history(alias, report.read_epoch(root, file))
-    numbers = flatten({k: model.get(k) for k in ("parameters", "clean_validation", "seconds", "images_per_second")})
+    numbers = {
+        "clean/validation": model.get("clean_validation"),
+        "train/total_seconds": model.get("seconds"),
+        "train/mean_images_per_second": model.get("images_per_second"),
+        **{f"parameters/{part}": count for part, count in (model.get("parameters") or {}).items()},
+    }
     tracker.metrics(alias, {**numbers, **table_metrics(record, name)})
     _datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
@@ -749,8 +757,8 @@ def _publish_evaluation(
     short = "clean" if threat == "clean" else f"{threat}/{label}"
     alias = f"evaluation/{model}/{short}"
     created = _unix(record.get("created"))
-    # a millisecond apart, so that the UI lists them in the order of the table
-    begin = None if created is None else created + order / 1000
+    # a millisecond apart, so that the UI, which shows the youngest first, lists them in the order of the table
+    begin = None if created is None else created + 1 - order / 1000
     tags = {
         "kind": "evaluation",
         "recipe": record["name"],

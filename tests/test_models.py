@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from components.models.classifiers import ResNet18, apply_head, build_classifier
 from components.models.decoders import DecodeBlock, HighFrequency
 from components.models.defend import DefendNet, block_shapes, classify_with_noise, run_blocks
 from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks this small lose time to threads, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(channels: int = 1, size: int = 28, width: int = 4, seed: int = 0, **kwargs: object) -> ResNet18:

@@ -36,7 +36,7 @@ _ATTACKS: dict[str, _Attack] = {
     "cw": _Attack(
         "minimal_norm",
         ("l2",),
-        {"steps": 20, "binary_search_steps": 5, "lr": 0.1, "initial_const": 1.0, "confidence": 0.0},
+        {"steps": 20, "binary_search_steps": 5, "lr": 0.5, "initial_const": 1.0, "confidence": 0.0},
     ),
     "ddn": _Attack(
         "minimal_norm", ("l2",), {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0}

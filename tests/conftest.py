@@ -1,0 +1,43 @@
+"""Fixtures of all tests. One Ray cluster serves the whole session: starting one takes 5-8 s."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# before Ray and MLflow are imported by any test
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        configure_logging=True,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        object_store_memory=500_000_000,
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of the complete MNIST, CIFAR-10 and Imagenette Parquet files, where a machine has them."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not on this machine")
+    return SHARED_DATA

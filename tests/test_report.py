@@ -1,0 +1,316 @@
+"""The report says what the records say, no more and no less."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+import fake_run
+from components.errors import UserError
+from components.robustness import mcnemar
+from pipeline import environment, report
+from pipeline.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Storage, dict[str, str]]:
+    root = Storage(tmp_path_factory.mktemp("storage"))
+    run = fake_run.write(root)
+    return run, root, report.build(run, root)
+
+
+class _Tables(html.parser.HTMLParser):
+    """The rows of every table with an id, cell texts joined by spaces; and every address that the page names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.addresses: list[str] = []
+        self._rows: list[list[str]] | None = None
+        self._cell: list[str] | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.addresses += [found[k] or "" for k in ("src", "href") if k in found]
+        if tag == "table" and found.get("id"):
+            self._rows = self.tables.setdefault(found["id"] or "", [])
+        if self._rows is not None and tag == "tr":
+            self._rows.append([])
+        if self._rows is not None and tag in ("td", "th"):
+            self._cell = []
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None and data.strip():
+            self._cell.append(data.strip())
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._rows and self._cell is not None:
+            self._rows[-1].append(" ".join(self._cell))
+            self._cell = None
+        if tag == "table":
+            self._rows = None
+
+
+def _page(run: Storage) -> tuple[str, _Tables]:
+    text = run.read_bytes("report/report.html").decode()
+    parsed = _Tables()
+    parsed.feed(text)
+    return text, parsed
+
+
+def _text(run: Storage, width: int) -> str:
+    out = io.StringIO()
+    report.print_table(run, console=Console(file=out, width=width))
+    return out.getvalue()
+
+
+def test_every_value_of_the_html_table_is_the_record(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    run, _, _ = built
+    record = run.read_json("run.json")
+    _, page = _page(run)
+    groups, heads, *rows = page.tables["results"]
+    assert groups == ["model", "clean", "random (control)", "white-box", "transfer"]
+    assert [h.split()[0] for h in heads] == ["no", "uniform", "FGSM", "BIM", "DDN", "FGSM", "BIM", "DDN"]
+    order = [
+        ("clean", "none"),
+        ("random", "noise"),
+        *((t, a) for t in ("white_box", "transfer") for a in ("fgsm", "bim", "ddn")),
+    ]
+    assert [row[0].split()[0] for row in rows] == list(fake_run.MODELS)
+    seen = 0
+    for row in rows:
+        for (threat, attack), cell in zip(order, row[1:], strict=True):
+            key = (row[0].split()[0], threat, attack)
+            found = [
+                e["metrics"]
+                for e in record["evaluations"]
+                if (e["model"], e["threat_model"], e["attack"].partition(":")[0]) == key
+            ]
+            if not found:
+                assert cell == "made on it"
+                continue
+            m = found[0]
+            numbers = [float(x) for x in re.findall(r"\d+\.\d+", cell)]
+            assert numbers[:3] == [round(100 * m[k], 1) for k in ("accuracy", "accuracy_low", "accuracy_high")], key
+            if attack == "ddn":
+                assert (
+                    (cell.endswith("never broken"))
+                    if m["l2_median"] is None
+                    else numbers[3] == round(m["l2_median"], 2)
+                )
+            seen += 1
+    assert seen == len(record["evaluations"])
+
+
+def test_table_files_hold_the_records(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    run, _, paths = built
+    record = run.read_json("run.json")
+    rows = list(csv.DictReader(io.StringIO(run.read_bytes(paths["table_csv"]).decode())))
+    table = run.read_json(paths["table_json"])
+    assert len(rows) == len(record["evaluations"]) == sum(len(r["cells"]) for r in table["rows"])
+    for row, e in zip(rows, record["evaluations"], strict=True):
+        assert (row["model"], row["threat_model"], row["attack"]) == (e["model"], e["threat_model"], e["attack"])
+        assert float(row["accuracy"]) == e["metrics"]["accuracy"]
+        key = next(
+            c["key"] for c in table["columns"] if (c["threat_model"], c["attack"]) == (e["threat_model"], e["attack"])
+        )
+        cell = next(r for r in table["rows"] if r["model"] == e["model"])["cells"][key]
+        assert cell["accuracy_low"] == e["metrics"]["accuracy_low"]
+        assert cell["source"] == e["source"]
+    assert {r["model"]: r["role"] for r in table["rows"]} == {
+        "no_defense": "source",
+        "control": "control",
+        "defend": "defended",
+    }
+
+
+def test_comparison_is_paired_by_sample(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    run, root, paths = built
+    found = run.read_json(paths["table_json"])["comparisons"]
+    assert [(c["defended"], c["control"], c["attack"].partition(":")[0]) for c in found] == [
+        ("defend", "control", a) for a in ("fgsm", "bim", "ddn")
+    ]
+    for c in found:
+        short = c["attack"].partition(":")[0]
+        right = {}
+        for model in ("defend", "control"):
+            columns = report.read_judged(root, f"judged/{model}-transfer-{short}")
+            right[model] = columns["adversarial_prediction"] == columns["label"]
+        assert c["only_defended"] == int((right["defend"] & ~right["control"]).sum())
+        assert c["only_control"] == int((right["control"] & ~right["defend"]).sum())
+        assert c["p"] == mcnemar(right["defend"], right["control"])
+    _, page = _page(run)
+    assert [row[7] for row in page.tables["comparisons"][1:]] == ["300"] * 3
+
+
+def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    run, _, paths = built
+    text, page = _page(run)
+    assert page.addresses
+    assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    assert not re.search(r"@import|url\(|<script", text)
+    assert len(page.addresses) == len([k for k in paths if k.startswith("plot_")])
+    assert "This report is partial" not in text
+    for sentence in report.explanation(run.read_json("run.json")):
+        assert sentence in text
+
+
+def test_building_again_gives_the_same_bytes(built: tuple[Storage, Storage, dict[str, str]], tmp_path: Path) -> None:
+    run, root, paths = built
+    shutil.copytree(root.local_root, tmp_path / "copy")
+    other_root = Storage(tmp_path / "copy")
+    other = other_root / run.uri.removeprefix(root.uri + "/")
+    shutil.rmtree(other.local_root / "report")
+    assert report.build(other, other_root) == paths
+    for name in paths.values():
+        assert other.read_bytes(name) == run.read_bytes(name), name
+
+
+def test_user_text_is_escaped(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    run = fake_run.write(root, gallery=False)
+    record = run.read_json("run.json")
+    record["command"] = "<script>alert(1)</script>"
+    run.write_json("run.json", record)
+    report.build(run, root)
+    text = run.read_bytes("report/report.html").decode()
+    assert "<script>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_terminal_table_fits_and_names_the_threat_model(
+    built: tuple[Storage, Storage, dict[str, str]], width: int
+) -> None:
+    run, _, _ = built
+    text = _text(run, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    heads = re.split(r"─{10,}", text)
+    attacks = sum(part.count("FGSM") + part.count("BIM") + part.count("DDN") for part in heads)
+    threats = len(re.findall(r"white-box(?!:)|transfer(?!:)", text.partition("Accuracy in %")[0]))
+    assert attacks == threats == 6
+    assert "n = 300 test images" in text.replace("\n", " ")
+    fgsm = next(
+        e["metrics"]
+        for e in run.read_json("run.json")["evaluations"]
+        if (e["model"], e["threat_model"], e["attack"]) == ("defend", "transfer", "fgsm:eps=0.2")
+    )
+    half = 50 * (fgsm["accuracy_high"] - fgsm["accuracy_low"])
+    assert f"{100 * fgsm['accuracy']:.1f} ±{half:.1f}" in text
+
+
+def test_partial_runs_give_a_partial_report(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    run = fake_run.write(root, evaluations=False, gallery=False, finished=False)
+    paths = report.build(run, root)
+    text, page = _page(run)
+    assert "This report is partial" in text
+    for word in ("no evaluations yet", "no gallery of images yet", "the run has not finished"):
+        assert word in text
+    assert "results" not in page.tables
+    assert {k for k in paths if k.startswith("plot_")} == {"plot_losses", "plot_validation"}
+    assert "no evaluations yet" in _text(run, 100)
+
+    record = run.read_json("run.json")
+    record["models"] = {}
+    run.write_json("run.json", record)
+    report.build(run, root)
+    assert "not trained yet: no_defense, control, defend" in _page(run)[0]
+
+
+def test_missing_and_corrupt_records_are_named(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    with pytest.raises(UserError, match=r"runs/none is not the directory of a run"):
+        report.build(root / "runs/none", root)
+    run = fake_run.write(root)
+
+    def refused(name: str, data: bytes | None, match: str) -> None:
+        kept = root.read_bytes(name)
+        if data is None:
+            root.delete(name)
+        else:
+            root.write_bytes(name, data)
+        with pytest.raises(UserError, match=match):
+            report.build(run, root)
+        root.write_bytes(name, kept)
+
+    here = run.uri.removeprefix(root.uri + "/")
+    refused(f"{here}/run.json", b"{", "run.json is not valid JSON")
+    refused(f"{here}/run.json", b'{"schema": 99}', "schema 99")
+    refused(f"{here}/gallery.npz", b"PK no zip", "gallery.npz is corrupt")
+    refused(
+        "models/defend-fedcba9876543210/history/epoch-00001.json",
+        b"[]",
+        "epoch-00001.json is not the record of an epoch",
+    )
+    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", b"PAR1", "judged/defend-transfer-fgsm is corrupt")
+    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", None, "not of the same samples")
+    report.build(run, root)  # and all of that was put right again
+
+
+def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    record: dict[str, Any] = {
+        "evaluations": [
+            {"attack": a}
+            for a in ("bim:eps=0.1,steps=40", "bim:eps=0.2,steps=40", "fgsm:eps=0.2", "bim:eps=0.2,norm=l2,steps=40")
+        ]
+    }
+    assert report.attack_labels(record) == {
+        "none": "none",
+        "bim:eps=0.1,steps=40": "bim_eps0.1",
+        "bim:eps=0.2,steps=40": "bim_eps0.2",
+        "fgsm:eps=0.2": "fgsm",
+        "bim:eps=0.2,norm=l2,steps=40": "bim-l2",
+    }
+    assert report.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
+    assert report.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
+
+
+def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
+    found = environment.environment()
+    json.dumps(found)
+    assert found["versions"]["torch"]
+    assert found["hardware"]["cpus"] >= 1
+    assert environment.git(tmp_path) == {"revision": None, "dirty": None}
+    # a directory inside a checkout is not that checkout
+    assert environment.git(environment.ROOT / "pipeline") == {"revision": None, "dirty": None}
+    said = environment.command(["main.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
+    assert said == "python main.py --tracking-uri 'https://***@host/x' 'a b'"
+
+
+def test_environment_sees_uncommitted_changes(tmp_path: Path) -> None:
+    import subprocess
+
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments],
+            check=True,
+            capture_output=True,
+        )
+
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
+    clean = environment.git(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{40}", clean["revision"])
+    assert clean["dirty"] is False
+    (tmp_path / "a").write_text("2")
+    assert environment.git(tmp_path) == {**clean, "dirty": True}
+
+
+def test_fake_gallery_follows_the_contract(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    gallery = report.read_gallery(built[0])
+    assert gallery["clean"].dtype == np.float32
+    assert gallery["clean"].shape[1:] == (1, 28, 28)

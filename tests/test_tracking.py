@@ -1,0 +1,487 @@
+"""MLflow as a view of the records: published once, in order, and never at the price of a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow.pytorch
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+import fake_run
+from components.errors import UserError
+from components.models.classifiers import build_classifier
+from pipeline import report, tracking
+from pipeline.storage import Storage
+
+DatabaseMaker = Callable[[Path], str]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> DatabaseMaker:
+    """Makes databases; MLflow takes seconds to build the first, so the others are its copies."""
+    first = tmp_path_factory.mktemp("database") / "sub" / "mlflow.db"
+    tracking.check_reachable(f"sqlite:///{first}")
+
+    def make(directory: Path) -> str:
+        shutil.copy(first, directory / "mlflow.db")
+        return f"sqlite:///{directory / 'mlflow.db'}"
+
+    return make
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "storage")
+
+
+def _silent(line: str) -> None:
+    raise AssertionError(f"nothing was to be said, but: {line}")
+
+
+def _runs(client: MlflowClient) -> dict[str, Run]:
+    """Runs by their path of names, ``fake-mnist/defend/white_box/fgsm``."""
+    experiment = client.get_experiment_by_name("defendpp")
+    assert experiment is not None
+    found = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id], max_results=1000)}
+
+    def path(run: Run) -> str:
+        parent = run.data.tags.get("mlflow.parentRunId")
+        return f"{path(found[parent])}/{run.info.run_name}" if parent else str(run.info.run_name)
+
+    paths = [path(r) for r in found.values()]
+    assert len(set(paths)) == len(paths), f"a run twice: {sorted(paths)}"
+    return {path(r): r for r in found.values()}
+
+
+def _everything(client: MlflowClient) -> dict[str, Any]:
+    """All that MLflow holds of the runs, as it can be compared."""
+    out = {}
+    for path, run in _runs(client).items():
+        history = {
+            key: [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
+        tags = {k: v for k, v in run.data.tags.items() if k != "defendpp_key"}
+        times = (run.info.start_time, run.info.end_time, run.info.status)
+        inputs = sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs)
+        out[path] = (run.info.run_id, history, tags, run.data.params, times, inputs)
+    return out
+
+
+def _artifacts(client: MlflowClient, run_id: str, path: str | None = None) -> set[str]:
+    out: set[str] = set()
+    for entry in client.list_artifacts(run_id, path):
+        out |= _artifacts(client, run_id, entry.path) if entry.is_dir else {entry.path}
+    return out
+
+
+def _expect_fake_run(client: MlflowClient, run: Storage) -> None:
+    """What MLflow must hold of a whole fake run, whatever happened on the way."""
+    record = run.read_json("run.json")
+    runs = _runs(client)
+    assert len(runs) == 1 + len(fake_run.MODELS) + len(record["evaluations"])
+    parent, defend = runs["fake-mnist"], runs["fake-mnist/defend"]
+    assert parent.data.params["train.lr"] == "0.1"
+    assert parent.data.tags["mlflow.source.git.commit"] == record["git"]["revision"]
+    assert "| defend (defended) |" in parent.data.tags["mlflow.note.content"]
+    assert {i.tags[0].value for i in parent.inputs.dataset_inputs} == {"training", "validation", "test"}
+    assert {i.dataset.digest for i in parent.inputs.dataset_inputs} == {record["data"]["hash"]}
+    assert defend.data.params["defense"] == "defend++"
+    assert runs["fake-mnist/control"].data.params["defense"] == "none"
+    for e in record["evaluations"]:
+        short = "clean" if e["threat_model"] == "clean" else f"{e['threat_model']}/{e['attack'].partition(':')[0]}"
+        child = runs[f"fake-mnist/{e['model']}/{short}"]
+        assert child.data.metrics["accuracy"] == e["metrics"]["accuracy"]
+        assert child.data.metrics["accuracy_low"] == e["metrics"]["accuracy_low"]
+        assert child.data.metrics["n"] == e["n"]
+        table = "clean/accuracy" if short == "clean" else short
+        assert runs[f"fake-mnist/{e['model']}"].data.metrics[table] == e["metrics"]["accuracy"]
+    ddn = runs["fake-mnist/defend/white_box/ddn"]
+    metrics = next(
+        e["metrics"]
+        for e in record["evaluations"]
+        if (e["model"], e["path"]) == ("defend", "judged/defend-white_box-ddn")
+    )
+    assert ddn.data.metrics["accuracy_at/l2_1.5"] == metrics["accuracy_at_budget"]["l2<=1.5"]
+    assert defend.data.metrics["white_box/ddn/l2_median"] == metrics["l2_median"]
+    curve = client.get_metric_history(ddn.info.run_id, "accuracy_by_l2_x1000")
+    assert [(m.step, m.value) for m in curve] == [
+        (round(1000 * eps), a) for eps, a in zip(metrics["curve"]["eps"], metrics["curve"]["accuracy"], strict=True)
+    ]
+    loss = client.get_metric_history(defend.info.run_id, "train/loss")
+    steps = fake_run.STEPS_PER_EPOCH * fake_run.EPOCHS
+    assert [m.step for m in loss] == list(range(steps))
+    assert [m.timestamp for m in loss] == [round(1000 * (fake_run.BEGIN + 290 + 2.5 * s)) for s in range(steps)]
+    phases = [m.value for m in client.get_metric_history(defend.info.run_id, "train/phase")]
+    assert phases == [p for p in (1.0, 2.0, 1.0, 0.0) for _ in range(fake_run.STEPS_PER_EPOCH)]
+    assert len(client.get_metric_history(defend.info.run_id, "validation/accuracy")) == fake_run.EPOCHS
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    assert {"run.json", "report/report.html", "report/table.json", "report/plots/losses.png"} <= _artifacts(
+        client, parent.info.run_id
+    )
+    assert _artifacts(client, defend.info.run_id) == {
+        f"weights/{f}" for f in ("model.json", "classifier.safetensors", "autoencoder.safetensors")
+    }
+
+
+def _forget(run: Storage, uri: str) -> None:
+    """What a process that was killed before it wrote tracking.json leaves."""
+    file = run.read_json("tracking.json")
+    file["uris"][uri].update(published=[], runs={}, status={})
+    run.write_json("tracking.json", file)
+
+
+def test_publishing_twice_adds_nothing(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run = fake_run.write(root)
+    report.build(run, root)
+    uri = database(tmp_path)
+    client = MlflowClient(uri)
+    said: list[str] = []
+
+    def publish() -> str | None:
+        tracker = tracking.Tracker(uri, run, echo=said.append)
+        tracking.publish_run(tracker, run, root)
+        assert tracker.flush()
+        return tracker.run_id()
+
+    first = publish()
+    _expect_fake_run(client, run)
+    before = _everything(client)
+    assert publish() == first
+    assert _everything(client) == before
+    _forget(run, uri)
+    assert publish() == first
+    assert _everything(client) == before
+    assert said == [f"MLflow: all published to {uri}"] * 3
+
+
+def test_a_known_publication_is_not_sent(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run, uri = root / "runs/x", database(tmp_path)
+
+    def publish() -> None:
+        tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+        tracker.start("run", "x", time=1e9)
+        tracker.metrics("run", {"a": 1.0, "b": None})
+        assert tracker.flush()
+
+    publish()
+    client = MlflowClient(uri)
+    run_id = _runs(client)["x"].info.run_id
+    assert _runs(client)["x"].data.metrics == {"a": 1.0}
+    client.set_tag(run_id, "mlflow.runName", "renamed by a person")
+    publish()
+    assert list(_runs(client)) == ["renamed by a person"]
+
+
+def test_live_training_and_the_final_publication_meet(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    whole = fake_run.write(root)
+    record = whole.read_json("run.json")
+    uri = database(tmp_path)
+    live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
+    whole.write_json("run.json", live)
+    tracker = tracking.Tracker(uri, whole, echo=_silent)
+    tracking.start_run(tracker, report.read_run(whole))
+    tracking.start_model(tracker, report.read_run(whole), "defend", fake_run.BEGIN + 290)
+    files = report.history_files(root, record["models"]["defend"])
+    for file in files[:2]:
+        tracker.history("model/defend", report.read_epoch(root, file))
+    client = MlflowClient(uri)
+    runs = _runs(client)
+    assert set(runs) == {"fake-mnist", "fake-mnist/defend"}
+    assert {r.info.status for r in runs.values()} == {"RUNNING"}
+    assert runs["fake-mnist/defend"].data.metrics["train/epoch"] == 1
+    tracker.finish("model/defend", "FAILED")
+    assert _runs(client)["fake-mnist/defend"].info.status == "FAILED"
+
+    whole.write_json("run.json", record)
+    report.build(whole, root)
+    again = tracking.Tracker(uri, whole, echo=lambda line: None)
+    tracking.publish_run(again, whole, root)
+    assert again.flush()
+    _expect_fake_run(client, whole)
+    assert _runs(client)["fake-mnist/defend"].info.run_id == runs["fake-mnist/defend"].info.run_id
+
+
+def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    uri = database(tmp_path)
+    tracker = tracking.Tracker(uri, root / "runs/x", echo=_silent)
+    tracker.start("model/m", "m")
+    steps = [{"step": i, "time": 1e9 + i, "loss": 1.0 / (1 + i), "lr": None} for i in range(450)]
+    tracker.history("model/m", {"epoch": 3, "phase": "autoencoder", "steps": steps, "validation": {}})
+    found = MlflowClient(uri).get_metric_history(tracker.run_id("model/m") or "", "train/loss")
+    assert [(m.step, m.timestamp, m.value) for m in found] == [(s["step"], 1000 * s["time"], s["loss"]) for s in steps]
+    assert tracker.has_history("model/m", 3)
+    assert not tracker.has_history("model/m", 4)
+
+
+def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run, uri = root / "runs/x", database(tmp_path)
+    said: list[str] = []
+
+    def publish() -> str | None:
+        tracker = tracking.Tracker(uri, run, echo=said.append)
+        tracker.start("run", "x", time=1e9, params={"lr": 0.1})
+        assert tracker.flush()
+        return tracker.run_id()
+
+    first = publish()
+    client = MlflowClient(uri)
+    client.delete_run(first or "")
+    second = publish()
+    assert second != first
+    assert client.get_run(second or "").data.params == {"lr": "0.1"}
+    assert sum("no longer has" in line for line in said) == 1
+
+
+def test_a_refused_operation_does_not_hold_up_the_others(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    uri = database(tmp_path)
+    said: list[str] = []
+    tracker = tracking.Tracker(uri, root / "runs/x", echo=said.append)
+    tracker.start("run", "x", params={"lr": 0.1})
+    tracker.start("run", "x", params={"lr": 0.2})  # MLflow's params cannot change
+    tracker.metrics("run", {"a": 1.0})
+    assert len(said) == 1
+    assert "refused" in said[0]
+    assert _runs(MlflowClient(uri))["x"].data.metrics == {"a": 1.0}
+    assert not tracker.flush()
+    assert "1 operations not published" in said[-1]
+    with pytest.raises(ValueError, match="comes first"):
+        tracker.metrics("model/unknown", {"a": 1.0})
+
+
+def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run = root / "runs/x"
+    run.write_bytes("tracking.json", b"{")
+    said: list[str] = []
+    tracker = tracking.Tracker(database(tmp_path), run, echo=said.append)
+    tracker.start("run", "x")
+    assert tracker.flush()
+    assert "tracking.json cannot be used" in said[0]
+    assert run.read_json("tracking.json")["uris"][tracker.uri]["runs"]["run"]["id"] == tracker.run_id()
+
+
+def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
+    said: list[str] = []
+    run = root / "runs/x"
+    tracker = tracking.Tracker(f"http://me:secret@127.0.0.1:{_free_port()}", run, echo=said.append)
+    tracker.start("run", "x")
+    assert not tracker.flush(timeout_s=0)
+    assert "***@127.0.0.1" in said[0]
+    assert "secret" not in "".join(said) + tracking.ui_command(tracker.uri, "1", "r")
+    assert not run.exists("tracking.json") or b"secret" not in run.read_bytes("tracking.json")
+
+
+def test_registered_model_is_a_module_with_gradients(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    uri = database(tmp_path)
+    network = build_classifier("resnet18", num_classes=10, channels=1, image_size=28, width=2, seed=3).eval()
+    images = np.random.default_rng(0).random((3, 1, 28, 28), dtype=np.float32)
+    for _ in range(2):  # the second time nothing is made
+        tracker = tracking.Tracker(uri, root / "runs/x", echo=_silent)
+        tracker.start("model/m", "m")
+        tracker.register_model("model/m", network, images, "defendpp-m", metadata={"address": "models/m-1"})
+        assert not tracker.pending
+        _forget(root / "runs/x", uri) if (root / "runs/x").exists("tracking.json") else None
+    client = MlflowClient(uri)
+    (version,) = client.search_model_versions("name = 'defendpp-m'")
+    assert client.get_model_version_by_alias("defendpp-m", "newest").version == version.version
+    assert version.run_id == tracker.run_id("model/m")
+    mlflow.set_tracking_uri(uri)
+    info = mlflow.models.get_model_info("models:/defendpp-m@newest")
+    assert info.metadata == {"address": "models/m-1"}
+    assert info.signature.inputs.inputs[0].shape == (-1, 1, 28, 28)
+    back = mlflow.pytorch.load_model("models:/defendpp-m@newest")
+    assert back.train().eval() is back
+    x = torch.from_numpy(images).requires_grad_()
+    y = back(x)
+    assert torch.equal(y, network(x))
+    y[:, 3].sum().backward()
+    assert x.grad is not None
+    expected = torch.autograd.grad(network(x)[:, 3].sum(), x)[0]
+    assert torch.equal(x.grad, expected)
+    assert expected.abs().sum() > 0
+
+
+# -- before a run ----------------------------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_dead_server_is_refused_quickly() -> None:
+    uri = f"http://127.0.0.1:{_free_port()}"
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=rf"{uri} cannot be used: connection refused.*--tracking-uri"):
+        tracking.check_reachable(uri)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_server_that_never_answers_is_refused_quickly() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        uri = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=rf"{uri} cannot be used: timed out"):
+            tracking.check_reachable(uri)
+        assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "/tmp/mlruns", "file:///tmp/mlruns", "file:mlruns"])
+def test_file_stores_are_refused_with_a_hint(uri: str) -> None:
+    with pytest.raises(UserError, match=r"sqlite:////.*mlruns\.db"):
+        tracking.check_reachable(uri)
+
+
+def test_databases_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    other = tmp_path / "notes.db"
+    other.write_text("no database at all, but long enough to have a header of one hundred bytes. " * 3)
+    with pytest.raises(UserError, match=r"notes\.db cannot be used: file is not a database"):
+        tracking.check_reachable(f"sqlite:///{other}")
+    assert other.read_text().startswith("no database")
+    with pytest.raises(UserError, match=r"relative path.*sqlite:////"):
+        tracking.check_reachable("sqlite:///mlflow.db")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/mlflow\.db cannot be used"):
+        tracking.check_reachable(f"sqlite:///{tmp_path}/file/mlflow.db")
+
+
+def test_default_database_lies_in_the_storage(tmp_path: Path) -> None:
+    assert tracking.default_uri(Storage(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(UserError, match=r"memory://elsewhere is not on this machine.*--tracking-uri"):
+        tracking.default_uri(Storage("memory://elsewhere"))
+
+
+def test_ui_command_names_the_run() -> None:
+    command = tracking.ui_command("sqlite:////data/my runs/mlflow.db", "7", "abc")
+    assert "'sqlite:////data/my runs/mlflow.db'" in command
+    assert "#/experiments/7/runs/abc" in command
+    assert tracking.ui_command("http://host:5000/", "7", "abc").startswith(
+        "open http://host:5000/#/experiments/7/runs/abc"
+    )
+    assert shutil.which(command.split()[1]) or Path(command.split()[1]).exists()
+
+
+# -- outages ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
+    said: list[str] = []
+    tracker = tracking.Tracker(f"http://127.0.0.1:{_free_port()}", root / "runs/x", echo=said.append)
+    begin = time.monotonic()
+    tracker.start("run", "x")
+    for step in range(200):
+        tracker.metrics("run", {"a": step}, step=step)
+    assert time.monotonic() - begin < 5
+    assert len(said) == 1
+    assert "cannot be reached (connection refused)" in said[0]
+    assert tracker.pending == 201
+    assert not tracker.flush(timeout_s=1)
+    assert said[1:] == [
+        f"MLflow: 201 operations not published to {tracker.uri}; records are safe under {tracker.storage.uri}; "
+        "run the same command again to publish"
+    ]
+
+
+class _Server:
+    """A real ``mlflow server`` in its own process group."""
+
+    def __init__(self, uri: str, artifacts: Path, log: Path) -> None:
+        self.port = _free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._log = log
+        self._command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
+            *("--port", str(self.port), "--backend-store-uri", uri, "--artifacts-destination", str(artifacts)),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError(self._log.read_text())
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture
+def server(database: DatabaseMaker, tmp_path: Path) -> Iterator[_Server]:
+    server = _Server(database(tmp_path), tmp_path / "artifacts", tmp_path / "server.log")
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.mark.cluster
+def test_a_server_killed_on_the_way_gets_everything(root: Storage, server: _Server) -> None:
+    whole = fake_run.write(root)
+    report.build(whole, root)
+    record = whole.read_json("run.json")
+    tracking.check_reachable(server.uri)
+    said: list[str] = []
+    tracker = tracking.Tracker(server.uri, whole, echo=said.append)
+    tracking.start_run(tracker, report.read_run(whole))
+    tracking.start_model(tracker, report.read_run(whole), "defend", fake_run.BEGIN + 290)
+    first, *_ = report.history_files(root, record["models"]["defend"])
+    tracker.history("model/defend", report.read_epoch(root, first))
+    assert not tracker.pending
+    assert not said
+
+    server.kill()
+    begin = time.monotonic()
+    tracking.publish_run(tracker, whole, root)
+    assert time.monotonic() - begin < 20
+    assert tracker.pending > 50
+    assert len(said) == 1
+    assert "cannot be reached" in said[0]
+
+    server.start()
+    assert tracker.flush(timeout_s=60)
+    assert said[1:] == [f"MLflow at {server.uri} answers again", f"MLflow: all published to {server.uri}"]
+    client = MlflowClient(server.uri)
+    _expect_fake_run(client, whole)
+    before = _everything(client)
+    again = tracking.Tracker(server.uri, whole, echo=said.append)
+    tracking.publish_run(again, whole, root)
+    assert again.flush()
+    assert _everything(client) == before
+
+    # a model through the server, artifacts included
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    again.register_model("model/defend", network, np.zeros((2, 1, 2, 2), dtype=np.float32), "defendpp-defend")
+    assert again.flush()
+    mlflow.set_tracking_uri(server.uri)
+    back = mlflow.pytorch.load_model("models:/defendpp-defend@newest")
+    x = torch.ones(2, 1, 2, 2)
+    assert torch.equal(back(x), network(x))
