@@ -94,7 +94,6 @@ def open_run(experiment: Experiment, *, records_only: bool = False) -> Run:
     tracking.check_reachable(uri)
     storage = root / run_address(experiment)
     if not records_only:
-        sources.check_source(experiment.data)
         shapes = Shapes(
             image_size=experiment.data.image_size,
             channels=experiment.data.channels,
@@ -102,6 +101,7 @@ def open_run(experiment: Experiment, *, records_only: bool = False) -> Run:
             sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
         )
         train.check_models(experiment, shapes)
+        sources.check_source(experiment.data)
         with stage("Ray"):
             cluster.connect()
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)

@@ -95,7 +95,9 @@ def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
     refused(lambda: TrainConfig(**ALTERNATING, epochs=7), "train.epochs", 7, "= 8; the rest is joint")
     refused(lambda: TrainConfig(**ALTERNATING, epochs=8, defense="none"), "train.schedule", "alternating", "'joint'")
     for name in ("cycles", "autoencoder_epochs", "classifier_epochs"):
-        refused(lambda name=name: TrainConfig(**{**ALTERNATING, "epochs": 8, name: 0}), f"train.{name}", 0, "at least 1")
+        refused(
+            lambda name=name: TrainConfig(**{**ALTERNATING, "epochs": 8, name: 0}), f"train.{name}", 0, "at least 1"
+        )
 
 
 @pytest.mark.parametrize(

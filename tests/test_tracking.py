@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import mlflow.pytorch
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-import fake_run
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from pipeline import report, tracking
@@ -43,9 +43,24 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> DatabaseMaker:
     return make
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The storage of a whole fake run with its report."""
+    path = tmp_path_factory.mktemp("written") / "storage"
+    report.build(fake_run.write(Storage(path)), Storage(path))
+    return path
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Storage:
     return Storage(tmp_path / "storage")
+
+
+@pytest.fixture
+def run(root: Storage, written: Path) -> Storage:
+    """The directory of a fake run of one's own, in ``root``."""
+    shutil.copytree(written, root.local_root)
+    return root / "runs" / root.list("runs")[0]
 
 
 def _silent(line: str) -> None:
@@ -145,9 +160,7 @@ def _forget(run: Storage, uri: str) -> None:
     run.write_json("tracking.json", file)
 
 
-def test_publishing_twice_adds_nothing(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    run = fake_run.write(root)
-    report.build(run, root)
+def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
     client = MlflowClient(uri)
     said: list[str] = []
@@ -187,15 +200,16 @@ def test_a_known_publication_is_not_sent(root: Storage, database: DatabaseMaker,
     assert list(_runs(client)) == ["renamed by a person"]
 
 
-def test_live_training_and_the_final_publication_meet(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    whole = fake_run.write(root)
-    record = whole.read_json("run.json")
+def test_live_training_and_the_final_publication_meet(
+    run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    record = run.read_json("run.json")
     uri = database(tmp_path)
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
-    whole.write_json("run.json", live)
-    tracker = tracking.Tracker(uri, whole, echo=_silent)
-    tracking.start_run(tracker, report.read_run(whole))
-    tracking.start_model(tracker, report.read_run(whole), "defend", fake_run.BEGIN + 290)
+    run.write_json("run.json", live)
+    tracker = tracking.Tracker(uri, run, echo=_silent)
+    tracking.start_run(tracker, report.read_run(run))
+    tracking.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
     files = report.history_files(root, record["models"]["defend"])
     for file in files[:2]:
         tracker.history("model/defend", report.read_epoch(root, file))
@@ -207,12 +221,11 @@ def test_live_training_and_the_final_publication_meet(root: Storage, database: D
     tracker.finish("model/defend", "FAILED")
     assert _runs(client)["fake-mnist/defend"].info.status == "FAILED"
 
-    whole.write_json("run.json", record)
-    report.build(whole, root)
-    again = tracking.Tracker(uri, whole, echo=lambda line: None)
-    tracking.publish_run(again, whole, root)
+    run.write_json("run.json", record)
+    again = tracking.Tracker(uri, run, echo=lambda line: None)
+    tracking.publish_run(again, run, root)
     assert again.flush()
-    _expect_fake_run(client, whole)
+    _expect_fake_run(client, run)
     assert _runs(client)["fake-mnist/defend"].info.run_id == runs["fake-mnist/defend"].info.run_id
 
 
@@ -292,11 +305,11 @@ def test_registered_model_is_a_module_with_gradients(root: Storage, database: Da
     network = build_classifier("resnet18", num_classes=10, channels=1, image_size=28, width=2, seed=3).eval()
     images = np.random.default_rng(0).random((3, 1, 28, 28), dtype=np.float32)
     for _ in range(2):  # the second time nothing is made
-        tracker = tracking.Tracker(uri, root / "runs/x", echo=_silent)
+        tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
         tracker.start("model/m", "m")
         tracker.register_model("model/m", network, images, "defendpp-m", metadata={"address": "models/m-1"})
-        assert not tracker.pending
-        _forget(root / "runs/x", uri) if (root / "runs/x").exists("tracking.json") else None
+        assert tracker.flush()
+        _forget(root / "runs/x", uri)
     client = MlflowClient(uri)
     (version,) = client.search_model_versions("name = 'defendpp-m'")
     assert client.get_model_version_by_alias("defendpp-m", "newest").version == version.version
@@ -444,15 +457,13 @@ def server(database: DatabaseMaker, tmp_path: Path) -> Iterator[_Server]:
 
 
 @pytest.mark.cluster
-def test_a_server_killed_on_the_way_gets_everything(root: Storage, server: _Server) -> None:
-    whole = fake_run.write(root)
-    report.build(whole, root)
-    record = whole.read_json("run.json")
+def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage, server: _Server) -> None:
+    record = run.read_json("run.json")
     tracking.check_reachable(server.uri)
     said: list[str] = []
-    tracker = tracking.Tracker(server.uri, whole, echo=said.append)
-    tracking.start_run(tracker, report.read_run(whole))
-    tracking.start_model(tracker, report.read_run(whole), "defend", fake_run.BEGIN + 290)
+    tracker = tracking.Tracker(server.uri, run, echo=said.append)
+    tracking.start_run(tracker, report.read_run(run))
+    tracking.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = report.history_files(root, record["models"]["defend"])
     tracker.history("model/defend", report.read_epoch(root, first))
     assert not tracker.pending
@@ -460,7 +471,7 @@ def test_a_server_killed_on_the_way_gets_everything(root: Storage, server: _Serv
 
     server.kill()
     begin = time.monotonic()
-    tracking.publish_run(tracker, whole, root)
+    tracking.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 20
     assert tracker.pending > 50
     assert len(said) == 1
@@ -470,10 +481,10 @@ def test_a_server_killed_on_the_way_gets_everything(root: Storage, server: _Serv
     assert tracker.flush(timeout_s=60)
     assert said[1:] == [f"MLflow at {server.uri} answers again", f"MLflow: all published to {server.uri}"]
     client = MlflowClient(server.uri)
-    _expect_fake_run(client, whole)
+    _expect_fake_run(client, run)
     before = _everything(client)
-    again = tracking.Tracker(server.uri, whole, echo=said.append)
-    tracking.publish_run(again, whole, root)
+    again = tracking.Tracker(server.uri, run, echo=said.append)
+    tracking.publish_run(again, run, root)
     assert again.flush()
     assert _everything(client) == before
 

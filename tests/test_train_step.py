@@ -112,9 +112,7 @@ def test_a_step_changes_exactly_the_phases_parameters(shared: int, phase: Phase)
     train_step(PhaseModule(net, phase, config), optimizer, make_batch(seed=9), lr=0.05, config=config)
 
     changed = {id(p) for p in net.parameters() if not torch.equal(p, before[id(p)])}
-    moved = {
-        id(p) for p in net.parameters() if not torch.equal(optimizer.state[p]["momentum_buffer"], momentum[id(p)])
-    }
+    moved = {id(p) for p in net.parameters() if not torch.equal(optimizer.state[p]["momentum_buffer"], momentum[id(p)])}
     trained = {"classifier": net.classifier, "autoencoder": net.autoencoder, "joint": net}[phase]
     expected = sorted(names[i] for i in ids(trained))
     assert sorted(names[i] for i in changed) == expected
@@ -261,7 +259,9 @@ def test_bfloat16_keeps_float32_weights_and_losses() -> None:
     assert {optimizer.state[p]["momentum_buffer"].dtype for p in net.parameters()} == {torch.float32}
     assert {t.dtype for t in terms.values()} == {torch.float32}
     exact = defended(tiny())
-    wanted = train_step(PhaseModule(exact, "joint", tiny()), make_optimizer(exact, tiny()), make_batch(), lr=0, config=tiny())
+    wanted = train_step(
+        PhaseModule(exact, "joint", tiny()), make_optimizer(exact, tiny()), make_batch(), lr=0, config=tiny()
+    )
     assert float(terms["loss"]) == pytest.approx(float(wanted["loss"]), rel=0.05)
 
 
@@ -288,7 +288,9 @@ def test_a_step_leaves_its_batch_alone() -> None:
     batch, same = make_batch(), make_batch()
     net = defended(config)
     noise = gaussian_noise(config, 0, 0, torch.device("cpu"))
-    train_step(PhaseModule(net, "joint", config), make_optimizer(net, config), batch, lr=0.1, config=config, noise=noise)
+    train_step(
+        PhaseModule(net, "joint", config), make_optimizer(net, config), batch, lr=0.1, config=config, noise=noise
+    )
     assert torch.equal(batch.images, same.images)
     assert torch.equal(batch.levels[0], same.levels[0])
 
@@ -311,7 +313,12 @@ def test_noise_follows_from_seed_step_and_rank_alone() -> None:
     first = draw(config, 5)
     torch.rand(3)
     assert torch.equal(draw(config, 5), first)
-    others = [draw(config, 6), draw(config, 5, rank=1), draw(dataclasses.replace(config, seed=1), 5), draw(config, 4, 1)]
+    others = [
+        draw(config, 6),
+        draw(config, 5, rank=1),
+        draw(dataclasses.replace(config, seed=1), 5),
+        draw(config, 4, 1),
+    ]
     assert not any(torch.equal(first, other) for other in others)
     torch.set_rng_state(state)
     draw(config, 5)

@@ -1,0 +1,215 @@
+"""The command line: what a user types, and the one clear error for what cannot be, before compute is spent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from components.config import DataConfig, Experiment
+from pipeline.main import main, parse
+from pipeline.recipes import RECIPES
+from pipeline.run import run_address
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "pipeline" / "data" / "mnist-sample"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int | None = None) -> str:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert code == status if status is not None else code in (1, 2)
+    assert captured.err.startswith("error:")
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
+    experiment = RECIPES[name].make()
+    assert experiment.name == name
+    assert experiment.description
+    assert RECIPES[name].cost
+    assert experiment.evaluation.transfer_source in experiment.variants()
+    undefended = [v for v in experiment.variants().values() if v.defense == "none"]
+    assert len({v.seed for v in undefended}) >= 2, "an undefended control of another seed belongs to every comparison"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("run", "pyramids", "train", "attack", "report", "recipes"):
+        assert f"main.py {command}" in text
+
+
+def test_a_script_needs_no_installation() -> None:
+    """`python pipeline/main.py` finds the packages beside it, whatever the working directory."""
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "pipeline" / "main.py"), "recipes"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "mnist-demo" in done.stdout
+
+
+def test_fields_are_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("run", ["mnist-demo", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--train.lam FLOAT lambda of eq. 3" in text
+    assert "--scaling.workers INT" in text
+
+
+def test_an_override_reaches_its_field_with_its_type() -> None:
+    experiment = parse(
+        "run",
+        ["mnist-demo", "--train.epochs", "7", "--train.lam", "1e-3", "--evaluation.attacks", "ddn", "--scaling.gpu"],
+    )
+    assert isinstance(experiment, Experiment)
+    assert experiment.train.epochs == 7
+    assert experiment.train.lam == 1e-3
+    assert experiment.evaluation.attacks == ("ddn",)
+    assert experiment.scaling.gpu is True
+    assert all(v.epochs == 7 for v in experiment.variants().values())
+
+
+def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
+    base = run_address(parse("run", ["mnist-demo"]))
+    assert run_address(parse("run", ["mnist-demo", "--storage", "/elsewhere", "--scaling.max-failures", "9"])) == base
+    assert run_address(parse("run", ["mnist-demo", "--train.lam", "0.02"])) != base
+    assert run_address(parse("run", ["mnist-demo", "--scaling.workers", "1"])) != base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fly"], ["command='fly'", "run", "pyramids"]),
+        (["run", "mnist-dmeo"], ["recipe='mnist-dmeo'", "mnist-demo"]),
+        (["run", "mnist-demo", "--train.lam", "-1"], ["train.lam=-1.0", "0 or more"]),
+        (["run", "mnist-demo", "--train.lam", "nan"], ["train.lam=nan", "0 or more"]),
+        (["run", "mnist-demo", "--train.shared-blocks", "5"], ["train.shared_blocks=5", "1 to 4"]),
+        (["run", "mnist-demo", "--train.shared-blocks", "0"], ["train.shared_blocks=0", "1 to 4"]),
+        (["run", "mnist-demo", "--pyramids.levels", "4"], ["pyramids.levels=4", "7x7"]),
+        (["run", "mnist-demo", "--evaluation.attacks", "pgdd:eps=1"], ["pgdd", "ddn"]),
+        (["run", "mnist-demo", "--evaluation.attacks", "fgsm"], ["fgsm.eps", "fgsm:eps="]),
+        (["run", "mnist-demo", "--models", "a:defence=none"], ["models[a].defence", "no such field", "defense"]),
+        (["run", "mnist-demo", "--models", "a:defense=maybe"], ["maybe", "'none'", "'defend++'"]),
+        (["run", "mnist-demo", "--evaluation.transfer-source", "defend"], ["evaluation.transfer_source", "no_defense"]),
+        (["run", "mnist-demo", "--data.source", "cifar"], ["data.source='cifar'", "parquet:DIR"]),
+        (["run", "mnist-demo", "--storage", "here"], ["storage='here'", "absolute"]),
+        (["run", "mnist-demo", "--data.image-size", "64"], ["data.image_size=64"]),
+        (["run", "mnist-demo", "--scaling.workers", "3"], ["batch_size", "multiple of scaling.workers (3)"]),
+    ],
+)
+def test_an_impossible_setting_is_one_clear_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], told: list[str]
+) -> None:
+    if "--storage" not in arguments and arguments[0] == "run":
+        arguments = [*arguments, "--storage", str(tmp_path)]
+    message = error_of(capsys, arguments, 2)
+    for part in told:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["--train.lamda", "1"], "train.lam"), (["--train.epochs", "many"], "--train.epochs")]
+)
+def test_an_unknown_field_or_type_ends_with_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("run", ["mnist-demo", *arguments])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied_sample(tmp_path: Path) -> Path:
+    directory = tmp_path / "copy"
+    shutil.copytree(SAMPLE, directory)
+    return directory
+
+
+def test_a_missing_source_is_told_before_anything_is_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{tmp_path}/none", "--storage", str(tmp_path / "s")], 1
+    )
+    assert f"{tmp_path}/none" in message
+
+
+def test_a_corrupt_parquet_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, copied_sample: Path
+) -> None:
+    file = copied_sample / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{copied_sample}", "--storage", str(tmp_path / "s")], 1
+    )
+    assert file.name in message
+
+
+def test_a_label_out_of_range_is_told_with_file_and_row(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, copied_sample: Path
+) -> None:
+    file = copied_sample / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    labels = table.column("label").to_pylist()
+    labels[17] = 12
+    column = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(column, "label", pa.array(labels, pa.int64())), file)
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{copied_sample}", "--storage", str(tmp_path / "s")], 1
+    )
+    assert file.name in message
+    assert "17" in message
+    assert "12" in message
+
+
+def test_images_of_another_size_are_told_with_both_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = error_of(capsys, ["run", "mnist-demo", "--data.image-size", "32", "--storage", str(tmp_path)], 1)
+    assert "28" in message
+    assert "32" in message
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
+def test_a_storage_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, ["run", "mnist-demo", "--storage", "/dev/null/x"], 1)
+    assert "/dev/null/x" in message
+    assert "--storage" in message
+
+
+def test_a_dead_tracking_server_is_told_within_seconds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    begin = time.monotonic()
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--storage", str(tmp_path), "--tracking-uri", "http://127.0.0.1:9"], 1
+    )
+    assert time.monotonic() - begin < 30
+    assert "http://127.0.0.1:9" in message
+    assert "--tracking-uri" in message
+
+
+def test_the_report_of_a_run_that_never_was_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = error_of(capsys, ["report", "mnist-demo", "--storage", str(tmp_path)], 1)
+    assert "no records" in message
+
+
+def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
+    """Workers import these modules: parsing arguments or starting Ray there would kill them."""
+    code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.train, pipeline.attack, pipeline.pyramids, ray; assert not ray.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
+
+
+def test_data_config_defaults_are_the_bundled_sample() -> None:
+    assert DataConfig().source == "sample:mnist"

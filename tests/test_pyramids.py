@@ -1,0 +1,451 @@
+"""Stored pyramids: exact rows, whole files, continued builds, clear errors. Most of it runs on Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from test_sources import encode, grey, write_parquet
+
+from components.config import DataConfig, PyramidConfig
+from components.dct import linear_pyramid, lowpass_pyramid
+from components.errors import DataError
+from pipeline import pyramids, sources
+from pipeline.pyramids import MANIFEST, ShardSet, address_of, build, load
+from pipeline.storage import Storage, StorageError
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = DataConfig(train_limit=700, test_limit=130)
+SMALL = PyramidConfig(rows_per_shard=100)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return Storage(tmp_path_factory.mktemp("pyramids"))
+
+
+@pytest.fixture(scope="module")
+def train(ray_cluster: str, storage: Storage) -> ShardSet:
+    """The sample's first 700 training images less those held out, in shards of 100."""
+    return build(DATA, SMALL, storage, "train")
+
+
+def files(storage: Storage, address: str) -> dict[str, bytes]:
+    """Every file of a shard set, hidden ones too."""
+    directory = storage.local_root / address
+    return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
+
+
+# --- content ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cluster
+def test_rows_are_those_of_the_source_in_order(train: ShardSet) -> None:
+    source = sources.open_source(DATA, "train")
+    rows = sources.split_indices(700, 0.1, 0)[0]
+    images, labels = source.read(rows)
+    assert train.num_rows == len(rows)
+    assert train.shard_rows == (100,) * 6 + (len(rows) - 600,)
+    columns = train.read_rows(0, train.num_rows)
+    assert list(columns) == ["index", "label", "image", "level_1", "level_2"]
+    np.testing.assert_array_equal(columns["index"], rows)
+    np.testing.assert_array_equal(columns["label"], labels)
+    np.testing.assert_array_equal(columns["image"], images)
+    assert {k: v.dtype.name for k, v in columns.items()} == train.manifest["columns"]
+    assert (train.level_sizes, train.level_columns) == ((28, 14, 7), ("level_1", "level_2"))
+    assert (train.targets, train.channels, train.class_names) == ("lowpass", 1, tuple("0123456789"))
+
+
+@pytest.mark.cluster
+def test_stored_levels_equal_recomputed_ones(train: ShardSet) -> None:
+    columns = train.read_rows(0, train.num_rows)
+    images = torch.from_numpy(columns["image"]).float() / 255
+    for m, level in enumerate(lowpass_pyramid(images, (28, 14, 7))[1:], start=1):
+        stored = torch.from_numpy(columns[f"level_{m}"])
+        assert stored.dtype == torch.float16
+        torch.testing.assert_close(stored.float(), level, rtol=0, atol=5e-4)
+
+
+@pytest.mark.cluster
+def test_read_rows_across_shards(train: ShardSet) -> None:
+    whole = train.read_rows(0, train.num_rows)
+    for start, stop in [(0, 1), (95, 105), (100, 200), (99, 301), (train.num_rows - 1, train.num_rows)]:
+        part = train.read_rows(start, stop, columns=["image", "label"])
+        assert list(part) == ["image", "label"]
+        for name, values in part.items():
+            np.testing.assert_array_equal(values, whole[name][start:stop])
+            assert values.flags.writeable
+    for start, stop in [(-1, 2), (5, 5), (0, train.num_rows + 1)]:
+        with pytest.raises(IndexError):
+            train.read_rows(start, stop)
+    shards = list(train.iter_shards())
+    assert [len(s["index"]) for s in shards] == list(train.shard_rows)
+    np.testing.assert_array_equal(np.concatenate([s["level_2"] for s in shards]), whole["level_2"])
+
+
+@pytest.mark.cluster
+def test_any_arrow_reader_sees_the_shapes(train: ShardSet, storage: Storage) -> None:
+    file = pq.ParquetFile(storage.local_root / train.address / "shard-00000.parquet")
+    assert file.num_row_groups == 1
+    schema = file.schema_arrow
+    for name, kind, shape in [
+        ("image", pa.uint8(), [1, 28, 28]),
+        ("level_1", pa.float16(), [1, 14, 14]),
+        ("level_2", pa.float16(), [1, 7, 7]),
+    ]:
+        column = schema.field(name).type
+        assert (column.extension_name, column.value_type, column.shape) == ("arrow.fixed_shape_tensor", kind, shape)
+        assert column.permutation in (None, [0, 1, 2])
+    assert (schema.field("index").type, schema.field("label").type) == (pa.int64(), pa.int32())
+
+
+@pytest.mark.cluster
+def test_numpy_columns_are_views_not_copies(train: ShardSet) -> None:
+    columns = train.read_shard(0)
+    for name in ("image", "level_1", "level_2"):
+        assert not columns[name].flags.owndata
+        assert not columns[name].flags.writeable
+        assert columns[name].flags.c_contiguous
+
+
+@pytest.mark.cluster
+def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
+    held_out = build(DATA, SMALL, storage, "validation")
+    test = build(DATA, SMALL, storage, "test")
+    assert test.shard_rows == (100, 30)
+    assert len({train.address, held_out.address, test.address}) == 3
+    rows = np.concatenate([s.read_rows(0, s.num_rows)["index"] for s in (train, held_out)])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(700))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("targets", "dtype"), [("linear", "float32"), ("none", "float16")])
+def test_other_targets(ray_cluster: str, storage: Storage, targets: Any, dtype: Any) -> None:
+    made = build(DATA, PyramidConfig(targets=targets, dtype=dtype), storage, "test")
+    columns = made.read_shard(0)
+    if targets == "none":
+        assert (made.level_sizes, made.level_columns) == ((28,), ())
+        assert list(columns) == ["index", "label", "image"]
+    else:
+        levels = linear_pyramid(torch.tensor(columns["image"]).float() / 255, (28, 14, 7))
+        for m in (1, 2):
+            torch.testing.assert_close(torch.tensor(columns[f"level_{m}"]), levels[m], rtol=0, atol=1e-6)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("name", "size", "channels", "rows"), [("mnist", 28, 1, 300), ("cifar10", 32, 3, 300), ("imagenette", 224, 3, 40)]
+)
+def test_shared_data_sets(
+    ray_cluster: str, storage: Storage, shared_data: Path, name: str, size: int, channels: int, rows: int
+) -> None:
+    data = DataConfig(source=f"parquet:{shared_data / name}", image_size=size, channels=channels, test_limit=rows)
+    made = build(data, PyramidConfig(rows_per_shard=rows - 10), storage, "test")
+    columns = made.read_rows(0, rows)
+    np.testing.assert_array_equal(columns["image"], sources.open_source(data, "test").read(np.arange(rows))[0])
+    levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, made.level_sizes)
+    assert len(levels) == (4 if size == 224 else 3)
+    for m, level in enumerate(levels[1:], start=1):
+        torch.testing.assert_close(torch.from_numpy(columns[f"level_{m}"]).float(), level, rtol=0, atol=5e-4)
+
+
+# --- address, reuse, manifest -----------------------------------------------------------------------------------------------
+
+
+def test_address_follows_all_that_the_content_follows_from(tmp_path: Path) -> None:
+    addresses = {
+        address_of(data, config, split)
+        for data, config, split in [
+            (DATA, SMALL, "train"),
+            (DATA, SMALL, "validation"),
+            (DATA, SMALL, "test"),
+            (dataclasses.replace(DATA, train_limit=699), SMALL, "train"),
+            (dataclasses.replace(DATA, validation_fraction=0.2), SMALL, "train"),
+            (dataclasses.replace(DATA, split_seed=1), SMALL, "train"),
+            (dataclasses.replace(DATA, channels=3), SMALL, "train"),
+            (DATA, PyramidConfig(), "train"),
+            (DATA, dataclasses.replace(SMALL, targets="linear"), "train"),
+            (DATA, dataclasses.replace(SMALL, dtype="float32"), "train"),
+            (DATA, dataclasses.replace(SMALL, levels=2), "train"),
+        ]
+    }
+    assert len(addresses) == 11
+    # and on nothing else: not the place of the files, nor, for the test images, the validation split
+    shutil.copytree(ROOT / "pipeline" / "data" / "mnist-sample", tmp_path / "copy")
+    copy = dataclasses.replace(DATA, source=f"parquet:{tmp_path / 'copy'}")
+    assert address_of(copy, SMALL, "train") in addresses
+    assert address_of(dataclasses.replace(DATA, validation_fraction=0.3), SMALL, "test") in addresses
+    assert address_of(dataclasses.replace(DATA, train_limit=3), SMALL, "test") in addresses
+
+
+@pytest.mark.cluster
+def test_reuse_does_no_work(train: ShardSet, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pyramids, "_write", lambda *a: pytest.fail("worked"))
+    monkeypatch.setattr(sources.Source, "read", lambda *a: pytest.fail("decoded"))
+    calls: list[tuple[int, int]] = []
+    again = build(DATA, SMALL, storage, "train", progress=lambda *a: calls.append(a))
+    assert again.manifest == train.manifest
+    assert calls == [(train.num_rows, train.num_rows)]
+    assert load(storage, train.address).manifest == train.manifest
+    assert pickle.loads(pickle.dumps(train)).read_shard(6)["index"][-1] == train.read_shard(6)["index"][-1]
+
+
+@pytest.mark.cluster
+def test_manifest(train: ShardSet, storage: Storage) -> None:
+    manifest = json.loads(files(storage, train.address)[MANIFEST])
+    assert manifest["version"] == pyramids.FORMAT_VERSION
+    assert manifest["source"]["source"] == "sample:mnist"
+    assert manifest["fingerprint"] == sources.open_source(DATA, "train").fingerprint
+    assert sum(s["rows"] for s in manifest["shards"]) == manifest["num_rows"] == train.num_rows
+    assert not any("time" in key or "date" in key for key in manifest)
+    assert sorted(files(storage, train.address)) == [MANIFEST, *(f"shard-{i:05d}.parquet" for i in range(7))]
+    train.verify()
+
+
+@pytest.fixture
+def copy(train: ShardSet, storage: Storage, tmp_path: Path) -> ShardSet:
+    """A finished set that a test may damage."""
+    shutil.copytree(storage.local_root / train.address, tmp_path / train.address)
+    return load(Storage(tmp_path), train.address)
+
+
+@pytest.mark.cluster
+def test_damaged_missing_and_foreign_sets(copy: ShardSet) -> None:
+    directory = copy.storage.local_root / copy.address
+    shard = directory / "shard-00002.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
+    for use in (copy.verify, lambda: copy.read_shard(2), lambda: copy.read_rows(250, 251)):
+        with pytest.raises(DataError, match=rf"shard-00002\.parquet is damaged.*delete {directory} and run"):
+            use()
+    copy.read_shard(1)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"shard-00002\.parquet is missing; delete {directory}"):
+        copy.verify()
+    (directory / MANIFEST).write_text(json.dumps({**copy.manifest, "version": 99}))
+    with pytest.raises(DataError, match=rf"format version 99, this program reads 1; delete {directory}"):
+        load(copy.storage, copy.address)
+    (directory / MANIFEST).write_text('{"version": ')
+    with pytest.raises(StorageError, match="not valid JSON"):
+        load(copy.storage, copy.address)
+    (directory / MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"manifest\.json does not exist: .*run the pyramids stage"):
+        load(copy.storage, copy.address)
+
+
+# --- kill and continue ------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+from test_pyramids import DATA, SMALL, SlowStorage, build
+build(DATA, SMALL, SlowStorage(sys.argv[2]), "train")
+"""
+
+
+class SlowStorage(Storage):
+    """Stays half-way through every shard for a while, so that a kill comes in the middle of writes."""
+
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        if name.endswith(".parquet"):
+            os.makedirs(self.root, exist_ok=True)
+            half = Path(self.path(f".{name}.half.tmp"))
+            half.write_bytes(memoryview(data)[: len(data) // 2])
+            time.sleep(0.3)
+            half.unlink()
+        super().write_bytes(name, data)
+
+
+@pytest.mark.cluster
+def test_killed_and_continued_equals_unbroken(
+    ray_cluster: str, train: ShardSet, storage: Storage, tmp_path: Path
+) -> None:
+    directory = tmp_path / train.address
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, ray_cluster, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "RAY_ADDRESS": ray_cluster},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while len(list(directory.glob("shard-*"))) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no shard was written"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Ray ends a dead driver's tasks a moment later
+    _wait_until_still(directory)
+    finished = {p.name: p.stat().st_ino for p in directory.glob("shard-*.parquet")}
+    assert 2 <= len(finished) < train.num_shards
+    assert not (directory / MANIFEST).exists()
+    # what a power cut or a storage without atomic renames may leave: half a shard under its final name
+    broken = directory / f"shard-{train.num_shards - 1:05d}.parquet"
+    broken.write_bytes(files(storage, train.address)[broken.name][:5000])
+    finished.pop(broken.name, None)
+    for leftover in directory.glob(".*"):
+        os.utime(leftover, (time.time() - 1000,) * 2)
+
+    calls: list[tuple[int, int]] = []
+    build(DATA, SMALL, Storage(tmp_path), "train", progress=lambda *a: calls.append(a)).verify()
+    assert files(Storage(tmp_path), train.address) == files(storage, train.address)
+    assert {name: (directory / name).stat().st_ino for name in finished} == finished  # kept, not made again
+    assert calls[-1] == (train.num_rows, train.num_rows)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def _wait_until_still(directory: Path) -> None:
+    state: Any = None
+    for _ in range(100):
+        now = sorted((p.name, p.stat().st_size) for p in directory.iterdir())
+        if now == state:
+            return
+        state = now
+        time.sleep(1)
+
+
+@pytest.mark.cluster
+def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(copy.storage, copy.address)
+    copy.storage.delete(f"{copy.address}/{MANIFEST}")
+    monkeypatch.setattr(sources.Source, "read", lambda *a: pytest.fail("decoded"))
+    build(DATA, SMALL, copy.storage, "train")
+    assert files(copy.storage, copy.address) == before
+
+
+def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
+    plan = pyramids._plan(DATA, SMALL, "train")
+    other = pyramids._plan(dataclasses.replace(DATA, split_seed=1), SMALL, "train")
+    directory = Storage(tmp_path)
+    for shard in (0, 1):
+        pyramids._write_shard(directory, shard, (plan if shard else other).table(shard))
+    assert plan.missing(directory) == [0, *range(2, plan.num_shards)]
+    pyramids._write_shard(directory, 1, plan.table(1).slice(0, 50))
+    assert 1 in plan.missing(directory)
+
+
+# --- other storages, errors, memory -----------------------------------------------------------------------------------------
+
+
+class FsspecLocal(Storage):
+    """A local directory reached as any file system of fsspec is."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.fs = pafs.PyFileSystem(pafs.FSSpecHandler(LocalFileSystem()))
+
+
+class FullStorage(Storage):
+    """A disk that has room for two shards of test_full_disk."""
+
+    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+        if name.endswith(".parquet") and len(self.list()) >= 2:
+            try:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as e:
+                raise StorageError(f"{self.uri}/{name} could not be written: {e}") from e
+        super().write_bytes(name, data)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("kind", ["file", "fsspec"])
+def test_storage_behind_a_uri(ray_cluster: str, train: ShardSet, storage: Storage, tmp_path: Path, kind: str) -> None:
+    target = Storage(f"file://{tmp_path}/a") if kind == "file" else FsspecLocal(f"{tmp_path}/a")
+    made = build(DATA, SMALL, target, "train")
+    made.verify()
+    assert files(Storage(tmp_path / "a"), made.address) == files(storage, train.address)
+    np.testing.assert_array_equal(made.read_shard(3)["image"], train.read_shard(3)["image"])
+
+
+@pytest.mark.cluster
+def test_full_disk_keeps_finished_shards(
+    ray_cluster: str, train: ShardSet, storage: Storage, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StorageError) as caught:
+        build(DATA, SMALL, FullStorage(tmp_path), "train")
+    assert "No space left on device" in str(caught.value)
+    assert "Traceback" not in str(caught.value) + "".join(capfd.readouterr())
+    kept = set(os.listdir(tmp_path / train.address))
+    assert len(kept) >= 2
+    assert MANIFEST not in kept
+    build(DATA, SMALL, Storage(tmp_path), "train")
+    assert files(Storage(tmp_path), train.address) == files(storage, train.address)
+
+
+@pytest.mark.cluster
+def test_truncated_image_names_file_and_row(
+    ray_cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    encoded: list[bytes | None] = [encode(i) for i in grey(60)]
+    assert encoded[37] is not None
+    encoded[37] = encoded[37][:400]
+    write_parquet(tmp_path / "d" / "train.parquet", encoded, [0] * 60)
+    data = DataConfig(source=f"parquet:{tmp_path / 'd'}", validation_fraction=0)
+    with pytest.raises(DataError) as caught:
+        build(data, PyramidConfig(rows_per_shard=10), Storage(tmp_path), "train")
+    assert str(caught.value) == (
+        f"{tmp_path}/d/train.parquet row 37: the image cannot be decoded (image file is truncated); it is truncated or not an "
+        "image file. Get the file again or remove this row"
+    )
+    assert caught.value.__cause__ is None
+    assert "".join(capfd.readouterr()) == ""  # one message, and nothing of Ray's beside it
+
+
+@pytest.mark.cluster
+def test_errors_of_ours_keep_their_traceback(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(self: Any, shard: int) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(pyramids._Plan, "table", defect)
+    plan = pyramids._plan(DATA, SMALL, "test")
+    # workers do not see the patch by reference, so the function itself is sent
+    with pytest.raises(Exception, match="a defect"), pyramids._carrying_user_errors():
+        plan.table(0)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_empty_split(tmp_path: Path, split: Any) -> None:
+    data = DataConfig(train_limit=1, validation_fraction=0.0 if split == "validation" else 0.999999)
+    with pytest.raises(DataError, match=f"the {split} split is empty"):
+        build(data, SMALL, Storage(tmp_path), split)
+
+
+def test_memory_follows_the_shard_not_the_data_set(tmp_path: Path) -> None:
+    """A task holds one shard and a row group of the source, and the driver some bytes per image."""
+    encoded = [encode(i) for i in grey(50)]
+    peaks = {}
+    for rows in (2000, 16_000):
+        directory = tmp_path / str(rows)
+        write_parquet(directory / "train.parquet", encoded * (rows // 50), [0] * rows, group=500)
+        data = DataConfig(source=f"parquet:{directory}", validation_fraction=0)
+        tracemalloc.start()
+        plan = pyramids._plan(data, SMALL, "train")
+        task = pickle.loads(pickle.dumps(plan))
+        arrow = pa.total_allocated_bytes()
+        for shard in (0, plan.num_shards - 1):
+            table = task.table(shard)
+            arrow = max(arrow, pa.total_allocated_bytes())
+            del table
+        peaks[rows] = tracemalloc.get_traced_memory()[1] + arrow
+        tracemalloc.stop()
+    # 14,000 more images of 784 bytes would be 11 MB as pixels alone; 8 bytes of row number each are 0.1 MB, thrice
+    assert peaks[16_000] - peaks[2000] < 1_000_000
