@@ -178,7 +178,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the forward pass; weights stay float32."""
     channels_last: bool = False
-    """Memory format of the network: faster on GPU and with bfloat16 on CPU."""
+    """Memory format of the network: faster on GPU and with bfloat16 on CPU (refused with float32 on CPU)."""
     normalize_mean: tuple[float, ...] = ()
     """Per-channel mean that the network itself subtracts from [0,1] images; empty: none."""
     normalize_std: tuple[float, ...] = ()
@@ -348,6 +348,15 @@ class Experiment:
                 raise ConfigError.of(
                     "data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)"
                 )
+            # PyTorch 2.14.1 on an AVX2 processor: the weight gradient of a stride-2 1x1 convolution (every ResNet's
+            # downsampling) writes outside its memory in this format; bfloat16, plain format and GPU do not
+            _check(
+                not config.channels_last or config.precision != "float32" or self.scaling.gpu,
+                f"models[{name}].channels_last",
+                config.channels_last,
+                "False with precision='float32' on CPU, where PyTorch's channels-last gradients corrupt memory; "
+                "True with precision='bfloat16' or scaling.gpu",
+            )
             _check(
                 config.batch_size % self.scaling.workers == 0,
                 f"models[{name}].batch_size",

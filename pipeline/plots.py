@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 UNDEFENDED = ("#6b7280", "#9ca3af", "#374151", "#b8bec8")
 DEFENDED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -69,7 +70,10 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
                 axis.plot(x, y, color=colour, linewidth=1.2, label=label)
         axis.set(title=model, xlabel="step", ylabel="loss", yscale="log")
         axis.yaxis.set_major_formatter(_plain)
-        axis.yaxis.set_minor_formatter(_plain if np.diff(np.log10(axis.get_ylim()))[0] < 1.5 else "")
+        if np.diff(np.log10(axis.get_ylim()))[0] < 1.5:  # else the powers of ten are enough
+            axis.yaxis.set_minor_formatter(_plain)
+        else:
+            axis.yaxis.set_minor_formatter("")
         axis.margins(x=0)
     handles: dict[str, Any] = {}
     for axis in axes:
@@ -99,7 +103,7 @@ def validation(histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapp
                 label=_legend(model, roles),
             )
     axis.set(xlabel="epochs done", ylabel="validation accuracy (%), clean images")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _frame(axis)
     axis.legend(frameon=False)
     return _png(figure)
@@ -260,7 +264,7 @@ def _size(images: np.ndarray) -> str:
     return f"{images.shape[-2]}×{images.shape[-1]}"
 
 
-def _plain(value: float, _: int) -> str:
+def _plain(value: float, _: float) -> str:
     """A tick of a logarithmic axis as people write it; only 1, 2 and 5 times a power of ten, which never touch."""
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 

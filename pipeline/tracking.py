@@ -476,21 +476,28 @@ class Tracker:
         """Whether the operation itself is at fault, so that it must not hold up those behind it."""
         if isinstance(error, StorageError | KeyError):
             return True  # the file is gone, or the run it belongs to was refused
-        if isinstance(error, MlflowException) and error.get_http_status_code() in (400, 404, 405, 409, 413, 422):
+        status = _status(error)
+        if status in (400, 404, 405, 409, 413, 422):
             return True
+        # 503 is also what mlflow makes of a locked database; a password may be mended while the run goes on
+        if status not in (401, 403, 408, 429, 502, 503, 504) and self._answers():
+            operation.failures += 1
+            return operation.failures >= ATTEMPTS
+        if not self._outage:
+            self._outage = True
+            self._echo(
+                f"MLflow at {without_password(self.uri)} cannot be used ({_reason(error)}); the run goes on, "
+                "its records are kept and published when it answers again"
+            )
+        return False
+
+    def _answers(self) -> bool:
         try:
             with _http_limits(timeout=4, retries=0):
                 (self._client or MlflowClient(tracking_uri=self.uri)).search_experiments(max_results=1)
         except Exception:
-            if not self._outage:
-                self._outage = True
-                self._echo(
-                    f"MLflow at {without_password(self.uri)} cannot be reached ({_reason(error)}); the run goes on, "
-                    "its records are kept and published when it answers again"
-                )
             return False
-        operation.failures += 1
-        return operation.failures >= ATTEMPTS
+        return True
 
     def _connect(self) -> MlflowClient:
         if self._client is not None:
@@ -779,7 +786,9 @@ def _publish_evaluation(
     metrics = evaluation["metrics"]
     budget = metrics.get("accuracy_at_budget") or {}
     plain = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    tracker.metrics(alias, {"n": evaluation["n"], **plain, **{f"accuracy_at/{_name(k)}": v for k, v in budget.items()}})
+    tracker.metrics(
+        alias, {"n": evaluation["n"], **plain, **{f"accuracy_at/{_metric_name(k)}": v for k, v in budget.items()}}
+    )
     if curve := metrics.get("curve"):
         # MLflow's steps are whole numbers: thousandths of the norm
         steps = [round(1000 * eps) for eps in curve["eps"]]
@@ -858,10 +867,18 @@ def _all_there(client: MlflowClient, state: Mapping[str, Any], experiment_id: st
     try:
         info = client.get_run(run["id"]).info
     except MlflowException as e:
-        if e.get_http_status_code() == 404:
+        if _status(e) == 404:
             return False
         raise
     return bool(info.lifecycle_stage == "active" and info.experiment_id == experiment_id)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that stands for an error of MLflow, also where no HTTP is spoken."""
+    if not isinstance(error, MlflowException):
+        return None
+    status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
+    return status
 
 
 def _weights_digest(module: nn.Module) -> str:
@@ -888,7 +905,7 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _name(text: str) -> str:
+def _metric_name(text: str) -> str:
     """``text`` with what MLflow does not allow in a metric's name left out: ``l2<=1.5`` is ``l2_1.5``."""
     return re.sub(r"[^\w./: -]+", "_", text)
 

@@ -14,7 +14,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TESTS = Path(__file__).resolve().parent
+SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -22,15 +23,17 @@ def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
     import ray
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        configure_logging=True,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        object_store_memory=500_000_000,
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        # workers inherit it: classes that tests define are imported there by name
+        environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_store_memory=500_000_000,
+        )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

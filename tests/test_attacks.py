@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def linear(classes: int, pixels: int = 16, seed: int = 0, scale: float = 1.0) -> nn.Module:
+def linear(classes: int, pixels: int = 16, seed: int = 0, scale: float = 1) -> nn.Module:
     """Logits W x + b with the boundaries close to the grey image, so that [0,1] does not bind."""
     layer = nn.Linear(pixels, classes)
     with torch.no_grad():
@@ -270,27 +271,28 @@ def test_reading_a_spec_does_not_load_torch() -> None:
 
 @pytest.mark.parametrize("classes", [2, 5])
 @pytest.mark.parametrize(
-    "attack",
+    ("attack", "scale"),
     [
-        pytest.param(lambda m, x, y: ddn(m, x, y, steps=200, initial_norm=0.1), id="ddn"),
-        pytest.param(lambda m, x, y: cw(m, x, y, steps=150, binary_search_steps=8, lr=0.01), id="cw"),
+        # cross entropy points at the nearest class, not at a mixture of all, only where logits are far apart
+        pytest.param(lambda m, x, y: ddn(m, x, y, steps=200, initial_norm=0.1), 30, id="ddn"),
+        pytest.param(lambda m, x, y: cw(m, x, y, steps=150, binary_search_steps=8, lr=0.01), 1, id="cw"),
     ],
 )
 def test_minimal_norm_on_a_linear_model_is_the_distance_to_the_boundary(
-    attack: Callable[[nn.Module, Tensor, Tensor], Tensor], classes: int
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor], scale: float, classes: int
 ) -> None:
-    model, x = linear(classes, scale=3), near_grey(40)
+    model, x = linear(classes, scale=scale), near_grey(60)
     y = predict(model, x)
     truth = distances(model, x, order=2)
     # a sample that sits on the boundary has no meaningful relative error
     keep = truth > 0.01
-    assert keep.sum() > 25
+    assert keep.sum() > 30
     adversarial = attack(model, x, y)
     assert (predict(model, adversarial) != y)[torch.from_numpy(keep)].all()
     ratio = norm_of(adversarial - x, "l2")[keep] / truth[keep]
     assert ratio.min() > 1 - 1e-3, "nothing adversarial is closer than the boundary"
     assert np.median(ratio) < 1.02
-    assert ratio.max() < 1.1
+    assert np.quantile(ratio, 0.9) < 1.05
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,10 @@ def test_default_step_size_is_2_5_eps_over_steps() -> None:
 # --- contract
 
 
-@settings(max_examples=60, deadline=None)
+some_convnet = functools.cache(convnet)
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     text=st.sampled_from([t.partition(":")[0] + (",norm=l2" if "norm=l2" in t else "") for t in ONE_OF_EACH[:-2]]),
     eps=st.floats(1e-4, 3),
@@ -383,7 +388,7 @@ def test_budget_is_never_exceeded(
     y = torch.randint(0, 4, (5,), generator=seeded(seed + 1))
     out = run_attack(
         spec,
-        convnet(seed),
+        some_convnet(seed % 5),
         x,
         y,
         targeted=targeted,
@@ -518,13 +523,16 @@ def test_targeted_attacks_reach_the_target(text: str) -> None:
     assert (predict(model, out) == target).all()
 
 
-@pytest.mark.parametrize("text", ["cw:steps=40,binary_search_steps=6,lr=0.05", "ddn:steps=100,initial_norm=0.3"])
+@pytest.mark.parametrize("text", ["cw:steps=150,binary_search_steps=8,lr=0.01", "ddn:steps=200,initial_norm=0.1"])
 def test_targeted_minimal_norm_is_the_distance_to_the_target(text: str) -> None:
-    model, x = linear(2, scale=3), near_grey(20)
-    target = 1 - predict(model, x)
-    out = run_attack(AttackSpec.parse(text), model, x, target, targeted=True)
-    ratio = norm_of(out - x, "l2") / distances(model, x, order=2)
-    assert 1 - 1e-3 < np.median(ratio) < 1.05
+    model, x = linear(2), near_grey(30)
+    truth = distances(model, x, order=2)
+    keep = truth > 0.01
+    assert keep.sum() > 15
+    out = run_attack(AttackSpec.parse(text), model, x, 1 - predict(model, x), targeted=True)
+    ratio = norm_of(out - x, "l2")[keep] / truth[keep]
+    assert ratio.min() > 1 - 1e-3
+    assert np.median(ratio) < 1.02
 
 
 # --- early leaving

@@ -196,6 +196,14 @@ def test_experiment_refuses_what_does_not_fit_together() -> None:
     )
 
 
+def test_channels_last_in_float32_needs_a_gpu() -> None:
+    """PyTorch's weight gradient of a stride-2 1x1 convolution corrupts memory there: a crash, or worse, none."""
+    train = TrainConfig(channels_last=True)
+    refused(lambda: experiment(train=train), "models[no_defense].channels_last", True, "precision='bfloat16'")
+    experiment(train=train, scaling=ScalingConfig(gpu=True))
+    experiment(train=dataclasses.replace(train, precision="bfloat16"))
+
+
 def test_a_level_under_seven_pixels_is_refused() -> None:
     refused(lambda: experiment(pyramids=PyramidConfig(levels=4)), "pyramids.levels", 4, "1 to 3 at image size 28")
     experiment(pyramids=PyramidConfig(levels=3))

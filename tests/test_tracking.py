@@ -241,6 +241,23 @@ def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tm
     assert not tracker.has_history("model/m", 4)
 
 
+def test_artifacts_of_a_remote_storage(database: DatabaseMaker, tmp_path: Path) -> None:
+    away = Storage("memory://away")
+    away.write_bytes("models/m/classifier.safetensors", b"weights")
+    tracker = tracking.Tracker(database(tmp_path), away / "runs/x", echo=_silent)
+    tracker.start("model/m", "m")
+    tracker.artifact("model/m", away, "models/m/classifier.safetensors", "weights")
+    tracker.artifact_bytes("model/m", "note.txt", b"first")
+    tracker.artifact_bytes("model/m", "note.txt", b"second")
+    client, run_id = MlflowClient(tracker.uri), tracker.run_id("model/m") or ""
+    assert _artifacts(client, run_id) == {"weights/classifier.safetensors", "note.txt"}
+    assert Path(client.download_artifacts(run_id, "note.txt")).read_bytes() == b"second"
+    assert Path(client.download_artifacts(run_id, "weights/classifier.safetensors")).read_bytes() == b"weights"
+    assert (tmp_path / "mlartifacts" / run_id / "artifacts" / "note.txt").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        tracker.artifact("model/m", away, "models/none")
+
+
 def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     run, uri = root / "runs/x", database(tmp_path)
     said: list[str] = []
@@ -403,7 +420,7 @@ def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
         tracker.metrics("run", {"a": step}, step=step)
     assert time.monotonic() - begin < 5
     assert len(said) == 1
-    assert "cannot be reached (connection refused)" in said[0]
+    assert "cannot be used (connection refused)" in said[0]
     assert tracker.pending == 201
     assert not tracker.flush(timeout_s=1)
     assert said[1:] == [
@@ -431,7 +448,7 @@ class _Server:
             self._process = subprocess.Popen(
                 self._command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240  # a busy machine takes more than a minute
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self._log.read_text()
             try:
@@ -475,7 +492,7 @@ def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage,
     assert time.monotonic() - begin < 20
     assert tracker.pending > 50
     assert len(said) == 1
-    assert "cannot be reached" in said[0]
+    assert "cannot be used" in said[0]
 
     server.start()
     assert tracker.flush(timeout_s=60)

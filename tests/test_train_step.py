@@ -189,8 +189,8 @@ def test_terms() -> None:
     optimizer = make_optimizer(net, config)
     terms = train_step(PhaseModule(net, "joint", config), optimizer, batch, lr=0.0, config=config)
     outputs = net.autoencoder(images)
-    rec = [float(F.mse_loss(o, t)) for o, t in zip(outputs, targets, strict=True)]
-    cls = float(F.cross_entropy(net.classifier(images), batch.labels))
+    rec = [float(F.mse_loss(o.detach(), t)) for o, t in zip(outputs, targets, strict=True)]
+    cls = float(F.cross_entropy(net.classifier(images).detach(), batch.labels))
     expected = {
         "loss_cls": cls,
         "rec_0": rec[0],
@@ -218,11 +218,11 @@ def test_a_step_is_sgd() -> None:
 
 
 def test_overfits_eight_images() -> None:
-    config = tiny(width=8, shared_blocks=3, reconstruction_weight=10.0, weight_decay=0.0, batch_size=8)
+    config = tiny(width=8, shared_blocks=3, reconstruction_weight=10.0, weight_decay=0.0, clip_norm=1.0)
     net = defended(config)
     module, optimizer = PhaseModule(net, "joint", config), make_optimizer(net, config)
     batch = dataclasses.replace(make_batch(8), labels=torch.arange(8))
-    terms = [train_step(module, optimizer, batch, lr=0.05, config=config) for _ in range(80)]
+    terms = [train_step(module, optimizer, batch, lr=0.05, config=config) for _ in range(60)]
     for name in ("loss", "loss_cls", "loss_rec"):
         assert float(terms[-1][name]) < float(terms[0][name]) / 10, name
 
@@ -266,9 +266,10 @@ def test_bfloat16_keeps_float32_weights_and_losses() -> None:
 
 
 def test_channels_last_is_the_same_step() -> None:
-    results = []
+    """In bfloat16: with float32 on CPU the format is refused (see Experiment), since it corrupts memory there."""
+    terms, gradients = [], []
     for last in (False, True):
-        config = tiny(channels_last=last, shared_blocks=3)
+        config = tiny(channels_last=last, shared_blocks=3, precision="bfloat16")
         net = defended(config)
         strides: list[tuple[int, ...]] = []
         net.classifier.layer1.register_forward_hook(
@@ -276,11 +277,14 @@ def test_channels_last_is_the_same_step() -> None:
         )
         if last:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        train_step(PhaseModule(net, "joint", config), make_optimizer(net, config), make_batch(), lr=0.05, config=config)
+        module, optimizer = PhaseModule(net, "joint", config), make_optimizer(net, config)
+        terms.append(train_step(module, optimizer, make_batch(), lr=0.0, config=config))
         assert (strides[0][1] == 1) == last
-        results.append(net.state_dict())
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    for name, value in terms[0].items():
+        assert float(terms[1][name]) == pytest.approx(float(value), rel=0.03), name
+    # bfloat16 rounds differently through some forty layers; a wrong gradient would be near 0
+    assert float(F.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.85
 
 
 def test_a_step_leaves_its_batch_alone() -> None:
@@ -432,8 +436,10 @@ def test_validation_sums() -> None:
 
 
 def test_stream_seed() -> None:
-    # pinned: another value is another order of the images in every run
-    assert stream_seed(0, 0, 0) == stream_seed(0, 0, 0) == 5020219685658847592
+    # FNV-1a of 24 zero bytes. Pinned: another value is another order of the images in every run
+    assert (
+        stream_seed(0, 0, 0) == (0xCBF29CE484222325 * pow(0x100000001B3, 24, 2**64) % 2**64) >> 1 == 4677304784328200578
+    )
     seeds = {stream_seed(a, b, c) for a in range(-3, 9) for b in range(9) for c in range(9)}
     assert len(seeds) == 12 * 81
     assert all(0 <= s < 2**63 for s in seeds)

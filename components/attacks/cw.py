@@ -35,9 +35,10 @@ def cw(
     the logit to beat minus the one wanted. ``const`` is searched for per sample: x10 until the first success, then by
     bisection.
 
-    Differences from the authors' code, none of which changes an iterate: every search step begins at the clean image,
-    so its gradient is computed once; the last iterate of a search step is judged too; there is no early abort, which
-    stops on the loss of the whole batch and so makes a sample's result depend on its neighbours and loses some.
+    Differences from the authors' code: every search step begins at the clean image, so its gradient is computed once
+    (the same iterates for fewer passes); the last iterate of a search step is judged too, for the result and for the
+    search; there is no early abort, which stops on the loss of the whole batch, so that a sample's result would depend
+    on its neighbours and some successes would be lost.
     Passes: 1 + binary_search_steps * (steps - 1) forward and backward, binary_search_steps forward.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 Norm = Literal["linf", "l2"]
 
 _TINY = 1e-30  # below any norm that float32 pixels can have, above zero
+_ROUNDING = 2.0**-25  # largest rounding error of a float32 sum in [0,1]
 
 
 def l2_norms(x: Tensor) -> Tensor:
@@ -41,5 +43,7 @@ def project(x: Tensor, clean: Tensor, eps: float, norm: Norm) -> Tensor:
     if norm == "linf":
         return torch.maximum(torch.minimum(x, clean + eps), clean - eps).clamp_(0, 1)
     delta = x - clean
-    scale = (eps / l2_norms(delta).clamp_min(_TINY)).clamp_max(1)
+    # rounding every pixel of clean + delta could lengthen delta beyond a small eps; the slack is 8e-7 on MNIST
+    radius = max(eps - _ROUNDING * math.sqrt(delta[:1].numel()), 0.0)
+    scale = (radius / l2_norms(delta).clamp_min(_TINY)).clamp_max(1)
     return delta.mul_(per_sample(scale)).add_(clean).clamp_(0, 1)

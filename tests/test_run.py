@@ -1,0 +1,346 @@
+"""The whole pipeline through its real command line: results, continuation, and what is killed and comes back the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from pipeline.checkpoints import load_autoencoder, load_classifier
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
+SMALL = [
+    "mnist-smoke",
+    *("--data.train-limit", "400", "--data.test-limit", "20"),
+    *("--scaling.workers", "2", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
+]
+
+
+def command(name: str, storage: Path, *more: str) -> list[str]:
+    return [*MAIN, name, *SMALL, "--storage", str(storage), *more]
+
+
+def run(arguments: list[str], address: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd="/", env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_well(arguments: list[str], address: str) -> str:
+    done = run(arguments, address)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def record_of(storage: Path) -> dict[str, Any]:
+    (file,) = storage.glob("runs/*/run.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def files_below(directory: Path, pattern: str) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.glob(pattern))}
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A complete run and what it printed."""
+    storage = tmp_path_factory.mktemp("finished")
+    return storage, run_well(command("run", storage), ray_cluster)
+
+
+def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[Path, str]) -> None:
+    storage, printed = finished
+    for part in ("pyramids: train", "train 3/3: defend", "attack", "report", "white-box", "transfer", "n = 20"):
+        assert part in printed
+    (report,) = storage.glob("runs/*/report/report.html")
+    assert str(report) in printed
+    assert "mlflow ui" in printed or "mlflow' ui" in printed
+
+
+def test_every_model_meets_every_threat_model(finished: tuple[Path, str]) -> None:
+    storage, _ = finished
+    record = record_of(storage)
+    assert record["finished"] is not None
+    cells = {(e["model"], e["threat_model"], e["attack"].partition(":")[0]) for e in record["evaluations"]}
+    attacks = {"fgsm", "bim", "ddn"}
+    expected = {(m, "white_box", a) for m in ("no_defense", "control", "defend") for a in attacks}
+    expected |= {(m, "transfer", a) for m in ("control", "defend") for a in attacks}
+    expected |= {(m, "clean", "none") for m in ("no_defense", "control", "defend")}
+    expected |= {(m, "random", "noise") for m in ("no_defense", "control", "defend")}
+    assert cells == expected
+    for e in record["evaluations"]:
+        if e["threat_model"] == "transfer":
+            assert e["source"] == "no_defense"
+
+
+def test_records_are_in_original_order_and_recount_to_the_table(finished: tuple[Path, str]) -> None:
+    storage, _ = finished
+    for e in record_of(storage)["evaluations"]:
+        tables = [pq.read_table(f).to_pydict() for f in sorted((storage / e["path"]).glob("chunk-*.parquet"))]
+        assert [i for t in tables for i in t["index"]] == list(range(20))
+        right = [p == y for t in tables for p, y in zip(t["adversarial_prediction"], t["label"], strict=True)]
+        assert e["metrics"]["accuracy"] == pytest.approx(sum(right) / 20)
+
+
+def test_early_leaving_only_where_examples_are_judged_on_their_own_model(finished: tuple[Path, str]) -> None:
+    storage, _ = finished
+    for e in record_of(storage)["evaluations"]:
+        spec = json.loads((storage / e["path"] / "spec.json").read_text())
+        if spec["early_leaving"]:
+            assert e["threat_model"] == "white_box"
+            assert spec["source"] == spec["model"]
+        iterated = e["attack"].startswith("bim")
+        assert spec["early_leaving"] == (iterated and e["threat_model"] == "white_box")
+
+
+def test_the_exported_classifier_is_a_torchvision_network(finished: tuple[Path, str]) -> None:
+    storage, _ = finished
+    (directory,) = storage.glob("models/defend-*")
+    weights = load_file(directory / "classifier.safetensors")
+    assert set(weights) == set(torchvision.models.resnet18().state_dict())
+    model = load_classifier(directory)
+    assert not model.training
+    images = torch.rand(2, 1, 28, 28)
+    assert model(images).shape == (2, 10)
+    assert [tuple(x.shape) for x in load_autoencoder(directory)(images)] == [(2, 1, s, s) for s in (28, 14, 7)]
+    (undefended,) = storage.glob("models/control-*")
+    assert not (undefended / "autoencoder.safetensors").exists()
+
+
+def test_the_report_stands_alone(finished: tuple[Path, str]) -> None:
+    storage, _ = finished
+    (report,) = storage.glob("runs/*/report/report.html")
+    html = report.read_text()
+    assert "data:image/png;base64," in html
+    for remote in ('src="http', "src='http", '<link rel="stylesheet"', "@import"):
+        assert remote not in html
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def mlflow_server(finished: tuple[Path, str]) -> Iterator[str]:
+    storage, _ = finished
+    port = free_port()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            *("--backend-store-uri", f"sqlite:///{storage}/mlflow.db"),
+        ],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_mlflow_read_back_through_rest_has_the_tables_numbers(finished: tuple[Path, str], mlflow_server: str) -> None:
+    from mlflow import MlflowClient
+
+    storage, _ = finished
+    record = record_of(storage)
+    client = MlflowClient(mlflow_server)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "defendpp"]
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert len(parents) == 1
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
+    by_name = {r.info.run_name: r for r in children}
+    assert set(record["models"]) <= set(by_name)
+    assert all(r.info.status == "FINISHED" for r in runs)
+    for e in record["evaluations"]:
+        short = (
+            "clean/accuracy" if e["threat_model"] == "clean" else f"{e['threat_model']}/{e['attack'].partition(':')[0]}"
+        )
+        assert by_name[e["model"]].data.metrics[short] == pytest.approx(e["metrics"]["accuracy"]), short
+    losses = client.get_metric_history(by_name["defend"].info.run_id, "train/loss")
+    assert len(losses) == 2 * (360 // 64) or len(losses) > 8
+    assert all(np.isfinite(m.value) for m in losses)
+    inputs = {i.dataset.digest for r in runs for i in client.get_run(r.info.run_id).inputs.dataset_inputs}
+    assert inputs, "the data set belongs to the run, with its hash"
+    (version,) = client.search_model_versions("name = 'mnist-smoke-defend'")
+    assert version.run_id == by_name["defend"].info.run_id
+
+
+def test_the_same_command_again_computes_nothing(finished: tuple[Path, str], ray_cluster: str) -> None:
+    storage, _ = finished
+    kept = {
+        f: f.stat().st_mtime_ns
+        for p in ("pyramids", "models", "examples", "judged")
+        for f in (storage / p).rglob("*.*")
+        if f.is_file()
+    }
+    run_well(command("run", storage), ray_cluster)
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+
+
+def test_a_lost_chunk_alone_is_computed_again_and_is_the_same(finished: tuple[Path, str], ray_cluster: str) -> None:
+    storage, _ = finished
+    before = files_below(storage, "judged/*/*.parquet")
+    (cell,) = [
+        e
+        for e in record_of(storage)["evaluations"]
+        if e["model"] == "defend" and e["threat_model"] == "white_box" and e["attack"].startswith("ddn")
+    ]
+    examples = storage / cell["examples"] / "chunk-00001.parquet"
+    kept = {f: f.stat().st_mtime_ns for f in storage.glob("examples/*/*.parquet") if f != examples}
+    old = pq.read_table(examples)
+    examples.unlink()
+    (storage / cell["path"] / "chunk-00001.parquet").unlink()
+    run_well(command("attack", storage), ray_cluster)
+    assert files_below(storage, "judged/*/*.parquet") == before
+    assert pq.read_table(examples).equals(old)
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+
+
+def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
+    finished: tuple[Path, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    storage, _ = finished
+    shutil.copytree(storage, tmp_path / "s")
+    for part in ("examples", "judged"):
+        shutil.rmtree(tmp_path / "s" / part)
+    # of 4 CPUs: one task at a time instead of two
+    run_well(command("attack", tmp_path / "s", "--scaling.cpus-per-attack", "4"), ray_cluster)
+    assert files_below(tmp_path / "s", "judged/*/*.parquet") == files_below(storage, "judged/*/*.parquet")
+
+
+ALTERNATING = (
+    *("--models", "defend:seed=3", "--evaluation.threat-models", "white_box"),
+    *("--train.schedule", "alternating", "--train.cycles", "1", "--train.autoencoder-epochs", "2"),
+    *("--train.classifier-epochs", "2", "--train.epochs", "12", "--train.noise-location", "latent"),
+)
+
+
+@pytest.fixture(scope="module")
+def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model with two workers over every phase, and the shards that it was trained on."""
+    storage = tmp_path_factory.mktemp("unbroken")
+    run_well(command("pyramids", storage, *ALTERNATING), ray_cluster)
+    shutil.copytree(storage, storage.with_name("shards-only"))
+    run_well(command("train", storage, *ALTERNATING), ray_cluster)
+    return storage
+
+
+def killed_once(storage: Path, address: str, kill: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Start training, kill -9 the driver or a worker when five epochs are done, and let it end. Returns it and how many
+    epochs there were at the kill."""
+    process = subprocess.Popen(
+        command("train", storage, *ALTERNATING),
+        cwd="/",
+        env={**os.environ, "RAY_ADDRESS": address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while not (epochs := len(list(storage.glob("models/*/history/*.json")))) >= 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    assert not list(storage.glob("models/*/model.json")), "too fast: nothing was left to be killed"
+    if kill == "driver":
+        process.kill()
+    else:
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        assert workers
+        workers[0].kill()
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err), epochs
+
+
+@pytest.mark.parametrize("kill", ["worker", "driver"])
+def test_killed_and_continued_equals_unbroken_bit_for_bit(
+    unbroken: Path, ray_cluster: str, tmp_path: Path, kill: str
+) -> None:
+    storage = tmp_path / "s"
+    shutil.copytree(unbroken.with_name("shards-only"), storage)
+    done, _ = killed_once(storage, ray_cluster, kill)
+    if kill == "driver":
+        assert done.returncode == -signal.SIGKILL
+        assert not list(storage.glob("models/*/model.json"))
+        run_well(command("train", storage, *ALTERNATING), ray_cluster)
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+    weights = files_below(storage, "models/*/*.safetensors")
+    assert len(weights) == 2
+    assert weights == files_below(unbroken, "models/*/*.safetensors")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(unbroken: Path, ray_cluster: str, tmp_path: Path) -> None:
+    storage = tmp_path / "s"
+    shutil.copytree(unbroken.with_name("shards-only"), storage)
+    absurd = ("--models", "defend:lr=1e30", "--evaluation.threat-models", "white_box")
+    # the shards are the same: a run record of these settings is all that is missing
+    run_well(command("pyramids", storage, *absurd), ray_cluster)
+    done = run(command("train", storage, *absurd), ray_cluster)
+    assert done.returncode == 1
+    assert "not finite at step" in done.stderr
+    assert "Last good checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(storage.glob("models/*/classifier.safetensors"))
+
+
+def test_more_workers_than_there_is_room_for_is_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
+    done = run([*command("run", tmp_path), "--scaling.workers", "32"], ray_cluster, timeout=120)
+    assert done.returncode == 1
+    assert "scaling.workers" in done.stderr
+    assert "room for 8" in done.stderr
+
+
+def test_a_gpu_that_is_not_there_is_refused_at_once(ray_cluster: str, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run([*command("run", tmp_path), "--scaling.gpu"], ray_cluster, timeout=120)
+    assert done.returncode == 1
+    assert "0 GPU" in done.stderr
+
+
+def test_a_stage_without_the_one_before_it_says_what_to_run(ray_cluster: str, tmp_path: Path) -> None:
+    done = run(command("train", tmp_path), ray_cluster, timeout=120)
+    assert done.returncode == 1
+    assert "pyramids mnist-smoke" in done.stderr
+
+
+def test_a_spoiled_model_file_is_told(finished: tuple[Path, str], ray_cluster: str, tmp_path: Path) -> None:
+    storage, _ = finished
+    shutil.copytree(storage, tmp_path / "s")
+    (file,) = (tmp_path / "s").glob("models/defend-*/classifier.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    done = run(command("run", tmp_path / "s"), ray_cluster, timeout=200)
+    assert done.returncode == 1
+    assert str(file) in done.stderr
