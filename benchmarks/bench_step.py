@@ -137,7 +137,9 @@ def main() -> None:
     # neighbours in time saw the same load: how far the ratio of one pair strays says how good the median is
     pairs = sorted(j / c for j, c in zip(times["joint"], times["classifier"], strict=True))
     flop_ratio = work["joint"] / work["classifier"]
-    print(f"time ratio {time_ratio:.3f} (quartiles of pairs {pairs[len(pairs) // 4]:.3f} to {pairs[-1 - len(pairs) // 4]:.3f})")
+    print(
+        f"time ratio {time_ratio:.3f} (quartiles of pairs {pairs[len(pairs) // 4]:.3f} to {pairs[-1 - len(pairs) // 4]:.3f})"
+    )
     print(f"FLOP ratio {flop_ratio:.3f}")
     score = time_ratio / flop_ratio
     print(f"time ratio / FLOP ratio {score:.3f} (goal <= {GOAL}: {'reached' if score <= GOAL else 'missed'})")
@@ -149,7 +151,11 @@ def main() -> None:
                     steps[phase]()
             print(f"\n{phase}, 3 steps")
             table = profile.key_averages(group_by_input_shape=True)
-            print(table.table(sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=48, max_shapes_column_width=70))
+            print(
+                table.table(
+                    sort_by="self_cpu_time_total", row_limit=40, max_name_column_width=48, max_shapes_column_width=70
+                )
+            )
             print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=48))
 
 

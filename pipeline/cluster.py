@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from components.config import ScalingConfig
 from components.errors import UserError
@@ -75,12 +76,12 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
     while True:
         short = _short_of(train, scaling.workers, "scaling.workers") or _short_of(attack, 1, "an attack task")
         if short is None:
+            if asked:  # else the request would keep the nodes up after the run
+                request_resources(bundles=[])
             return
         if time.monotonic() >= deadline:
             raise ResourceError(short)
         if not asked:
-            from ray.autoscaler.sdk import request_resources
-
             request_resources(bundles=[train] * scaling.workers)
             asked = True
         time.sleep(2)

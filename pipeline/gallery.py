@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from components.dct import linear_pyramid, lowpass_pyramid
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, level_sizes
+from components.dct import linear_pyramid, lowpass_pyramid
 from pipeline import checkpoints, pyramids
 from pipeline.attack import Model, read_chunks, read_examples
 from pipeline.storage import Storage

@@ -15,7 +15,7 @@ from typing import Any
 
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
-from pipeline import attack, cluster, environment, gallery, pyramids, report, sources, tracking, train
+from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, sources, tracking, train
 from pipeline.progress import say, stage
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes
@@ -54,7 +54,7 @@ class Run:
         self.storage.write_json("run.json", self.record)
 
     def publish(self) -> None:
-        tracking.publish_run(self.tracker, self.storage, self.root)
+        publish.publish_run(self.tracker, self.storage, self.root)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -199,7 +199,7 @@ def train_models(run: Run, sets: dict[str, pyramids.ShardSet]) -> list[attack.Mo
 
             def on_epoch(record: dict[str, Any], name: str = name) -> None:
                 alias = f"model/{name}"
-                tracking.start_model(run.tracker, run.record, name, record["steps"][0]["time"])
+                publish.start_model(run.tracker, run.record, name, record["steps"][0]["time"])
                 run.tracker.history(alias, record)
 
             model = train.train(

@@ -24,7 +24,7 @@ from mlflow.entities import Run
 
 from components.errors import UserError
 from components.models.classifiers import build_classifier
-from pipeline import report, tracking
+from pipeline import publish, report, tracking
 from pipeline.storage import Storage
 
 DatabaseMaker = Callable[[Path], str]
@@ -167,7 +167,7 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
 
     def publish() -> str | None:
         tracker = tracking.Tracker(uri, run, echo=said.append)
-        tracking.publish_run(tracker, run, root)
+        publish.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
 
@@ -208,8 +208,8 @@ def test_live_training_and_the_final_publication_meet(
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
     tracker = tracking.Tracker(uri, run, echo=_silent)
-    tracking.start_run(tracker, report.read_run(run))
-    tracking.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
+    publish.start_run(tracker, report.read_run(run))
+    publish.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
     files = report.history_files(root, record["models"]["defend"])
     for file in files[:2]:
         tracker.history("model/defend", report.read_epoch(root, file))
@@ -223,7 +223,7 @@ def test_live_training_and_the_final_publication_meet(
 
     run.write_json("run.json", record)
     again = tracking.Tracker(uri, run, echo=lambda line: None)
-    tracking.publish_run(again, run, root)
+    publish.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
     assert _runs(client)["fake-mnist/defend"].info.run_id == runs["fake-mnist/defend"].info.run_id
@@ -479,8 +479,8 @@ def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage,
     tracking.check_reachable(server.uri)
     said: list[str] = []
     tracker = tracking.Tracker(server.uri, run, echo=said.append)
-    tracking.start_run(tracker, report.read_run(run))
-    tracking.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
+    publish.start_run(tracker, report.read_run(run))
+    publish.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = report.history_files(root, record["models"]["defend"])
     tracker.history("model/defend", report.read_epoch(root, first))
     assert not tracker.pending
@@ -488,7 +488,7 @@ def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage,
 
     server.kill()
     begin = time.monotonic()
-    tracking.publish_run(tracker, run, root)
+    publish.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 20
     assert tracker.pending > 50
     assert len(said) == 1
@@ -501,7 +501,7 @@ def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage,
     _expect_fake_run(client, run)
     before = _everything(client)
     again = tracking.Tracker(server.uri, run, echo=said.append)
-    tracking.publish_run(again, run, root)
+    publish.publish_run(again, run, root)
     assert again.flush()
     assert _everything(client) == before
 

@@ -1,0 +1,191 @@
+"""A whole run in MLflow, out of its records: the parent, a run per model, a run per evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from pipeline import report
+from pipeline.storage import Storage
+from pipeline.tracking import Tracker
+
+
+def start_run(tracker: Tracker, record: Mapping[str, Any]) -> None:
+    """The parent run, alias "run", out of what ``run.json`` holds from its first stage on."""
+    git, hardware = record.get("git") or {}, record.get("hardware") or {}
+    experiment = record["experiment"]
+    tags = {
+        "kind": "run",
+        "recipe": record["name"],
+        "records": tracker.storage.uri,
+        "command": record.get("command"),
+        "git_dirty": git.get("dirty"),
+        "mlflow.source.git.commit": git.get("revision"),
+        "mlflow.source.type": "LOCAL",
+        "hardware": hardware,
+        "versions": record.get("versions"),
+    }
+    tracker.start("run", record["name"], tags=tags, params=flatten(experiment), time=_unix(record.get("created")))
+    _datasets(tracker, "run", record, ("train", "validation", "test"))
+
+
+def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: float | None = None) -> None:
+    """The child run of a model, alias "model/NAME", e.g. before its first epoch. ``start_run`` comes before.
+
+    ``record`` is ``run.json``; the model need not stand in it yet.
+    """
+    model = record.get("models", {}).get(name, {})
+    role = report.roles(record).get(name)
+    tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
+    # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
+    params = flatten(model.get("train") or report.model_config(record, name))
+    tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
+
+
+def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
+    """Publish all that the records of a run hold by now; what is published already is skipped, so call it as often as you like.
+
+    A parent run with the config, data sets, report and plots; below it a run per model with its history, weights and the
+    numbers of the final table; below each of those a run per evaluation.
+
+    Args:
+        run: the run directory. root: the storage it lies in.
+
+    Raises:
+        UserError: ``run.json`` or a record that it names is missing or corrupt.
+    """
+    record = report.read_run(run)
+    start_run(tracker, record)
+    for name, model in record["models"].items():
+        _publish_model(tracker, root, record, name, model)
+    labels = report.attack_labels(record)
+    for order, evaluation in enumerate(record["evaluations"]):
+        _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
+    if record["evaluations"]:
+        tracker.start("run", record["name"], tags={"mlflow.note.content": report.markdown(record)})
+    tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
+    tracker.artifact_bytes("run", "run.json", run.read_bytes("run.json"))
+    for name in run.list("report"):
+        if "." in name:
+            tracker.artifact("run", run, f"report/{name}", "report")
+    for name in run.list("report/plots"):
+        tracker.artifact("run", run, f"report/plots/{name}", "report/plots")
+    if record.get("finished"):
+        tracker.finish("run", time=_unix(record["finished"]))
+
+
+def _publish_model(
+    tracker: Tracker, root: Storage, record: Mapping[str, Any], name: str, model: Mapping[str, Any]
+) -> None:
+    alias = f"model/{name}"
+    history = report.history_files(root, model)
+    first = root.read_json(history[0]) if history else None
+    begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
+    start_model(tracker, record, name, begin)
+    for file in history:
+        epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
+        if not tracker.has_history(alias, epoch):
+            tracker.history(alias, report.read_epoch(root, file))
+    numbers = {
+        "clean/validation": model.get("clean_validation"),
+        "train/total_seconds": model.get("seconds"),
+        "train/mean_images_per_second": model.get("images_per_second"),
+        **{f"parameters/{part}": count for part, count in (model.get("parameters") or {}).items()},
+    }
+    tracker.metrics(alias, {**numbers, **table_metrics(record, name)})
+    _datasets(tracker, alias, record, ("train", "validation"))
+    for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
+        if root.exists(f"{model['path']}/{file}"):
+            tracker.artifact(alias, root, f"{model['path']}/{file}", "weights")
+    tracker.finish(alias, time=None if begin is None else begin + float(model.get("seconds") or 0.0))
+
+
+def _publish_evaluation(
+    tracker: Tracker, root: Storage, record: Mapping[str, Any], evaluation: Mapping[str, Any], label: str, order: int
+) -> None:
+    model, threat = evaluation["model"], evaluation["threat_model"]
+    short = "clean" if threat == "clean" else f"{threat}/{label}"
+    alias = f"evaluation/{model}/{short}"
+    created = _unix(record.get("created"))
+    # a millisecond apart, so that the UI, which shows the youngest first, lists them in the order of the table
+    begin = None if created is None else created + 1 - order / 1000
+    tags = {
+        "kind": "evaluation",
+        "recipe": record["name"],
+        "model": model,
+        "role": report.roles(record).get(model),
+        "threat_model": threat,
+        "attack": evaluation["attack"],
+        "examples_made_on": evaluation.get("source"),
+        "records": f"{root.uri}/{evaluation['path']}" if evaluation.get("path") else None,
+    }
+    params = {
+        "threat_model": threat,
+        "attack": evaluation["attack"],
+        "model": model,
+        "source": evaluation.get("source"),
+    }
+    tracker.start(alias, short, parent=f"model/{model}", tags=tags, params=params, time=begin)
+    metrics = evaluation["metrics"]
+    budget = metrics.get("accuracy_at_budget") or {}
+    plain = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    tracker.metrics(
+        alias, {"n": evaluation["n"], **plain, **{f"accuracy_at/{_metric_name(k)}": v for k, v in budget.items()}}
+    )
+    if curve := metrics.get("curve"):
+        # MLflow's steps are whole numbers: thousandths of the norm
+        steps = [round(1000 * eps) for eps in curve["eps"]]
+        tracker.curve(alias, f"accuracy_by_{curve['norm']}_x1000", steps, curve["accuracy"])
+    _datasets(tracker, alias, record, ("test",))
+    tracker.finish(alias, time=None if begin is None else begin + float(metrics.get("seconds") or 0.0))
+
+
+def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
+    """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``."""
+    labels = report.attack_labels(record)
+    found: dict[str, float] = {}
+    for evaluation in record["evaluations"]:
+        if evaluation["model"] != model:
+            continue
+        metrics = evaluation["metrics"]
+        if evaluation["threat_model"] == "clean":
+            found["clean/accuracy"] = metrics["accuracy"]
+            continue
+        key = f"{evaluation['threat_model']}/{labels[evaluation['attack']]}"
+        found[key] = metrics["accuracy"]
+        if metrics.get("curve") and metrics.get("l2_median") is not None:
+            found[f"{key}/l2_median"] = metrics["l2_median"]
+    return found
+
+
+def _datasets(tracker: Tracker, alias: str, record: Mapping[str, Any], splits: Sequence[str]) -> None:
+    data = record.get("data") or {}
+    for split in splits:
+        rows = (data.get("rows") or {}).get(split)
+        if rows:
+            source = (data.get("splits") or {}).get(split) or data["source"]
+            context = "training" if split == "train" else split
+            name = f"{data['source'].replace(':', ' ')} {split}"
+            tracker.dataset(alias, name=name, digest=data["hash"], source=source, context=context, rows=rows)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"lr": 1}}`` as ``{"train.lr": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _unix(iso: str | None) -> float | None:
+    return None if not iso else datetime.fromisoformat(iso).timestamp()
+
+
+def _metric_name(text: str) -> str:
+    """``text`` with what MLflow does not allow in a metric's name left out: ``l2<=1.5`` is ``l2_1.5``."""
+    return re.sub(r"[^\w./: -]+", "_", text)
