@@ -110,20 +110,14 @@ def seconds(call: Callable[[], object], args: argparse.Namespace) -> float:
     return clock() - start
 
 
-def pass_seconds(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, passes: int) -> tuple[float, float]:
-    """Seconds of one forward + backward pass to the images, and of one forward pass, with nothing around them."""
-
-    def both() -> None:
-        for _ in range(passes):
-            leaf = x.detach().requires_grad_()
-            torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
-
-    def forward() -> None:
-        with torch.no_grad():
-            for _ in range(passes):
-                model(x)
-
-    return seconds(both, args) / passes, seconds(forward, args) / passes
+def passes(model: nn.Module, x: Tensor, y: Tensor, backward: int, forward: int) -> None:
+    """The floor: an attack's passes to the images and back, and its forward passes, with nothing around them."""
+    for _ in range(backward):
+        leaf = x.detach().requires_grad_()
+        torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    with torch.no_grad():
+        for _ in range(forward):
+            model(x)
 
 
 def peers(model: nn.Module, x: Tensor, y: Tensor, device: str) -> dict[str, tuple[Callable[[], Tensor], int, int]]:
@@ -164,24 +158,32 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
             found = examples.flatten(1).any(dim=1).view(-1, 1, 1, 1)
             results["peer"] = torch.where(found, examples, x)
 
-        times: dict[str, list[float]] = {"ours": [], "peer": [], "floor": []}
-        for repetition in range(args.repetitions):
+        def floor(backward: int = backward, forward: int = forward) -> None:
+            passes(model, x, y, backward, forward)
+
+        calls: list[tuple[str, Callable[[], None]]] = [("ours", ours), ("peer", theirs), ("floor", floor)]
+        times: dict[str, list[float]] = {name: [] for name, _ in calls}
+        for _ in range(args.repetitions):
             torch.manual_seed(args.seed)
-            # alternate who goes first, so that neither always runs on the warmer machine
-            for name, call in (("ours", ours), ("peer", theirs))[:: 1 if repetition % 2 == 0 else -1]:
+            for name, call in calls:
                 times[name].append(seconds(call, args))
-            both, alone = pass_seconds(model, x, y, args, passes=20)
-            times["floor"].append(backward * both + forward * alone)
+            # another one goes first each time, so that none always runs on the warmer machine
+            calls.append(calls.pop(0))
         rows = {}
         for name, examples in results.items():
             verify_examples(x, examples, indices, spec)
             rows[name] = summarize(judge(model, x, examples, y), spec, 0.0)
         median = {name: statistics.median(values) for name, values in times.items()}
+        # ratios within a repetition, so that a machine that slows down for a while slows both sides
+        to_peer, to_floor = (
+            statistics.median(a / b for a, b in zip(times["ours"], times[other], strict=True))
+            for other in ("peer", "floor")
+        )
         print(
             f"| {spec} | {rows['ours']['success_rate']:.3f} | {rows['peer']['success_rate']:.3f} "
             f"| {rows['ours']['l2_median']:.3f} | {rows['peer']['l2_median']:.3f} "
-            f"| {median['ours']:.2f} | {median['peer']:.2f} | {median['ours'] / median['peer']:.2f} "
-            f"| {median['floor']:.2f} | {median['ours'] / median['floor']:.2f} |",
+            f"| {median['ours']:.2f} | {median['peer']:.2f} | {to_peer:.2f} "
+            f"| {median['floor']:.2f} | {to_floor:.2f} |",
             flush=True,
         )
 
@@ -214,8 +216,8 @@ def early_leaving(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=100, help="test images attacked")
-    parser.add_argument("--repetitions", type=int, default=3, help="interleaved repetitions; the median is printed")
+    parser.add_argument("--samples", type=int, default=50, help="test images attacked")
+    parser.add_argument("--repetitions", type=int, default=7, help="interleaved; medians are printed")
     parser.add_argument("--width", type=int, default=8, help="channels of the first stage")
     parser.add_argument("--train-images", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=3, help="of the undefended network; the robust one takes twice")
@@ -238,7 +240,7 @@ def main() -> None:
     print(
         f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, foolbox {fb.__version__}\n"
-        f"n={args.samples} test images, {args.repetitions} interleaved repetitions (median), seed {args.seed}, "
+        f"n={args.samples} test images, {args.repetitions} interleaved repetitions (medians of seconds and of ratios), seed {args.seed}, "
         f"width {args.width}, {args.train_images} training images"
     )
     images, labels = (t.to(args.device) for t in load(args.data, "train", args.train_images))

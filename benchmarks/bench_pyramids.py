@@ -29,8 +29,9 @@ from components.config import level_sizes
 from components.dct import lowpass_pyramid
 from pipeline.environment import hardware
 
-CASES = ((28, 1, 256, 10.0), (32, 3, 256, 10.0), (224, 3, 16, 5.0))
-"""Size, channels, images per batch, and how many times torch-dct's speed is the goal. scipy.fft's is a goal everywhere."""
+CASES = ((224, 3, 16, 5.0), (32, 3, 256, 10.0), (28, 1, 256, 10.0))
+"""Size, channels, images per batch, and how many times torch-dct's speed is the goal. scipy.fft's is a goal everywhere.
+Largest first: torch-dct is up to 1.6 times faster once large blocks have taught the allocator to keep freed memory."""
 SEED = 0
 MIN_SECONDS = 0.1
 """Of one measurement: a batch is repeated until it takes so long."""

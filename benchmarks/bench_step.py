@@ -10,6 +10,7 @@ backward. Goal: time ratio / FLOP ratio <= 1.1.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -101,14 +102,16 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="PyTorch threads; 0: its own choice")
-    parser.add_argument("--repetitions", type=int, default=20, help="timed steps of each network")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=8, help="timed steps of each network")
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="print where the time of each goes, by operation")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    if args.channels_last and args.precision == "float32" and device.type == "cpu":
+        parser.error("channels-last float32 gradients on CPU corrupt memory (PyTorch 2.14.1): add --precision bfloat16")
 
     print(f"hardware   {processor(device)}")
     print(f"versions   Python {platform.python_version()}, PyTorch {torch.__version__}")
@@ -117,6 +120,7 @@ def main() -> None:
         f"{args.batch}, shared_blocks {args.shared_blocks}, {args.precision}, channels_last {args.channels_last}, "
         f"seed {args.seed}"
     )
+    load = os.getloadavg()[0]
     phases: tuple[Phase, Phase] = ("classifier", "joint")
     steps = {phase: make_step(phase, args, device) for phase in phases}
     work = {phase: flops(step) for phase, step in steps.items()}
@@ -133,6 +137,8 @@ def main() -> None:
             f"{phase:10} {1e3 * t:8.1f} ms/step (median of n={args.repetitions}; min {1e3 * min(times[phase]):.1f}, "
             f"max {1e3 * max(times[phase]):.1f})   {work[phase] / 1e9:8.1f} GFLOP   {work[phase] / t / 1e9:7.1f} GFLOP/s"
         )
+    if device.type == "cpu":
+        print(f"load       {load:.1f} before, {os.getloadavg()[0]:.1f} after ({os.cpu_count()} CPUs)")
     time_ratio = statistics.median(times["joint"]) / statistics.median(times["classifier"])
     # neighbours in time saw the same load: how far the ratio of one pair strays says how good the median is
     pairs = sorted(j / c for j, c in zip(times["joint"], times["classifier"], strict=True))

@@ -27,7 +27,7 @@ from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
 from components.robustness import judge, summarize, usual_budgets, verify_examples
-from pipeline import checkpoints, pyramids
+from pipeline import checkpoints, shards
 from pipeline.cluster import unwrap
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
@@ -132,7 +132,7 @@ def _example_sets(
 
 def attack(
     models: Sequence[Model],
-    test: pyramids.ShardSet,
+    test: shards.ShardSet,
     experiment: Experiment,
     root: Storage,
     *,
@@ -326,9 +326,7 @@ def read_examples(directory: Storage, i: int) -> np.ndarray:
     Raises:
         DataError: the file is corrupt.
     """
-    column = _read_table(directory, i).column("adversarial").combine_chunks()
-    examples: np.ndarray = column.to_numpy_ndarray()
-    return examples
+    return shards.to_numpy(_read_table(directory, i).column("adversarial"))
 
 
 # what follows runs in the tasks
@@ -340,8 +338,8 @@ def _model(uri: str, device: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=2)
-def _test_set(root: str, address: str) -> pyramids.ShardSet:
-    return pyramids.load(Storage(root), address)
+def _test_set(root: str, address: str) -> shards.ShardSet:
+    return shards.load(Storage(root), address)
 
 
 def _attack_chunk(job: dict[str, Any]) -> None:
@@ -382,7 +380,7 @@ def _make_examples(
     adversarial, micro_batch = _craft(spec, model, clean, labels, job)
     seconds = time.perf_counter() - begin
     verify_examples(clean, adversarial, rows["index"], spec)
-    images = pa.FixedShapeTensorArray.from_numpy_ndarray(adversarial.cpu().numpy())
+    images = shards.tensor_array(adversarial.cpu().numpy())
     _write_table(
         directory,
         job["chunk"],

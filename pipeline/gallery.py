@@ -12,15 +12,16 @@ import torch
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, level_sizes
 from components.dct import linear_pyramid, lowpass_pyramid
-from pipeline import checkpoints, pyramids
+from pipeline import checkpoints
 from pipeline.attack import Model, read_chunks, read_examples
+from pipeline.shards import ShardSet
 from pipeline.storage import Storage
 
 IMAGES = 8
 
 
 def make(
-    test: pyramids.ShardSet,
+    test: ShardSet,
     models: Sequence[Model],
     evaluations: Sequence[dict[str, Any]],
     experiment: Experiment,

@@ -15,7 +15,7 @@ from typing import Any
 
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
-from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, sources, tracking, train
+from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, shards, sources, tracking, train
 from pipeline.progress import say, stage
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes
@@ -146,7 +146,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def make_pyramids(run: Run) -> dict[str, pyramids.ShardSet]:
+def make_pyramids(run: Run) -> dict[str, shards.ShardSet]:
     """Stage 1: shard sets of every split."""
     e = run.experiment
     sets = {}
@@ -172,7 +172,7 @@ def make_pyramids(run: Run) -> dict[str, pyramids.ShardSet]:
     return sets
 
 
-def existing_pyramids(run: Run) -> dict[str, pyramids.ShardSet]:
+def existing_pyramids(run: Run) -> dict[str, shards.ShardSet]:
     """The shard sets that an earlier ``pyramids`` made.
 
     Raises:
@@ -182,15 +182,15 @@ def existing_pyramids(run: Run) -> dict[str, pyramids.ShardSet]:
         raise UserError(
             f"{run.storage.uri} has no shards yet: run `pyramids {run.experiment.name}` with the same settings first"
         )
-    sets = {s: pyramids.load(run.root, a) for s, a in run.record["data"]["splits"].items()}
-    for shards in sets.values():
-        shards.verify()
+    sets = {s: shards.load(run.root, a) for s, a in run.record["data"]["splits"].items()}
+    for shard_set in sets.values():
+        shard_set.verify()
     return sets
 
 
-def train_models(run: Run, sets: dict[str, pyramids.ShardSet]) -> list[attack.Model]:
+def train_models(run: Run, sets: dict[str, shards.ShardSet]) -> list[attack.Model]:
     """Stage 2: every model of the experiment, one after the other, each on all workers."""
-    addresses = {s: shards.address for s, shards in sets.items() if s != "test"}
+    addresses = {s: one.address for s, one in sets.items() if s != "test"}
     variants = run.experiment.variants()
     models = []
     run.publish()
@@ -245,7 +245,7 @@ def _as_subject(name: str, model: dict[str, Any]) -> attack.Model:
     return attack.Model(name=name, path=model["path"], sha256=model["files"]["classifier.safetensors"])
 
 
-def attack_models(run: Run, models: list[attack.Model], test: pyramids.ShardSet) -> None:
+def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -> None:
     """Stage 3: every model under every threat model; then a few images for the plots."""
     with run.timed("attack"), stage("attack") as bar:
         run.record["evaluations"] = attack.attack(models, test, run.experiment, run.root, progress=bar.update)

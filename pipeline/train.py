@@ -241,7 +241,7 @@ def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
 
-    from pipeline import pyramids
+    from pipeline import shards
 
     config = from_dict(TrainConfig, settings["config"])
     shapes = from_dict(Shapes, settings["shapes"])
@@ -255,7 +255,7 @@ def _worker(settings: dict[str, Any]) -> None:
         if split not in settings["pyramids"]:
             return None
         return RankData(
-            pyramids.load(root, settings["pyramids"][split]), rank, world, device, levels=config.defense != "none"
+            shards.load(root, settings["pyramids"][split]), rank, world, device, levels=config.defense != "none"
         )
 
     train_data = data_of("train")

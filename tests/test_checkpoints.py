@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from safetensors.torch import load_file, save_file
+
 from components.config import TrainConfig
 from components.errors import DataError
 from components.models.classifiers import ResNet18
@@ -28,7 +30,6 @@ from pipeline.checkpoints import (
 from pipeline.storage import Storage, StorageError
 from pipeline.train import Loop, RankData
 from pipeline.train_step import Shapes, build_net, make_optimizer
-from safetensors.torch import load_file, save_file
 
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 

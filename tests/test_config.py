@@ -8,6 +8,9 @@ import math
 import typing
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from components.config import (
     DataConfig,
     EvaluationConfig,
@@ -23,8 +26,6 @@ from components.config import (
     to_dict,
 )
 from components.errors import ConfigError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ALTERNATING = {"schedule": "alternating", "cycles": 2, "autoencoder_epochs": 3, "classifier_epochs": 1}
 

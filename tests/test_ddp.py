@@ -16,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor, nn
+
 from components.config import TrainConfig
 from components.schedule import learning_rate, phase_at_epoch
 from pipeline.train import Loop, NonFiniteLoss, RankData
@@ -29,7 +31,6 @@ from pipeline.train_step import (
     stream_seed,
     train_step,
 )
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.cluster
 

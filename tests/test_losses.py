@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+
 from components.losses import reconstruction_loss, reconstruction_terms
 
 Reduction = Literal["mean", "sum"]

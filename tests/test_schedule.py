@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from components.config import TrainConfig
 from components.schedule import Phase, learning_rate, phase_at, phase_at_epoch
 

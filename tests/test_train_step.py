@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from components.config import TrainConfig
 from components.errors import DataError
 from components.models.defend import DefendNet, run_blocks
@@ -27,7 +29,6 @@ from pipeline.train_step import (
     train_step,
     validation_sums,
 )
-from torch import Tensor, nn
 
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 PHASES: tuple[Phase, ...] = ("classifier", "autoencoder", "joint")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from components.errors import ConfigError
 
@@ -37,8 +36,34 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-class ResNet18(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ResNet-18 with a choice of stem, channels and width; the same keys.
+class BasicBlock(nn.Module):
+    """He et al. 2016: two 3x3 convolutions beside an identity (or, where the shape changes, a 1x1 convolution)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out: Tensor = self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return out
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with a choice of stem, channels and width. Keys, initialisation and arithmetic are torchvision's, so that a
+    ``state_dict`` goes both ways (tests/test_models.py).
+
+    Written out here because importing torchvision takes each Ray worker six seconds of CPU, and its network neither has
+    another stem nor another width.
 
     Args:
         num_classes: number of logits.
@@ -57,28 +82,32 @@ class ResNet18(ResNet):  # type: ignore[misc]  # torchvision has no types
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
     ) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-        if (channels, width, small) != (3, 64, False):
-            # replaced with torchvision's own blocks and initialisation, so that only sizes differ
-            stem_kernel, stem_stride = (3, 1) if small else (7, 2)
-            self.conv1 = nn.Conv2d(channels, width, stem_kernel, stem_stride, padding=stem_kernel // 2, bias=False)
-            self.bn1 = nn.BatchNorm2d(width)
-            if small:
-                self.maxpool = nn.Identity()
-            self.inplanes = width
-            for i in range(4):
-                stage = self._make_layer(BasicBlock, width * 2**i, 2, stride=1 if i == 0 else 2)
-                setattr(self, f"layer{i + 1}", stage)
-            self.fc = nn.Linear(8 * width, num_classes)
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__()
+        kernel, stride = (3, 1) if small else (7, 2)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, padding=1)
+        self.layer1 = _stage(width, width, 1)
+        self.layer2 = _stage(width, 2 * width, 2)
+        self.layer3 = _stage(2 * width, 4 * width, 2)
+        self.layer4 = _stage(4 * width, 8 * width, 2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(8 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.normalize = Normalize(mean, std) if mean else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
-        logits: Tensor = super().forward(x if self.normalize is None else self.normalize(x))
-        return logits
+        for block in encoder_blocks(self):
+            x = block(x)
+        return apply_head(self, x)
+
+
+def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, 1))
 
 
 def build_classifier(
