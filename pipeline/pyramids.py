@@ -137,32 +137,36 @@ class _Plan:
 
     def table(self, shard: int) -> pa.Table:
         """Decode the images of a shard and compute their levels. Raises DataError as :meth:`Source.read`."""
+        images, labels = self.source.read(self.shard_rows(shard))
+        columns: dict[str, pa.Array] = {
+            "index": pa.array(self.shard_rows(shard)),
+            "label": pa.array(labels.astype(np.int32)),
+            "image": tensor_array(images),
+        }
+        for m, level in enumerate(self._levels(images), start=1):
+            columns[f"level_{m}"] = tensor_array(level)
+        return pa.table(columns).replace_schema_metadata({"defendpp": self.tag(shard)})
+
+    def _levels(self, images: np.ndarray) -> list[np.ndarray]:
+        """Levels 1.. of uint8 images [n,C,W,W], in the stored precision."""
+        if len(self.sizes) == 1:
+            return []
         _import_torch()
         import torch
 
         from components.dct import linear_pyramid, lowpass_pyramid
 
-        rows = self.shard_rows(shard)
-        size, channels = self.source.data.image_size, self.source.data.channels
-        images, labels = self.source.read(rows)
-        levels = [np.empty((len(rows), channels, s, s), np.dtype(self.pyramids.dtype)) for s in self.sizes[1:]]
-        chunk = max(1, CHUNK_BYTES // (4 * channels * size * size))
+        n, channels, size = images.shape[:3]
+        levels = [np.empty((n, channels, s, s), np.dtype(self.pyramids.dtype)) for s in self.sizes[1:]]
         pyramid = linear_pyramid if self.pyramids.targets == "linear" else lowpass_pyramid
-        if levels:
-            with _one_thread():
-                for start in range(0, len(rows), chunk):
-                    part = slice(start, start + chunk)
-                    batch = torch.from_numpy(images[part]).float().div_(255)
-                    for stored, level in zip(levels, pyramid(batch, self.sizes)[1:], strict=True):
-                        torch.from_numpy(stored[part]).copy_(level)
-        columns: dict[str, pa.Array] = {
-            "index": pa.array(rows),
-            "label": pa.array(labels.astype(np.int32)),
-            "image": tensor_array(images),
-        }
-        for m, level in enumerate(levels, start=1):
-            columns[f"level_{m}"] = tensor_array(level)
-        return pa.table(columns).replace_schema_metadata({"defendpp": self.tag(shard)})
+        chunk = max(1, CHUNK_BYTES // (4 * channels * size * size))
+        with _one_thread():
+            for start in range(0, n, chunk):
+                part = slice(start, start + chunk)
+                batch = torch.from_numpy(images[part]).float().div_(255)
+                for stored, level in zip(levels, pyramid(batch, self.sizes)[1:], strict=True):
+                    torch.from_numpy(stored[part]).copy_(level)
+        return levels
 
 
 class _ShardDatasink(Datasink[dict[str, Any]]):

@@ -198,7 +198,7 @@ def attack_title(spec: str) -> tuple[str, str]:
             said.append(f"{value} steps")
         elif key != "norm":
             said.append(f"{key.replace('_', ' ')} {_decimal(value)}")
-    return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "uniform noise", ", ".join(said)
+    return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "random noise", ", ".join(said)
 
 
 def _norm(name: str | None) -> str:
@@ -297,7 +297,7 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         "withstands, and no more than that: a stronger attack can only lower it.",
         f"Transfer: the examples were made on the undefended model {source} and then shown to the model under test. A high "
         "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
-        "Control: an undefended model of another seed on the same examples, and uniform noise of the same size without any "
+        "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
         "attacker. Only what a defended model does better than the controls can be owed to its defense.",
     ]
 

@@ -18,23 +18,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from test_sources import encode, grey, write_parquet
+from test_storage import FsspecStorage
 
 from components.config import DataConfig, PyramidConfig
 from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import DataError
-from pipeline import pyramids, sources
-from pipeline.pyramids import MANIFEST, ShardSet, address_of, build, load
+from pipeline import pyramids, shards, sources
+from pipeline.pyramids import address_of, build
+from pipeline.shards import MANIFEST, ShardSet, load
 from pipeline.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = DataConfig(train_limit=700, test_limit=130)
 SMALL = PyramidConfig(rows_per_shard=100)
+BARE = PyramidConfig(rows_per_shard=20, targets="none")
+"""Without levels: new worker processes need not import torch, which takes most of a build's time here."""
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +98,9 @@ def test_read_rows_across_shards(train: ShardSet) -> None:
     for start, stop in [(-1, 2), (5, 5), (0, train.num_rows + 1)]:
         with pytest.raises(IndexError):
             train.read_rows(start, stop)
-    shards = list(train.iter_shards())
-    assert [len(s["index"]) for s in shards] == list(train.shard_rows)
-    np.testing.assert_array_equal(np.concatenate([s["level_2"] for s in shards]), whole["level_2"])
+    parts = list(train.iter_shards())
+    assert [len(s["index"]) for s in parts] == list(train.shard_rows)
+    np.testing.assert_array_equal(np.concatenate([s["level_2"] for s in parts]), whole["level_2"])
 
 
 @pytest.mark.cluster
@@ -211,7 +213,7 @@ def test_reuse_does_no_work(train: ShardSet, storage: Storage, monkeypatch: pyte
 @pytest.mark.cluster
 def test_manifest(train: ShardSet, storage: Storage) -> None:
     manifest = json.loads(files(storage, train.address)[MANIFEST])
-    assert manifest["version"] == pyramids.FORMAT_VERSION
+    assert manifest["version"] == shards.FORMAT_VERSION
     assert manifest["source"]["source"] == "sample:mnist"
     assert manifest["fingerprint"] == sources.open_source(DATA, "train").fingerprint
     assert sum(s["rows"] for s in manifest["shards"]) == manifest["num_rows"] == train.num_rows
@@ -254,17 +256,16 @@ def test_damaged_missing_and_foreign_sets(copy: ShardSet) -> None:
 # --- kill and continue ------------------------------------------------------------------------------------------------------
 
 KILLED = """
-import sys, ray
-ray.init(address=sys.argv[1], log_to_driver=False)
-from test_pyramids import DATA, SMALL, SlowStorage, build
-build(DATA, SMALL, SlowStorage(sys.argv[2]), "train")
-"""
-
+import os, sys, time
+from pathlib import Path
+import ray
+from components.config import DataConfig, PyramidConfig
+from pipeline.pyramids import build
+from pipeline.storage import Storage
 
 class SlowStorage(Storage):
-    """Stays half-way through every shard for a while, so that a kill comes in the middle of writes."""
-
-    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+    # stays half-way through every shard for a while, so that a kill comes in the middle of writes
+    def write_bytes(self, name, data):
         if name.endswith(".parquet"):
             os.makedirs(self.root, exist_ok=True)
             half = Path(self.path(f".{name}.half.tmp"))
@@ -273,15 +274,19 @@ class SlowStorage(Storage):
             half.unlink()
         super().write_bytes(name, data)
 
+ray.init(address=sys.argv[1], log_to_driver=False)
+data = DataConfig(train_limit=700, test_limit=130)
+build(data, PyramidConfig(rows_per_shard=20, targets="none"), SlowStorage(sys.argv[2]), "train")
+"""
+
 
 @pytest.mark.cluster
-def test_killed_and_continued_equals_unbroken(
-    ray_cluster: str, train: ShardSet, storage: Storage, tmp_path: Path
-) -> None:
-    directory = tmp_path / train.address
+def test_killed_and_continued_equals_unbroken(ray_cluster: str, storage: Storage, tmp_path: Path) -> None:
+    unbroken = build(DATA, BARE, storage, "train")
+    directory = tmp_path / unbroken.address
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, ray_cluster, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "RAY_ADDRESS": ray_cluster},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_cluster},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -296,20 +301,20 @@ def test_killed_and_continued_equals_unbroken(
     # Ray ends a dead driver's tasks a moment later
     _wait_until_still(directory)
     finished = {p.name: p.stat().st_ino for p in directory.glob("shard-*.parquet")}
-    assert 2 <= len(finished) < train.num_shards
+    assert 2 <= len(finished) < unbroken.num_shards
     assert not (directory / MANIFEST).exists()
     # what a power cut or a storage without atomic renames may leave: half a shard under its final name
-    broken = directory / f"shard-{train.num_shards - 1:05d}.parquet"
-    broken.write_bytes(files(storage, train.address)[broken.name][:5000])
+    broken = directory / f"shard-{unbroken.num_shards - 1:05d}.parquet"
+    broken.write_bytes(files(storage, unbroken.address)[broken.name][:5000])
     finished.pop(broken.name, None)
     for leftover in directory.glob(".*"):
         os.utime(leftover, (time.time() - 1000,) * 2)
 
     calls: list[tuple[int, int]] = []
-    build(DATA, SMALL, Storage(tmp_path), "train", progress=lambda *a: calls.append(a)).verify()
-    assert files(Storage(tmp_path), train.address) == files(storage, train.address)
+    build(DATA, BARE, Storage(tmp_path), "train", progress=lambda *a: calls.append(a)).verify()
+    assert files(Storage(tmp_path), unbroken.address) == files(storage, unbroken.address)
     assert {name: (directory / name).stat().st_ino for name in finished} == finished  # kept, not made again
-    assert calls[-1] == (train.num_rows, train.num_rows)
+    assert calls[-1] == (unbroken.num_rows, unbroken.num_rows)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
@@ -346,14 +351,6 @@ def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
 # --- other storages, errors, memory -----------------------------------------------------------------------------------------
 
 
-class FsspecLocal(Storage):
-    """A local directory reached as any file system of fsspec is."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.fs = pafs.PyFileSystem(pafs.FSSpecHandler(LocalFileSystem()))
-
-
 class DefectiveStorage(Storage):
     """Has an error that is nobody's but the program's."""
 
@@ -376,7 +373,7 @@ class FullStorage(Storage):
 @pytest.mark.cluster
 @pytest.mark.parametrize("kind", ["file", "fsspec"])
 def test_storage_behind_a_uri(ray_cluster: str, train: ShardSet, storage: Storage, tmp_path: Path, kind: str) -> None:
-    target = Storage(f"file://{tmp_path}/a") if kind == "file" else FsspecLocal(f"{tmp_path}/a")
+    target = Storage(f"file://{tmp_path}/a") if kind == "file" else FsspecStorage(f"{tmp_path}/a")
     made = build(DATA, SMALL, target, "train")
     made.verify()
     assert files(Storage(tmp_path / "a"), made.address) == files(storage, train.address)

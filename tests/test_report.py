@@ -80,7 +80,7 @@ def test_every_value_of_the_html_table_is_the_record(built: tuple[Storage, Stora
     _, page = _page(run)
     groups, heads, *rows = page.tables["results"]
     assert groups == ["model", "clean", "random (control)", "white-box", "transfer"]
-    assert [h.split()[0] for h in heads] == ["no", "uniform", "FGSM", "BIM", "DDN", "FGSM", "BIM", "DDN"]
+    assert [h.split()[0] for h in heads] == ["no", "random", "FGSM", "BIM", "DDN", "FGSM", "BIM", "DDN"]
     order = [
         ("clean", "none"),
         ("random", "noise"),

@@ -537,6 +537,27 @@ def test_weights_spoiled_by_the_last_step_are_found() -> None:
     assert loop.epoch == 1
 
 
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
+    class Spy(RankData):
+        def batch(self, rows: Tensor | slice) -> Batch:
+            assert isinstance(rows, Tensor)
+            seen[-1].extend(rows.tolist())
+            return super().batch(rows)
+
+    seen: list[list[int]] = []
+    orders = []
+    for seed in (0, 0, 1):
+        loop = Loop(tiny(seed=seed), SHAPES, Spy(Shards(12), 0, 1, CPU, levels=True), None)
+        for _ in range(2):
+            seen.append([])
+            loop.run_epoch()
+        orders.append(seen[-2:])
+    assert all(sorted(rows) == list(range(12)) for rows in seen)
+    assert orders[0] == orders[1]
+    assert orders[0][0] != orders[0][1]
+    assert orders[0] != orders[2]
+
+
 def test_a_record_of_an_epoch() -> None:
     config = tiny(epochs=3)
     loop = Loop(config, SHAPES, rank_data(13), rank_data(5))

@@ -1,0 +1,28 @@
+"""Plain progress lines, where there is no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline import progress
+
+
+def test_plain_lines_say_how_far_and_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.stage("train") as bar:
+        now[0] += 60  # workers start: no part of the pace
+        bar.update(10, 110, "steps")
+        now[0] += 20
+        bar.update(30, 110, "steps")
+        bar.update(31, 110, "steps")  # too soon for another line
+        now[0] += 80
+    lines = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "train ...",
+        "train: 10/110 steps (60 s)",
+        "train: 30/110 steps (80 s, about 80 s left)",
+        "train: done in 160.0 s",
+    ]
