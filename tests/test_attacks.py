@@ -359,7 +359,7 @@ def test_pgd_starts_uniformly_in_the_ball() -> None:
     np.testing.assert_allclose(linf.abs().max(), 0.4, atol=0.001)
     radius = norm_of(pgd(flat, x, y, eps=0.4, norm="l2", steps=1, generator=seeded(0)) - x, "l2")
     # in two dimensions the squared radius is uniform
-    np.testing.assert_allclose((radius / 0.4).__pow__(2).mean(), 0.5, atol=0.02)
+    np.testing.assert_allclose(((radius / 0.4) ** 2).mean(), 0.5, atol=0.02)
     assert radius.max() <= 0.4 * (1 + 1e-5)
 
 
@@ -455,7 +455,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(text: str, blobs: tuple[Tens
     x, y, (model, _) = blobs
     spec = AttackSpec.parse(text)
     whole = run_attack(spec, model, x[:12], y[:12])
-    parts = torch.cat([run_attack(spec, model, x[i : i + 5], y[i : i + 5]) for i in range(0, 12, 5)][:3])[:12]
+    parts = torch.cat([run_attack(spec, model, x[i : i + 5], y[i : i + 5]) for i in range(0, 12, 5)])[:12]
     # another batch size is another order of summation, which may flip the sign of a gradient close to zero
     assert ((whole - parts).abs() < 1e-4).double().mean() > 0.99
 
@@ -719,9 +719,9 @@ def test_ddn_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) 
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
     theirs = fb.attacks.DDNAttack(steps=60).run(wrapped, x, fb.criteria.Misclassification(y))
     ours = ddn(model, x, y, steps=60)
-    norms = [np.median(norm_of(out - x, "l2")) for out in (ours, theirs)]
-    assert norms[0] == pytest.approx(norms[1], rel=0.02)
     assert (predict(model, ours) != y).sum() >= (predict(model, theirs) != y).sum()
+    norms = [norm_of(out - x, "l2") for out in (ours, theirs)]
+    assert np.isclose(*norms, rtol=2e-3).mean() > 0.7, "the same schedule, so the same norms but for our last iterate"
 
 
 def test_cw_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) -> None:
@@ -730,13 +730,14 @@ def test_cw_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) -
     x, y = x[:60], y[:60]
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
     attack = fb.attacks.L2CarliniWagnerAttack(
-        binary_search_steps=5, steps=20, stepsize=0.05, initial_const=1.0, abort_early=False
+        binary_search_steps=8, steps=40, stepsize=0.05, initial_const=1.0, abort_early=False
     )
     theirs = attack.run(wrapped, x, fb.criteria.Misclassification(y))
-    ours = cw(model, x, y, binary_search_steps=5, steps=20, lr=0.05, initial_const=1.0)
+    ours = cw(model, x, y, binary_search_steps=8, steps=40, lr=0.05, initial_const=1.0)
     found = theirs.flatten(1).any(dim=1)  # Foolbox returns a black image where it found nothing
     assert found.sum() > 50
     assert (predict(model, ours) != y)[found].all()
-    norms = [np.median(norm_of((out - x)[found], "l2")) for out in (ours, theirs)]
-    assert norms[0] <= 1.005 * norms[1]
-    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    norms = [norm_of((out - x)[found], "l2") for out in (ours, theirs)]
+    ratio = norms[0] / norms[1]
+    assert np.isclose(ratio, 1, rtol=2e-3).mean() > 0.8, "the same search, so the same norms but for our last iterates"
+    assert np.quantile(ratio, 0.95) < 1.002, "which only make it better"

@@ -329,6 +329,15 @@ def test_the_standard_network_is_torchvisions() -> None:
         assert torch.equal(other.state_dict()[k], v), k
 
 
+def test_the_standard_networks_initial_weights_are_torchvisions() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        theirs = torchvision.models.resnet18()
+    mine = build_classifier("resnet18", num_classes=1000, channels=3, image_size=224, seed=6)
+    for k, v in theirs.state_dict().items():
+        assert torch.equal(mine.state_dict()[k], v), k
+
+
 def test_width_and_depth_of_a_narrow_network() -> None:
     """A narrow network is torchvision's in all but channels: same modules, same strides."""
     mine, theirs = small(3, 32, width=8), torchvision_small(3, 64)

@@ -153,20 +153,19 @@ def test_judge_by_hand() -> None:
 
 
 def test_rounding_to_8_bits_can_undo_an_example() -> None:
-    clean = torch.full((1, 1, 2, 2), 127 / 255)
-    adversarial = clean.clone()
-    adversarial[0, 0, 0, 0] = 0.5001  # 127.53 / 255: crosses 0.5, and stays across when rounded up to 128 / 255
-    adversarial = torch.cat([adversarial, clean.clone()])
-    adversarial[1, 0, 0, 0] = 128.4 / 255
+    class Above(nn.Module):
+        """Class 1 where the first pixel is above 128.2 grey levels."""
 
-    class Above(Threshold):
         def forward(self, x: Tensor) -> Tensor:
             first = x.flatten(1)[:, :1]
             return torch.cat([torch.full_like(first, 128.2 / 255), first], dim=1)
 
-    out = judge(Above(), clean.expand(2, -1, -1, -1), adversarial, torch.tensor([0, 0]))
-    assert out["adversarial_prediction"].tolist() == [0, 1]
-    assert out["rounded_prediction"].tolist() == [0, 0]
+    clean = torch.full((2, 1, 2, 2), 127 / 255)
+    adversarial = clean.clone()
+    adversarial[:, 0, 0, 0] = torch.tensor([128.4, 128.6]) / 255  # one is rounded back across the boundary
+    out = judge(Above(), clean, adversarial, torch.tensor([0, 0]))
+    assert out["adversarial_prediction"].tolist() == [1, 1]
+    assert out["rounded_prediction"].tolist() == [0, 1]
 
 
 def test_judge_leaves_autocast_and_the_model_alone() -> None:
