@@ -254,11 +254,10 @@ def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -
     run.publish()
 
 
-def make_report(run: Run) -> dict[str, str]:
+def make_report(run: Run) -> None:
     """Stage 4: table, plots and HTML from the records alone."""
     with run.timed("report"), stage("report"):
-        paths = report.build(run.storage, run.root)
-    return paths
+        report.build(run.storage, run.root)
 
 
 def register(run: Run, models: list[attack.Model]) -> None:
@@ -284,19 +283,26 @@ def _example(channels: int, size: int) -> Any:
     return np.zeros((1, channels, size, size), np.float32)
 
 
+def finish_stage(run: Run) -> None:
+    """Publish what one stage left; the next one goes on with the same MLflow run."""
+    run.publish()
+    run.tracker.finish("run")
+    run.tracker.flush()
+
+
 def finish(run: Run) -> None:
     """Publish what is left, then show the table and where to look."""
     run.publish()
     run.tracker.flush()
     report.print_table(run.storage)
-    paths = [run.storage.uri + "/report/report.html"]
-    say(f"report: {paths[0]}")
+    say(f"report: {run.storage.uri}/report/report.html")
     say(f"MLflow: {tracking.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 
 
 def execute(command: str, experiment: Experiment) -> None:
     """Run one stage, or all of them (``run``)."""
     run = open_run(experiment, records_only=command == "report")
+    publish.start_run(run.tracker, run.record)
     try:
         if command == "report":
             make_report(run)
@@ -305,15 +311,14 @@ def execute(command: str, experiment: Experiment) -> None:
         if command in ("run", "pyramids"):
             sets = make_pyramids(run)
             if command == "pyramids":
-                run.publish()
-                run.tracker.flush()
+                finish_stage(run)
                 return
         else:
             sets = existing_pyramids(run)
         models = train_models(run, sets) if command in ("run", "train") else trained_models(run)
         if command == "train":
             register(run, models)
-            run.tracker.flush()
+            finish_stage(run)
             return
         attack_models(run, models, sets["test"])
         if command == "run":
