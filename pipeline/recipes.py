@@ -16,7 +16,7 @@ def mnist_demo() -> Experiment:
         data=DataConfig(source="sample:mnist"),
         train=TrainConfig(
             width=16,
-            epochs=4,
+            epochs=3,
             batch_size=64,
             lr=0.05,
             clip_norm=1.0,
@@ -26,10 +26,10 @@ def mnist_demo() -> Experiment:
             attacks=(
                 "noise:eps=0.2",
                 "fgsm:eps=0.2",
-                "bim:eps=0.2,steps=40",
-                "pgd:eps=0.2,steps=40",
+                "bim:eps=0.2,steps=20",
+                "pgd:eps=0.2,steps=20",
                 "cw:steps=20,binary_search_steps=5",
-                "ddn:steps=60",
+                "ddn:steps=40",
             ),
             test_images=200,
             chunk_size=50,
@@ -65,7 +65,7 @@ def mnist_slim() -> Experiment:
         name="mnist-slim",
         description="10,000 images of full MNIST, width 16, 300 attacked images",
         data=DataConfig(source="torchvision:mnist", download=True, train_limit=10_000),
-        train=replace(base.train, batch_size=128, lr=0.1),
+        train=replace(base.train, epochs=4, batch_size=128, lr=0.1),
         evaluation=EvaluationConfig(test_images=300),
     )
 
