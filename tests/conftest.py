@@ -12,6 +12,7 @@ import pytest
 # before Ray and MLflow are imported by any test
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this node away; it costs each run 7 s of CPU
 os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
 
 TESTS = Path(__file__).resolve().parent
