@@ -75,10 +75,9 @@ def export(storage: Storage, net: ResNet18 | DefendNet, config: TrainConfig, sha
     Each file says in its metadata how to build its network, so that it can be loaded alone.
     Returns the names of the files written.
     """
-    metadata = {
-        "format": "pt",
-        "defendpp": json.dumps({"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}),
-    }
+    # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
+    # which names all that is computed from it, would change with it
+    metadata = {"defendpp": json.dumps({"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)})}
     parts: dict[str, nn.Module] = {"classifier": classifier_of(net)}
     if isinstance(net, DefendNet):
         parts["autoencoder"] = net.autoencoder

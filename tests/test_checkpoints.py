@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -322,3 +324,16 @@ def test_a_model_without_an_autoencoder_says_so(tmp_path: Path) -> None:
         load_classifier(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no auto-encoder"):
         load_autoencoder(tmp_path / "classifier.safetensors")
+
+
+def test_an_export_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    """Its checksum names what is computed from it. (A hash map's order in the file once made it change.)"""
+    code = (
+        "import sys; from components.config import TrainConfig; from pipeline.checkpoints import export;"
+        "from pipeline.storage import Storage; from pipeline.train_step import Shapes, build_net;"
+        "config, shapes = TrainConfig(width=2), Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7));"
+        "export(Storage(sys.argv[1]), build_net(config, shapes), config, shapes)"
+    )
+    for i in range(3):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], check=True)
+    assert len({(tmp_path / str(i) / "classifier.safetensors").read_bytes() for i in range(3)}) == 1

@@ -23,6 +23,7 @@ import torchvision
 from safetensors.torch import load_file
 
 from pipeline.checkpoints import load_autoencoder, load_classifier
+from pipeline.main import main
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,11 @@ def run_well(arguments: list[str], address: str) -> str:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
     return done.stdout
+
+
+def run_here(arguments: list[str]) -> None:
+    """The same in this process, on the session's cluster: no second start of Python."""
+    assert main(arguments[len(MAIN) :]) == 0
 
 
 def record_of(storage: Path) -> dict[str, Any]:
@@ -219,7 +225,7 @@ def test_a_lost_chunk_alone_is_computed_again_and_is_the_same(finished: tuple[Pa
     old = pq.read_table(examples)
     examples.unlink()
     (storage / cell["path"] / "chunk-00001.parquet").unlink()
-    run_well(command("attack", storage), ray_cluster)
+    run_here(command("attack", storage))
     assert files_below(storage, "judged/*/*.parquet") == before
     assert pq.read_table(examples).equals(old)
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
@@ -233,14 +239,14 @@ def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
     for part in ("examples", "judged"):
         shutil.rmtree(tmp_path / "s" / part)
     # of 4 CPUs: one task at a time instead of two
-    run_well(command("attack", tmp_path / "s", "--scaling.cpus-per-attack", "4"), ray_cluster)
+    run_here(command("attack", tmp_path / "s", "--scaling.cpus-per-attack", "4"))
     assert files_below(tmp_path / "s", "judged/*/*.parquet") == files_below(storage, "judged/*/*.parquet")
 
 
 ALTERNATING = (
     *("--models", "defend:seed=3", "--evaluation.threat-models", "white_box"),
     *("--train.schedule", "alternating", "--train.cycles", "1", "--train.autoencoder-epochs", "2"),
-    *("--train.classifier-epochs", "2", "--train.epochs", "12", "--train.noise-location", "latent"),
+    *("--train.classifier-epochs", "2", "--train.epochs", "10", "--train.noise-location", "latent"),
 )
 
 
@@ -248,9 +254,9 @@ ALTERNATING = (
 def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model with two workers over every phase, and the shards that it was trained on."""
     storage = tmp_path_factory.mktemp("unbroken")
-    run_well(command("pyramids", storage, *ALTERNATING), ray_cluster)
+    run_here(command("pyramids", storage, *ALTERNATING))
     shutil.copytree(storage, storage.with_name("shards-only"))
-    run_well(command("train", storage, *ALTERNATING), ray_cluster)
+    run_here(command("train", storage, *ALTERNATING))
     return storage
 
 
@@ -304,7 +310,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(unbroken: Path, ray_clust
     shutil.copytree(unbroken.with_name("shards-only"), storage)
     absurd = ("--models", "defend:lr=1e30", "--evaluation.threat-models", "white_box")
     # the shards are the same: a run record of these settings is all that is missing
-    run_well(command("pyramids", storage, *absurd), ray_cluster)
+    run_here(command("pyramids", storage, *absurd))
     done = run(command("train", storage, *absurd), ray_cluster)
     assert done.returncode == 1
     assert "not finite at step" in done.stderr
