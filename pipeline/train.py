@@ -42,6 +42,7 @@ CODE_VERSION = 1
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
 FINITE_CHECK_STEPS = 100
+NOT_FINITE = "not-finite.json"
 MAX_CONTROLLER_FAILURES = 3
 """How often Ray may fail to place the workers; without a limit it would try for ever."""
 
@@ -278,8 +279,10 @@ def _worker(settings: dict[str, Any]) -> None:
         try:
             record = loop.run_epoch(live)
         except NonFiniteLoss as e:
-            # told, not raised: a failure would be tried again, and would come again
-            ray.train.report({"not_finite_step": e.step})
+            # told, not raised: a failure would be tried again, and would come again. By a file: Ray's result holds the
+            # metrics of the last checkpoint, not of the last report
+            if rank == 0:
+                home.write_json(NOT_FINITE, {"step": e.step})
             return
         if rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
@@ -388,6 +391,7 @@ def _fit(name: str, settings: dict[str, Any], experiment: Experiment, home: Stor
 
     from pipeline.cluster import unwrap
 
+    home.delete(NOT_FINITE)  # an earlier try's
     scaling = experiment.scaling
     resources: dict[str, float] = {"CPU": scaling.cpus_per_worker}
     if scaling.gpu:
@@ -421,8 +425,8 @@ def _fit(name: str, settings: dict[str, Any], experiment: Experiment, home: Stor
             f"training of {name} failed more than scaling.max_failures={scaling.max_failures} times: {e}\n"
             f"Checkpoints are kept below {home.uri}; the same command continues from the last one"
         ) from e
-    step = (result.metrics or {}).get("not_finite_step")
-    if step is not None:
+    if home.exists(NOT_FINITE):
+        step = home.read_json(NOT_FINITE)["step"]
         good = result.checkpoint.path if result.checkpoint else "none was written yet"
         raise TrainingError(
             f"training of {name} stopped: the loss was not finite at step {step}. Last good checkpoint: {good}. "

@@ -137,7 +137,7 @@ def worker(rank: int, directory: str) -> None:
     data = rows(rank)
     if rank == 1:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(stream_seed(0, 0, 1)))
-        data.levels[0][order[5], 0, 0, 0] = float("nan")  # second batch of four
+        data.levels[0][order[1], 0, 0, 0] = float("nan")  # first batch of four: rank 0 sees it one step later
     try:
         loop(tiny(), data=data).run_epoch()
     except NonFiniteLoss as e:
@@ -292,4 +292,4 @@ def test_continuing_from_rank_0s_checkpoint(ranks: list[dict[str, Any]]) -> None
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_at_its_step(ranks: list[dict[str, Any]]) -> None:
-    assert [r["bad step"] for r in ranks] == [1, 1]
+    assert [r["bad step"] for r in ranks] == [0, 0]

@@ -369,7 +369,7 @@ def test_latent_noise_reaches_classifier_and_autoencoder(shared: int) -> None:
     config = tiny(shared_blocks=shared, noise_location="latent", noise_sigma=0.5)
     net = defended(config)
     images, targets = floats(make_batch())
-    latent = run_blocks(net.autoencoder.encoder, images)
+    latent = [f.detach() for f in run_blocks(net.autoencoder.encoder, images)]
     seen = watch(net)
     noise = gaussian_noise(config, 3, 0, CPU)
     PhaseModule(net, "joint", config)(images, make_batch().labels, targets, noise)
