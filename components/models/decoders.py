@@ -21,6 +21,14 @@ class BlockShape:
     size: int
 
 
+def _output_padding(size_in: int, size_out: int) -> int:
+    """A stride-2 transposed 3x3 convolution gives 2n-1 pixels, or 2n with one more row and column."""
+    extra = size_out - (2 * size_in - 1)
+    if extra not in (0, 1):
+        raise ConfigError.of("data.image_size", size_out, f"a size that stride 2 reaches from {size_in} pixels")
+    return extra
+
+
 class DecodeBlock(nn.Module):
     """A residual block of the mirror: 3x3 convolution, then a 3x3 (transposed) convolution, added to a projection.
 
@@ -46,10 +54,7 @@ class DecodeBlock(nn.Module):
             same = in_channels == out_channels
             self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         else:
-            # a stride-2 transposed 3x3 convolution gives 2n-1 pixels, or 2n with one more row and column
-            extra = size_out - (2 * size_in - 1)
-            if extra not in (0, 1):
-                raise ConfigError.of("data.image_size", size_out, f"a size that stride 2 reaches from {size_in} pixels")
+            extra = _output_padding(size_in, size_out)
             self.conv2 = nn.ConvTranspose2d(hidden, out_channels, 3, 2, 1, output_padding=extra, bias=last)
             self.skip = nn.ConvTranspose2d(in_channels, out_channels, 1, 2, output_padding=extra, bias=False)
         self.bn2 = nn.Identity() if last else nn.BatchNorm2d(out_channels)
@@ -91,10 +96,8 @@ class _StemMirror(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, size_in: int, size_out: int) -> None:
         super().__init__()
-        extra = size_out - (2 * size_in - 1)
-        if extra not in (0, 1):
-            raise ConfigError.of("data.image_size", size_out, f"a size that stride 2 reaches from {size_in} pixels")
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding=extra)
+        padding = _output_padding(size_in, size_out)
+        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
