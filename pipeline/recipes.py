@@ -99,8 +99,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "mnist-smoke": Recipe(mnist_smoke, "about 2 minutes on 2 cores"),
-    "mnist-demo": Recipe(mnist_demo, "about 5 minutes on 2 cores"),
+    "mnist-smoke": Recipe(mnist_smoke, "2 to 4 minutes on 2 cores"),
+    "mnist-demo": Recipe(mnist_demo, "under 15 minutes on 2 busy cores"),
     "mnist-slim": Recipe(mnist_slim, "not measured yet"),
     "mnist": Recipe(mnist, "not measured yet: needs a GPU"),
 }
