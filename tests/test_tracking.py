@@ -165,19 +165,19 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
     client = MlflowClient(uri)
     said: list[str] = []
 
-    def publish() -> str | None:
+    def publish_all() -> str | None:
         tracker = tracking.Tracker(uri, run, echo=said.append)
         publish.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
 
-    first = publish()
+    first = publish_all()
     _expect_fake_run(client, run)
     before = _everything(client)
-    assert publish() == first
+    assert publish_all() == first
     assert _everything(client) == before
     _forget(run, uri)
-    assert publish() == first
+    assert publish_all() == first
     assert _everything(client) == before
     assert said == [f"MLflow: all published to {uri}"] * 3
 
