@@ -13,7 +13,8 @@ import pytest
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this node away; it costs each run 7 s of CPU
-os.environ["RAY_worker_niceness"] = "0"  # else tests starve beside anything else that runs
+# else tests starve beside anything else that runs; Ray spells it so
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
 
 TESTS = Path(__file__).resolve().parent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,13 @@ def worker(rank: int, directory: str) -> None:
     """One rank: trains every case and keeps what it ended with."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=120),  # of one collective: a rank that waits for ever becomes an error
+    )
     out: dict[str, Any] = {}
 
     def loop(config: TrainConfig, validation: bool = False, data: RankData | None = None) -> Loop:
