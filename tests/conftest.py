@@ -12,6 +12,7 @@ import pytest
 # before Ray and MLflow are imported by any test
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"  # as pipeline.tracking sets it, whichever test imports mlflow first
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this node away; it costs each run 7 s of CPU
 # else tests starve beside anything else that runs; Ray spells it so
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
