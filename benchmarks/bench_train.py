@@ -68,7 +68,8 @@ def main() -> None:
         base,
         data=replace(base.data, train_limit=arguments.images, validation_fraction=0.0),
         train=config,
-        models=("no_defense:defense=none", "defend"),
+        models=("defend",),
+        evaluation=replace(base.evaluation, threat_models=("white_box",)),
         scaling=replace(base.scaling, workers=1, threads_per_worker=arguments.threads),
     )
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
@@ -84,8 +85,8 @@ def main() -> None:
         ratios = []
         for i in range(arguments.repetitions):
             plain = plain_loop(data, config, shapes)
-            # a name of its own: a finished model would be taken as it is
-            model = train.train(f"bench{i}", config, shapes, {"train": shards.address}, experiment, root)
+            model = train.train(experiment, shapes, {"train": shards.address}, root)["defend"]
+            root.fs.delete_dir((root / model["path"]).root)  # a finished model would be taken as it is
             ratios.append(model["images_per_second"] / plain)
             print(
                 f"pair {i}: plain {plain:.1f} images/s, Ray Train {model['images_per_second']:.1f} images/s, ratio {ratios[-1]:.3f}"

@@ -188,6 +188,16 @@ class TrainConfig:
     checkpoint_every_epochs: int = 1
     """Epochs between two checkpoints."""
 
+    @property
+    def kind(self) -> str:
+        """One word for file names."""
+        return {"none": "undefended", "defend++": "defended"}[self.defense]
+
+    @property
+    def relative_cost(self) -> float:
+        """About how long training takes, for sharing out models: an epoch of the bare classifier is 1."""
+        return self.epochs * (1.0 if self.defense == "none" else 2.0)
+
     def __post_init__(self) -> None:
         _check_literals(self, "train")
         blocks = ENCODER_BLOCKS[self.arch]
@@ -289,6 +299,8 @@ class ScalingConfig:
     """Logical CPUs that Ray reserves for an attack task."""
     gpus_per_attack: float = 0.0
     """GPUs (a fraction is allowed) that Ray reserves for an attack task; 0: CPU."""
+    parallel_models: int = 0
+    """Models trained side by side, each on its own workers. 0: as many as there is room for."""
     wait_s: float = 0.0
     """On a cluster that grows: seconds to wait for nodes that the run needs and that are not there yet."""
     max_failures: int = 3
@@ -301,6 +313,7 @@ class ScalingConfig:
             _check(0 < getattr(self, name) < math.inf, f"scaling.{name}", getattr(self, name), "above 0")
         _check(0 <= self.gpus_per_attack < math.inf, "scaling.gpus_per_attack", self.gpus_per_attack, "0 or more")
         _check(0 <= self.wait_s < math.inf, "scaling.wait_s", self.wait_s, "0 or more seconds")
+        _check(self.parallel_models >= 0, "scaling.parallel_models", self.parallel_models, "0 (room decides) or more")
         _check(self.max_failures >= 0, "scaling.max_failures", self.max_failures, "0 or more")
 
 

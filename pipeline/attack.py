@@ -234,7 +234,7 @@ def attack(
                 done += 1
                 left[one.address] -= 1
                 if progress is not None:
-                    made_on = one.source.path.split("/")[-1].rpartition("-")[0] if one.source else "no model"
+                    made_on = one.source.name if one.source else "no model"
                     progress(done, total, f"chunks, {one.attack} on {made_on}")
                 if left[one.address] == 0:
                     finish_ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
@@ -16,18 +17,28 @@ from components.config import TrainConfig, from_dict, to_dict
 from components.errors import DataError
 from components.models.classifiers import ResNet18
 from components.models.defend import AutoEncoder, DefendNet
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 from pipeline.train_step import Shapes, build_net, classifier_of
 
 SCHEMA = 1
 """Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""
-CHECKPOINT = "training.pt"
+KEPT = 2
+"""Newest checkpoints that are kept: should the last one be damaged, the one before is still there."""
 
 
 def save_checkpoint(
-    directory: str, *, net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, config: TrainConfig, shapes: Shapes
-) -> None:
-    """Write the state after ``epoch`` epochs to a directory. Random streams need no state: they follow from the step."""
+    storage: Storage,
+    *,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    config: TrainConfig,
+    shapes: Shapes,
+) -> str:
+    """Write the state after ``epoch`` epochs below a directory, whole or not at all, and delete all but the newest two.
+
+    Random streams need no state: they follow from the step. Returns the name of the file.
+    """
     state = {
         "schema": SCHEMA,
         "epoch": epoch,
@@ -36,31 +47,47 @@ def save_checkpoint(
         "net": net.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    temporary = os.path.join(directory, CHECKPOINT + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, os.path.join(directory, CHECKPOINT))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    name = f"epoch-{epoch:05d}.pt"
+    storage.write_bytes(name, buffer.getvalue())
+    for old in list_checkpoints(storage)[:-KEPT]:
+        storage.delete(old)
+    return name
+
+
+def list_checkpoints(storage: Storage) -> list[str]:
+    """Names of the checkpoints below a directory, oldest first."""
+    return [name for name in storage.list() if name.startswith("epoch-") and name.endswith(".pt")]
 
 
 def load_checkpoint(
-    directory: str, *, net: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, shapes: Shapes
+    storage: Storage,
+    name: str,
+    *,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    shapes: Shapes,
 ) -> int:
     """Load the state into network and optimizer and return how many epochs are done.
 
     Raises:
-        DataError: missing or corrupt file, another schema version, or a checkpoint of another model.
+        StorageError: it does not exist or cannot be read.
+        DataError: a corrupt file, another schema version, or a checkpoint of another model.
     """
-    path = os.path.join(directory, CHECKPOINT)
+    path = f"{storage.uri}/{name}"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"checkpoint {path} does not exist") from None
+        state = torch.load(io.BytesIO(storage.read_bytes(name)), map_location="cpu", weights_only=True)
+    except StorageError:
+        raise
     except Exception as e:  # torch raises whatever the unzipper or the unpickler met
         raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != SCHEMA:
         raise DataError(f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}")
-    for name, mine in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
-        different = {k: (state[name].get(k), v) for k, v in mine.items() if state[name].get(k) != v}
+    for part, mine in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
+        different = {k: (state[part].get(k), v) for k, v in mine.items() if state[part].get(k) != v}
         if different:
             told = "; ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
             raise DataError(f"checkpoint {path} is of another model: {told}")

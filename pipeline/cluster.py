@@ -71,9 +71,7 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
     Raises:
         ResourceError: naming what is asked for, what there is and which settings to change.
     """
-    train: dict[str, float] = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpu:
-        train["GPU"] = 1.0
+    train = train_bundle(scaling)
     attack: dict[str, float] = {"CPU": scaling.cpus_per_attack}
     if scaling.gpus_per_attack:
         attack["GPU"] = scaling.gpus_per_attack
@@ -93,14 +91,23 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
         time.sleep(2)
 
 
+def train_bundle(scaling: ScalingConfig) -> dict[str, float]:
+    """What Ray reserves for one training worker."""
+    return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
+
+
+def room_for(each: dict[str, float]) -> int:
+    """How many such bundles the whole cluster holds. Bundles do not span nodes, so nodes are filled one by one."""
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return sum(int(min(node.get(k, 0.0) / v + 1e-9 for k, v in each.items())) for node in nodes)
+
+
 def _short_of(each: dict[str, float], count: int, what: str) -> str | None:
-    """What is missing for ``count`` bundles, or None. Bundles do not span nodes, so nodes are filled one by one."""
-    nodes = [dict(n["Resources"]) for n in ray.nodes() if n["Alive"]]
-    placed = 0
-    for node in nodes:
-        placed += int(min(node.get(k, 0.0) / v + 1e-9 for k, v in each.items()))
+    """What is missing for ``count`` bundles, or None."""
+    placed = room_for(each)
     if placed >= count:
         return None
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     have = {k: sum(n.get(k, 0.0) for n in nodes) for k in ("CPU", "GPU")}
     needs = " and ".join(f"{v:g} {k}" for k, v in each.items())
     return (

@@ -16,7 +16,7 @@ from typing import Any
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
 from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, shards, sources, tracking, train
-from pipeline.progress import say, stage
+from pipeline.progress import Bar, say, stage
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes
 
@@ -189,22 +189,27 @@ def existing_pyramids(run: Run) -> dict[str, shards.ShardSet]:
 
 
 def train_models(run: Run, sets: dict[str, shards.ShardSet]) -> list[attack.Model]:
-    """Stage 2: every model of the experiment, one after the other, each on all workers."""
+    """Stage 2: every model of the experiment; as many side by side as there is room for."""
     addresses = {s: one.address for s, one in sets.items() if s != "test"}
-    variants = run.experiment.variants()
-    models = []
     run.publish()
-    for i, (name, config) in enumerate(variants.items()):
-        with run.timed("train"), stage(f"train {i + 1}/{len(variants)}: {name}") as bar:
+    with run.timed("train"), stage("train") as bar:
+        models = train.train(run.experiment, run.shapes, addresses, run.root, _TrainProgress(run, bar))
+    return [_as_subject(name, model) for name, model in models.items()]
 
-            def on_epoch(record: dict[str, Any], name: str = name) -> None:
-                alias = f"model/{name}"
-                publish.start_model(run.tracker, run.record, name, record["steps"][0]["time"])
-                run.tracker.history(alias, record)
 
-            model = train.train(
-                name, config, run.shapes, addresses, run.experiment, run.root, on_epoch=on_epoch, on_live=bar.update
-            )
+class _TrainProgress(train.Progress):
+    """Keeps the run's record and MLflow up to date while models train."""
+
+    def __init__(self, run: Run, bar: Bar) -> None:
+        self.run, self.bar = run, bar
+        self.on_live = bar.update
+
+    def on_epoch(self, name: str, record: dict[str, Any]) -> None:
+        publish.start_model(self.run.tracker, self.run.record, name, record["steps"][0]["time"])
+        self.run.tracker.history(f"model/{name}", record)
+
+    def on_model(self, name: str, model: dict[str, Any]) -> None:
+        run = self.run
         run.record["models"][name] = {
             "path": model["path"],
             "train": model["train"],
@@ -217,11 +222,10 @@ def train_models(run: Run, sets: dict[str, shards.ShardSet]) -> list[attack.Mode
         }
         run.save()
         run.publish()
-        models.append(_as_subject(name, model))
         accuracy = model["validation"].get("accuracy")
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
-        say(f"  {name}: {model['images_per_second']:.0f} images/s{held_out}")
-    return models
+        done, total = len(run.record["models"]), len(run.experiment.variants())
+        say(f"  train {done}/{total}: {name}: {model['images_per_second']:.0f} images/s{held_out}")
 
 
 def trained_models(run: Run) -> list[attack.Model]:

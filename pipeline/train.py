@@ -1,16 +1,19 @@
-"""Ray Train: one model of an experiment, from shards to exported weights. Killed at any time, it continues.
+"""Ray Train: the models of an experiment, from shards to exported weights. Killed at any time, they continue.
 
-Where things are: ``models/<name>-<hash>/`` of the storage (docs/records.md); Ray's own checkpoints below its ``ray/``.
+Starting a Ray Train run costs half a minute on two cores (each of its processes imports torch), so one run trains models one
+after the other, and there are as many runs side by side as the cluster has room for. A model's checkpoints lie in its own
+directory, ``models/<kind>-<hash>/`` (docs/records.md), not in the run's: whichever run takes it up next finds them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from components.errors import DataError, UserError
 from components.models.defend import DefendNet
 from components.schedule import Phase, learning_rate, phase_at_epoch
 from pipeline import checkpoints
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 from pipeline.train_step import (
     Batch,
     PhaseModule,
@@ -55,10 +58,24 @@ class TrainingError(UserError):
     """Training stopped for a reason that starting it again would not mend."""
 
 
-def model_address(name: str, config: TrainConfig, shapes: Shapes, pyramids: dict[str, str], workers: int) -> str:
-    """``models/<name>-<hash>``: all that the weights follow from. Batch norm is per worker, so their number counts."""
-    parts = [CODE_VERSION, to_dict(config), to_dict(shapes), pyramids, workers]
-    return f"models/{name}-{content_hash(*parts)}"
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model to train."""
+
+    name: str
+    """Its name in the run."""
+    config: TrainConfig
+    address: str
+    """``models/<kind>-<hash>`` below the storage's root."""
+
+
+def model_address(config: TrainConfig, shapes: Shapes, pyramids: Mapping[str, str], workers: int) -> str:
+    """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
+
+    Batch norm is per worker, so their number counts.
+    """
+    parts = [CODE_VERSION, to_dict(config), to_dict(shapes), dict(pyramids), workers]
+    return f"models/{config.kind}-{content_hash(*parts)}"
 
 
 class RankData:
@@ -69,15 +86,14 @@ class RankData:
 
     def __init__(self, shards: Any, rank: int, world: int, device: torch.device, levels: bool) -> None:
         count = shards.num_rows // world
+        wanted = ["image", "label", *(shards.level_columns if levels else ())]
         columns: dict[str, list[np.ndarray]] = {}
         row = 0
-        for shard in shards.iter_shards():
-            n = len(shard["index"])
+        for shard in shards.iter_shards(wanted):
             mine = slice((rank - row) % world, None, world)
             for key, values in shard.items():
-                if key in ("image", "label") or (levels and key.startswith("level_")):
-                    columns.setdefault(key, []).append(np.ascontiguousarray(values[mine]))
-            row += n
+                columns.setdefault(key, []).append(np.ascontiguousarray(values[mine]))
+            row += len(shard["label"])
         joined = {k: torch.from_numpy(np.concatenate(v)[:count]) for k, v in columns.items()}
         self.images = joined["image"].to(device)
         self.labels = joined["label"].long().to(device)
@@ -125,16 +141,17 @@ class Loop:
         self._module: nn.Module | None = None
         self._phase: Phase | None = None
 
-    def resume(self, directory: str) -> None:
-        """Continue from a checkpoint directory."""
-        self.epoch = checkpoints.load_checkpoint(
-            directory, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
-        )
+    def resume(self, storage: Storage) -> None:
+        """Continue from the newest checkpoint below a directory, if there is one."""
+        if names := checkpoints.list_checkpoints(storage):
+            self.epoch = checkpoints.load_checkpoint(
+                storage, names[-1], net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
+            )
 
-    def save(self, directory: str) -> None:
+    def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""
         checkpoints.save_checkpoint(
-            directory,
+            storage,
             net=self.net,
             optimizer=self.optimizer,
             epoch=self.epoch,
@@ -174,8 +191,8 @@ class Loop:
             if live is not None:
                 live(step + 1, total, terms["loss"].item)
             if i % FINITE_CHECK_STEPS == FINITE_CHECK_STEPS - 1:
-                self._check_finite(bad_step)
-        self._check_finite(bad_step)
+                self._check_finite(bad_step, step)
+        self._check_finite(bad_step, step)
         seconds = time.time() - begin
         self.epoch += 1
         names = list(steps[0][3])
@@ -193,11 +210,10 @@ class Loop:
             "validation": self.validate(),
         }
 
-    def _check_finite(self, bad_step: Tensor) -> None:
-        # weights too: a last step may have spoiled them without a later loss to show it
+    def _check_finite(self, bad_step: Tensor, step: int) -> None:
+        # weights too: the last step may have spoiled them without a later loss to show it
         weights = torch.stack([p.detach().abs().amax() for p in self.net.parameters()]).amax()
-        last = self.epoch * self.steps_per_epoch + self.steps_per_epoch - 1
-        bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), last, bad_step)
+        bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), step, bad_step)
         if self.world > 1:  # every rank must come to the same decision
             first = torch.where(bad_step < 0, torch.iinfo(torch.int64).max, bad_step)
             dist.all_reduce(first, dist.ReduceOp.MIN)
@@ -239,68 +255,79 @@ class NonFiniteLoss(Exception):
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs: the jobs of its run in their order."""
     import ray.train
 
-    from pipeline import shards
-
-    config = from_dict(TrainConfig, settings["config"])
-    shapes = from_dict(Shapes, settings["shapes"])
-    root, home = Storage(settings["root"]), Storage(settings["home"])
     torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    root = Storage(settings["root"])
+    # asked before any training, when nobody writes: all ranks must come to the same list
+    todo = [job for job in settings["jobs"] if not root.exists(f"{job['address']}/model.json")]
+    data = _DataCache(root, rank, world, device)
+    for job in todo:
+        home = root / job["address"]
+        try:
+            _train_model(job, home, data, settings)
+        except NonFiniteLoss as e:
+            # told, not raised: a failure would be tried again, and would come again
+            if rank == 0:
+                home.write_json(NOT_FINITE, {"step": e.step})
 
-    def data_of(split: str) -> RankData | None:
-        if split not in settings["pyramids"]:
+
+class _DataCache:
+    """The last used data of each split: models that are trained one after the other mostly train on the same."""
+
+    def __init__(self, root: Storage, rank: int, world: int, device: torch.device) -> None:
+        self.root, self.rank, self.world, self.device = root, rank, world, device
+        self.kept: dict[str, tuple[tuple[str, bool], RankData]] = {}
+
+    def get(self, split: str, addresses: Mapping[str, str], levels: bool) -> RankData | None:
+        from pipeline import shards
+
+        if split not in addresses:
             return None
-        return RankData(
-            shards.load(root, settings["pyramids"][split]), rank, world, device, levels=config.defense != "none"
-        )
+        key = (addresses[split], levels)
+        if split not in self.kept or self.kept[split][0] != key:
+            self.kept.pop(split, None)  # before the next is loaded: both may not fit
+            loaded = RankData(shards.load(self.root, key[0]), self.rank, self.world, self.device, levels=levels)
+            self.kept[split] = key, loaded
+        return self.kept[split][1]
 
-    train_data = data_of("train")
+
+def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings: dict[str, Any]) -> None:
+    import ray.train
+
+    config = from_dict(TrainConfig, job["config"])
+    shapes = from_dict(Shapes, settings["shapes"])
+    train_data = data.get("train", settings["pyramids"], levels=config.defense != "none")
     assert train_data is not None  # the driver passes it always
-    loop = Loop(config, shapes, train_data, data_of("validation"), rank=rank, world=world, device=device)
-    last = ray.train.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as directory:
-            loop.resume(directory)
-
+    validation = data.get("validation", settings["pyramids"], levels=False)
+    loop = Loop(config, shapes, train_data, validation, rank=data.rank, world=data.world, device=data.device)
+    kept = home / "checkpoints"
+    loop.resume(kept)
     last_live = 0.0
 
     def live(done: int, total: int, loss: Callable[[], float]) -> None:
         nonlocal last_live
-        if rank == 0 and time.monotonic() - last_live >= LIVE_INTERVAL_S:
+        if data.rank == 0 and time.monotonic() - last_live >= LIVE_INTERVAL_S:
             last_live = time.monotonic()
             home.write_json("live.json", {"done": done, "total": total, "loss": loss()})
 
     while loop.epoch < config.epochs:
-        try:
-            record = loop.run_epoch(live)
-        except NonFiniteLoss as e:
-            # told, not raised: a failure would be tried again, and would come again. By a file: Ray's result holds the
-            # metrics of the last checkpoint, not of the last report
-            if rank == 0:
-                home.write_json(NOT_FINITE, {"step": e.step})
-            return
-        if rank == 0:
+        record = loop.run_epoch(live)
+        if data.rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
-        metrics = {"epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
-        if loop.epoch % config.checkpoint_every_epochs and loop.epoch < config.epochs:
-            ray.train.report(metrics)
-            continue
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = None
-            if rank == 0:
-                loop.save(directory)
-                checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(metrics, checkpoint=checkpoint)
-    if rank == 0:
-        _export(loop, home, settings)
+            if loop.epoch % config.checkpoint_every_epochs == 0 or loop.epoch == config.epochs:
+                loop.save(kept)
+        metrics = {"address": job["address"], "epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
+        ray.train.report(metrics)
+    if data.rank == 0:
+        _export(loop, home, job["config"], settings)
 
 
-def _export(loop: Loop, home: Storage, settings: dict[str, Any]) -> None:
+def _export(loop: Loop, home: Storage, config: dict[str, Any], settings: dict[str, Any]) -> None:
     files = checkpoints.export(home, loop.net, loop.config, loop.shapes)
     history = [home.read_json(f"history/{name}") for name in home.list("history")][: loop.config.epochs]
     seconds = sum(h["seconds"] for h in history)
@@ -311,7 +338,7 @@ def _export(loop: Loop, home: Storage, settings: dict[str, Any]) -> None:
         "model.json",
         {
             "schema": checkpoints.SCHEMA,
-            "train": settings["config"],
+            "train": config,
             "shapes": settings["shapes"],
             "pyramids": settings["pyramids"],
             "workers": loop.world,
@@ -322,6 +349,9 @@ def _export(loop: Loop, home: Storage, settings: dict[str, Any]) -> None:
             "files": {f: hashlib.sha256(home.read_bytes(f)).hexdigest() for f in files},
         },
     )
+    # what it takes to continue is not needed any more, and is three times as large as the model
+    for name in checkpoints.list_checkpoints(home / "checkpoints"):
+        home.delete(f"checkpoints/{name}")
 
 
 def check_models(experiment: Experiment, shapes: Shapes) -> None:
@@ -334,139 +364,221 @@ def check_models(experiment: Experiment, shapes: Shapes) -> None:
         build_net(config, shapes)
 
 
+class Progress:
+    """What :func:`train` tells while it goes on. All calls come from one thread at a time, though not the caller's."""
+
+    def on_epoch(self, name: str, record: dict[str, Any]) -> None:
+        """An epoch's record, in order, once."""
+
+    def on_live(self, done: int, total: int, note: str) -> None:
+        """About once a second: steps done and in all, over all models."""
+
+    def on_model(self, name: str, model: dict[str, Any]) -> None:
+        """A model is finished: its model.json, with "path"."""
+
+
 def train(
-    name: str,
-    config: TrainConfig,
-    shapes: Shapes,
-    pyramids: dict[str, str],
     experiment: Experiment,
+    shapes: Shapes,
+    pyramids: Mapping[str, str],
     root: Storage,
-    *,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
-    on_live: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
-    """Train one model, or take it where it is finished, or continue it where it is not.
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Train every model of an experiment, or take it where it is finished, or continue it where it is not.
 
     Args:
         pyramids: addresses of the shard sets, "train" and, if there is one, "validation".
-        on_epoch: called on the driver with each epoch's record, in order, once per record.
-        on_live: called on the driver about once a second with (steps done, steps in all, note).
 
     Returns:
-        model.json, with "path" = the model's address below ``root``.
+        Name -> model.json, with "path" = the model's address below ``root``, in the experiment's order.
 
     Raises:
-        TrainingError: the loss was not finite, or the workers failed more often than allowed.
+        TrainingError: a loss was not finite, or the workers failed more often than allowed. The other models are trained all
+            the same, and kept.
         UserError: what a worker found wrong with data or storage.
     """
-    scaling = experiment.scaling
-    address = model_address(name, config, shapes, pyramids, scaling.workers)
-    home = root / address
-    if not home.exists("model.json"):
+    progress = progress or Progress()
+    workers = experiment.scaling.workers
+    jobs = [
+        Job(name=name, config=config, address=model_address(config, shapes, pyramids, workers))
+        for name, config in experiment.variants().items()
+    ]
+    watch = _Watch(root, jobs, progress)
+    watch.look()
+    todo = list({j.address: j for j in jobs if j.name not in watch.finished}.values())
+    if todo:
+        for job in todo:
+            (root / job.address).delete(NOT_FINITE)  # an earlier try's
         settings = {
-            "config": to_dict(config),
             "shapes": to_dict(shapes),
-            "pyramids": pyramids,
+            "pyramids": dict(pyramids),
             "root": root.uri,
-            "home": home.uri,
-            "threads": scaling.threads_per_worker,
+            "threads": experiment.scaling.threads_per_worker,
         }
-        with _watching(home, on_epoch, on_live):
-            _fit(name, settings, experiment, home)
-    elif on_epoch is not None:
-        for record in _history(home):
-            on_epoch(record)
-    model: dict[str, Any] = home.read_json("model.json")
-    for file, digest in model["files"].items():
-        if hashlib.sha256(home.read_bytes(file)).hexdigest() != digest:
-            raise DataError(
-                f"{home.uri}/{file} is not what was exported; delete {home.uri}/model.json to export it again"
-            )
-    return {**model, "path": address}
+        with watch.following():
+            _fit_side_by_side(_groups(todo, parallel_runs(experiment)), settings, experiment, root)
+        _refuse_not_finite(todo, root)
+    return {job.name: watch.finished[job.name] for job in jobs}
 
 
-def _fit(name: str, settings: dict[str, Any], experiment: Experiment, home: Storage) -> None:
+def parallel_runs(experiment: Experiment) -> int:
+    """How many Ray Train runs there is room for at once."""
+    from pipeline.cluster import room_for, train_bundle
+
+    scaling = experiment.scaling
+    room = max(1, room_for(train_bundle(scaling)) // scaling.workers)
+    return min(room, scaling.parallel_models) if scaling.parallel_models else room
+
+
+def _groups(jobs: Sequence[Job], runs: int) -> list[list[Job]]:
+    """Jobs shared out over so many runs, longest first to the least loaded; each run keeps the experiment's order."""
+    loads = [0.0] * min(runs, len(jobs))
+    groups: list[list[Job]] = [[] for _ in loads]
+    for job in sorted(jobs, key=lambda j: -j.config.relative_cost):
+        i = loads.index(min(loads))
+        loads[i] += job.config.relative_cost
+        groups[i].append(job)
+    return [sorted(group, key=jobs.index) for group in groups]
+
+
+def _fit_side_by_side(
+    groups: Sequence[Sequence[Job]], settings: dict[str, Any], experiment: Experiment, root: Storage
+) -> None:
+    """Every group in a Ray Train run of its own. The first error is raised when all have ended: nothing else is lost."""
+    if len(groups) == 1:  # in this thread, where Ray Train ends its workers on Ctrl-C
+        _fit(groups[0], settings, experiment, root)
+        return
+    errors: list[Exception] = []
+
+    def fit(group: Sequence[Job]) -> None:
+        try:
+            _fit(group, settings, experiment, root)
+        except Exception as e:
+            errors.append(e)
+
+    # daemons: an interrupted driver does not wait for them, and its end is theirs
+    threads = [threading.Thread(target=fit, args=(group,), daemon=True) for group in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipeline.cluster import unwrap
+    from pipeline.cluster import train_bundle, unwrap
 
-    home.delete(NOT_FINITE)  # an earlier try's
     scaling = experiment.scaling
-    resources: dict[str, float] = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpu:
-        resources["GPU"] = 1.0
+    jobs = [{"address": j.address, "config": to_dict(j.config)} for j in group]
+    # nothing of Ray's own state is continued: the models' directories say how far they are
+    ray_files = root / f"ray/{secrets.token_hex(8)}"
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=settings,
+        train_loop_config={**settings, "jobs": jobs},
         torch_config=TorchConfig(backend="nccl" if scaling.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=resources
+            num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
         ),
         run_config=ray.train.RunConfig(
-            # the same name at the same place is how Ray finds the checkpoints of a run that was killed
-            name="ray",
-            storage_path=home.root,
-            storage_filesystem=home.fs,
+            name="train",
+            storage_path=ray_files.root,
+            storage_filesystem=ray_files.fs,
             failure_config=ray.train.FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except Exception as e:
         mine = unwrap(e)
         if mine is not None:
             raise mine from e
+        names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
         raise TrainingError(
-            f"training of {name} failed more than scaling.max_failures={scaling.max_failures} times: {e}\n"
-            f"Checkpoints are kept below {home.uri}; the same command continues from the last one"
+            f"training of {names} failed more than scaling.max_failures={scaling.max_failures} times: {e}\n"
+            f"Checkpoints are kept below {root.uri}/models; the same command continues from the last one"
         ) from e
-    if home.exists(NOT_FINITE):
-        step = home.read_json(NOT_FINITE)["step"]
-        good = result.checkpoint.path if result.checkpoint else "none was written yet"
-        raise TrainingError(
-            f"training of {name} stopped: the loss was not finite at step {step}. Last good checkpoint: {good}. "
-            "Lower train.lr or train.reconstruction_weight, or set train.clip_norm"
-        )
-
-
-def _history(home: Storage) -> list[dict[str, Any]]:
-    return [home.read_json(f"history/{name}") for name in home.list("history")]
-
-
-@contextmanager
-def _watching(
-    home: Storage,
-    on_epoch: Callable[[dict[str, Any]], None] | None,
-    on_live: Callable[[int, int, str], None] | None,
-) -> Iterator[None]:
-    """Follow the files that rank 0 writes. Records pass over the storage, so none is lost with a process."""
-    done = threading.Event()
-    told: set[str] = set()
-
-    def look() -> None:
-        for name in home.list("history"):
-            if name not in told and on_epoch is not None:
-                told.add(name)
-                on_epoch(home.read_json(f"history/{name}"))
-        if on_live is not None and home.exists("live.json"):
-            live = home.read_json("live.json")
-            on_live(live["done"], live["total"], f"steps, loss {live['loss']:.4f}")
-
-    def follow() -> None:
-        while not done.wait(LIVE_INTERVAL_S):
-            with suppress(UserError):  # a file being replaced, a storage out of reach for a moment: look again
-                look()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
     finally:
-        done.set()
-        thread.join()
-    look()
+        with suppress(OSError):
+            root.fs.delete_dir(ray_files.root)
+
+
+def _refuse_not_finite(jobs: Sequence[Job], root: Storage) -> None:
+    said = []
+    for job in jobs:
+        home = root / job.address
+        if home.exists(NOT_FINITE):
+            names = checkpoints.list_checkpoints(home / "checkpoints")
+            good = f"{home.uri}/checkpoints/{names[-1]}" if names else "none was written yet"
+            step = home.read_json(NOT_FINITE)["step"]
+            said.append(
+                f"training of {job.name} stopped: the loss was not finite at step {step}. Last good checkpoint: {good}"
+            )
+    if said:
+        said.append("Lower train.lr or train.reconstruction_weight, or set train.clip_norm")
+        raise TrainingError("\n".join(said))
+
+
+class _Watch:
+    """Follows the files that the ranks 0 write. Records pass over the storage, so none is lost with a process."""
+
+    def __init__(self, root: Storage, jobs: Sequence[Job], progress: Progress) -> None:
+        self.root, self.jobs, self.progress = root, jobs, progress
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.told: dict[str, set[str]] = {job.name: set() for job in jobs}
+
+    def look(self) -> None:
+        """Tell what is new."""
+        steps, losses = {}, {}
+        for job in self.jobs:
+            if job.name in self.finished:
+                continue
+            home = self.root / job.address
+            whole = home.exists("model.json")  # asked first: what it counts is there by then
+            for name in home.list("history"):
+                if name not in self.told[job.name]:
+                    self.progress.on_epoch(job.name, home.read_json(f"history/{name}"))
+                    self.told[job.name].add(name)
+            if whole:
+                self.finished[job.name] = _finished_model(home, job.address)
+                self.progress.on_model(job.name, self.finished[job.name])
+            elif home.exists("live.json"):
+                live = home.read_json("live.json")
+                steps[job.name], losses[job.name] = (live["done"], live["total"]), live["loss"]
+        if steps:
+            share = (sum(done / total for done, total in steps.values()) + len(self.finished)) / len(self.jobs)
+            now = (f"{name} step {done} of {total}, loss {losses[name]:.4f}" for name, (done, total) in steps.items())
+            self.progress.on_live(round(100 * share), 100, f"%: {'; '.join(now)}")
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Look about once a second while the body runs, and once more at its end."""
+        done = threading.Event()
+
+        def follow() -> None:
+            while not done.wait(LIVE_INTERVAL_S):
+                with suppress(StorageError):  # a file being replaced, a storage out of reach for a moment: look again
+                    self.look()
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.look()
+
+
+def _finished_model(home: Storage, address: str) -> dict[str, Any]:
+    model: dict[str, Any] = home.read_json("model.json")
+    for file, digest in model["files"].items():
+        if hashlib.sha256(home.read_bytes(file)).hexdigest() != digest:
+            raise DataError(f"{home.uri}/{file} is not what was exported; delete {home.uri} to train the model again")
+    return {**model, "path": address}

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from components.errors import DataError
 from components.models.classifiers import ResNet18
 from components.models.defend import DefendNet
 from pipeline.checkpoints import (
-    CHECKPOINT,
     export,
     load_autoencoder,
     load_checkpoint,
@@ -33,6 +32,7 @@ from pipeline.storage import Storage, StorageError
 from pipeline.train import Loop, RankData
 from pipeline.train_step import Shapes, build_net, make_optimizer
 
+CHECKPOINT = "epoch-00003.pt"
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 
 
@@ -62,8 +62,10 @@ class Shards:
             "level_1": rng.random((n, 1, 7, 7)).astype(np.float16),
         }
 
-    def iter_shards(self) -> Iterator[dict[str, np.ndarray]]:
-        yield self.columns
+    level_columns = ("level_1",)
+
+    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        yield {name: self.columns[name] for name in columns}
 
 
 def make_loop(config: TrainConfig) -> Loop:
@@ -93,10 +95,10 @@ def test_a_continued_run_is_the_unbroken_one_bit_for_bit(tmp_path: Path, changes
 
     first = make_loop(config)
     first.run_epoch()
-    first.save(str(tmp_path))
+    first.save(Storage(tmp_path))
     torch.manual_seed(77)  # another process has another global stream
     second = make_loop(config)
-    second.resume(str(tmp_path))
+    second.resume(Storage(tmp_path))
     assert second.epoch == 1
     continued = [second.run_epoch() for _ in range(2)]
 
@@ -129,18 +131,19 @@ def test_noise_and_seed_count() -> None:
 
 def test_shared_weights_are_still_shared_after_loading(tmp_path: Path) -> None:
     loop = make_loop(tiny())
-    loop.save(str(tmp_path))
-    loop.resume(str(tmp_path))
+    loop.save(Storage(tmp_path))
+    loop.resume(Storage(tmp_path))
     net = loop.net
     assert isinstance(net, DefendNet)
     assert net.autoencoder.encoder[1][0].conv1.weight is net.classifier.layer2[0].conv1.weight
 
 
-def test_a_checkpoint_leaves_no_other_file(tmp_path: Path) -> None:
+def test_the_newest_two_checkpoints_are_kept_and_no_other_file(tmp_path: Path) -> None:
     loop = make_loop(tiny())
-    for _ in range(2):
-        loop.save(str(tmp_path))
-    assert os.listdir(tmp_path) == [CHECKPOINT]
+    for loop.epoch in (3, 9, 10, 11):
+        loop.save(Storage(tmp_path))
+        loop.save(Storage(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["epoch-00010.pt", "epoch-00011.pt"]
 
 
 # --- refusing
@@ -150,14 +153,16 @@ def saved(directory: Path, config: TrainConfig | None = None, shapes: Shapes = S
     config = config or tiny()
     net = build_net(config, shapes)
     optimizer = make_optimizer(net, config)
-    save_checkpoint(str(directory), net=net, optimizer=optimizer, epoch=3, config=config, shapes=shapes)
-    return directory / CHECKPOINT
+    return directory / save_checkpoint(
+        Storage(directory), net=net, optimizer=optimizer, epoch=3, config=config, shapes=shapes
+    )
 
 
 def load(directory: Path, config: TrainConfig | None = None, shapes: Shapes = SHAPES) -> int:
     config = config or tiny()
     net = build_net(config, shapes)
-    return load_checkpoint(str(directory), net=net, optimizer=make_optimizer(net, config), config=config, shapes=shapes)
+    optimizer = make_optimizer(net, config)
+    return load_checkpoint(Storage(directory), CHECKPOINT, net=net, optimizer=optimizer, config=config, shapes=shapes)
 
 
 def test_epochs_done(tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_epochs_done(tmp_path: Path) -> None:
 
 
 def test_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"{tmp_path}/{CHECKPOINT} does not exist"):
+    with pytest.raises(StorageError, match=rf"{tmp_path}/{CHECKPOINT} does not exist"):
         load(tmp_path)
 
 

@@ -7,7 +7,7 @@ what they left behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from components.config import TrainConfig
 from components.schedule import learning_rate, phase_at_epoch
+from pipeline.storage import Storage
 from pipeline.train import Loop, NonFiniteLoss, RankData
 from pipeline.train_step import (
     Batch,
@@ -65,8 +66,10 @@ class Shards:
             "level_1": rng.random((n, 1, 7, 7)).astype(np.float16),
         }
 
-    def iter_shards(self) -> Iterator[dict[str, np.ndarray]]:
-        yield self.columns
+    level_columns = ("level_1",)
+
+    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        yield {name: self.columns[name] for name in columns}
 
 
 def rows(rank: int, world: int = WORLD, n: int = 19, seed: int = 0, levels: bool = True) -> RankData:
@@ -132,10 +135,10 @@ def worker(rank: int, directory: str) -> None:
         straight.run_epoch()
     first.run_epoch()
     if rank == 0:
-        first.save(directory)
+        first.save(Storage(directory))
     dist.barrier()
     second = loop(config, validation=True)
-    second.resume(directory)
+    second.resume(Storage(directory))
     for _ in range(2):
         second.run_epoch()
     out["straight"], out["continued"] = state(straight), state(second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ def finished(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[Path, str]) -> None:
     storage, printed = finished
-    for part in ("pyramids: train", "train 3/3: defend", "attack", "report", "white-box", "transfer", "n = 20"):
+    for part in ("pyramids: train", "train 3/3", "attack", "report", "white-box", "transfer", "n = 20"):
         assert part in printed
     (report,) = storage.glob("runs/*/report/report.html")
     assert str(report) in printed
@@ -121,7 +122,7 @@ def test_early_leaving_only_where_examples_are_judged_on_their_own_model(finishe
 
 def test_the_exported_classifier_is_a_torchvision_network(finished: tuple[Path, str]) -> None:
     storage, _ = finished
-    (directory,) = storage.glob("models/defend-*")
+    directory = storage / record_of(storage)["models"]["defend"]["path"]
     weights = load_file(directory / "classifier.safetensors")
     assert set(weights) == set(torchvision.models.resnet18().state_dict())
     model = load_classifier(directory)
@@ -129,8 +130,8 @@ def test_the_exported_classifier_is_a_torchvision_network(finished: tuple[Path, 
     images = torch.rand(2, 1, 28, 28)
     assert model(images).shape == (2, 10)
     assert [tuple(x.shape) for x in load_autoencoder(directory)(images)] == [(2, 1, s, s) for s in (28, 14, 7)]
-    (undefended,) = storage.glob("models/control-*")
-    assert not (undefended / "autoencoder.safetensors").exists()
+    undefended = record_of(storage)["models"]["control"]["path"]
+    assert not (storage / undefended / "autoencoder.safetensors").exists()
 
 
 def test_the_report_stands_alone(finished: tuple[Path, str]) -> None:
@@ -280,7 +281,11 @@ def killed_once(storage: Path, address: str, kill: str) -> tuple[subprocess.Comp
     if kill == "driver":
         process.kill()
     else:
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        # this test's cluster's alone: its processes descend from this one
+        workers = []
+        for p in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                workers += [p] if "RayTrainWorker" in " ".join(p.cmdline()) else []
         assert workers
         workers[0].kill()
     out, err = process.communicate(timeout=300)
@@ -343,7 +348,7 @@ def test_a_stage_without_the_one_before_it_says_what_to_run(ray_cluster: str, tm
 def test_a_spoiled_model_file_is_told(finished: tuple[Path, str], ray_cluster: str, tmp_path: Path) -> None:
     storage, _ = finished
     shutil.copytree(storage, tmp_path / "s")
-    (file,) = (tmp_path / "s").glob("models/defend-*/classifier.safetensors")
+    (file,) = (tmp_path / "s").glob("models/defended-*/classifier.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -464,9 +464,11 @@ class Shards:
         }
         self.cuts = (0, *cuts, n)
 
-    def iter_shards(self) -> Iterator[dict[str, np.ndarray]]:
+    level_columns = ("level_1",)
+
+    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
         for a, b in zip(self.cuts, self.cuts[1:], strict=False):
-            yield {k: v[a:b] for k, v in self.columns.items()}
+            yield {k: self.columns[k][a:b] for k in columns}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
