@@ -1,32 +1,185 @@
-"""The U/H pyramid decoder (sec. 3.3, Fig. 4): from the latent map to the image, level by level, low to high frequency."""
+"""Decoders: from the latent map to the image, level by level, low to high frequency.
+
+``pyramid`` is the paper's own (sec. 3.3, Fig. 4); ``hourglass`` (Fig. 3), ``hourglass_concat`` and ``hourglass_add`` are those
+it is compared with (Table 1). All mirror the encoder and all reconstruct every level.
+
+What a decoder knows of the encoder is the measured shape of each of its units. *Stages* are what mirrors: a unit with the pool
+that follows it. Mirrors never resize: a map grows by a stride-2 transposed convolution, n pixels to 2n-1 or 2n, or not at all,
+and sizes that this cannot reach are refused before anything is built.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from components.errors import ConfigError
+from components.models.adapter import Mirror
+
+DecoderKind = Literal["pyramid", "hourglass", "hourglass_concat", "hourglass_add"]
+Connection = Literal["none", "concat", "add"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """What a decoder must know of one encoder block: its residual blocks, output channels and output size in pixels."""
+class UnitShape:
+    """What a decoder must know of one encoder unit.
+
+    Args:
+        depth: residual blocks ("plain": convolutions) that mirror it; 0: a pool.
+        in_channels: channels of what it reads; for the first unit, which reads the image, those that it gives.
+        out_channels, size: of its output; size in pixels.
+        mirror: what mirrors it.
+        stem: it begins with a convolution that ``depth`` does not count.
+    """
 
     depth: int
     in_channels: int
     out_channels: int
     size: int
+    mirror: Mirror = "basic"
+    stem: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Consecutive units that are mirrored as one. Sizes in pixels: ``size_in`` of what it reads, ``size`` of its output."""
+
+    depth: int
+    in_channels: int
+    channels: int
+    size_in: int
+    size: int
+    mirror: Mirror
+    stem: bool
+
+
+def stages_of(units: Sequence[UnitShape], image_size: int) -> list[Stage]:
+    """The stages of an encoder: every unit with the units of depth 0 (pools) that follow it."""
+    stages: list[Stage] = []
+    size_in = image_size
+    for unit in units:
+        if unit.depth == 0 and not unit.stem and stages:
+            stages[-1] = replace(stages[-1], size=unit.size)
+        else:
+            stages.append(
+                Stage(
+                    depth=unit.depth,
+                    in_channels=unit.in_channels,
+                    channels=unit.out_channels,
+                    size_in=size_in,
+                    size=unit.size,
+                    mirror=unit.mirror,
+                    stem=unit.stem,
+                )
+            )
+        size_in = unit.size
+    return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a decoder builds, checked.
+
+    Args:
+        stages: input to latent. Stage m < M-1 is mirrored by the doubling of level m+1 to level m, the others by D_{M-1}.
+        taps: for each level m < M-1 the unit whose map it reads.
+        tap_channels, tap_sizes: of those maps. A size smaller than the level's is doubled before it is read.
+        bottom_sizes: pixels before and after each step of D_{M-1}, which begins with the last stage.
+    """
+
+    stages: tuple[Stage, ...]
+    sizes: tuple[int, ...]
+    taps: tuple[int, ...]
+    tap_channels: tuple[int, ...]
+    tap_sizes: tuple[int, ...]
+    bottom_sizes: tuple[int, ...]
+
+
+def plan(units: Sequence[UnitShape], sizes: Sequence[int]) -> Plan:
+    """Which stage mirrors what and which map each level reads.
+
+    Args:
+        units: shapes of the encoder units, input to latent.
+        sizes: level sizes in pixels, level 0 (the image) first (``components.config.level_sizes``).
+
+    Raises:
+        ConfigError: more levels than stages, or sizes that doubling does not reach.
+    """
+    levels = len(sizes)
+    stages = stages_of(units, sizes[0])
+    if not 1 <= levels <= len(stages):
+        raise ConfigError.of("pyramids.levels", levels, f"at most {len(stages)}, one per stage of the encoder")
+
+    def refuse(why: str) -> ConfigError:
+        return ConfigError.of("data.image_size", sizes[0], f"a size {why}")
+
+    for m in range(levels - 1):
+        if not _reaches(sizes[m + 1], sizes[m]):
+            raise refuse(f"that stride 2 reaches: level {m + 1} has {sizes[m + 1]} pixels, level {m} has {sizes[m]}")
+    taps = []
+    for m in range(levels - 1):
+        # the largest map that is not larger than the level; of several, the last: the most worked-out one
+        fitting = [(u.size, i) for i, u in enumerate(units) if u.size <= sizes[m]]
+        size, index = max(fitting, default=(0, 0))
+        if size != sizes[m] and not _reaches(size, sizes[m]):
+            raise refuse(
+                f"whose levels the encoder has maps for: level {m} has {sizes[m]} pixels, the encoder's next map {size}"
+            )
+        taps.append(index)
+    # the last stage's mirror comes first and grows; never above the level's own size, which is the smaller of the two where
+    # floor and ceiling differ (30: maps of 15 and 8, level of 7)
+    steps = [stages[-1].size]
+    for stage in reversed(stages[levels - 1 :]):
+        steps.append(min(stage.size_in, sizes[-1]))
+        if steps[-1] != steps[-2] and not _reaches(steps[-2], steps[-1]):
+            raise refuse(
+                f"whose last level stride 2 reaches from the latent map: {' -> '.join(map(str, steps))} (of {sizes[-1]})"
+            )
+    if steps[-1] != sizes[-1]:
+        raise refuse(f"whose last level {sizes[-1]} is reached from {steps[0]} pixels: {' -> '.join(map(str, steps))}")
+    return Plan(
+        stages=tuple(stages),
+        sizes=tuple(sizes),
+        taps=tuple(taps),
+        tap_channels=tuple(units[i].out_channels for i in taps),
+        tap_sizes=tuple(units[i].size for i in taps),
+        bottom_sizes=tuple(steps),
+    )
+
+
+def _reaches(size_in: int, size_out: int) -> bool:
+    """Whether one stride-2 transposed convolution goes from one size to the other."""
+    return size_out in (2 * size_in - 1, 2 * size_in)
 
 
 def _output_padding(size_in: int, size_out: int) -> int:
-    """A stride-2 transposed 3x3 convolution gives 2n-1 pixels, or 2n with one more row and column."""
-    extra = size_out - (2 * size_in - 1)
-    if extra not in (0, 1):
+    """A stride-2 transposed convolution gives 2n-1 pixels, or 2n with one more row and column."""
+    if not _reaches(size_in, size_out):
         raise ConfigError.of("data.image_size", size_out, f"a size that stride 2 reaches from {size_in} pixels")
-    return extra
+    return size_out - (2 * size_in - 1)
+
+
+def _conv3(in_channels: int, out_channels: int, size_in: int, size_out: int, bias: bool) -> nn.Module:
+    """A 3x3 convolution; transposed, with stride 2, where the size grows."""
+    if size_in == size_out:
+        return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+    padding = _output_padding(size_in, size_out)
+    return nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding=padding, bias=bias)
+
+
+def _skip(in_channels: int, out_channels: int, size_in: int, size_out: int) -> nn.Module:
+    """Beside a residual block: nothing, or where the shape changes a 1x1 (transposed) convolution."""
+    if size_in != size_out:
+        padding = _output_padding(size_in, size_out)
+        return nn.ConvTranspose2d(in_channels, out_channels, 1, 2, output_padding=padding, bias=False)
+    return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+
+
+# --- mirrors
 
 
 class DecodeBlock(nn.Module):
@@ -47,16 +200,8 @@ class DecodeBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, hidden, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
-        self.conv2: nn.Module
-        self.skip: nn.Module
-        if size_in == size_out:
-            self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1, bias=last)
-            same = in_channels == out_channels
-            self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        else:
-            extra = _output_padding(size_in, size_out)
-            self.conv2 = nn.ConvTranspose2d(hidden, out_channels, 3, 2, 1, output_padding=extra, bias=last)
-            self.skip = nn.ConvTranspose2d(in_channels, out_channels, 1, 2, output_padding=extra, bias=False)
+        self.conv2 = _conv3(hidden, out_channels, size_in, size_out, bias=last)
+        self.skip = _skip(in_channels, out_channels, size_in, size_out)
         self.bn2 = nn.Identity() if last else nn.BatchNorm2d(out_channels)
         self.last = last
 
@@ -65,60 +210,129 @@ class DecodeBlock(nn.Module):
         return y if self.last else torch.relu(y)
 
 
-def mirrored(
-    shape: BlockShape, in_channels: int, out_channels: int, size_in: int, size_out: int, *, extra_conv: bool, last: bool
-) -> nn.Sequential:
-    """The encoder block in reverse order: its convolutions with its channels, the last one transposed where size grows.
+class DecodeBottleneck(nn.Module):
+    """A bottleneck of the mirror: 1x1, 3x3 (transposed where the size grows), 1x1, added to a projection.
 
-    ``extra_conv``: the block has a stem convolution in front, mirrored by one more (transposed) convolution at the end.
+    Arguments and errors as for :class:`DecodeBlock`.
     """
-    c = shape.out_channels
+
+    def __init__(
+        self, in_channels: int, hidden: int, out_channels: int, size_in: int, size_out: int, last: bool
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.conv2 = _conv3(hidden, hidden, size_in, size_out, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.conv3 = nn.Conv2d(hidden, out_channels, 1, bias=last)
+        self.skip = _skip(in_channels, out_channels, size_in, size_out)
+        self.bn3 = nn.Identity() if last else nn.BatchNorm2d(out_channels)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y)) + self.skip(x)
+        return y if self.last else torch.relu(y)
+
+
+class DecodeConv(nn.Module):
+    """One 3x3 (transposed) convolution with batch norm and ReLU; ``last``: neither of the two, a signed image comes out.
+
+    Raises:
+        ConfigError: a size that one stride-2 transposed convolution cannot reach.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, size_in: int, size_out: int, last: bool) -> None:
+        super().__init__()
+        self.conv = _conv3(in_channels, out_channels, size_in, size_out, bias=last)
+        self.bn = nn.Identity() if last else nn.BatchNorm2d(out_channels)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x))
+        return y if self.last else torch.relu(y)
+
+
+def mirrored(
+    stage: Stage, in_channels: int, out_channels: int, size_in: int, size_out: int, *, last: bool
+) -> nn.Sequential:
+    """A stage in reverse order: its convolutions with its channels, in the last block of which the size grows.
+
+    A stem is mirrored by one more (transposed) convolution at the end. A stage that is a stem alone, and a "plain" one of a
+    single convolution, begins with a convolution to the stage's channels: it would otherwise be one convolution from an image
+    to an image.
+
+    Args:
+        in_channels, size_in: of what it reads.
+        out_channels, size_out: of what it gives.
+        last: what it gives is an image: no batch norm, no activation at the end.
+    """
+    c = stage.channels
+    depth = stage.depth
+    if stage.mirror == "plain" and not stage.stem:
+        depth = max(depth, 2)
     blocks: list[nn.Module] = []
-    for i in range(shape.depth):
-        first, final = i == 0, i == shape.depth - 1 and not extra_conv
-        blocks.append(
-            DecodeBlock(
-                in_channels if first else c,
-                c,
-                out_channels if final else c,
-                size_in,
-                size_out if final else size_in,
-                last and final,
-            )
-        )
-    if extra_conv:
-        blocks.append(_StemMirror(c, out_channels, size_in, size_out))
+    if depth == 0:
+        blocks.append(DecodeConv(in_channels, c, size_in, size_in, last=False))
+    for i in range(depth):
+        final = i == depth - 1 and not stage.stem
+        read, give = (in_channels if i == 0 else c), (out_channels if final else c)
+        grown, end = (size_out if final else size_in), last and final
+        if stage.mirror == "basic":
+            blocks.append(DecodeBlock(read, c, give, size_in, grown, end))
+        elif stage.mirror == "bottleneck":
+            blocks.append(DecodeBottleneck(read, max(1, c // 4), give, size_in, grown, end))
+        else:
+            blocks.append(DecodeConv(read, give, size_in, grown, end))
+    if stage.stem:
+        blocks.append(DecodeConv(c, out_channels, size_in, size_out, last))
     return nn.Sequential(*blocks)
 
 
-class _StemMirror(nn.Module):
-    """The mirror of the stem: one stride-2 transposed 3x3 convolution to the image, no activation."""
+def _bottom(p: Plan, out_channels: int, *, last: bool) -> nn.Sequential:
+    """D_{M-1}: the mirrors of stages M-1.. in reverse. Only the last one changes to ``out_channels``."""
+    mirrors = []
+    stages = p.stages[len(p.sizes) - 1 :]
+    for step, i in enumerate(reversed(range(len(stages)))):
+        stage, final = stages[i], i == 0
+        out = out_channels if final else stage.in_channels
+        size_in, size_out = p.bottom_sizes[step : step + 2]
+        mirrors.append(mirrored(stage, stage.channels, out, size_in, size_out, last=last and final))
+    return nn.Sequential(*mirrors)
 
-    def __init__(self, in_channels: int, out_channels: int, size_in: int, size_out: int) -> None:
-        super().__init__()
-        padding = _output_padding(size_in, size_out)
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 3, 2, 1, output_padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
+def _grow(channels: int, size_in: int, size_out: int) -> nn.Module:
+    """Where the encoder has no map of a level's size: the next smaller one, doubled; otherwise nothing."""
+    if size_in == size_out:
+        return nn.Identity()
+    return nn.ConvTranspose2d(channels, channels, 3, 2, 1, output_padding=_output_padding(size_in, size_out))
+
+
+# --- decoders
 
 
 class HighFrequency(nn.Module):
     """H: a 2-layer residual block from an encoder map to an image (sec. 3.3).
 
-    3x3 convolution to the encoder map's own channels, 3x3 convolution to the image's, 1x1 convolution on the skip.
+    3x3 convolution to the encoder map's own channels, 3x3 convolution to the image's, 1x1 convolution on the skip. A map
+    smaller than the level is first doubled by a transposed convolution.
+
+    Args:
+        size_in, size_out: pixels of the map and of the level; both 0 is the same as equal.
     """
 
-    def __init__(self, encoder_channels: int, image_channels: int) -> None:
+    def __init__(self, encoder_channels: int, image_channels: int, size_in: int = 0, size_out: int = 0) -> None:
         super().__init__()
+        self.grow = _grow(encoder_channels, size_in, size_out)
         self.conv1 = nn.Conv2d(encoder_channels, encoder_channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(encoder_channels)
         self.conv2 = nn.Conv2d(encoder_channels, image_channels, 3, padding=1)
         self.skip = nn.Conv2d(encoder_channels, image_channels, 1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        out: Tensor = self.conv2(torch.relu(self.bn1(self.conv1(features)))) + self.skip(features)
+        x = self.grow(features)
+        out: Tensor = self.conv2(torch.relu(self.bn1(self.conv1(x)))) + self.skip(x)
         return out
 
 
@@ -128,63 +342,113 @@ class PyramidDecoder(nn.Module):
     Bands are signed, so nothing is activated after the last convolution of D_{M-1}, U and H, nor after their sum.
 
     Args:
-        blocks: shapes of the encoder blocks, input to latent. Block m < M-1 has the size of level m; the rest is the
-            stack that D_{M-1} mirrors.
+        units: shapes of the encoder units, input to latent.
         sizes: level sizes in pixels, level 0 first (``components.config.level_sizes``).
         image_channels: 1 or 3.
 
     Raises:
-        ConfigError: a level for which the encoder has no map of its size.
+        ConfigError: sizes that doubling does not reach, or that the encoder has no maps for.
     """
 
-    def __init__(self, blocks: Sequence[BlockShape], sizes: Sequence[int], image_channels: int) -> None:
+    def __init__(self, units: Sequence[UnitShape], sizes: Sequence[int], image_channels: int) -> None:
         super().__init__()
+        p = plan(units, sizes)
         levels = len(sizes)
-        if levels > len(blocks):
-            raise ConfigError.of("pyramids.levels", levels, f"at most {len(blocks)}, one per encoder block")
-        for m in range(levels - 1):
-            if blocks[m].size != sizes[m]:
-                raise ConfigError.of(
-                    "data.image_size",
-                    sizes[0],
-                    f"a size whose encoder maps are the levels: block {m} gives {blocks[m].size} pixels, level {m} has {sizes[m]}",
-                )
-        self.sizes = tuple(sizes)
+        self.sizes = p.sizes
+        self.taps = p.taps
         self.up = nn.ModuleList(
-            mirrored(blocks[m], image_channels, image_channels, sizes[m + 1], sizes[m], extra_conv=m == 0, last=True)
+            mirrored(p.stages[m], image_channels, image_channels, sizes[m + 1], sizes[m], last=True)
             for m in range(levels - 1)
         )
-        self.high = nn.ModuleList(HighFrequency(blocks[m].out_channels, image_channels) for m in range(levels - 1))
-
-        # D_{M-1}: the last encoder block's mirror comes first and does the doubling; the others follow at stride 1
-        bottom: list[nn.Module] = []
-        size = blocks[-1].size
-        for i in range(len(blocks) - 1, levels - 2, -1):
-            final = i == levels - 1
-            # the size that the mirrored block came from, 4 -> 7 by the transposed convolution's padding, 4 -> 8 exactly;
-            # never above the level's own, which is the smaller of the two where floor and ceiling differ (30: 15, 8 | 7)
-            grown = min(blocks[i - 1].size if i else sizes[-1], sizes[-1])
-            out = image_channels if final else blocks[i].in_channels
-            bottom.append(mirrored(blocks[i], blocks[i].out_channels, out, size, grown, extra_conv=i == 0, last=final))
-            size = grown
-        if size != sizes[-1]:
-            raise ConfigError.of(
-                "data.image_size",
-                sizes[0],
-                f"a size whose last level {sizes[-1]} is reached from {blocks[-1].size} pixels",
-            )
-        self.bottom = nn.Sequential(*bottom)
+        self.high = nn.ModuleList(
+            HighFrequency(p.tap_channels[m], image_channels, p.tap_sizes[m], sizes[m]) for m in range(levels - 1)
+        )
+        self.bottom = _bottom(p, image_channels, last=True)
 
     def forward(self, features: Sequence[Tensor], latent: Tensor) -> list[Tensor]:
         """Reconstructed images, level 0 first: [N, C, W_m, W_m], signed, about [0,1].
 
         Args:
-            features: outputs of the encoder blocks, input to latent, [N, C_i, W_i, W_i].
+            features: outputs of the encoder units, input to latent, [N, C_i, W_i, W_i].
             latent: the last of them, with noise if there is any.
         """
         image = self.bottom(latent)
         images = [image]
         for m in range(len(self.sizes) - 2, -1, -1):
-            image = self.up[m](image) + self.high[m](features[m])
+            image = self.up[m](image) + self.high[m](features[self.taps[m]])
             images.append(image)
         return images[::-1]
+
+
+class HourglassDecoder(nn.Module):
+    """D_0(D_1(...D_{M-1}(latent))), the plain mirror of Fig. 3, with a 1x1 convolution to an image at every level.
+
+    Between levels go features, not images. D_m, m < M-1, gives as many channels as the map that H_m would read, with or
+    without a connection, so that the three kinds of Table 1 differ in the connection alone: the map is concatenated to what D_m
+    gives (SC) or added to it (SA), as in U-Net.
+
+    Args:
+        units, sizes, image_channels: as for :class:`PyramidDecoder`.
+        connection: "none", "concat" (SC) or "add" (SA).
+        heads: only levels 0 .. heads-1 get an image head, since only they have a target; 0: all.
+
+    Raises:
+        ConfigError: as for :class:`PyramidDecoder`.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[UnitShape],
+        sizes: Sequence[int],
+        image_channels: int,
+        connection: Connection = "none",
+        heads: int = 0,
+    ) -> None:
+        super().__init__()
+        p = plan(units, sizes)
+        levels = len(sizes)
+        self.sizes = p.sizes
+        self.taps = p.taps
+        self.connection: Connection = connection
+        channels = [*p.tap_channels, p.stages[levels - 1].in_channels]
+        double = [2 * c if connection == "concat" else c for c in p.tap_channels]
+        read = [*double, channels[-1]]
+        self.up = nn.ModuleList(
+            mirrored(p.stages[m], read[m + 1], channels[m], sizes[m + 1], sizes[m], last=False)
+            for m in range(levels - 1)
+        )
+        self.grow = nn.ModuleList(
+            _grow(channels[m], p.tap_sizes[m], sizes[m]) for m in range(levels - 1) if connection != "none"
+        )
+        self.heads = nn.ModuleList(nn.Conv2d(c, image_channels, 1) for c in read[: heads or levels])
+        self.bottom = _bottom(p, channels[-1], last=False)
+
+    def forward(self, features: Sequence[Tensor], latent: Tensor) -> list[Tensor]:
+        """Reconstructed images of the levels that have a head, level 0 first; arguments as for :class:`PyramidDecoder`."""
+        x = self.bottom(latent)
+        outputs = [x]
+        for m in range(len(self.sizes) - 2, -1, -1):
+            x = self.up[m](x)
+            if self.connection != "none":
+                tap = self.grow[m](features[self.taps[m]])
+                x = torch.cat([x, tap], 1) if self.connection == "concat" else x + tap
+            outputs.append(x)
+        return [head(x) for head, x in zip(self.heads, reversed(outputs), strict=False)]
+
+
+def build_decoder(
+    kind: str, units: Sequence[UnitShape], sizes: Sequence[int], image_channels: int, heads: int = 0
+) -> nn.Module:
+    """The decoder of a kind (DecoderKind): maps (outputs of the encoder units, latent) to the images of all levels.
+
+    ``heads``: as for :class:`HourglassDecoder`; the pyramid's levels are made of one another, so it has them all.
+
+    Raises:
+        ConfigError: unknown kind; otherwise as for :class:`PyramidDecoder`.
+    """
+    if kind == "pyramid":
+        return PyramidDecoder(units, sizes, image_channels)
+    connections: dict[str, Connection] = {"hourglass": "none", "hourglass_concat": "concat", "hourglass_add": "add"}
+    if kind not in connections:
+        raise ConfigError.of("train.decoder", kind, " | ".join(get_args(DecoderKind)))
+    return HourglassDecoder(units, sizes, image_channels, connections[kind], heads)

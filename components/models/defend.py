@@ -9,30 +9,50 @@ import torch
 from torch import Tensor, nn
 
 from components.errors import ConfigError
-from components.models.classifiers import ResNet18, apply_head, encoder_blocks
-from components.models.decoders import BlockShape, PyramidDecoder
+from components.models.adapter import (
+    adapter_of,
+    apply_head,
+    encoder_blocks,
+    encoder_units,
+    evaluating,
+    units_of,
+)
+from components.models.decoders import UnitShape, build_decoder
 
 Noise = Callable[[Tensor], Tensor]
 
 
-def block_shapes(classifier: ResNet18, channels: int, image_size: int) -> list[BlockShape]:
-    """Shapes of the encoder blocks, measured by sending one blank image through them; the network is not changed."""
-    was_training = classifier.training
-    classifier.eval()  # in training mode the blank image would move the batch norm statistics
+def unit_shapes(classifier: nn.Module, channels: int, image_size: int) -> list[UnitShape]:
+    """Shapes of the encoder units, input to latent, measured by sending one blank image through them; the network is not
+    changed.
+
+    Raises:
+        ConfigError: a unit whose output is not a square map [N, C, W, W].
+    """
+    adapter = adapter_of(classifier)
     parameter = next(classifier.parameters())
-    x = torch.zeros(1, channels, image_size, image_size, device=parameter.device)
-    shapes = []
-    with torch.no_grad():
-        for i, block in enumerate(encoder_blocks(classifier)):
-            y = block(x)
-            stage = getattr(classifier, f"layer{i + 1}")
-            # the first block's input for a mirror is what the stem gives: the stem has a mirror of its own
-            in_channels = classifier.conv1.out_channels if i == 0 else x.shape[1]
-            shapes.append(
-                BlockShape(depth=len(stage), in_channels=in_channels, out_channels=y.shape[1], size=y.shape[-1])
-            )
-            x = y
-    classifier.train(was_training)
+    x = torch.zeros(1, channels, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    shapes: list[UnitShape] = []
+    # in training mode the blank image would move the batch norm statistics
+    with torch.no_grad(), evaluating(classifier):
+        for i, units in enumerate(encoder_units(classifier)):
+            for j, unit in enumerate(units):
+                x = unit(x)
+                if x.ndim != 4 or x.shape[2] != x.shape[3]:
+                    raise ConfigError(
+                        f"adapter.blocks[{i}], unit {j} of {type(classifier).__name__} gives {list(x.shape)}: a decoder "
+                        f"mirrors square maps [N, C, W, W]"
+                    )
+                shapes.append(
+                    UnitShape(
+                        depth=adapter.depths[i][j],
+                        in_channels=shapes[-1].out_channels if shapes else x.shape[1],
+                        out_channels=x.shape[1],
+                        size=x.shape[-1],
+                        mirror=adapter.mirror,
+                        stem=adapter.stem and not shapes,
+                    )
+                )
     return shapes
 
 
@@ -41,21 +61,21 @@ class AutoEncoder(nn.Module):
 
     Args:
         encoder: the blocks, input to latent. Shared ones are the classifier's own modules.
-        decoder: maps (features, latent) to the levels.
+        decoder: maps (outputs of the encoder's units, latent) to the levels.
     """
 
-    def __init__(self, encoder: Sequence[nn.Module], decoder: PyramidDecoder) -> None:
+    def __init__(self, encoder: Sequence[nn.Module], decoder: nn.Module) -> None:
         super().__init__()
         self.encoder = nn.ModuleList(encoder)
         self.decoder = decoder
 
     def forward(self, images: Tensor, noise: Noise | None = None) -> list[Tensor]:
         """Reconstructed levels, level 0 first, of images [N, C, W, W] in [0,1]. ``noise`` is added to the latent."""
-        features = run_blocks(self.encoder, images)
+        features = run_units(self.encoder, images)
         return self.decode(features, noise)
 
     def decode(self, features: list[Tensor], noise: Noise | None = None) -> list[Tensor]:
-        """Reconstructed levels from the outputs of the encoder blocks."""
+        """Reconstructed levels from the outputs of the encoder units."""
         latent = features[-1] if noise is None else noise(features[-1])
         levels: list[Tensor] = self.decoder(features, latent)
         return levels
@@ -70,6 +90,11 @@ def run_blocks(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> list[T
     return features
 
 
+def run_units(blocks: Sequence[nn.Module] | nn.ModuleList, x: Tensor) -> list[Tensor]:
+    """The output of every unit of every block in turn: what decoders read."""
+    return run_blocks([unit for block in blocks for unit in units_of(block)], x)
+
+
 class DefendNet(nn.Module):
     """A classifier together with its auto-encoder during training.
 
@@ -77,31 +102,46 @@ class DefendNet(nn.Module):
     initialised with the classifier's weights (sec. 3.4).
 
     Args:
-        classifier: stays untouched; train it alone by never calling anything else.
+        classifier: a network with an adapter (``build_classifier``). It stays untouched; train it alone by never calling
+            anything else.
         shared_blocks: 1 .. number of encoder blocks.
         sizes: level sizes in pixels, level 0 first.
         channels: image channels.
+        decoder: components.models.decoders.DecoderKind.
+        levels: how many levels, from level 0 on, have a target (0: all): no other gets an image head of its own.
         seed: initial weights of the decoder follow from it.
 
     Raises:
-        ConfigError: shared_blocks out of range, or sizes that the encoder does not have.
+        ConfigError: shared_blocks out of range, an unknown decoder, or sizes that the encoder does not have.
     """
 
     def __init__(
-        self, classifier: ResNet18, *, shared_blocks: int, sizes: Sequence[int], channels: int, seed: int = 0
+        self,
+        classifier: nn.Module,
+        *,
+        shared_blocks: int,
+        sizes: Sequence[int],
+        channels: int,
+        decoder: str = "pyramid",
+        levels: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         blocks = encoder_blocks(classifier)
         if not 1 <= shared_blocks <= len(blocks):
-            raise ConfigError.of("train.shared_blocks", shared_blocks, f"1 to {len(blocks)}")
-        shapes = block_shapes(classifier, channels, sizes[0])
+            raise ConfigError.of(
+                "train.shared_blocks",
+                shared_blocks,
+                f"1 to {len(blocks)} encoder blocks of {type(classifier).__name__}",
+            )
+        shapes = unit_shapes(classifier, channels, sizes[0])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)  # + 1: not the stream that made the classifier
-            decoder = PyramidDecoder(shapes, sizes, channels)
+            built = build_decoder(decoder, shapes, sizes, channels, levels)
         self.shared_blocks = shared_blocks
         self.classifier = classifier
         own = [copy.deepcopy(block) for block in blocks[shared_blocks:]]
-        self.autoencoder = AutoEncoder([*blocks[:shared_blocks], *own], decoder)
+        self.autoencoder = AutoEncoder([*blocks[:shared_blocks], *own], built)
 
     def joint(
         self, images: Tensor, classifier_noise: Noise | None = None, autoencoder_noise: Noise | None = None
@@ -113,20 +153,20 @@ class DefendNet(nn.Module):
         """
         s = self.shared_blocks
         encoder = list(self.autoencoder.encoder)
-        shared = run_blocks(encoder[:s], images)
+        shared = run_units(encoder[:s], images)
         own_blocks = encoder_blocks(self.classifier)[s:]
         latent = run_blocks(own_blocks, shared[-1])[-1] if own_blocks else shared[-1]
         if classifier_noise is not None:
             latent = classifier_noise(latent)
         logits = apply_head(self.classifier, latent)
         if own_blocks:
-            features = shared + run_blocks(encoder[s:], shared[-1])
+            features = shared + run_units(encoder[s:], shared[-1])
             return logits, self.autoencoder.decode(features, autoencoder_noise)
         # the noisy latent goes to the decoder alone: the taps H read the clean maps
         return logits, self.autoencoder.decoder(shared, latent)
 
 
-def classify_with_noise(classifier: ResNet18, images: Tensor, noise: Noise | None = None) -> Tensor:
+def classify_with_noise(classifier: nn.Module, images: Tensor, noise: Noise | None = None) -> Tensor:
     """Logits [N, classes], with ``noise`` added to the latent representation (sec. 4.2, ours + GN)."""
     if noise is None:
         logits: Tensor = classifier(images)

@@ -1,0 +1,325 @@
+"""How a plain network is cut into encoder blocks and a head, without a change to it.
+
+Sec. 4.1 takes "its four encoding blocks" of a ResNet-18; sec. 3.3 lets the encoder be cut "to an appropriate length". An
+:class:`Adapter` says where, by the names that the network's own submodules have; the functions here follow it. They build
+modules *over* the network's layers (same storage, nothing copied) and add no key to its ``state_dict``.
+
+Three words are used throughout:
+
+- a *block* is what ``train.shared_blocks`` counts: blocks are shared with the auto-encoder or copied as a whole;
+- a *unit* is a part of a block whose output the decoder may read (a *tap*): a VGG16 block is its convolutions, then its pool;
+- the *head* takes the last block's output, the *latent*, to logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from components.errors import ConfigError
+
+Mirror = Literal["basic", "bottleneck", "plain"]
+"""What a decoder mirrors a unit with: residual blocks of two 3x3 convolutions, bottlenecks (1x1, 3x3, 1x1), or a chain of
+3x3 convolutions with batch norm and ReLU."""
+
+FLATTEN = "flatten"
+"""In ``Adapter.head``: ``torch.flatten(x, 1)``."""
+GLOBAL_AVERAGE = "global_average"
+"""In ``Adapter.head``: the mean over height and width, kept as [N, C, 1, 1], for networks that have no module for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Where a network is cut. Everything of it must be in exactly one place, in the order in which ``forward`` applies it.
+
+    Args:
+        blocks: encoder blocks, each a tuple of units, each a tuple of dotted submodule names applied in order:
+            ``(("conv1", "bn1", "relu"), ("maxpool", "layer1"))`` is one block of two units. A unit must end where the next
+            one does not change its output in place (after an in-place ReLU, not before it).
+        depths: for each block and unit, how many residual blocks ("plain": convolutions) mirror it. 0: a pool, which is
+            mirrored together with the unit before it.
+        head: submodule names applied to the latent; ``"flatten"`` and ``"global_average"`` stand for those operations
+            where the network has no module of that name.
+        mirror: the kind of decoder block.
+        stem: the first unit begins with a convolution that ``depths`` does not count. It is mirrored by one more
+            convolution to the image.
+
+    Raises:
+        ConfigError: tuples that do not fit together, an empty one, an unknown mirror.
+    """
+
+    blocks: tuple[tuple[tuple[str, ...], ...], ...]
+    depths: tuple[tuple[int, ...], ...]
+    head: tuple[str, ...]
+    mirror: Mirror = "plain"
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        if not _is_names(self.head):
+            raise ConfigError.of("adapter.head", self.head, "a tuple of submodule names")
+        if not isinstance(self.blocks, tuple) or not self.blocks:
+            raise ConfigError.of("adapter.blocks", self.blocks, "a tuple of at least one block")
+        for i, block in enumerate(self.blocks):
+            if not isinstance(block, tuple) or not block or not all(_is_names(unit) for unit in block):
+                raise ConfigError.of(
+                    f"adapter.blocks[{i}]", block, 'a tuple of units, each a tuple of names, as in (("layer2",),)'
+                )
+        shape = tuple(len(block) for block in self.blocks)
+        if not isinstance(self.depths, tuple) or tuple(len(d) for d in self.depths) != shape:
+            raise ConfigError.of("adapter.depths", self.depths, f"one number per unit, {shape} units in the blocks")
+        if any(d < 0 for depths in self.depths for d in depths):
+            raise ConfigError.of("adapter.depths", self.depths, "0 or more")
+        if self.depths[0][0] == 0 and not self.stem:
+            raise ConfigError.of(
+                "adapter.depths", self.depths, "more than 0 for the first unit: there is none before it to merge with"
+            )
+        if self.mirror not in get_args(Mirror):
+            raise ConfigError.of("adapter.mirror", self.mirror, " | ".join(get_args(Mirror)))
+
+
+def _is_names(unit: object) -> bool:
+    return isinstance(unit, tuple) and len(unit) > 0 and all(isinstance(name, str) and name for name in unit)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel. Buffers are not persistent: the keys of the network stay its own.
+
+    Args:
+        mean, std: one value per channel, for images in [0,1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class UnitBlock(nn.Sequential):
+    """An encoder block of several units: its children are the units (a block of one unit is that unit itself)."""
+
+
+def units_of(block: nn.Module) -> list[nn.Module]:
+    """The units of one of :func:`encoder_blocks`."""
+    return list(block) if isinstance(block, UnitBlock) else [block]
+
+
+def adapter_of(classifier: nn.Module) -> Adapter:
+    """The adapter that a network carries as its attribute ``adapter``.
+
+    Raises:
+        ConfigError: it carries none.
+    """
+    adapter = getattr(classifier, "adapter", None)
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"{type(classifier).__name__} has no adapter that says what its encoder blocks are: see docs/networks.md"
+        )
+    return adapter
+
+
+def encoder_units(classifier: nn.Module) -> list[list[nn.Module]]:
+    """For each encoder block its units as modules over the classifier's own layers. Each maps the output of the one before,
+    the first one images [N, C, H, W] in [0,1]: normalisation, where the network has it, is part of it.
+
+    Raises:
+        ConfigError: the adapter names a submodule that does not exist.
+    """
+    adapter = adapter_of(classifier)
+    normalize = getattr(classifier, "normalize", None)
+    blocks: list[list[nn.Module]] = []
+    for i, block in enumerate(adapter.blocks):
+        units: list[nn.Module] = []
+        for unit in block:
+            modules = [_submodule(classifier, name, f"adapter.blocks[{i}]") for name in unit]
+            if not blocks and not units and isinstance(normalize, Normalize):
+                modules.insert(0, normalize)
+            units.append(modules[0] if len(modules) == 1 else nn.Sequential(*modules))
+        blocks.append(units)
+    return blocks
+
+
+def encoder_blocks(classifier: nn.Module) -> list[nn.Module]:
+    """The encoder blocks E_0.. of sec. 4.1 as modules over the classifier's own layers (same storage, nothing copied).
+
+    ResNet: stem + layer1, layer2, layer3, layer4. VGG16: five, one per pooling layer. Block i maps the output of block i-1,
+    the first one the images. Raises as :func:`encoder_units`.
+    """
+    return [units[0] if len(units) == 1 else UnitBlock(*units) for units in encoder_units(classifier)]
+
+
+def apply_head(classifier: nn.Module, latent: Tensor) -> Tensor:
+    """Logits [N, num_classes] from the output of the last encoder block.
+
+    Raises:
+        ConfigError: the adapter names a submodule that does not exist.
+    """
+    x = latent
+    children = dict(classifier.named_children())
+    for name in adapter_of(classifier).head:
+        if name == FLATTEN and name not in children:
+            x = torch.flatten(x, 1)
+        elif name == GLOBAL_AVERAGE and name not in children:
+            x = x.mean((2, 3), keepdim=True)
+        else:
+            x = _submodule(classifier, name, "adapter.head")(x)
+    return x
+
+
+def _submodule(classifier: nn.Module, name: str, where: str) -> nn.Module:
+    module = classifier
+    path: list[str] = []
+    for part in name.split("."):
+        children = dict(module.named_children())
+        if part not in children:
+            parent = f"'{'.'.join(path)}'" if path else type(classifier).__name__
+            close = difflib.get_close_matches(part, children, n=3)
+            hint = f"did you mean {' or '.join(repr('.'.join([*path, c])) for c in close)}? " if close else ""
+            raise ConfigError.of(
+                where, name, f"{parent} has no submodule '{part}'. {hint}It has {', '.join(children) or 'none'}"
+            )
+        module = children[part]
+        path.append(part)
+    return module
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode within, and after it each submodule in the mode that it had (some may have been frozen on purpose)."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> None:
+    """Make sure that blocks and head are the whole network, in order: head(blocks(x)) must be classifier(x).
+
+    Compared in eval mode on random images: the logits, and which layers with weights ran in which order. This is done on a
+    copy with perturbed weights and batch norm statistics that keep the signal alive, since in a fresh network a skipped block
+    may do nothing yet (branches or heads that start at zero, maps that fade). The network itself is not touched, nor is any
+    random stream.
+
+    Args:
+        channels, image_size: of the images.
+        num_classes: how many logits there must be, if that is to be checked.
+
+    Raises:
+        ConfigError: a name that does not exist, a block that is skipped or out of order, a unit whose output the next one
+            changes in place, a network that does not run on such images or has another number of logits.
+    """
+    name = type(classifier).__name__
+    net = copy.deepcopy(classifier).eval()
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, channels, image_size, image_size, generator=generator).to(device)
+    what = f"images of {channels}x{image_size}x{image_size}"
+    called: list[str] = []
+    for inner, module in net.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda m, args, inner=inner: called.append(inner))
+    with torch.no_grad():
+        _enliven(net, generator)
+        _run(net, images.clone(), f"{name} does not run on {what}")  # sets the statistics
+        net.eval()
+        called.clear()
+        expected = _run(net, images.clone(), f"{name} does not run on {what}")
+        if not isinstance(expected, Tensor) or expected.ndim != 2:
+            raise ConfigError(f"{name} does not give logits [N, classes] for {what}")
+        if num_classes is not None and expected.shape[1] != num_classes:
+            raise ConfigError(f"{name} gives {expected.shape[1]} logits, but there are {num_classes} classes")
+        in_forward = called.copy()
+        called.clear()
+        x = images
+        kept: list[tuple[str, Tensor, Tensor]] = [("images", x, x.clone())]
+        for i, units in enumerate(encoder_units(net)):
+            for j, unit in enumerate(units):
+                x = _run(unit, x, f"adapter.blocks[{i}]: unit {j} of {name} does not take what comes before it")
+                kept.append((f"adapter.blocks[{i}], unit {j}", x, x.clone()))
+        logits = _run(lambda latent: apply_head(net, latent), x, f"adapter.head of {name} does not take the latent")
+    for where, tensor, clone in kept:
+        if not torch.equal(tensor, clone):
+            raise ConfigError(
+                f"{where}: what follows changes this output of {name} in place, so a decoder would not read what the unit "
+                f"gave. Let the unit end after the in-place operation (a ReLU, most often)"
+            )
+    wrong = f"the adapter of {name} is not the whole network: a submodule is skipped, named twice or out of order"
+    if called != in_forward:
+        at = next((i for i, (a, b) in enumerate(zip(called, in_forward, strict=False)) if a != b), None)
+        at = min(len(called), len(in_forward)) if at is None else at
+        ran, should = (repr(names[at]) if at < len(names) else "the end" for names in (called, in_forward))
+        raise ConfigError(f"{wrong}; in the network itself {should} comes where {ran} comes in the adapter")
+    scale = float(expected.abs().max())
+    if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= 1e-5 * scale:
+        raise ConfigError(
+            f"{wrong}: its head after its blocks gives other logits than the network itself. Operations without a weight, "
+            f"such as a ReLU or a pool, count: what forward() does without a submodule cannot be named"
+        )
+
+
+def _enliven(net: nn.Module, generator: torch.Generator) -> None:
+    """Perturb every weight, and let the next run set the statistics of batch norm to those of its own images."""
+    for p in net.parameters():
+        p.add_(torch.randn(p.shape, generator=generator).to(p) * (0.05 * p.square().mean().sqrt() + 0.01))
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+            module.momentum = 1.0
+
+
+def _run(module: Any, x: Any, otherwise: str) -> Any:
+    """module(x); whatever a user's own network raises is told with ``otherwise`` in front."""
+    try:
+        return module(x)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"{otherwise} ({type(e).__name__}: {e})") from e
+
+
+def attach(classifier: nn.Module, adapter: Adapter, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+    """Give a user's own network its adapter and its normalisation. Its ``state_dict`` keeps its keys.
+
+    Normalisation is a submodule without persistent buffers and a forward pre-hook that runs it, so the network takes images
+    in [0,1] like every other, on any device and in a deep copy.
+
+    Raises:
+        ConfigError: the network has a submodule of its own named ``adapter`` or ``normalize``, or, where there is
+            normalisation to add, it is an ``nn.Sequential``, which would run the new submodule as its last layer.
+    """
+    name = type(classifier).__name__
+    taken = {"adapter", "normalize"} & dict(classifier.named_children()).keys()
+    if taken:
+        raise ConfigError(f"{name} has a submodule named {taken.pop()!r}, which Defend++ needs: rename it")
+    classifier.adapter = adapter  # type: ignore[assignment]  # a plain attribute, not a submodule
+    if not mean:
+        return
+    if isinstance(classifier, nn.Sequential):
+        raise ConfigError(
+            f"{name} is an nn.Sequential: wrap it in a module of your own, or train without normalisation"
+        )
+    normalize = Normalize(mean, std)
+    parameter = next(classifier.parameters(), None)
+    classifier.normalize = normalize if parameter is None else normalize.to(parameter.device)
+    classifier.register_forward_pre_hook(_normalized)
+
+
+def _normalized(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # a function of the module that it is called for, so that a deep copy normalises with its own buffers
+    return (module.normalize(args[0]), *args[1:])
