@@ -40,7 +40,7 @@ SEED = 0
 
 def plain_loop(data: DataConfig, config: PyramidConfig, storage: Storage) -> int:
     """What the stage does, with nothing of Ray; images made."""
-    plan = pyramids._plan(data, config, "train")
+    plan = pyramids._plan(data, config, "train", "lowpass")
     directory = storage / plan.address
     entries = [pyramids._write_shard(directory, i, plan.table(i)) for i in range(plan.num_shards)]
     pyramids._write_manifest(plan, directory, entries)
@@ -92,13 +92,11 @@ def main() -> int:
         validation_fraction=0,
         split_seed=SEED,
     )
-    config = PyramidConfig(rows_per_shard=1024 if arguments.size < 64 else 128)
+    config = PyramidConfig()
     machine = hardware()
     print(f"{machine['cpu']}, {machine['cpus']} CPUs, {arguments.cpus} given to Ray")
     print(", ".join(f"{p} {version(p)}" for p in ("ray", "torch", "pyarrow", "pillow")), end="; ")
-    print(
-        f"{data.source}, {arguments.size}x{arguments.size}x{arguments.channels}, rows per shard {config.rows_per_shard}, seed {SEED}"
-    )
+    print(f"{data.source}, {arguments.size}x{arguments.size}x{arguments.channels}, shards by size, seed {SEED}")
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False, log_to_driver=False)

@@ -8,6 +8,7 @@ Reinforcement", ACM MM 2020.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -20,9 +21,12 @@ from components.errors import ConfigError
 MIN_LEVEL_SIZE = 7
 """No loss is put on an output smaller than 7x7 pixels (sec. 3.4)."""
 MAX_LEVELS = 4
+FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
 
-ENCODER_BLOCKS: dict[str, int] = {"resnet18": 4}
+ENCODER_BLOCKS: dict[str, int] = {"resnet18": 4, "resnet50": 4, "vgg16": 5, "vgg16_bn": 5}
 """How many encoder blocks each architecture has: the upper bound of ``shared_blocks``."""
+SEED_STRIDE = 1000
+"""Between the seeds of two replicates of a model: far more than a recipe has models."""
 
 
 def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
@@ -54,9 +58,19 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError.of(name, value, allowed)
 
 
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; finding them out parses their text, so once is enough."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
 def _check_literals(config: Any, prefix: str) -> None:
     """Refuse a value outside a field's Literal: dataclasses do not, and a recipe is plain Python."""
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     for f in dataclasses.fields(config):
         if typing.get_origin(hints[f.name]) is Literal:
             allowed = typing.get_args(hints[f.name])
@@ -76,7 +90,9 @@ class DataConfig:
     download: bool = False
     """Let torchvision download what root lacks."""
     image_size: int = 28
-    """Height and width in pixels; an image of another size is an error."""
+    """Height and width in pixels; an image of another size is an error, unless resize says otherwise."""
+    resize: Literal["none", "crop"] = "none"
+    """crop: the shorter side is resized to image_size, then the centre is cut out (ImageNet's way)."""
     channels: int = 1
     """1 (grey) or 3 (RGB); images of the other mode are converted."""
     num_classes: int = 10
@@ -98,6 +114,7 @@ class DataConfig:
             self.source,
             "sample:mnist, parquet:DIR, folder:DIR, torchvision:mnist or torchvision:cifar10",
         )
+        _check_literals(self, "data")
         level_sizes(self.image_size)
         _check(self.channels in (1, 3), "data.channels", self.channels, "1 (grey) or 3 (RGB)")
         _check(self.num_classes >= 2, "data.num_classes", self.num_classes, "at least 2")
@@ -110,33 +127,40 @@ class DataConfig:
 class PyramidConfig:
     """The multi-scale reconstruction targets (sec. 3.3) and how they are stored."""
 
-    targets: Literal["lowpass", "linear", "none"] = "lowpass"
-    """lowpass: DCT low-pass images (the paper's MS-LP). linear: bilinear (MS-LI). none: level 0 only (w/o MS-LP)."""
     levels: int = 0
     """Number of levels M. 0: W, W/2, W/4, ... down to 7 pixels, at most four."""
     dtype: Literal["float16", "float32"] = "float16"
     """Stored precision of levels 1..M-1 (level 0 is the uint8 image itself)."""
-    rows_per_shard: int = 1024
-    """Images per Parquet shard: the unit of work, of resumption and of memory."""
+    rows_per_shard: int = 0
+    """Images per Parquet shard: the unit of work, of resumption and of memory. 0: as many as make about 32 MB, at most 16384."""
 
     def __post_init__(self) -> None:
         _check_literals(self, "pyramids")
         _check(0 <= self.levels <= MAX_LEVELS, "pyramids.levels", self.levels, f"0 (by rule) to {MAX_LEVELS}")
-        _check(self.rows_per_shard >= 1, "pyramids.rows_per_shard", self.rows_per_shard, "at least 1")
+        _check(self.rows_per_shard >= 0, "pyramids.rows_per_shard", self.rows_per_shard, "0 (by size) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One model: its network, its defense and its optimisation."""
 
-    arch: Literal["resnet18"] = "resnet18"
-    """The classifier, untouched by the defense (sec. 3.1)."""
+    arch: str = "resnet18"
+    """The classifier, untouched by the defense (sec. 3.1, 4.5): resnet18, resnet50, vgg16, vgg16_bn, or MODULE:FUNCTION, your
+    own (docs/networks.md)."""
     width: int = 64
     """Channels of the first stage; 64 is the standard network, less is for tests and demos."""
-    defense: Literal["none", "defend++"] = "defend++"
-    """none: the classifier alone. defend++: with the auto-encoder (sec. 3.3)."""
-    decoder: Literal["pyramid"] = "pyramid"
-    """pyramid: U and H modules (Fig. 4)."""
+    pretrained: str = ""
+    """Weights to start from: a .safetensors or .pth file (path or URI), or torchvision:NAME such as
+    torchvision:IMAGENET1K_V1 (downloaded, or out of torch's cache). Empty: none."""
+    replace_head: bool = False
+    """Take all pretrained weights but those of the last layer, for another number of classes."""
+    defense: Literal["none", "defend++", "adversarial", "comdefend"] = "defend++"
+    """none: the classifier alone. defend++: with the auto-encoder (sec. 3.3). adversarial: the classifier trained on examples
+    made online. comdefend: a reformer in front of the undefended classifier (Jia et al. 2019)."""
+    decoder: Literal["pyramid", "hourglass", "hourglass_concat", "hourglass_add"] = "pyramid"
+    """pyramid: U and H modules (Fig. 4). hourglass (Fig. 3), with concatenated or added skips: Table 1's ablation."""
+    targets: Literal["lowpass", "linear", "none"] = "lowpass"
+    """lowpass: DCT low-pass images (the paper's MS-LP). linear: bilinear (MS-LI). none: level 0 only (w/o MS-LP)."""
     shared_blocks: int = 4
     """Encoder blocks, from the input on, whose weights classifier and auto-encoder share (sec. 3.4, 4.2)."""
     lam: float = 0.01
@@ -149,6 +173,25 @@ class TrainConfig:
     """Where Gaussian noise is added during training (sec. 4.2, "ours + GN")."""
     noise_sigma: float = 0.1
     """Standard deviation of that noise, in units of the tensor it is added to."""
+    adversarial_attack: Literal["fgsm", "pgd", "ddn"] = "fgsm"
+    """adversarial only: what makes the examples."""
+    adversarial_eps: float = 0.2
+    """adversarial only, fgsm and pgd: largest Linf norm, in units of images in [0,1]."""
+    adversarial_steps: int = 10
+    """adversarial only, pgd and ddn: steps per example; pgd's step size is 2.5 eps / steps."""
+    adversarial_max_norm: float = 0.0
+    """adversarial only: the perturbation is shortened to this L2 norm (Rony et al. 2019: 2.4 on MNIST, 1 on CIFAR-10). 0: not."""
+    adversarial_share: float = 1.0
+    """adversarial only: weight of the examples' loss, against that of the clean images (Goodfellow et al. 2015: 0.5)."""
+    adversarial_epochs: int = 0
+    """adversarial only: the last so many epochs are adversarial, those before are clean. 0: all."""
+    reformer_sigma: float = 20.0
+    """comdefend only: standard deviation of the noise on its code during training."""
+    augment: Literal["none", "flip", "crop_flip"] = "none"
+    """flip: horizontal, half of the images; stored levels are flipped with them. crop_flip: also a random crop after padding by
+    crop_padding; levels are computed anew on the training device."""
+    crop_padding: int = 4
+    """crop_flip only: pixels of zeros on each side."""
     schedule: Literal["joint", "alternating"] = "joint"
     """joint: one backward of L. alternating: cycles of auto-encoder epochs, then classifier epochs, then joint."""
     epochs: int = 4
@@ -169,10 +212,12 @@ class TrainConfig:
     """step only: epochs between two drops."""
     lr_gamma: float = 0.1
     """step only: factor of a drop."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """sgd with momentum (the paper's), or Adam (what ComDefend was trained with)."""
     momentum: float = 0.9
     """SGD momentum."""
     weight_decay: float = 5e-4
-    """SGD weight decay."""
+    """Weight decay."""
     clip_norm: float = 0.0
     """Largest L2 norm of the gradient; a longer one is scaled down. 0: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -191,24 +236,96 @@ class TrainConfig:
     @property
     def kind(self) -> str:
         """One word for file names."""
-        return {"none": "undefended", "defend++": "defended"}[self.defense]
+        return {"none": "undefended", "defend++": "defended"}.get(self.defense, self.defense)
 
     @property
     def relative_cost(self) -> float:
         """About how long training takes, for sharing out models: an epoch of the bare classifier is 1."""
+        if self.defense == "adversarial":
+            return self.epochs * (1.0 + 0.7 * (1 if self.adversarial_attack == "fgsm" else self.adversarial_steps))
         return self.epochs * (1.0 if self.defense == "none" else 2.0)
+
+    def canonical(self) -> TrainConfig:
+        """The same model with every setting that has no influence on it at its default, so that it is trained once."""
+        unused = {"checkpoint_every_epochs"}
+        if self.defense != "defend++":
+            unused |= {
+                "decoder",
+                "targets",
+                "shared_blocks",
+                "lam",
+                "reconstruction_weight",
+                "reconstruction_reduction",
+            }
+            unused |= {"schedule"}
+        if self.defense == "comdefend":
+            unused |= {"arch", "pretrained", "replace_head", "noise_location"}
+        else:
+            unused |= {"reformer_sigma"}
+        if self.defense != "adversarial":
+            unused |= {f.name for f in dataclasses.fields(self) if f.name.startswith("adversarial_")}
+        elif self.adversarial_attack == "ddn":
+            unused |= {"adversarial_eps"}
+        elif self.adversarial_attack == "fgsm":
+            unused |= {"adversarial_steps"}
+        if self.noise_location == "none" or "noise_location" in unused:
+            unused |= {"noise_sigma"}
+        if self.schedule == "joint" or "schedule" in unused:
+            unused |= {"cycles", "autoencoder_epochs", "classifier_epochs"}
+        if self.lr_schedule == "one_cycle":
+            unused |= {"lr_step_epochs", "lr_gamma"}
+        if self.augment != "crop_flip":
+            unused |= {"crop_padding"}
+        if self.optimizer == "adam":
+            unused |= {"momentum"}
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in unused})
 
     def __post_init__(self) -> None:
         _check_literals(self, "train")
-        blocks = ENCODER_BLOCKS[self.arch]
-        _check(self.width >= 1, "train.width", self.width, "at least 1 channel")
+        own = ":" in self.arch
         _check(
-            1 <= self.shared_blocks <= blocks,
-            "train.shared_blocks",
-            self.shared_blocks,
-            f"1 to {blocks} ({self.arch} has {blocks} encoder blocks)",
+            own or self.arch in ENCODER_BLOCKS,
+            "train.arch",
+            self.arch,
+            ", ".join(ENCODER_BLOCKS) + " or MODULE:FUNCTION (docs/networks.md)",
         )
-        for name in ("lam", "reconstruction_weight", "noise_sigma", "weight_decay", "clip_norm"):
+        _check(self.width >= 1, "train.width", self.width, "at least 1 channel")
+        if own:  # how many blocks it has is known when it is built
+            _check(self.shared_blocks >= 1, "train.shared_blocks", self.shared_blocks, "at least 1")
+        else:
+            blocks = ENCODER_BLOCKS[self.arch]
+            _check(
+                1 <= self.shared_blocks <= blocks,
+                "train.shared_blocks",
+                self.shared_blocks,
+                f"1 to {blocks} ({self.arch} has {blocks} encoder blocks)",
+            )
+        _check(
+            self.replace_head is False or bool(self.pretrained),
+            "train.replace_head",
+            self.replace_head,
+            "False where train.pretrained is empty",
+        )
+        _check(0 < self.adversarial_eps <= 1, "train.adversarial_eps", self.adversarial_eps, "above 0, at most 1")
+        _check(self.adversarial_steps >= 1, "train.adversarial_steps", self.adversarial_steps, "at least 1")
+        _check(0 <= self.adversarial_share <= 1, "train.adversarial_share", self.adversarial_share, "in [0, 1]")
+        _check(
+            0 <= self.adversarial_epochs <= self.epochs,
+            "train.adversarial_epochs",
+            self.adversarial_epochs,
+            f"0 (all) to train.epochs={self.epochs}",
+        )
+        _check(self.crop_padding >= 1, "train.crop_padding", self.crop_padding, "at least 1 pixel")
+        for name in (
+            "lam",
+            "reconstruction_weight",
+            "noise_sigma",
+            "weight_decay",
+            "clip_norm",
+            "adversarial_max_norm",
+            "reformer_sigma",
+        ):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"train.{name}", value, "a finite number, 0 or more")
         for name in ("lr", "lr_gamma"):
@@ -229,13 +346,8 @@ class TrainConfig:
             self.normalize_std,
             "as many values as train.normalize_mean, all finite and above 0",
         )
-        if self.schedule == "alternating":
-            _check(
-                self.defense != "none",
-                "train.schedule",
-                self.schedule,
-                "'joint' where defense='none' (no auto-encoder)",
-            )
+        # where there is no auto-encoder to alternate with, the schedule says nothing
+        if self.schedule == "alternating" and self.defense == "defend++":
             for name in ("cycles", "autoencoder_epochs", "classifier_epochs"):
                 _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
             alternating = self.cycles * (self.autoencoder_epochs + self.classifier_epochs)
@@ -245,6 +357,10 @@ class TrainConfig:
                 self.epochs,
                 f"at least cycles * (autoencoder_epochs + classifier_epochs) = {alternating}; the rest is joint",
             )
+        # "1" and "1.0" are the same setting: of one type, they have the same hash
+        for name, hint in _hints(type(self)).items():
+            if hint is float and isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, float(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,10 +376,12 @@ class EvaluationConfig:
         "ddn:steps=100",
     )
     """Attack specs, NAME or NAME:FIELD=VALUE,... (see components/attacks/spec.py)."""
-    threat_models: tuple[Literal["white_box", "transfer"], ...] = ("white_box", "transfer")
-    """white_box: examples made on the very model under test. transfer: made on transfer_source."""
-    transfer_source: str = "no_defense"
-    """The model (a name out of models) on which transferred examples are made."""
+    threat_models: tuple[str, ...] = ("white_box", "transfer")
+    """white_box: examples made on the very model under test. transfer: made on transfer_source (for a model behind a reformer
+    whose classifier that is, it is called grey_box). transfer:NAME: made on the model NAME."""
+    transfer_source: str = ""
+    """The undefended model on which transferred examples are made. Empty: for each model, the first undefended one of the same
+    architecture and width."""
     test_images: int = 0
     """Attack the first so many test images. 0: all."""
     chunk_size: int = 50
@@ -278,7 +396,12 @@ class EvaluationConfig:
             AttackSpec.parse(attack)
         _check(len(set(self.attacks)) == len(self.attacks), "evaluation.attacks", self.attacks, "each attack once")
         for threat in self.threat_models:
-            _check(threat in ("white_box", "transfer"), "evaluation.threat_models", threat, "white_box, transfer")
+            _check(
+                threat in ("white_box", "transfer") or (threat.startswith("transfer:") and len(threat) > 9),
+                "evaluation.threat_models",
+                threat,
+                "white_box, transfer, transfer:NAME",
+            )
         _check(self.test_images >= 0, "evaluation.test_images", self.test_images, "0 (all) or more")
         _check(self.chunk_size >= 1, "evaluation.chunk_size", self.chunk_size, "at least 1")
 
@@ -335,6 +458,16 @@ class Experiment:
         "defend:defense=defend++,seed=1",
     )
     """The models compared, NAME or NAME:FIELD=VALUE,... where FIELD is one of train's."""
+    seeds: int = 1
+    """How many replicates of each model, from seeds that are SEED_STRIDE apart; above 1, the report gives mean and spread."""
+    allow_diverged: bool = False
+    """Go on without a model whose loss was not finite, and say so in the report, instead of stopping before the attacks."""
+    paper: str = ""
+    """The table of the paper (table1 ... table8) whose values the report prints beside; model names are its rows'."""
+    figures: tuple[str, ...] = ()
+    """Figures of the paper that the report draws from this run: fig2, fig5, fig6, fig7, fig8."""
+    scale: str = ""
+    """smoke, fast or paper, where the recipe is one of a table's; stands beside its numbers."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     storage: str = "~/defendpp"
@@ -345,6 +478,9 @@ class Experiment:
     def __post_init__(self) -> None:
         _check(bool(self.name), "name", self.name, "a name")
         _check(bool(self.models), "models", self.models, "at least one model")
+        _check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        for figure in self.figures:
+            _check(figure in FIGURES, "figures", figure, ", ".join(FIGURES))
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
         variants = self.variants()
         for name, config in variants.items():
@@ -376,27 +512,74 @@ class Experiment:
                 config.batch_size,
                 f"a multiple of scaling.workers ({self.scaling.workers})",
             )
-        if "transfer" in self.evaluation.threat_models:
-            source = variants.get(self.evaluation.transfer_source)
-            if source is None or source.defense != "none":
+        bases = {base for base, _ in self.replicates().values()}
+        explicit = self.evaluation.transfer_source
+        if explicit and "transfer" in self.evaluation.threat_models:
+            undefended = {b for n, (b, _) in self.replicates().items() if variants[n].defense == "none"}
+            _check(
+                explicit in undefended,
+                "evaluation.transfer_source",
+                explicit,
+                f"the name of an undefended model out of models ({', '.join(sorted(undefended)) or 'there is none'})",
+            )
+        for threat in self.evaluation.threat_models:
+            _, _, named = threat.partition(":")
+            _check(not named or named in bases, "evaluation.threat_models", threat, "transfer: and one of models")
+        for name, config in variants.items():
+            needs = "transfer" in self.evaluation.threat_models or config.defense == "comdefend"
+            if needs and config.defense != "none" and self.source_of(name) is None:
                 raise ConfigError.of(
-                    "evaluation.transfer_source",
-                    self.evaluation.transfer_source,
-                    f"the name of an undefended model out of models ({', '.join(variants)})",
+                    "models",
+                    name,
+                    f"also an undefended model (defense=none) of arch={config.arch} and width={config.width}: "
+                    + ("it stands behind the reformer" if config.defense == "comdefend" else "transfer is made on it"),
                 )
 
+    def _expanded(self) -> dict[str, tuple[str, int, TrainConfig]]:
+        return _expand(self.models, self.train, self.seeds)
+
     def variants(self) -> dict[str, TrainConfig]:
-        """The complete training config of each model, by name, in the order of ``models``.
+        """The complete training config of each model, by name, in the order of ``models``; replicates end in -s0, -s1, ...
 
         Raises:
             ConfigError: a model is named twice, or names a field or value that ``train`` does not have.
         """
-        out: dict[str, TrainConfig] = {}
-        for text in self.models:
-            name, overrides = parse_spec(text)
+        return {name: config for name, (_, _, config) in self._expanded().items()}
+
+    def replicates(self) -> dict[str, tuple[str, int]]:
+        """Name of each model -> its name in ``models``, and which replicate of it this is."""
+        return {name: (base, replicate) for name, (base, replicate, _) in self._expanded().items()}
+
+    def source_of(self, name: str, base: str = "") -> str | None:
+        """The model on which examples are made that are then shown to ``name``; of the same replicate. None: itself or none.
+
+        Args:
+            base: a name out of ``models`` (of ``transfer:NAME``). Empty: as ``evaluation.transfer_source`` says.
+        """
+        models = self._expanded()
+        _, replicate, config = models[name]
+        base = base or self.evaluation.transfer_source
+        for other, (other_base, other_replicate, other_config) in models.items():
+            if other_replicate != replicate:
+                continue
+            same_network = (other_config.arch, other_config.width) == (config.arch, config.width)
+            if other_base == base or (not base and other_config.defense == "none" and same_network):
+                return None if other == name else other
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _expand(models: tuple[str, ...], train: TrainConfig, seeds: int) -> dict[str, tuple[str, int, TrainConfig]]:
+    """Name of each model -> its name in ``models``, which replicate of it this is, and its config. Not to be changed."""
+    out: dict[str, tuple[str, int, TrainConfig]] = {}
+    for text in models:
+        base, overrides = parse_spec(text)
+        config = replace_typed(train, overrides, f"models[{base}]")
+        for replicate in range(seeds):
+            name = base if seeds == 1 else f"{base}-s{replicate}"
             _check(name not in out, "models", text, "each model name once")
-            out[name] = replace_typed(self.train, overrides, f"models[{name}]")
-        return out
+            out[name] = base, replicate, dataclasses.replace(config, seed=config.seed + SEED_STRIDE * replicate)
+    return out
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
@@ -429,7 +612,7 @@ def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> Con
     Raises:
         ConfigError: unknown field, or text that is not a value of the field's type.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     values: dict[str, Any] = {}
     for name, text in overrides.items():
         if name not in hints:
@@ -461,7 +644,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """The inverse of :func:`to_dict`. Raises ConfigError for a field that the class does not have."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:

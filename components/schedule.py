@@ -7,17 +7,23 @@ from typing import Literal
 
 from components.config import TrainConfig
 
-Phase = Literal["joint", "autoencoder", "classifier"]
+Phase = Literal["joint", "autoencoder", "classifier", "adversarial", "reformer"]
 
 
 def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
     """The phase of an epoch (0-based).
 
-    Without an auto-encoder always "classifier". ``alternating``: ``cycles`` times (``autoencoder_epochs`` on L_rec, then
-    ``classifier_epochs`` on L_cls), and "joint" ever after (sec. 3.4).
+    Defend++: "joint"; ``alternating``: ``cycles`` times (``autoencoder_epochs`` on L_rec, then ``classifier_epochs`` on L_cls),
+    and "joint" ever after (sec. 3.4). ComDefend's reformer: "reformer". Adversarial training: "adversarial" in the last
+    ``adversarial_epochs`` (0: in all), "classifier" before. No defense: "classifier".
     """
     if config.defense == "none":
         return "classifier"
+    if config.defense == "comdefend":
+        return "reformer"
+    if config.defense == "adversarial":
+        clean = config.epochs - config.adversarial_epochs if config.adversarial_epochs else 0
+        return "classifier" if epoch < clean else "adversarial"
     if config.schedule == "joint":
         return "joint"
     cycle = config.autoencoder_epochs + config.classifier_epochs

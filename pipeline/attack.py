@@ -40,15 +40,28 @@ TASK_RETRIES = 3
 
 RANDOM = "random"
 CLEAN = "clean"
+GREY_BOX = "grey_box"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A trained model as attacks see it: its name in the run, its address and the checksum of its classifier."""
+    """A trained model as attacks see it: its name in the run, its address and the checksum of its weights."""
 
     name: str
     path: str
     sha256: str
+    classifier: Model | None = None
+    """What stands behind it, where it is a reformer."""
+
+    @property
+    def identity(self) -> str:
+        """Names the weights of all its parts."""
+        return self.sha256 if self.classifier is None else f"{self.sha256}+{self.classifier.sha256}"
+
+    @property
+    def address(self) -> str:
+        """What a task loads: a path, or the reformer's and the classifier's with a plus between."""
+        return self.path if self.classifier is None else f"{self.path}+{self.classifier.path}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,38 +77,43 @@ class Evaluation:
     early_leaving: bool = False
 
 
-def plan(models: Sequence[Model], evaluation: EvaluationConfig) -> list[Evaluation]:
+def plan(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
     """Every evaluation of an experiment, table order.
 
     White-box examples are judged on the very model they were made on, so there a broken sample may leave its batch. Examples
     that another model will judge run all their steps: leaving early, they would stop just over the border of the model
     they were made on and hardly transfer (docs/evaluation.md; tests/test_attacks.py shows it).
     """
-    source = next((m for m in models if m.name == evaluation.transfer_source), None)
+    by_name = {m.name: m for m in models}
+    specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     out = []
     for model in models:
         out.append(Evaluation(model=model, source=None, threat_model=CLEAN, attack="none"))
-        specs = [AttackSpec.parse(text) for text in evaluation.attacks]
         for spec in specs:
             if spec.name == "noise":  # the floor: no model, no attacker
                 out.append(Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec)))
-        for threat in evaluation.threat_models:
+        for threat in experiment.evaluation.threat_models:
+            source, said = _source(model, threat, by_name, experiment)
+            if source is None:
+                continue
             for spec in specs:
-                if spec.name == "noise":
-                    continue
-                if threat == "white_box":
+                if spec.name != "noise":
+                    early = spec.can_leave_early and source == model
                     out.append(
-                        Evaluation(
-                            model=model,
-                            source=model,
-                            threat_model=threat,
-                            attack=str(spec),
-                            early_leaving=spec.can_leave_early,
-                        )
+                        Evaluation(model=model, source=source, threat_model=said, attack=str(spec), early_leaving=early)
                     )
-                elif source is not None and source != model:
-                    out.append(Evaluation(model=model, source=source, threat_model=threat, attack=str(spec)))
     return out
+
+
+def _source(model: Model, threat: str, by_name: dict[str, Model], experiment: Experiment) -> tuple[Model | None, str]:
+    """The model on which a threat model's examples are made (None: it does not apply), and what the threat model is called."""
+    if threat == "white_box":
+        return model, threat
+    base = threat.partition(":")[2]
+    source = by_name.get(experiment.source_of(model.name, base) or "")
+    if source is not None and source == model.classifier:
+        return source, GREY_BOX  # the attacker knows the classifier, not the reformer in front of it
+    return source, threat
 
 
 @dataclass(kw_only=True)
@@ -116,16 +134,16 @@ def _example_sets(
     sets: dict[str, _Examples] = {}
     addresses: dict[Evaluation, tuple[str, str]] = {}
     for e in evaluations:
-        made_on = e.source.sha256 if e.source else None
+        made_on = e.source.identity if e.source else None
         key = content_hash(
             CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
         )
-        judged = f"judged/{content_hash(CODE_VERSION, key, e.model.sha256)}"
+        judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
             key,
             _Examples(address=f"examples/{key}", source=e.source, attack=e.attack, early_leaving=e.early_leaving),
         )
-        one.judges[judged] = e.model.path
+        one.judges[judged] = e.model.address
         addresses[e] = (one.address, judged)
     return list(sets.values()), addresses
 
@@ -155,14 +173,14 @@ def attack(
     """
     config, scaling = experiment.evaluation, experiment.scaling
     n = min(config.test_images or test.num_rows, test.num_rows)
-    evaluations = plan(models, config)
+    evaluations = plan(models, experiment)
     sets, addresses = _example_sets(evaluations, test.address, n, config)
     chunks = [(i, start, min(start + config.chunk_size, n)) for i, start in enumerate(range(0, n, config.chunk_size))]
     for one in sets:
         said = {
             "attack": one.attack,
             "early_leaving": one.early_leaving,
-            "source": one.source.path if one.source else None,
+            "source": one.source.address if one.source else None,
             "test": test.address,
             "n": n,
             "chunk_size": config.chunk_size,
@@ -214,7 +232,7 @@ def attack(
                     "root": root.uri,
                     "test": test.address,
                     "examples": one.address,
-                    "source": one.source.path if one.source else None,
+                    "source": one.source.address if one.source else None,
                     "attack": one.attack,
                     "early_leaving": one.early_leaving,
                     "judges": one.judges,
@@ -333,8 +351,11 @@ def read_examples(directory: Storage, i: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _model(uri: str, device: str) -> nn.Module:
-    return checkpoints.load_classifier(uri, device)
+def _model(root: str, address: str, device: str) -> nn.Module:
+    path, _, behind = address.partition("+")
+    if behind:
+        return checkpoints.load_reformed(f"{root}/{path}", f"{root}/{behind}", device)
+    return checkpoints.load_classifier(f"{root}/{path}", device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -365,7 +386,7 @@ def _attack_chunk(job: dict[str, Any]) -> None:
         directory = root / judged
         if directory.exists(_chunk(i)):
             continue
-        columns = judge(_model(f"{job['root']}/{path}", device), clean, adversarial, labels)
+        columns = judge(_model(job["root"], path, device), clean, adversarial, labels)
         _write_table(
             directory, i, {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}, {}
         )
@@ -375,7 +396,7 @@ def _make_examples(
     job: dict[str, Any], directory: Storage, clean: Tensor, labels: Tensor, rows: dict[str, np.ndarray]
 ) -> None:
     spec = AttackSpec.parse(job["attack"])
-    model = _model(f"{job['root']}/{job['source']}", job["device"]) if job["source"] else nn.Identity()
+    model = _model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
     begin = time.perf_counter()
     adversarial, micro_batch = _craft(spec, model, clean, labels, job)
     seconds = time.perf_counter() - begin

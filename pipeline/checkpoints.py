@@ -15,7 +15,7 @@ from torch import nn
 
 from components.config import TrainConfig, from_dict, to_dict
 from components.errors import DataError
-from components.models.classifiers import ResNet18
+from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import Shapes, build_net, classifier_of
@@ -96,8 +96,19 @@ def load_checkpoint(
     return int(state["epoch"])
 
 
-def export(storage: Storage, net: ResNet18 | DefendNet, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Write classifier.safetensors (the bare classifier) and, where there is one, autoencoder.safetensors.
+def parts_of(net: nn.Module) -> dict[str, nn.Module]:
+    """What is exported of a network, by name: classifier, autoencoder (beside a classifier), or reformer."""
+    if isinstance(net, ComDefend):
+        return {"reformer": net}
+    parts = {"classifier": classifier_of(net)}
+    if isinstance(net, DefendNet):
+        parts["autoencoder"] = net.autoencoder
+    return parts
+
+
+def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
+    """Write classifier.safetensors (the bare classifier) and, where there is one, autoencoder.safetensors; or
+    reformer.safetensors.
 
     Each file says in its metadata how to build its network, so that it can be loaded alone.
     Returns the names of the files written.
@@ -105,9 +116,7 @@ def export(storage: Storage, net: ResNet18 | DefendNet, config: TrainConfig, sha
     # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
     # which names all that is computed from it, would change with it
     metadata = {"defendpp": json.dumps({"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)})}
-    parts: dict[str, nn.Module] = {"classifier": classifier_of(net)}
-    if isinstance(net, DefendNet):
-        parts["autoencoder"] = net.autoencoder
+    parts = parts_of(net)
     for name, module in parts.items():
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
         storage.write_bytes(f"{name}.safetensors", safetensors_save(tensors, metadata))
@@ -145,7 +154,7 @@ def _load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where: s
         raise DataError(f"{where} holds the weights of another architecture: {e}") from None
 
 
-def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ResNet18:
+def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
     """The exported classifier: images [N, C, W, W] in [0,1] to logits, in eval mode, ready for any library's attacks.
 
     Args:
@@ -155,8 +164,7 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
         StorageError: it cannot be read. DataError: it is corrupt or of another architecture.
     """
     tensors, config, shapes, where = _read(path, "classifier")
-    undefended = dataclasses.replace(config, defense="none", schedule="joint")
-    module = classifier_of(build_net(undefended, shapes))
+    module = build_net(dataclasses.replace(config, defense="none"), shapes)
     _load_strictly(module, tensors, where)
     return module.to(device).eval()
 
@@ -172,3 +180,20 @@ def load_autoencoder(path: str | os.PathLike[str], device: str | torch.device = 
         raise DataError(f"{where} says that it has no auto-encoder")
     _load_strictly(net.autoencoder, tensors, where)
     return net.autoencoder.to(device).eval()
+
+
+def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ComDefend:
+    """The exported reformer in eval mode: images in [0,1] to reformed images. Raises as :func:`load_classifier`."""
+    tensors, config, shapes, where = _read(path, "reformer")
+    module = build_net(config, shapes)
+    if not isinstance(module, ComDefend):
+        raise DataError(f"{where} says that it is no reformer")
+    _load_strictly(module, tensors, where)
+    return module.to(device).eval()
+
+
+def load_reformed(
+    reformer: str | os.PathLike[str], classifier: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> Reformed:
+    """A reformer with a classifier behind it, in eval mode: images in [0,1] to logits. Raises as :func:`load_classifier`."""
+    return Reformed(load_reformer(reformer, device), load_classifier(classifier, device)).eval()

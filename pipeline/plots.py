@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 UNDEFENDED = ("#6b7280", "#9ca3af", "#374151", "#b8bec8")
 DEFENDED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe & Ito: told apart by colour-blind readers too. Undefended models are grey in every plot."""
+LINES = ("-", "--", ":", "-.")
+"""Where there are more models than colours, the next ones take the next line."""
 RIGHT, WRONG = "#00795c", "#c2410c"
-PHASE_COLOURS = {"joint": "#f2e9d8", "autoencoder": "#dcebf5", "classifier": "#ececec"}
-PHASE_NAMES = {"joint": "joint", "autoencoder": "auto-encoder only", "classifier": "classifier only"}
+PHASE_COLOURS = {
+    "joint": "#f2e9d8",
+    "autoencoder": "#dcebf5",
+    "classifier": "#ececec",
+    "adversarial": "#f6dfe4",
+    "reformer": "#dff0e4",
+}
+PHASE_NAMES = {
+    "joint": "joint",
+    "autoencoder": "auto-encoder only",
+    "classifier": "classifier only",
+    "adversarial": "adversarial training",
+    "reformer": "reformer only",
+}
 LOSSES = {
     "loss": ("total", "#111827"),
     "loss_cls": ("classification", "#0072b2"),
+    "loss_adv": ("classification, adversarial", "#cc79a7"),
     "loss_rec": ("reconstruction", "#d55e00"),
 }
+"""``code_power`` is no loss: its share of a reformer's is what the total exceeds the reconstruction by."""
 MAX_POINTS = 600
 """A curve has no more points than the eye can tell apart; each is the mean of the steps it stands for."""
 MAX_IMAGES = 10
+MANY_LINES = 12
+"""With more models than this, curves show the first replicate of each alone."""
+MANY_BARS = 8
+"""With more models than this, bars show means over the replicates; with still more, they lie beside their names."""
+MANY_ROWS = 16
+"""With more rows of images than this, images are smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +63,54 @@ class Bar:
     high: float
 
 
-def colours(roles: Mapping[str, str]) -> dict[str, str]:
-    """One colour per model, the same in every plot. ``roles``: model -> source, control or defended."""
+Panels = Mapping[str, Mapping[str, Mapping[str, Bar]]]
+"""Title (a threat model) -> group label (an attack) -> model -> bar."""
+
+
+def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str]:
+    """Of each model as the recipe names it, the first replicate in ``names``. ``bases``: model -> name in the recipe."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(bases[name], name)
+    return list(first.values())
+
+
+def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[str, dict[str, Bar]]]:
+    """Bars of the mean over the replicates of each model, from the least to the greatest of them."""
+    out: dict[str, dict[str, dict[str, Bar]]] = {}
+    for title, groups in panels.items():
+        for label, models in groups.items():
+            found: dict[str, list[float]] = {}
+            for model, bar in models.items():
+                found.setdefault(bases[model], []).append(bar.accuracy)
+            out.setdefault(title, {})[label] = {
+                base: Bar(accuracy=sum(values) / len(values), low=min(values), high=max(values))
+                for base, values in found.items()
+            }
+    return out
+
+
+def styles(roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each model, the same in every plot. ``roles``: model -> source, control or defended."""
     counts = {True: 0, False: 0}
     out = {}
     for model, role in roles.items():
         defended = role == "defended"
         palette = DEFENDED if defended else UNDEFENDED
-        out[model] = palette[counts[defended] % len(palette)]
+        line, colour = divmod(counts[defended], len(palette))
+        out[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
         counts[defended] += 1
     return out
 
 
+def colours(roles: Mapping[str, str]) -> dict[str, str]:
+    """The colour of :func:`styles`."""
+    return {model: style["color"] for model, style in styles(roles).items()}
+
+
 def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """Training losses over steps, a panel per model, the phase behind them. ``histories``: model -> epoch records."""
-    figure, axes = _grid(len(histories), columns=min(3, len(histories)), width=4.3, height=3.2)
+    figure, axes = grid(len(histories), columns=min(3, len(histories)), width=4.3, height=3.2)
     phases: dict[str, None] = {}
     for axis, (model, epochs) in zip(axes, histories.items(), strict=False):
         steps = np.array([s["step"] for e in epochs for s in e["steps"]])
@@ -63,9 +120,10 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             axis.axvspan(first - 0.5, last + 0.5, color=PHASE_COLOURS[epoch["phase"]], linewidth=0)
         for key, (label, colour) in LOSSES.items():
             values = np.array([_number(s.get(key)) for e in epochs for s in e["steps"]])
-            if key == "loss_cls" and np.array_equal(values, _total(epochs), equal_nan=True):
-                continue  # no auto-encoder: the total says it already
-            if np.isfinite(values).any() and np.nanmax(values) > 0:
+            there = np.isfinite(values)
+            if key != "loss" and np.array_equal(values[there], _total(epochs)[there]):
+                continue  # wherever there is this term it is the only one: the total says it already
+            if there.any() and np.nanmax(values) > 0:
                 x, y = _thin(steps, values)
                 axis.plot(x, y, color=colour, linewidth=1.2, label=label)
         axis.set(title=model, xlabel="step", ylabel="loss", yscale="log")
@@ -83,34 +141,41 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     figure.legend(
         [*handles.values(), *shades], [*handles, *(PHASE_NAMES[p] for p in phases)], loc="outside lower center", ncols=6
     )
-    return _png(figure)
+    return png(figure)
 
 
 def validation(histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapping[str, str]) -> bytes:
     """Validation accuracy after each epoch, a line per model."""
-    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    many = len(histories) > 6
+    figure = Figure(figsize=(9, 4) if many else (6.5, 3.4), layout="constrained")
     axis = figure.add_subplot()
-    palette = colours(roles)
+    looks = styles(roles)
     for model, epochs in histories.items():
         found = [(e["epoch"] + 1, e["validation"].get("accuracy")) for e in epochs if e.get("validation")]
         points = [(x, 100 * y) for x, y in found if y is not None]
         if points:
             axis.plot(
                 *zip(*points, strict=True),
-                color=palette[model],
+                **looks[model],
                 marker="o",
                 markersize=3.5,
-                label=_legend(model, roles),
+                label=legend(model, roles),
             )
     axis.set(xlabel="epochs done", ylabel="validation accuracy (%), clean images")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _frame(axis)
-    axis.legend(frameon=False)
-    return _png(figure)
+    frame(axis)
+    if many:
+        figure.legend(loc="outside right upper", frameon=False)
+    else:
+        axis.legend(frameon=False)
+    return png(figure)
 
 
-def bars(panels: Mapping[str, Mapping[str, Mapping[str, Bar]]], roles: Mapping[str, str]) -> bytes:
-    """Accuracies with their intervals. ``panels``: title (a threat model) -> group label (an attack) -> model -> bar."""
+def bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
+    """Accuracies with their intervals. Of more models than MANY_BARS they lie, a panel per attack, with the number beside
+    each and a dash where nothing was measured."""
+    if len(roles) > MANY_BARS:
+        return _lying_bars(panels, roles)
     palette = colours(roles)
     widths = [max(1, len(groups)) for groups in panels.values()]
     per_row = 6
@@ -129,9 +194,9 @@ def bars(panels: Mapping[str, Mapping[str, Mapping[str, Bar]]], roles: Mapping[s
         axes = np.atleast_1d(np.asarray(part.subplots(1, len(row), width_ratios=ratios), dtype=object))
         for title, axis in zip(row, axes, strict=True):
             _bar_panel(axis, title, panels[title], palette)
-    handles = [Patch(color=palette[m], label=_legend(m, roles)) for m in roles]
+    handles = [Patch(color=palette[m], label=legend(m, roles)) for m in roles]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _bar_panel(axis: Axes, title: str, groups: Mapping[str, Mapping[str, Bar]], palette: Mapping[str, str]) -> None:
@@ -145,23 +210,77 @@ def _bar_panel(axis: Axes, title: str, groups: Mapping[str, Mapping[str, Bar]], 
             error = [[max(0.0, y - 100 * bar.low)], [max(0.0, 100 * bar.high - y)]]
             axis.bar(x, y, width * 0.92, color=palette[model])
             axis.errorbar(x, y, error, color="#111827", linewidth=0.9, capsize=2)
+            if bar.high == 0:  # neither bar nor whisker would be seen
+                axis.text(x, 1.5, "0", ha="center", fontsize=8, color="#374151")
     axis.set(title=title, ylabel="accuracy (%)", ylim=(0, 105), xlim=(-0.6, len(groups) - 0.4))
     axis.set_xticks(range(len(groups)), list(groups))
     axis.set_yticks(range(0, 101, 25))
-    _frame(axis)
+    frame(axis)
     axis.grid(axis="x", visible=False)
+
+
+def _lying_bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
+    palette = colours(roles)
+    per_row = 5
+    rows: list[list[tuple[str, Mapping[str, Bar]]]] = []
+    for title, groups in panels.items():
+        cells = [(_column_title(title, label), models) for label, models in groups.items()]
+        for i, cell in enumerate(cells):
+            # a threat model begins a new row rather than be torn apart
+            if not rows or len(rows[-1]) == per_row or (i == 0 and len(rows[-1]) + min(len(cells), per_row) > per_row):
+                rows.append([])
+            rows[-1].append(cell)
+    names = list(roles)
+    lines = [max(title.count("\n") + 1 for title, _ in row) for row in rows]
+    heights = [0.21 * len(names) + 0.19 * n + 0.55 for n in lines]
+    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
+    sub = np.atleast_1d(np.asarray(figure.subfigures(len(rows), 1, height_ratios=heights), dtype=object))
+    for row, part in zip(rows, sub, strict=True):
+        axes = np.atleast_1d(np.asarray(part.subplots(1, per_row, sharey=True), dtype=object))
+        for axis in axes[len(row) :]:
+            axis.set_axis_off()
+        for (title, models), axis in zip(row, axes, strict=False):
+            for y, model in enumerate(names):
+                if (bar := models.get(model)) is None:
+                    axis.text(3, y, "–", va="center", fontsize=7.5, color="#374151")
+                    continue
+                x = 100 * bar.accuracy
+                error = [[max(0.0, x - 100 * bar.low)], [max(0.0, 100 * bar.high - x)]]
+                axis.barh(y, x, 0.72, color=palette[model])
+                axis.errorbar(x, y, xerr=error, color="#111827", linewidth=0.9, capsize=2)
+                axis.text(100 * bar.high + 3, y, f"{x:.1f}", va="center", fontsize=7.5, color="#374151")
+            axis.set(xlim=(0, 123), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy (%)")
+            axis.set_title(title, fontsize=9.5)
+            axis.set_xticks(range(0, 101, 25))
+            axis.set_yticks(range(len(names)), names)
+            axis.tick_params(labelsize=8.5)
+            frame(axis, title_size=9.5)
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+    undefended = any(role != "defended" for role in roles.values())
+    handles = [Patch(color=UNDEFENDED[0], label="grey: undefended")] if undefended else []
+    handles.append(Patch(color=DEFENDED[0], label="coloured: defended"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return png(figure)
+
+
+def _column_title(threat: str, label: str) -> str:
+    """Threat model, attack and its settings in lines that fit over a narrow panel."""
+    attack, _, settings = label.partition("\n")
+    parts = [threat, attack, settings.replace("\n", ", ")]
+    return "\n".join(textwrap.fill(p, 24, break_long_words=False, break_on_hyphens=False) for p in parts if p)
 
 
 def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping[str, str]) -> bytes:
     """Accuracy over the norm allowed. ``panels``: title -> model -> {norm, eps, accuracy}."""
-    palette = colours(roles)
-    figure, axes = _grid(len(panels), columns=min(3, len(panels)), width=4.2, height=3.3)
+    looks = styles(roles)
+    drawn: dict[str, None] = {}
+    figure, axes = grid(len(panels), columns=min(3, len(panels)), width=4.2, height=3.3)
     for axis, (title, models) in zip(axes, panels.items(), strict=False):
         norm = next(iter(models.values()))["norm"]
         for model, curve in models.items():
-            axis.plot(
-                curve["eps"], 100 * np.array(curve["accuracy"]), color=palette[model], label=_legend(model, roles)
-            )
+            axis.plot(curve["eps"], 100 * np.array(curve["accuracy"]), **looks[model])
+            drawn[model] = None
         name = {"l2": "L2", "linf": "Linf"}.get(norm, norm)
         axis.set(
             title=title, xlabel=f"largest {name} norm allowed ([0,1] pixels)", ylabel="accuracy (%)", ylim=(0, 102)
@@ -172,10 +291,11 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
             for c in models.values()
         ]
         axis.set_xlim(0, 1.05 * max(ends) or 1.0)
-        _frame(axis)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return _png(figure)
+        frame(axis)
+    # not of the first panel alone: the source of transfer is not in every one
+    handles = [Line2D([], [], label=legend(m, roles), **looks[m]) for m in roles if m in drawn]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return png(figure)
 
 
 def reconstructions(gallery: Mapping[str, np.ndarray], models: Sequence[str]) -> bytes:
@@ -189,7 +309,7 @@ def reconstructions(gallery: Mapping[str, np.ndarray], models: Sequence[str]) ->
         for model in models:
             if (images := gallery.get(f"reconstruction_{m}__{model}")) is not None:
                 rows.append((f"{model}: level {m}\n{_size(images)}", images))
-    return _images([(label, images, None) for label, images in rows], gallery["label"])
+    return image_rows([(label, images, None) for label, images in rows], gallery["label"])
 
 
 def adversarial(gallery: Mapping[str, np.ndarray], rows: Sequence[tuple[str, str]]) -> bytes:
@@ -198,64 +318,79 @@ def adversarial(gallery: Mapping[str, np.ndarray], rows: Sequence[tuple[str, str
     for label, key in rows:
         predictions = gallery.get(f"prediction__{key}")
         out.append((label, gallery[f"adversarial__{key}"], predictions))
-    return _images(out, gallery["label"])
+    return image_rows(out, gallery["label"])
 
 
-def _images(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]], labels: np.ndarray) -> bytes:
+def image_rows(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]], labels: np.ndarray) -> bytes:
+    """Rows of images [n,C,H,W] in [0,1] with a title each and, where there are predictions, whether they are right."""
     n = min(MAX_IMAGES, len(labels))
-    height = 1.02 if any(predictions is not None for *_, predictions in rows) else 0.92  # room for a line of text
-    figure = Figure(figsize=(1.9 + 0.88 * n, height * len(rows) + 0.25))
-    axes = figure.subplots(len(rows), n, squeeze=False)
-    left = 1.9 / (1.9 + 0.88 * n)
-    figure.subplots_adjust(
-        left=left,
-        right=0.995,
-        top=1 - 0.25 / (height * len(rows) + 0.25),
-        bottom=0.01,
-        wspace=0.08,
-        hspace=height - 0.8,
-    )
-    for row, (title, images, predictions) in zip(axes, rows, strict=True):
-        row[0].text(
-            -0.12, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=8.5, linespacing=1.25
-        )
-        for i, axis in enumerate(row):
-            image = np.clip(np.asarray(images[i], dtype=np.float32), 0, 1)
-            if image.shape[0] == 1:
-                axis.imshow(image[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            else:
-                axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set(linewidth=0.5, color="#9ca3af")
+    side, gap, left = 0.82 if len(rows) <= MANY_ROWS else 0.6, 0.06, 1.9
+    heads = [0.19 if i == 0 or predictions is not None else 0.02 for i, (*_, predictions) in enumerate(rows)]
+    width, height = left + n * (side + gap), sum(heads) + len(rows) * (side + gap) + 0.05
+    figure = Figure(figsize=(width, height))
+    # one axes, in inches, for all: an axes per image takes ten times as long
+    axis = figure.add_axes((0, 0, 1, 1))
+    y = 0.0
+    for i, (title, images, predictions) in enumerate(rows):
+        y += heads[i]
+        axis.text(left - 0.1, y + side / 2, title, ha="right", va="center", fontsize=8.5, linespacing=1.25)
+        for j in range(n):
+            x = left + j * (side + gap)
+            show_image(axis, images[j], (x, x + side, y + side, y))
+            head, colour, line = (f"is {int(labels[j])}" if i == 0 else ""), "black", (0.5, "#9ca3af")
             if predictions is not None:
-                right = int(predictions[i]) == int(labels[i])
-                colour = RIGHT if right else WRONG
-                axis.set_title(f"{'✓' if right else '✗'} {int(predictions[i])}", fontsize=8.5, color=colour, pad=2)
-                for spine in axis.spines.values():
-                    spine.set(linewidth=1.4, color=colour)
-            elif axis in axes[0]:
-                axis.set_title(f"is {int(labels[i])}", fontsize=8.5, pad=2)
-    return _png(figure)
+                head, colour = verdict(int(predictions[j]), int(labels[j]))
+                line = (1.4, colour)
+            axis.add_patch(Rectangle((x, y), side, side, fill=False, linewidth=line[0], edgecolor=line[1], zorder=3))
+            axis.text(x + side / 2, y - 0.03, head, ha="center", va="bottom", fontsize=8.5, color=colour)
+        y += side + gap
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    axis.set_axis_off()
+    return png(figure)
 
 
-def _grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def show_image(axis: Axes, image: np.ndarray, extent: tuple[float, float, float, float] | None = None) -> None:
+    """One image [C,H,W], clipped to [0,1]; filling its axes in a thin frame, or a part of it."""
+    image = np.clip(np.asarray(image, dtype=np.float32), 0, 1)
+    image = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
+    if extent is None:
+        axis.set(xticks=[], yticks=[])
+        line_spines(axis, 0.5, "#9ca3af")
+
+
+def line_spines(axis: Axes, width: float, colour: str) -> None:
+    """The frame of an axes."""
+    for spine in axis.spines.values():
+        spine.set(linewidth=width, color=colour)
+
+
+def verdict(prediction: int, label: int) -> tuple[str, str]:
+    """What stands over an example: ✓ or ✗ and the class that it is taken for; and its colour."""
+    right = prediction == label
+    return f"{'✓' if right else '✗'} {prediction}", RIGHT if right else WRONG
+
+
+def grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, each ``width`` x ``height`` inches."""
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * max(columns, 2), height * rows + 0.4), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
     for axis in axes:
-        _frame(axis)
+        frame(axis)
     return figure, axes
 
 
-def _frame(axis: Axes) -> None:
+def frame(axis: Axes, title_size: float = 10.5) -> None:
+    """No box, a faint grid."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#d1d5db", linewidth=0.5)
     axis.set_axisbelow(True)
-    axis.title.set_fontsize(10.5)
+    axis.title.set_fontsize(title_size)
 
 
-def _legend(model: str, roles: Mapping[str, str]) -> str:
+def legend(model: str, roles: Mapping[str, str]) -> str:
+    """A model's name and, where that is something else, its role."""
     role = roles.get(model, model)
     return model if model == role else f"{model} ({role})"
 
@@ -285,7 +420,8 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The bytes of a figure; the same figure gives the same bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     return out.getvalue()

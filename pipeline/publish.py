@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from pipeline import report
+from pipeline import comparison, report
 from pipeline.storage import Storage
 from pipeline.tracking import Tracker
 
@@ -65,6 +65,9 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
         _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
     if record["evaluations"]:
         tracker.start("run", record["name"], tags={"mlflow.note.content": report.markdown(record)})
+    for row in comparison.over_seeds(record):
+        name = f"{row['model']}/{'clean' if row['threat_model'] == 'clean' else row['threat_model'] + '/' + labels[row['attack']]}"
+        tracker.metrics("run", {f"seeds/{name}/mean": row["accuracy_mean"], f"seeds/{name}/sd": row["accuracy_sd"]})
     tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
     tracker.artifact_bytes("run", "run.json", run.read_bytes("run.json"))
     for name in run.list("report"):
@@ -165,7 +168,10 @@ def _datasets(tracker: Tracker, alias: str, record: Mapping[str, Any], splits: S
     for split in splits:
         rows = (data.get("rows") or {}).get(split)
         if rows:
-            source = (data.get("splits") or {}).get(split) or data["source"]
+            splits = data.get("splits") or {}
+            source = splits.get(split) or next(
+                (a for s, a in splits.items() if s.startswith(f"{split}/")), data["source"]
+            )
             context = "training" if split == "train" else split
             name = f"{data['source'].replace(':', ' ')} {split}"
             tracker.dataset(alias, name=name, digest=data["hash"], source=source, context=context, rows=rows)

@@ -16,8 +16,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,13 +34,20 @@ from pipeline.storage import Storage
 PROGRESS_INTERVAL_S = 0.5
 STALE_S = 60.0
 """A half-written file that has not grown for so long was left behind by a killed process: a write takes seconds."""
+SHARD_BYTES = 32 << 20
+"""Pixels and levels of a shard, before compression: Ray Data takes 0.1 to 0.2 s to follow a finished task with the next, which
+must be little beside the task."""
+MAX_SHARD_ROWS = 16384
 CHUNK_BYTES = 2 << 20
 """float32 images low-pass filtered at once: few enough that they stay in the processor's cache."""
 
 
-def address_of(data: DataConfig, pyramids: PyramidConfig, split: Split) -> str:
+Targets = Literal["lowpass", "linear", "none"]
+
+
+def address_of(data: DataConfig, pyramids: PyramidConfig, split: Split, *, targets: Targets = "lowpass") -> str:
     """Where :func:`build` puts this split. Reads the source's files to hash them. Raises as :func:`open_source`."""
-    return _plan(data, pyramids, split).address
+    return _plan(data, pyramids, split, targets).address
 
 
 def build(
@@ -49,6 +56,7 @@ def build(
     storage: Storage,
     split: Split,
     *,
+    targets: Targets = "lowpass",
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardSet:
     """Build the pyramids of one split, continue a build that was killed, or find the one that is there.
@@ -58,13 +66,14 @@ def build(
 
     Args:
         storage: root; every node must reach it and the source.
+        targets: lowpass (DCT), linear (bilinear), or none: images alone.
         progress: called with (images done, images in all), by one thread at a time, though not the caller's.
 
     Raises:
         DataError, ConfigError: as :func:`pipeline.sources.open_source` and :meth:`Source.read`, also out of a Ray task.
         StorageError: the storage is full or not writable; finished shards are kept.
     """
-    plan = _plan(data, pyramids, split)
+    plan = _plan(data, pyramids, split, targets)
     report = progress or (lambda done, total: None)
     directory = storage / plan.address
     if not directory.exists(MANIFEST):
@@ -86,6 +95,7 @@ class _Plan:
     rows: np.ndarray
     """Source rows of the split, sorted int64."""
     sizes: tuple[int, ...]
+    targets: Targets
 
     @property
     def address(self) -> str:
@@ -102,11 +112,14 @@ class _Plan:
             "image_size": data.image_size,
             "channels": data.channels,
             "num_classes": data.num_classes,
-            "targets": self.pyramids.targets,
+            "targets": self.targets,
             "level_sizes": list(self.sizes),
-            "dtype": self.pyramids.dtype,
+            # without levels their precision says nothing
+            "dtype": self.pyramids.dtype if len(self.sizes) > 1 else None,
             "rows_per_shard": self.pyramids.rows_per_shard,
         }
+        if data.resize != "none":
+            settings["resize"] = data.resize
         if self.split != "test":  # another validation split leaves the test images what they are
             settings |= {"validation_fraction": data.validation_fraction, "split_seed": data.split_seed}
         return settings
@@ -158,7 +171,7 @@ class _Plan:
 
         n, channels, size = images.shape[:3]
         levels = [np.empty((n, channels, s, s), np.dtype(self.pyramids.dtype)) for s in self.sizes[1:]]
-        pyramid = linear_pyramid if self.pyramids.targets == "linear" else lowpass_pyramid
+        pyramid = linear_pyramid if self.targets == "linear" else lowpass_pyramid
         chunk = max(1, CHUNK_BYTES // (4 * channels * size * size))
         with _one_thread():
             for start in range(0, n, chunk):
@@ -263,16 +276,21 @@ def _write_manifest(plan: _Plan, directory: Storage, written: Sequence[dict[str,
     directory.write_json(MANIFEST, manifest)
 
 
-def _plan(data: DataConfig, pyramids: PyramidConfig, split: Split) -> _Plan:
+def _plan(data: DataConfig, pyramids: PyramidConfig, split: Split, targets: Targets) -> _Plan:
     source = open_source(data, "test" if split == "test" else "train")
-    sizes = level_sizes(data.image_size, pyramids.levels)
+    sizes = level_sizes(data.image_size, 1 if targets == "none" else pyramids.levels)
+    if pyramids.rows_per_shard == 0:
+        stored = np.dtype(pyramids.dtype).itemsize
+        row_bytes = data.channels * (sizes[0] ** 2 + stored * sum(size**2 for size in sizes[1:]))
+        pyramids = replace(pyramids, rows_per_shard=max(1, min(MAX_SHARD_ROWS, SHARD_BYTES // row_bytes)))
     return _Plan(
         source=source,
         fingerprint=source.fingerprint,
         split=split,
         pyramids=pyramids,
         rows=split_rows(data, split, source.num_rows),
-        sizes=sizes[:1] if pyramids.targets == "none" else sizes,
+        sizes=sizes,
+        targets=targets,
     )
 
 

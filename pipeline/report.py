@@ -29,12 +29,18 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, from_dict, parse_spec, to_dict
 from components.errors import ConfigError, DataError
 from components.robustness import mcnemar
-from pipeline import plots
+from pipeline import comparison, figures, plots
 from pipeline.storage import Storage
 
-PHASES = ("joint", "autoencoder", "classifier")
-THREATS = {"clean": "clean", "random": "random (control)", "white_box": "white-box", "transfer": "transfer"}
-"""Threat models in the order of a table, as they are written for people."""
+PHASES = ("joint", "autoencoder", "classifier", "adversarial", "reformer")
+THREATS = {
+    "clean": "clean",
+    "random": "random (control)",
+    "white_box": "white-box",
+    "grey_box": "grey-box",
+    "transfer": "transfer",
+}
+"""Threat models in the order of a table, as they are written for people; ``transfer:NAME`` comes after them."""
 ROLES = {
     "source": "undefended, source of transfer",
     "control": "control: undefended, another seed",
@@ -146,17 +152,24 @@ def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
 def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The complete training config of a model, also before it is trained."""
     trained: dict[str, Any] | None = record["models"].get(name, {}).get("train") if "models" in record else None
-    return trained or to_dict(from_dict(Experiment, record["experiment"]).variants()[name])
+    return trained or to_dict(from_dict(Experiment, record["experiment"]).variants()[name].canonical())
 
 
 def roles(record: Mapping[str, Any]) -> dict[str, str]:
     """Model -> source, control or defended, in the order of the config."""
     experiment = from_dict(Experiment, record["experiment"])
-    source = experiment.evaluation.transfer_source
+    variants = experiment.variants()
+    sources = {experiment.source_of(name) for name in variants}
     return {
-        name: "defended" if config.defense != "none" else "source" if name == source else "control"
-        for name, config in experiment.variants().items()
+        name: "defended" if config.defense != "none" else "source" if name in sources else "control"
+        for name, config in variants.items()
     }
+
+
+def threat_title(threat: str) -> str:
+    """A threat model as it is written for people."""
+    base, _, source = threat.partition(":")
+    return f"{THREATS.get(base, base)} from {source}" if source else THREATS.get(threat, threat)
 
 
 def attack_labels(record: Mapping[str, Any]) -> dict[str, str]:
@@ -228,7 +241,7 @@ def table(record: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "key": "clean" if threat == "clean" else f"{threat}/{labels[attack]}",
                 "threat_model": threat,
-                "threat_title": THREATS.get(threat, threat),
+                "threat_title": threat_title(threat),
                 "attack": attack,
                 "attack_title": name,
                 "settings": settings,
@@ -291,15 +304,29 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
 
 def explanation(record: Mapping[str, Any]) -> list[str]:
     """How to read the numbers, in plain sentences."""
-    source = record["experiment"].get("evaluation", {}).get("transfer_source", "an undefended model")
+    sources = dict.fromkeys(e["source"] for e in record["evaluations"] if e["threat_model"] == "transfer")
+    source = ", ".join(sources) or "an undefended model"
     return [
         "White-box: the examples were made on the very model under test. This is the number that says how much a model "
         "withstands, and no more than that: a stronger attack can only lower it.",
-        f"Transfer: the examples were made on the undefended model {source} and then shown to the model under test. A high "
+        f"Transfer: the examples were made on an undefended model ({source}) and then shown to the model under test. A high "
         "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
         "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
         "attacker. Only what a defended model does better than the controls can be owed to its defense.",
     ]
+
+
+def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
+    found = [d for r in comparison.references(record, roles(record)) for d in comparison.differences(record, r)]
+    rows = {
+        "over_seeds": comparison.over_seeds(record),
+        "differences": found,
+        "paper": comparison.beside_paper(record),
+    }
+    for row in (*rows["over_seeds"], *rows["differences"], *(o for p in rows["paper"] for o in p["ours"])):
+        row["threat_title"], row["attack_title"] = threat_title(row["threat_model"]), _said(row["attack"])
+    return rows
 
 
 def in_short(record: Mapping[str, Any]) -> list[str]:
@@ -326,6 +353,10 @@ def missing(record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Ma
     """What a partial run lacks, in words; empty for a complete one."""
     out = []
     untrained = [name for name in roles(record) if name not in record["models"]]
+    if diverged := record.get("diverged"):
+        said = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
+        out.append(f"training diverged, so it was not evaluated: {said}")
+        untrained = [name for name in untrained if name not in diverged]
     if untrained:
         out.append("not trained yet: " + ", ".join(untrained))
     no_history = [name for name in record["models"] if not histories.get(name)]
@@ -372,7 +403,12 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     if not record["evaluations"]:
         console.print(f"{record['name']}: no evaluations yet", markup=False, highlight=False)
         return
-    for part in terminal_tables(record, console.width):
+    together = across(record)
+    # with several seeds the rows of single models are in the report
+    if not together["over_seeds"]:
+        for part in terminal_tables(record, console.width):
+            console.print(part)
+    for part in comparison_tables(record, together):
         console.print(part)
     role = roles(record)
     notes = [
@@ -383,6 +419,46 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
         notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
     for note in notes:
         console.print(Text(note, style="dim"))
+
+
+def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence[Row]]) -> list[Table]:
+    """Mean and spread over the seeds, and our values beside the paper's, for the terminal."""
+    out = []
+    if together["over_seeds"]:
+        seeds = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title="accuracy in %: mean ± standard deviation over the seeds"
+        )
+        for head in ("model", "threat model", "attack", "seeds", "accuracy", "median L2"):
+            seeds.add_column(head, justify="right" if head in ("seeds", "accuracy", "median L2") else "left")
+        for row in together["over_seeds"]:
+            norm = row["l2_median_mean"]
+            seeds.add_row(
+                row["model"],
+                row["threat_title"],
+                "" if row["threat_model"] == "clean" else row["attack_title"],
+                str(row["seeds"]),
+                mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]),
+                "" if norm is None else f"{norm:.2f}",
+            )
+        out.append(seeds)
+    if together["paper"]:
+        scale = f", scale {record['experiment']['scale']}" if record["experiment"].get("scale") else ""
+        beside = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=f"beside the paper's {record['experiment']['paper']}{scale}"
+        )
+        for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
+            beside.add_column(head, justify="right" if head == "paper" else "left")
+        for row in together["paper"]:
+            ours = "; ".join(f"{o['threat_title']} {mean_and_sd(o['mean'], o['sd'])}" for o in row["ours"])
+            made_on = f" on {row['made_on']}" if row["made_on"] else ""
+            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours or "-")
+        out.append(beside)
+    return out
+
+
+def mean_and_sd(mean: float, sd: float | None) -> str:
+    """Fractions as percentages: ``98.3`` or ``98.3 ± 0.4``."""
+    return _percent(mean) if sd is None else f"{_percent(mean)} ± {100 * sd:.1f}"
 
 
 def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
@@ -469,7 +545,72 @@ def markdown(record: Mapping[str, Any]) -> str:
             + " |"
         )
     lines += ["", f"Accuracy in %, {counted(record)}, ± half the 95 % Wilson interval.", "", *explanation(record)]
-    return "\n".join(lines).strip()
+    return "\n".join([*lines, *_markdown_across(across(record))]).strip()
+
+
+def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What several evaluations say together, as Markdown tables; none where there is nothing to say."""
+    lines: list[str] = []
+
+    def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        lines.extend(["", f"### {title}", "", _markdown_row(heads), "| --- " * len(heads) + "|"])
+        lines.extend(_markdown_row(row) for row in rows)
+
+    def attack(row: Row) -> str:
+        return "" if row["threat_model"] == "clean" else row["attack_title"]
+
+    if seeds := together["over_seeds"]:
+        table(
+            "Over the seeds: accuracy in %, mean ± standard deviation",
+            ("model", "threat model", "attack", "seeds", "accuracy", "least to greatest"),
+            [
+                (
+                    r["model"],
+                    r["threat_title"],
+                    attack(r),
+                    str(r["seeds"]),
+                    mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]),
+                    f"{_percent(r['accuracy_min'])} to {_percent(r['accuracy_max'])}",
+                )
+                for r in seeds
+            ],
+        )
+    if resolved := [d for d in together["differences"] if d["resolved"]]:
+        table(
+            f"Differences that exceed the seeds' noise ({len(resolved)} of {len(together['differences'])}; 95 %, paired by seed, "
+            "not corrected for their number)",
+            ("model", "against", "threat model", "attack", "points"),
+            [
+                (
+                    d["model"],
+                    d["reference"],
+                    d["threat_title"],
+                    attack(d),
+                    f"{100 * d['difference']:+.1f} ± {100 * d['half_width']:.1f}",
+                )
+                for d in resolved
+            ],
+        )
+    if printed := together["paper"]:
+        table(
+            "Beside the paper",
+            ("the paper's row", "network", "attack", "paper", "ours, by threat model"),
+            [
+                (
+                    r["title"],
+                    r["arch"],
+                    r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
+                    r["paper"],
+                    "; ".join(f"{o['threat_title']} {mean_and_sd(o['mean'], o['sd'])}" for o in r["ours"]) or "-",
+                )
+                for r in printed
+            ],
+        )
+    return lines
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
@@ -492,13 +633,13 @@ def to_csv(record: Mapping[str, Any]) -> str:
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:
-    """Write ``report/`` of a run: report.html, table.json, table.csv and plots/*.png. A partial run gives a partial report.
+    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.png. A partial run gives a partial report.
 
     Args:
         run: the run directory. root: the storage it lies in.
 
     Returns:
-        What was written, name -> path below the run directory; "html" is the report, "table_json", "table_csv", and
+        What was written, name -> path below the run directory; "html" is the report, "table_json", "table_csv", "table_md", and
         "plot_..." for each plot there was data for.
 
     Raises:
@@ -510,39 +651,61 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         name: [read_epoch(root, file) for file in history_files(root, model)]
         for name, model in record["models"].items()
     }
-    data = {**table(record), "comparisons": comparisons(record, root)}
-    pictures = _pictures(record, gallery, histories)
-    paths = {"html": "report/report.html", "table_json": "report/table.json", "table_csv": "report/table.csv"}
+    data = {**table(record), "comparisons": comparisons(record, root), **across(record)}
+    pictures = _pictures(record, gallery, histories, figures.read(run))
+    paths = {
+        "html": "report/report.html",
+        "table_json": "report/table.json",
+        "table_csv": "report/table.csv",
+        "table_md": "report/table.md",
+    }
     for name, (_, _, png) in pictures.items():
         paths[f"plot_{name}"] = f"report/plots/{name}.png"
         run.write_bytes(paths[f"plot_{name}"], png)
     run.write_json(paths["table_json"], data)
     run.write_bytes(paths["table_csv"], to_csv(record).encode())
+    run.write_bytes(paths["table_md"], f"# {record['name']}\n\n{markdown(record)}\n".encode())
     html = _html(record, data, pictures, missing(record, gallery, histories))
     run.write_bytes(paths["html"], html.encode())  # last: its presence says that all of it is there
     return paths
 
 
 def _pictures(
-    record: Mapping[str, Any], gallery: Mapping[str, np.ndarray], histories: Mapping[str, Sequence[Mapping[str, Any]]]
+    record: Mapping[str, Any],
+    gallery: Mapping[str, np.ndarray],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    stored: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[str, str, bytes]]:
-    """Name -> (heading, caption, PNG) of every plot that there is data for."""
-    out: dict[str, tuple[str, str, bytes]] = {}
+    """Name -> (heading, caption, PNG) of every plot that there is data for; the paper's figures first."""
     role = roles(record)
+    bases = {name: base for name, (base, _) in comparison.experiment_of(record).replicates().items()}
+    out = figures.draw(record, gallery, stored, role, threat_title=threat_title, attack_title=_said)
     if panels := _bar_panels(record):
+        what, drawn, drawn_roles = "whiskers: 95 % Wilson interval", panels, role
+        if len(role) > plots.MANY_BARS and len(set(bases.values())) < len(role):
+            what = "bars: mean over the seeds; whiskers: from the least to the greatest of them"
+            drawn, drawn_roles = plots.over_replicates(panels, bases), {bases[name]: r for name, r in role.items()}
+        lacking = "A missing bar is 0 % where it has a whisker or a 0, and not measured where it has none."
+        if len(drawn_roles) > plots.MANY_BARS:
+            lacking = "A dash: not measured."
         out["accuracy"] = (
             "Accuracy by threat model",
-            f"{counted(record)}; whiskers: 95 % Wilson interval. A missing bar is 0 % where it has a whisker, and not measured where it has none.",
-            plots.bars(panels, role),
+            f"{counted(record)}; {what}. {lacking}",
+            plots.bars(drawn, drawn_roles),
         )
     if panels_by_norm := _curve_panels(record):
+        few, note = _first_of_many([m for m in role if any(m in models for models in panels_by_norm.values())], bases)
+        chosen = {t: {m: c for m, c in models.items() if m in few} for t, models in panels_by_norm.items()}
         out["curves"] = (
             "Accuracy over the norm of the perturbation",
             "Minimal-norm attacks: what is left when only examples up to that norm count. At any norm, nothing is left of a "
-            "differentiable network attacked white-box; what differs is how far that is.",
-            plots.curves(panels_by_norm, role),
+            "differentiable network attacked white-box; what differs is how far that is." + note,
+            plots.curves({t: models for t, models in chosen.items() if models}, _only(role, few)),
         )
     if gallery:
+        # of the first replicate, which gallery.npz has alone
+        first = plots.first_replicates(role, bases)
+        said = "" if len(first) == len(role) else " Of several seeds, the first."
         rows = _gallery_rows(record, gallery)
         for model, entries in rows.items():
             out[f"adversarial-{model}"] = (
@@ -553,23 +716,37 @@ def _pictures(
         if any(k.startswith("reconstruction_") for k in gallery):
             out["reconstructions"] = (
                 "Targets and reconstructions",
-                "Clean images, the low-pass targets of each level, and what the auto-encoders make of them.",
+                f"Clean images, the low-pass targets of each level, and what the auto-encoders make of them.{said}",
                 plots.reconstructions(gallery, list(role)),
             )
     trained = {name: epochs for name, epochs in histories.items() if epochs}
+    few, note = _first_of_many(list(trained), bases)
+    trained = _only(trained, few)
     if trained:
         out["losses"] = (
             "Training losses",
-            "Logarithmic; the phase of the schedule behind them.",
+            f"Logarithmic; the phase of the schedule behind them.{note}",
             plots.losses(trained),
         )
     if any(e.get("validation", {}).get("accuracy") is not None for epochs in trained.values() for e in epochs):
         out["validation"] = (
             "Validation accuracy",
-            "Clean images held out of the training set.",
-            plots.validation(trained, role),
+            f"Clean images held out of the training set.{note}",
+            plots.validation(trained, _only(role, few)),
         )
     return out
+
+
+def _first_of_many(names: Sequence[str], bases: Mapping[str, str]) -> tuple[Sequence[str], str]:
+    """The models that curves show, and what the caption says of it: of too many, the first replicate of each."""
+    first = plots.first_replicates(names, bases)
+    if len(names) <= plots.MANY_LINES or len(first) == len(names):
+        return names, ""
+    return first, f" Of {len(names)} models, the first seed of each."
+
+
+def _only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _bar_panels(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, plots.Bar]]]:
@@ -589,10 +766,10 @@ def _bar_panels(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, plot
 
 def _curve_panels(record: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for threat in THREATS:
+    for threat in dict.fromkeys((*THREATS, *(e["threat_model"] for e in record["evaluations"]))):
         for e in record["evaluations"]:
             if e["threat_model"] == threat and (curve := e["metrics"].get("curve")):
-                panels.setdefault(f"{THREATS[threat]}: {_said(e['attack'])}", {})[e["model"]] = curve
+                panels.setdefault(f"{threat_title(threat)}: {_said(e['attack'])}", {})[e["model"]] = curve
     return panels
 
 
@@ -627,6 +804,7 @@ def _html(
         lstrip_blocks=True,
     )
     environment.filters.update(percent=_percent, duration=_duration, when=_when)
+    environment.globals["mean_and_sd"] = mean_and_sd
     groups: dict[str, int] = {}
     for column in data["columns"]:
         groups[column["threat_title"]] = groups.get(column["threat_title"], 0) + 1

@@ -18,7 +18,7 @@ from components.errors import UserError
 from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, shards, sources, tracking, train
 from pipeline.progress import Bar, say, stage
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes
+from pipeline.train_step import Shapes, stored_levels
 
 SCHEMA = 1
 STAGES = ("pyramids", "train", "attack", "report")
@@ -146,55 +146,82 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def make_pyramids(run: Run) -> dict[str, shards.ShardSet]:
-    """Stage 1: shard sets of every split."""
+def make_pyramids(run: Run) -> Sets:
+    """Stage 1: shard sets of every split; of the training images one for each kind of targets that a model has."""
     e = run.experiment
-    sets = {}
+    addresses: dict[str, str] = {}
     with run.timed("pyramids"):
         for split in run.splits:
-            with stage(f"pyramids: {split}") as bar:
-                sets[split] = pyramids.build(
-                    e.data,
-                    e.pyramids,
-                    run.root,
-                    split,
-                    progress=lambda done, total, b=bar: b.update(done, total, "images"),
-                )
-                sets[split].verify()
-    run.record["data"] = {
+            for targets in _kinds_of_targets(e) if split == "train" else ("none",):
+                title = f"pyramids: {split}" + (f", {targets} targets" if targets != "none" else "")
+                with stage(title) as bar:
+                    made = pyramids.build(
+                        e.data,
+                        e.pyramids,
+                        run.root,
+                        split,
+                        targets=targets,
+                        progress=lambda done, total, b=bar: b.update(done, total, "images"),
+                    )
+                    made.verify()
+                addresses[f"train/{targets}" if split == "train" else split] = made.address
+                rows = {**(run.record["data"] or {}).get("rows", {}), split: made.num_rows}
+                run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
+    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none")
+    run.record["data"] |= {
         "source": e.data.source,
-        "hash": content_hash(*(sets[s].address for s in run.splits)),
-        "rows": {s: sets[s].num_rows for s in run.splits},
-        "splits": {s: sets[s].address for s in run.splits},
+        "hash": content_hash(bare, addresses["test"]),
+        "bare": bare,
+        "splits": addresses,
         "levels": list(run.shapes.sizes),
     }
     run.save()
-    return sets
+    return existing_pyramids(run, verified=True)
 
 
-def existing_pyramids(run: Run) -> dict[str, shards.ShardSet]:
+def _kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
+    kinds = dict.fromkeys(c.targets for c in experiment.variants().values() if stored_levels(c))
+    return tuple(kinds) or ("none",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """The shard sets of a run: where training data are, and the test images."""
+
+    training: train.TrainingData
+    test: shards.ShardSet
+
+
+def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
     """The shard sets that an earlier ``pyramids`` made.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none. DataError: one is damaged.
     """
-    if run.record["data"] is None:
+    data = run.record["data"]
+    if not data or "splits" not in data:
         raise UserError(
             f"{run.storage.uri} has no shards yet: run `pyramids {run.experiment.name}` with the same settings first"
         )
-    sets = {s: shards.load(run.root, a) for s, a in run.record["data"]["splits"].items()}
-    for shard_set in sets.values():
-        shard_set.verify()
-    return sets
+    sets = {name: shards.load(run.root, address) for name, address in data["splits"].items()}
+    if not verified:
+        for shard_set in sets.values():
+            shard_set.verify()
+    kinds = {name.partition("/")[2]: one.address for name, one in sets.items() if name.startswith("train/")}
+    validation = sets["validation"].address if "validation" in sets else ""
+    return Sets(training=train.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"])
 
 
-def train_models(run: Run, sets: dict[str, shards.ShardSet]) -> list[attack.Model]:
+def train_models(run: Run, sets: Sets) -> list[attack.Model]:
     """Stage 2: every model of the experiment; as many side by side as there is room for."""
-    addresses = {s: one.address for s, one in sets.items() if s != "test"}
     run.publish()
     with run.timed("train"), stage("train") as bar:
-        models = train.train(run.experiment, run.shapes, addresses, run.root, _TrainProgress(run, bar))
-    return [_as_subject(name, model) for name, model in models.items()]
+        models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
+    run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
+    for name, step in run.record["diverged"].items():
+        say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
+    run.save()
+    return _as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
 
 
 class _TrainProgress(train.Progress):
@@ -234,19 +261,31 @@ def trained_models(run: Run) -> list[attack.Model]:
     Raises:
         UserError: one of them is not there.
     """
-    models = []
+    models = {}
     for name in run.experiment.variants():
+        if name in run.record.get("diverged", {}):
+            continue
         if name not in run.record["models"]:
             raise UserError(
                 f"{run.storage.uri} has no model {name!r} yet: run `train {run.experiment.name}` with the same settings first"
             )
         path = run.record["models"][name]["path"]
-        models.append(_as_subject(name, {**(run.root / path).read_json("model.json"), "path": path}))
-    return models
+        models[name] = {**(run.root / path).read_json("model.json"), "path": path}
+    return _as_subjects(run.experiment, models)
 
 
-def _as_subject(name: str, model: dict[str, Any]) -> attack.Model:
-    return attack.Model(name=name, path=model["path"], sha256=model["files"]["classifier.safetensors"])
+def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[attack.Model]:
+    """Models as attacks see them: a reformer stands in front of the undefended classifier of its architecture."""
+    found: dict[str, attack.Model] = {}
+    reformers = {name for name, model in models.items() if "reformer.safetensors" in model["files"]}
+    for name in sorted(models, key=lambda n: n in reformers):  # classifiers first
+        model = models[name]
+        behind = found.get(experiment.source_of(name) or "") if name in reformers else None
+        if name in reformers and behind is None:  # its classifier diverged
+            continue
+        file = "reformer.safetensors" if name in reformers else "classifier.safetensors"
+        found[name] = attack.Model(name=name, path=model["path"], sha256=model["files"][file], classifier=behind)
+    return [found[name] for name in models if name in found]
 
 
 def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -> None:
@@ -265,18 +304,23 @@ def make_report(run: Run) -> None:
 
 
 def register(run: Run, models: list[attack.Model]) -> None:
-    """Register each classifier in MLflow's model registry, with its signature."""
+    """Register each classifier in MLflow's model registry, with its signature; of several seeds the first."""
     from pipeline import checkpoints
 
     data = run.experiment.data
+    replicates = run.experiment.replicates()
     for model in models:
+        if replicates[model.name][1] > 0:
+            continue
+        if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
+            continue
         classifier = checkpoints.load_classifier(f"{run.root.uri}/{model.path}")
         example = _example(data.channels, data.image_size)
         run.tracker.register_model(
             f"model/{model.name}",
             classifier,
             example,
-            f"{run.experiment.name}-{model.name}",
+            f"{run.experiment.name}-{replicates[model.name][0]}",
             metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},
         )
 
@@ -324,7 +368,7 @@ def execute(command: str, experiment: Experiment) -> None:
             register(run, models)
             finish_stage(run)
             return
-        attack_models(run, models, sets["test"])
+        attack_models(run, models, sets.test)
         if command == "run":
             register(run, models)
         run.record["finished"] = _now()

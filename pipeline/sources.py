@@ -221,13 +221,14 @@ class Source:
                         f"{where()}: images of PIL mode {image.mode} (more than 8 bits per channel) are not supported; "
                         "convert the data set to 8 bits"
                     )
-                if image.size != (size, size):
+                if image.size != (size, size) and self.data.resize == "none":
                     raise DataError(
                         f"{where()}: the image is {image.size[0]}x{image.size[1]} pixels, but data.image_size is {size}; "
-                        "set data.image_size or resize the data set"
+                        "set data.image_size, or data.resize=crop"
                     )
                 mode = "L" if self.data.channels == 1 else "RGB"
-                array = np.asarray(image if image.mode == mode else image.convert(mode))
+                converted = image if image.mode == mode else image.convert(mode)
+                array = np.asarray(_fitted(converted, size))
         # PIL has no common base for what a broken file makes it raise
         except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as e:
             raise DataError(
@@ -235,6 +236,18 @@ class Source:
                 "Get the file again or remove this row"
             ) from e
         out[:] = array[None] if self.data.channels == 1 else array.transpose(2, 0, 1)
+
+
+def _fitted(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side resized to ``size`` pixels (bicubic, antialiased), then the centre cut out."""
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    shorter = min(width, height)
+    # at least size: rounding must not leave a side one pixel short
+    scaled = max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
+    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    return image.resize(scaled, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 # --- Hugging Face image Parquet ------------------------------------------------------------------------------------------
@@ -570,13 +583,15 @@ class TorchvisionSource(Source):
         labels[:] = all_labels[indices]
         self._check_label_range(labels, lambda i: f"{self.place} row {indices[i]}")
         size = all_images.shape[1]
-        if size != self.data.image_size:
+        if size != self.data.image_size and self.data.resize == "none":
             raise DataError(
-                f"{self.place}: images are {size}x{size} pixels, but data.image_size is {self.data.image_size}"
+                f"{self.place}: images are {size}x{size} pixels, but data.image_size is {self.data.image_size}; "
+                "set data.image_size, or data.resize=crop"
             )
         mode = "L" if self.data.channels == 1 else "RGB"
         for position, index in enumerate(indices):
-            array = np.asarray(Image.fromarray(all_images[index]).convert(mode))
+            image = Image.fromarray(all_images[index]).convert(mode)
+            array = np.asarray(_fitted(image, self.data.image_size))
             images[position] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

@@ -7,6 +7,7 @@ directory, ``models/<kind>-<hash>/`` (docs/records.md), not in the run's: whiche
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 import threading
@@ -20,28 +21,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from components.config import Experiment, TrainConfig, content_hash, from_dict, to_dict
 from components.errors import DataError, UserError
+from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.schedule import Phase, learning_rate, phase_at_epoch
-from pipeline import checkpoints
+from pipeline import checkpoints, pretrained
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import (
+    ADVERSARIAL_STREAM,
+    DROPOUT_STREAM,
     Batch,
     PhaseModule,
     Shapes,
+    augmented,
     build_net,
     gaussian_noise,
     make_optimizer,
+    stored_levels,
     stream_seed,
     train_step,
     validation_sums,
 )
 
 CODE_VERSION = 1
-"""Part of a model's address. Raise it when the same config would train to other weights."""
+"""Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
 FINITE_CHECK_STEPS = 100
@@ -65,17 +72,61 @@ class Job:
     name: str
     """Its name in the run."""
     config: TrainConfig
+    """Canonical: models that differ only in settings without influence are one."""
+    pyramids: dict[str, str]
+    """Shard sets to read: "train" and, if there is one, "validation"."""
+    weights: str
+    """Pretrained weights below the storage's root, or empty."""
     address: str
     """``models/<kind>-<hash>`` below the storage's root."""
 
 
-def model_address(config: TrainConfig, shapes: Shapes, pyramids: Mapping[str, str], workers: int) -> str:
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Addresses of the shard sets of a run."""
+
+    train: dict[str, str]
+    """Kind of targets -> shard set that holds them; at least one."""
+    bare: str
+    """Address that the training images have (or would have) without levels: what names a model that reads none."""
+    validation: str = ""
+    """Empty: there is no validation split."""
+
+    def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
+        """What a model reads, and what names it."""
+        if stored_levels(config):
+            train = identity = self.train[config.targets]
+        else:
+            train, identity = next(iter(self.train.values())), self.bare
+        validation = {"validation": self.validation} if self.validation else {}
+        return {"train": train, **validation}, {"train": identity, **validation}
+
+
+def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
     """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
 
     Batch norm is per worker, so their number counts.
     """
-    parts = [CODE_VERSION, to_dict(config), to_dict(shapes), dict(pyramids), workers]
+    said = to_dict(shapes)
+    if config.defense != "defend++":
+        del said["sizes"]
+    # without the settings at their default: a setting that is added later does not rename the models there are
+    defaults = to_dict(TrainConfig())
+    settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
+    parts = [CODE_VERSION, settings, said, dict(identity), workers, weights]
     return f"models/{config.kind}-{content_hash(*parts)}"
+
+
+def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[Job]:
+    """The models of an experiment as jobs. Pretrained weights are copied to the storage, where every worker reaches them."""
+    jobs = []
+    for name, given in experiment.variants().items():
+        config = given.canonical()
+        weights = pretrained.fetch(config, root) if config.pretrained else ""
+        reads, identity = data.for_model(config)
+        address = model_address(config, shapes, identity, experiment.scaling.workers, weights)
+        jobs.append(Job(name=name, config=config, pyramids=reads, weights=weights, address=address))
+    return jobs
 
 
 class RankData:
@@ -123,6 +174,7 @@ class Loop:
         rank: int = 0,
         world: int = 1,
         device: torch.device | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.shapes, self.data, self.validation = config, shapes, data, validation
         self.rank, self.world = rank, world
@@ -133,9 +185,10 @@ class Loop:
             raise DataError(
                 f"train.batch_size={config.batch_size} is more than the {len(data) * world} training images there are"
             )
-        self.net = build_net(config, shapes).to(self.device)
+        self.net = build_net(config, shapes, weights).to(self.device)
         if config.channels_last:
             self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
         self.optimizer = make_optimizer(self.net, config)
         self.epoch = 0
         self._module: nn.Module | None = None
@@ -184,8 +237,20 @@ class Loop:
             step = epoch * self.steps_per_epoch + i
             rows = order[i * self.local_batch : (i + 1) * self.local_batch]
             lr = learning_rate(step, self.steps_per_epoch, self.config)
-            noise = gaussian_noise(self.config, step, self.rank, self.device)
-            terms = train_step(module, self.optimizer, self.data.batch(rows), lr=lr, config=self.config, noise=noise)
+            if self.has_dropout:  # it draws from the process's global stream; a continued run draws the same
+                torch.manual_seed(stream_seed(self.config.seed, step, self.rank, DROPOUT_STREAM))
+            terms = train_step(
+                module,
+                self.optimizer,
+                augmented(self.data.batch(rows), self.config, step, self.rank),
+                lr=lr,
+                config=self.config,
+                sizes=self.shapes.sizes,
+                noise=gaussian_noise(self.config, step, self.rank, self.device),
+                generator=torch.Generator().manual_seed(
+                    stream_seed(self.config.seed, step, self.rank, ADVERSARIAL_STREAM)
+                ),
+            )
             bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
             steps.append((step, time.time(), lr, terms))
             if live is not None:
@@ -240,8 +305,10 @@ class Loop:
         if self.world > 1:
             dist.all_reduce(sums)
         right, count, error = sums.tolist()
-        out = {"accuracy": right / count}
-        if isinstance(self.net, DefendNet):
+        out = {}
+        if not isinstance(self.net, ComDefend):
+            out["accuracy"] = right / count
+        if isinstance(self.net, (ComDefend, DefendNet)):
             out["reconstruction"] = error / count
         return out
 
@@ -301,10 +368,18 @@ def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings:
 
     config = from_dict(TrainConfig, job["config"])
     shapes = from_dict(Shapes, settings["shapes"])
-    train_data = data.get("train", settings["pyramids"], levels=config.defense != "none")
+    train_data = data.get("train", job["pyramids"], levels=stored_levels(config))
     assert train_data is not None  # the driver passes it always
-    validation = data.get("validation", settings["pyramids"], levels=False)
-    loop = Loop(config, shapes, train_data, validation, rank=data.rank, world=data.world, device=data.device)
+    loop = Loop(
+        config,
+        shapes,
+        train_data,
+        data.get("validation", job["pyramids"], levels=False),
+        rank=data.rank,
+        world=data.world,
+        device=data.device,
+        weights=pretrained.load(data.root, job["weights"]) if job["weights"] else None,
+    )
     kept = home / "checkpoints"
     loop.resume(kept)
     last_live = 0.0
@@ -324,23 +399,23 @@ def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings:
         metrics = {"address": job["address"], "epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
         ray.train.report(metrics)
     if data.rank == 0:
-        _export(loop, home, job["config"], settings)
+        _export(loop, home, job, settings)
 
 
-def _export(loop: Loop, home: Storage, config: dict[str, Any], settings: dict[str, Any]) -> None:
+def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, Any]) -> None:
     files = checkpoints.export(home, loop.net, loop.config, loop.shapes)
     history = [home.read_json(f"history/{name}") for name in home.list("history")][: loop.config.epochs]
     seconds = sum(h["seconds"] for h in history)
-    parameters = {"classifier": sum(p.numel() for p in checkpoints.classifier_of(loop.net).parameters())}
-    if isinstance(loop.net, DefendNet):
-        parameters["autoencoder"] = sum(p.numel() for p in loop.net.autoencoder.parameters())
+    parts = checkpoints.parts_of(loop.net)
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     home.write_json(
         "model.json",
         {
             "schema": checkpoints.SCHEMA,
-            "train": config,
+            "train": job["config"],
             "shapes": settings["shapes"],
-            "pyramids": settings["pyramids"],
+            "pyramids": job["pyramids"],
+            "weights": job["weights"],
             "workers": loop.world,
             "parameters": parameters,
             "validation": history[-1]["validation"],
@@ -358,10 +433,14 @@ def check_models(experiment: Experiment, shapes: Shapes) -> None:
     """Build every network once, without data: what cannot be built is refused before anything is computed.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: naming the setting. DataError, StorageError: pretrained weights that cannot be read, or do not fit.
     """
+    seen = set()
     for config in experiment.variants().values():
-        build_net(config, shapes)
+        same = dataclasses.replace(config.canonical(), seed=0)
+        if same not in seen:
+            seen.add(same)
+            build_net(same, shapes, pretrained.read(same) if same.pretrained else None)
 
 
 class Progress:
@@ -380,17 +459,15 @@ class Progress:
 def train(
     experiment: Experiment,
     shapes: Shapes,
-    pyramids: Mapping[str, str],
+    data: TrainingData,
     root: Storage,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train every model of an experiment, or take it where it is finished, or continue it where it is not.
 
-    Args:
-        pyramids: addresses of the shard sets, "train" and, if there is one, "validation".
-
     Returns:
-        Name -> model.json, with "path" = the model's address below ``root``, in the experiment's order.
+        Name -> model.json, with "path" = the model's address below ``root``, in the experiment's order; where the experiment
+        allows that a model diverges, {"diverged": step} instead.
 
     Raises:
         TrainingError: a loss was not finite, or the workers failed more often than allowed. The other models are trained all
@@ -398,27 +475,27 @@ def train(
         UserError: what a worker found wrong with data or storage.
     """
     progress = progress or Progress()
-    workers = experiment.scaling.workers
-    jobs = [
-        Job(name=name, config=config, address=model_address(config, shapes, pyramids, workers))
-        for name, config in experiment.variants().items()
-    ]
+    jobs = jobs_of(experiment, shapes, data, root)
     watch = _Watch(root, jobs, progress)
     watch.look()
-    todo = list({j.address: j for j in jobs if j.name not in watch.finished}.values())
+    allowed = experiment.allow_diverged
+    todo = [j for j in {j.address: j for j in jobs}.values() if j.name not in watch.finished]
+    if allowed:  # trained again, it would diverge again
+        todo = [j for j in todo if not (root / j.address).exists(NOT_FINITE)]
     if todo:
         for job in todo:
             (root / job.address).delete(NOT_FINITE)  # an earlier try's
-        settings = {
-            "shapes": to_dict(shapes),
-            "pyramids": dict(pyramids),
-            "root": root.uri,
-            "threads": experiment.scaling.threads_per_worker,
-        }
+        settings = {"shapes": to_dict(shapes), "root": root.uri, "threads": experiment.scaling.threads_per_worker}
         with watch.following():
             _fit_side_by_side(_groups(todo, parallel_runs(experiment)), settings, experiment, root)
-        _refuse_not_finite(todo, root)
-    return {job.name: watch.finished[job.name] for job in jobs}
+    diverged = {j.name: _diverged_at(root / j.address) for j in jobs if j.name not in watch.finished}
+    if diverged and not allowed:
+        _refuse_not_finite([j for j in jobs if j.name in diverged], root)
+    return {j.name: watch.finished.get(j.name) or {"diverged": diverged[j.name]} for j in jobs}
+
+
+def _diverged_at(home: Storage) -> int:
+    return int(home.read_json(NOT_FINITE)["step"])
 
 
 def parallel_runs(experiment: Experiment) -> int:
@@ -473,7 +550,9 @@ def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment,
     from pipeline.cluster import train_bundle, unwrap
 
     scaling = experiment.scaling
-    jobs = [{"address": j.address, "config": to_dict(j.config)} for j in group]
+    jobs = [
+        {"address": j.address, "config": to_dict(j.config), "pyramids": j.pyramids, "weights": j.weights} for j in group
+    ]
     # nothing of Ray's own state is continued: the models' directories say how far they are
     ray_files = root / f"ray/{secrets.token_hex(8)}"
     trainer = TorchTrainer(
@@ -513,16 +592,16 @@ def _refuse_not_finite(jobs: Sequence[Job], root: Storage) -> None:
     said = []
     for job in jobs:
         home = root / job.address
-        if home.exists(NOT_FINITE):
-            names = checkpoints.list_checkpoints(home / "checkpoints")
-            good = f"{home.uri}/checkpoints/{names[-1]}" if names else "none was written yet"
-            step = home.read_json(NOT_FINITE)["step"]
-            said.append(
-                f"training of {job.name} stopped: the loss was not finite at step {step}. Last good checkpoint: {good}"
-            )
-    if said:
-        said.append("Lower train.lr or train.reconstruction_weight, or set train.clip_norm")
-        raise TrainingError("\n".join(said))
+        names = checkpoints.list_checkpoints(home / "checkpoints")
+        good = f"{home.uri}/checkpoints/{names[-1]}" if names else "none was written yet"
+        said.append(
+            f"training of {job.name} stopped: the loss was not finite at step {_diverged_at(home)}. "
+            f"Last good checkpoint: {good}"
+        )
+    said.append(
+        "Lower train.lr or train.reconstruction_weight, or set train.clip_norm; with allow_diverged the run goes on without"
+    )
+    raise TrainingError("\n".join(said))
 
 
 class _Watch:

@@ -6,18 +6,27 @@ unused ones. The driver of the steps (``pipeline/train.py``) wraps it in DDP and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from components.adversarial import adversarial_examples, mixed_loss
+from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
+from components.dct import linear_pyramid, lowpass_pyramid
 from components.losses import reconstruction_loss, reconstruction_terms
-from components.models.classifiers import ResNet18, build_classifier
+from components.models.classifiers import build_classifier, load_weights
+from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
 from components.schedule import Phase
+
+AUGMENT_STREAM = 1
+ADVERSARIAL_STREAM = 2
+DROPOUT_STREAM = 3
+"""Keep the random streams of a step apart; its noise has none of these numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +53,17 @@ class Batch:
     levels: tuple[Tensor, ...] = ()
 
 
-def build_net(config: TrainConfig, shapes: Shapes) -> ResNet18 | DefendNet:
-    """The untrained network of a config: the bare classifier, or the classifier with its auto-encoder.
+def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The untrained network of a config: the bare classifier, a DefendNet (classifier and auto-encoder), or a ComDefend.
+
+    Args:
+        weights: what ``config.pretrained`` names; the classifier starts from them.
 
     Raises:
-        ConfigError: sizes or blocks that do not fit together.
+        ConfigError: sizes or blocks that do not fit together. DataError: weights of another network.
     """
+    if config.defense == "comdefend":
+        return ComDefend(shapes.channels, width=config.width, sigma=config.reformer_sigma, seed=config.seed)
     classifier = build_classifier(
         config.arch,
         num_classes=shapes.num_classes,
@@ -60,34 +74,46 @@ def build_net(config: TrainConfig, shapes: Shapes) -> ResNet18 | DefendNet:
         std=config.normalize_std,
         seed=config.seed,
     )
-    if config.defense == "none":
+    if weights is not None:
+        load_weights(classifier, dict(weights), config.pretrained, replace_head=config.replace_head)
+    if config.defense != "defend++":
         return classifier
     return DefendNet(
         classifier,
         shared_blocks=config.shared_blocks,
         sizes=shapes.sizes,
         channels=shapes.channels,
+        decoder=config.decoder,
+        levels=1 if config.targets == "none" else 0,
         seed=config.seed,
     )
 
 
-def classifier_of(net: ResNet18 | DefendNet) -> ResNet18:
+def classifier_of(net: nn.Module) -> nn.Module:
     """The classifier of a network that may or may not have an auto-encoder."""
     return net.classifier if isinstance(net, DefendNet) else net
+
+
+def stored_levels(config: TrainConfig) -> bool:
+    """Whether training reads levels from the shards: not without targets for them, nor where crops need new ones."""
+    return config.defense == "defend++" and config.targets != "none" and config.augment != "crop_flip"
 
 
 class PhaseModule(nn.Module):
     """The loss of one phase as a module over exactly the parameters that the phase trains.
 
-    classifier: L_cls. autoencoder: L_rec. joint: L_cls + w * L_rec (eq. 3).
+    classifier: L_cls. autoencoder: L_rec. joint: L_cls + w * L_rec (eq. 3). adversarial: L_cls of examples, and of the clean
+    images too where ``adversarial_share`` is below 1. reformer: ComDefend's own.
     """
 
-    def __init__(self, net: ResNet18 | DefendNet, phase: Phase, config: TrainConfig) -> None:
+    def __init__(self, net: nn.Module, phase: Phase, config: TrainConfig) -> None:
         super().__init__()
         self.phase = phase
         self.config = config
-        if phase == "classifier":
+        if phase in ("classifier", "adversarial"):
             self.classifier = classifier_of(net)
+        elif phase == "reformer":
+            self.reformer = net
         elif not isinstance(net, DefendNet):
             raise ValueError(f"phase {phase!r} needs an auto-encoder")
         elif phase == "autoencoder":
@@ -96,20 +122,32 @@ class PhaseModule(nn.Module):
             self.net = net
 
     def forward(
-        self, images: Tensor, labels: Tensor, targets: Sequence[Tensor], noise: Noise | None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Sequence[Tensor],
+        noise: Noise | None,
+        adversarial: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (a scalar) and its detached terms: loss_cls, rec_0, rec_1, ...
 
         Args:
             images: float [N, C, W, W] in [0,1], what the network sees.
             targets: the clean levels that have a target, level 0 first.
-            noise: added to the latent, or to the images, as the config says.
+            noise: added to the latent, or to the images, as the config says; to a reformer's code.
+            adversarial: examples of ``images``, phase "adversarial" only.
         """
+        if self.phase == "reformer":
+            loss, terms = self.reformer.training_loss(images, noise)
+            return loss, {**terms, "loss": loss.detach()}
+        if self.phase == "adversarial":
+            assert adversarial is not None
+            return self._adversarial(images, labels, adversarial)
         latent_noise = noise if self.config.noise_location == "latent" else None
         if noise is not None and self.config.noise_location == "input":
             images = noise(images)
-        terms: dict[str, Tensor] = {}
-        loss = None
+        terms = {}
+        loss: Tensor | None = None
         reconstruction = None
         if self.phase == "autoencoder":
             reconstruction = self.autoencoder(images, latent_noise)
@@ -130,17 +168,28 @@ class PhaseModule(nn.Module):
         terms["loss"] = loss.detach()
         return loss, terms
 
+    def _adversarial(self, images: Tensor, labels: Tensor, adversarial: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        share = self.config.adversarial_share
+        loss = F.cross_entropy(self.classifier(adversarial).float(), labels)
+        terms = {"loss_adv": loss.detach()}
+        if share < 1:
+            clean = F.cross_entropy(self.classifier(images).float(), labels)
+            terms["loss_cls"] = clean.detach()
+            loss = mixed_loss(clean, loss, share)
+        return loss, {**terms, "loss": loss.detach()}
+
 
 def gaussian_noise(config: TrainConfig, step: int, rank: int, device: torch.device) -> Noise | None:
-    """The noise of one step (sec. 4.2), or None. Its stream follows from seed, step and rank alone, so a continued run
-    draws what the unbroken one would have drawn."""
-    if config.noise_location == "none" or config.noise_sigma == 0:
+    """The noise of one step (sec. 4.2; ComDefend's code), or None. Its stream follows from seed, step and rank alone, so a
+    continued run draws what the unbroken one would have drawn."""
+    sigma = config.reformer_sigma if config.defense == "comdefend" else config.noise_sigma
+    if (config.noise_location == "none" and config.defense != "comdefend") or sigma == 0:
         return None
     generator = torch.Generator(device).manual_seed(stream_seed(config.seed, step, rank))
 
     def add(x: Tensor) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return x + (config.noise_sigma * noise).to(x.dtype)
+        return x + (sigma * noise).to(x.dtype)
 
     return add
 
@@ -154,12 +203,55 @@ def stream_seed(*parts: int) -> int:
     return value >> 1
 
 
-def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD over every parameter of both networks: momentum is kept per parameter over changes of phase.
+def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD (or Adam) over every parameter of both networks: momentum is kept per parameter over changes of phase.
 
-    A parameter without a gradient in a phase keeps its value and its momentum: SGD skips it.
+    A parameter without a gradient in a phase keeps its value and its momentum: the optimizer skips it.
     """
+    if config.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def augmented(batch: Batch, config: TrainConfig, step: int, rank: int) -> Batch:
+    """The batch of one step, flipped and cropped as ``config.augment`` says; its stream follows from seed, step and rank.
+
+    Stored levels are flipped with their image: the low-pass operator commutes with a flip, though not with a crop (sec. 3.3's
+    operator acts on the whole image; docs/method.md).
+    """
+    if config.augment == "none":
+        return batch
+    images = batch.images
+    n, _, height, width = images.shape
+    generator = torch.Generator().manual_seed(stream_seed(config.seed, step, rank, AUGMENT_STREAM))
+    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device).view(n, 1, 1, 1)
+    flipped = [torch.where(flip, x.flip(-1), x) for x in (images, *batch.levels)]
+    if config.augment == "flip":
+        return replace(batch, images=flipped[0], levels=tuple(flipped[1:]))
+    p = config.crop_padding
+    offsets = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator).to(images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)
+    columns = offsets[1] + torch.arange(width, device=images.device)
+    padded = F.pad(flipped[0], (p, p, p, p))
+    cropped = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return replace(batch, images=cropped.permute(0, 3, 1, 2).contiguous(), levels=())
+
+
+def targets_of(images: Tensor, batch: Batch, config: TrainConfig, sizes: Sequence[int]) -> list[Tensor]:
+    """The levels that have a target, level 0 first: stored ones, or computed from ``images`` (float, in [0,1])."""
+    if config.defense != "defend++" or config.targets == "none":
+        return [images]
+    if config.augment != "crop_flip":
+        return [images, *(level.float() for level in batch.levels)]
+    pyramid = linear_pyramid if config.targets == "linear" else lowpass_pyramid
+    return pyramid(images, sizes)
+
+
+def adversarial_spec(config: TrainConfig) -> AttackSpec:
+    """The attack of adversarial training."""
+    eps, steps = config.adversarial_eps, config.adversarial_steps
+    text = {"fgsm": f"fgsm:eps={eps}", "pgd": f"pgd:eps={eps},steps={steps}", "ddn": f"ddn:steps={steps}"}
+    return AttackSpec.parse(text[config.adversarial_attack])
 
 
 def train_step(
@@ -169,20 +261,37 @@ def train_step(
     *,
     lr: float,
     config: TrainConfig,
+    sizes: Sequence[int] = (),
     noise: Noise | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, backward and one step of SGD. Returns the detached terms of the loss (see PhaseModule.forward).
+    """Forward, backward and one step of the optimizer. Returns the detached terms of the loss (see PhaseModule.forward).
 
     Args:
         module: a PhaseModule, or DDP around one.
+        sizes: level sizes in pixels, level 0 first; needed where levels are computed and not stored (``targets_of``).
+        generator: of the attack of adversarial training.
     """
     device = batch.images.device
-    images = batch.images.float().div_(255)
-    targets = [images, *(level.float() for level in batch.levels)]
+    # into memory of the plain format: a crop of grey images has strides that read as channels-last too, in which PyTorch's
+    # float32 gradients on CPU corrupt memory (see components.config)
+    images = torch.empty(batch.images.shape, device=device).copy_(batch.images).div_(255)
+    targets = targets_of(images, batch, config, sizes)
     network_input = images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
     optimizer.zero_grad(set_to_none=True)
+    phase_module = getattr(module, "module", module)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        loss, terms = module(network_input, batch.labels, targets, noise)
+        examples = None
+        if phase_module.phase == "adversarial":
+            examples = adversarial_examples(
+                phase_module.classifier,  # not the wrapped module: DDP would count these passes as steps
+                network_input,
+                batch.labels,
+                adversarial_spec(config),
+                generator=generator,
+                max_norm=config.adversarial_max_norm,
+            )
+        loss, terms = module(network_input, batch.labels, targets, noise, examples)
     loss.backward()
     if config.clip_norm:
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
@@ -194,15 +303,20 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_sums(net: ResNet18 | DefendNet, batch: Batch, config: TrainConfig) -> Tensor:
+def validation_sums(net: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
     """float64 [3]: how many are right, how many there are, and the summed squared error per pixel of level 0.
 
-    The network must be in eval mode. The last entry is 0 without an auto-encoder.
+    The network must be in eval mode. What it does not have (a classifier, a reconstruction) counts 0.
     """
     images = batch.images.float().div_(255)
+    right = torch.zeros((), device=images.device)
+    reconstruction = images
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        logits = classifier_of(net)(images)
-        reconstruction = net.autoencoder(images)[0] if isinstance(net, DefendNet) else images
-    right = (logits.argmax(1) == batch.labels).sum()
+        if isinstance(net, ComDefend):
+            reconstruction = net(images)
+        else:
+            right = (classifier_of(net)(images).argmax(1) == batch.labels).sum()
+        if isinstance(net, DefendNet):
+            reconstruction = net.autoencoder(images)[0]
     error = (reconstruction.float() - images).square().mean((1, 2, 3)).sum()
     return torch.stack([right.double(), torch.tensor(float(len(images)), device=right.device).double(), error.double()])

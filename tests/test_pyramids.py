@@ -35,7 +35,7 @@ from pipeline.storage import Storage, StorageError
 ROOT = Path(__file__).resolve().parents[1]
 DATA = DataConfig(train_limit=700, test_limit=130)
 SMALL = PyramidConfig(rows_per_shard=100)
-BARE = PyramidConfig(rows_per_shard=20, targets="none")
+BARE = PyramidConfig(rows_per_shard=20)
 """Without levels: new worker processes need not import torch, which takes most of a build's time here."""
 
 
@@ -141,7 +141,7 @@ def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize(("targets", "dtype"), [("linear", "float32"), ("none", "float16")])
 def test_other_targets(ray_cluster: str, storage: Storage, targets: Any, dtype: Any) -> None:
-    made = build(DATA, PyramidConfig(targets=targets, dtype=dtype), storage, "test")
+    made = build(DATA, PyramidConfig(dtype=dtype), storage, "test", targets=targets)
     columns = made.read_shard(0)
     if targets == "none":
         assert (made.level_sizes, made.level_columns) == ((28,), ())
@@ -183,13 +183,17 @@ def test_address_follows_all_that_the_content_follows_from(tmp_path: Path) -> No
             (dataclasses.replace(DATA, validation_fraction=0.2), SMALL, "train"),
             (dataclasses.replace(DATA, split_seed=1), SMALL, "train"),
             (dataclasses.replace(DATA, channels=3), SMALL, "train"),
+            (dataclasses.replace(DATA, resize="crop"), SMALL, "train"),
             (DATA, PyramidConfig(), "train"),
-            (DATA, dataclasses.replace(SMALL, targets="linear"), "train"),
             (DATA, dataclasses.replace(SMALL, dtype="float32"), "train"),
             (DATA, dataclasses.replace(SMALL, levels=2), "train"),
         ]
     }
     assert len(addresses) == 11
+    linear, none = (address_of(DATA, SMALL, "train", targets=t) for t in ("linear", "none"))  # type: ignore[arg-type]
+    assert len({linear, none, *addresses}) == 13
+    # images alone have no levels whose precision could count
+    assert address_of(DATA, dataclasses.replace(SMALL, dtype="float32"), "train", targets="none") == none
     # and on nothing else: not the place of the files, nor, for the test images, the validation split
     shutil.copytree(ROOT / "pipeline" / "data" / "mnist-sample", tmp_path / "copy")
     copy = dataclasses.replace(DATA, source=f"parquet:{tmp_path / 'copy'}")
@@ -276,13 +280,13 @@ class SlowStorage(Storage):
 
 ray.init(address=sys.argv[1], log_to_driver=False)
 data = DataConfig(train_limit=700, test_limit=130)
-build(data, PyramidConfig(rows_per_shard=20, targets="none"), SlowStorage(sys.argv[2]), "train")
+build(data, PyramidConfig(rows_per_shard=20), SlowStorage(sys.argv[2]), "train", targets="none")
 """
 
 
 @pytest.mark.cluster
 def test_killed_and_continued_equals_unbroken(ray_cluster: str, storage: Storage, tmp_path: Path) -> None:
-    unbroken = build(DATA, BARE, storage, "train")
+    unbroken = build(DATA, BARE, storage, "train", targets="none")
     directory = tmp_path / unbroken.address
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, ray_cluster, str(tmp_path)],
@@ -311,7 +315,7 @@ def test_killed_and_continued_equals_unbroken(ray_cluster: str, storage: Storage
         os.utime(leftover, (time.time() - 1000,) * 2)
 
     calls: list[tuple[int, int]] = []
-    build(DATA, BARE, Storage(tmp_path), "train", progress=lambda *a: calls.append(a)).verify()
+    build(DATA, BARE, Storage(tmp_path), "train", targets="none", progress=lambda *a: calls.append(a)).verify()
     assert files(Storage(tmp_path), unbroken.address) == files(storage, unbroken.address)
     assert {name: (directory / name).stat().st_ino for name in finished} == finished  # kept, not made again
     assert calls[-1] == (unbroken.num_rows, unbroken.num_rows)

@@ -1,0 +1,193 @@
+"""What several evaluations say together: over the seeds, against a reference, and beside the paper."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from components.attacks.spec import AttackSpec
+from components.config import Experiment, from_dict
+from components.errors import ConfigError
+from pipeline import paper
+
+Row = dict[str, Any]
+CONFIDENCE = 0.95
+
+
+def experiment_of(record: Mapping[str, Any]) -> Experiment:
+    """The config of a run out of its record."""
+    return from_dict(Experiment, record["experiment"])
+
+
+def by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, str], dict[int, Row]]:
+    """(model as named in the recipe, threat model, attack) -> replicate -> evaluation."""
+    replicates = experiment_of(record).replicates()
+    out: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for e in record["evaluations"]:
+        base, replicate = replicates[e["model"]]
+        out.setdefault((base, e["threat_model"], e["attack"]), {})[replicate] = e
+    return out
+
+
+def spread(values: Sequence[float]) -> Row:
+    """Mean, standard deviation over the seeds (None for one), least and greatest."""
+    return {
+        "seeds": len(values),
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def over_seeds(record: Mapping[str, Any]) -> list[Row]:
+    """Mean and spread over the replicates of each model under each attack; empty for a run of one seed."""
+    if experiment_of(record).seeds < 2:
+        return []
+    out = []
+    for (model, threat, attack), replicates in by_seed(record).items():
+        metrics = [e["metrics"] for e in replicates.values()]
+        row = {"model": model, "threat_model": threat, "attack": attack, "n": sum(e["n"] for e in replicates.values())}
+        row |= {f"accuracy_{k}" if k != "seeds" else k: v for k, v in spread([m["accuracy"] for m in metrics]).items()}
+        norms = [m["l2_median"] for m in metrics if m.get("curve") and m.get("l2_median") is not None]
+        row["l2_median_mean"] = statistics.fmean(norms) if norms else None
+        out.append(row)
+    return out
+
+
+def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
+    """Accuracy of every other model less the reference's, paired by replicate, with a 95 % interval over the seeds.
+
+    ``resolved`` says whether the interval leaves out 0: the difference is larger than what seeds alone make (Student's t over
+    the paired differences; with three seeds that takes 2.5 standard deviations of them). Not corrected for the number of
+    comparisons.
+    """
+    experiment = experiment_of(record)
+    if experiment.seeds < 2:
+        return []
+    cells = by_seed(record)
+    out = []
+    for (model, threat, attack), mine in cells.items():
+        theirs = cells.get((reference, threat, attack), {})
+        common = sorted(mine.keys() & theirs.keys())
+        if model == reference or len(common) < 2:
+            continue
+        values = [mine[r]["metrics"]["accuracy"] - theirs[r]["metrics"]["accuracy"] for r in common]
+        mean, sd = statistics.fmean(values), statistics.stdev(values)
+        half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * sd / len(values) ** 0.5
+        out.append(
+            {
+                "model": model,
+                "reference": reference,
+                "threat_model": threat,
+                "attack": attack,
+                "seeds": len(values),
+                "difference": mean,
+                "half_width": half,
+                "resolved": abs(mean) > half,
+            }
+        )
+    return out
+
+
+def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
+    """Models that others are compared with: the first control and the first defended model, as named in the recipe."""
+    replicates = experiment_of(record).replicates()
+    out = []
+    for wanted in ("control", "defended"):
+        found = next((replicates[name][0] for name, role in roles.items() if role == wanted), None)
+        if found:
+            out.append(found)
+    return out
+
+
+def beside_paper(record: Mapping[str, Any]) -> list[Row]:
+    """Each cell of the paper's table with all that this run has for it.
+
+    A recipe's model is named as the paper's row (``pipeline/paper.py``), with ``-ARCH`` behind it where a table has several.
+    The paper says "white-box" of all its columns; some can only be transfer (docs/evaluation.md), so both stand here.
+
+    Returns:
+        One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
+        {threat_model, attack, n, accuracy, low, high, seeds, sd}; ``ours`` is empty where the run has nothing.
+    """
+    experiment = experiment_of(record)
+    if not experiment.paper:
+        return []
+    variants, replicates = experiment.variants(), experiment.replicates()
+    first = {base: name for name, (base, _) in reversed(list(replicates.items()))}
+    archs = {base: variants[name].arch.removesuffix("_bn") for base, name in first.items()}
+    cells = by_seed(record)
+    out = []
+    for printed in paper.printed(experiment.paper):
+        entry: Row = {
+            "where": printed.where,
+            "row": printed.row,
+            "title": printed.printed_row,
+            "column": printed.column,
+            "arch": printed.arch,
+            "made_on": printed.made_on,
+            "paper": printed.text,
+            "note": printed.note,
+            "ours": [],
+        }
+        for (base, threat, attack), found in cells.items():
+            if not _is_row(printed.row, base.partition("-")[0], threat):
+                continue
+            if archs[base] != printed.arch or _column(threat, attack) != printed.column:
+                continue
+            if printed.made_on and not _made_on(threat, printed.made_on, archs, base):
+                continue
+            if not printed.made_on and ":" in threat:
+                continue
+            ours = list(found.values())
+            metrics = [e["metrics"] for e in ours]
+            entry["ours"].append(
+                {
+                    "threat_model": threat,
+                    "attack": attack,
+                    "n": ours[0]["n"],
+                    "low": min(m["accuracy_low"] for m in metrics),
+                    "high": max(m["accuracy_high"] for m in metrics),
+                    **spread([m["accuracy"] for m in metrics]),
+                }
+            )
+        out.append(entry)
+    return out
+
+
+def _is_row(printed_row: str, row: str, threat: str) -> bool:
+    """Whether evaluations of a model named ``row`` under a threat model belong to a row of the paper."""
+    if printed_row == "comdefend":  # grey-box; the white-box one has a row of its own
+        return row == "comdefend" and threat != "white_box"
+    if printed_row == "comdefend_wb":
+        return row == "comdefend" and threat in ("clean", "white_box")
+    if printed_row == "shared4":  # "ours is equivalent to 4 shared blocks"
+        return row == "defend"
+    return row == printed_row
+
+
+def _column(threat: str, attack: str) -> str:
+    """The paper's name of a column; empty where it has none."""
+    if threat == "clean":
+        return "clean"
+    if threat == "random":
+        return ""
+    try:
+        spec = AttackSpec.parse(attack)
+    except ConfigError:  # an attack of another version
+        return ""
+    return spec.name
+
+
+def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
+    """Whether examples of this threat model are made on a network of that architecture (tables 7 and 8)."""
+    if threat == "clean":
+        return True
+    if threat in ("white_box", "transfer"):
+        return archs[base] == arch
+    named = threat.partition(":")[2]
+    return bool(named) and named != base and archs.get(named) == arch

@@ -1,0 +1,82 @@
+"""Weights to start from: a local file, any storage, or torchvision's; copied once to the run's storage for its workers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+
+from components.config import ConfigError, TrainConfig
+from components.errors import DataError
+from pipeline.storage import Storage
+
+
+def read(config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors that ``train.pretrained`` names.
+
+    Raises:
+        StorageError: the file does not exist. DataError: it holds no tensors, or torchvision's cannot be had.
+        ConfigError: torchvision has no such weights of this architecture.
+    """
+    where = config.pretrained
+    if where.startswith("torchvision:"):
+        return _torchvision(config.arch, where.partition(":")[2])
+    text = where if "://" in where else str(Path(where).expanduser().absolute())
+    parent, _, name = text.rpartition("/")
+    data = Storage(parent or "/").read_bytes(name)
+    try:
+        if name.endswith(".safetensors"):
+            return dict(safetensors_load(data))
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as e:  # both formats' own errors are of several kinds
+        raise DataError(f"train.pretrained: {text} cannot be read ({type(e).__name__}: {e}); copy it again") from e
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DataError(f"train.pretrained: {text} holds no dictionary of tensors; give a state_dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
+    from torchvision.models import get_model_weights
+
+    try:
+        known = get_model_weights(arch)
+    except ValueError:
+        raise ConfigError.of(
+            "train.pretrained", f"torchvision:{name}", f"a file: torchvision has no architecture {arch}"
+        ) from None
+    if name not in known.__members__:
+        allowed = " or ".join(f"torchvision:{k}" for k in known.__members__)
+        raise ConfigError.of("train.pretrained", f"torchvision:{name}", allowed)
+    try:
+        return dict(known[name].get_state_dict(progress=False, check_hash=True))
+    except OSError as e:
+        raise DataError(
+            f"train.pretrained: torchvision:{name} of {arch} cannot be downloaded ({e}); where there is no internet, give the "
+            "path of the .pth file"
+        ) from e
+
+
+def fetch(config: TrainConfig, root: Storage) -> str:
+    """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, if they are not there, and return that address."""
+    data = safetensors_save({k: v.contiguous() for k, v in sorted(read(config).items())})
+    address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    if not root.exists(address):
+        root.write_bytes(address, data)
+    return address
+
+
+def load(root: Storage, address: str) -> dict[str, Tensor]:
+    """What :func:`fetch` copied. Raises StorageError or DataError."""
+    data = root.read_bytes(address)
+    try:
+        return dict(safetensors_load(data))
+    except Exception as e:
+        raise DataError(f"{root.uri}/{address} is corrupt ({e}); delete it and run the same command again") from e

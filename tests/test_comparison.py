@@ -1,0 +1,214 @@
+"""What evaluations say together: which examples meet which model, the spread over seeds, and the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from typing import Any
+
+import pytest
+
+from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
+from pipeline import comparison, paper, report
+from pipeline.attack import Model, plan
+from pipeline.recipes import PAPER, RECIPES
+
+
+def subjects(experiment: Experiment) -> list[Model]:
+    """Models of an experiment, as run.py makes them, without weights."""
+    found: dict[str, Model] = {}
+    variants = experiment.variants()
+    for name in sorted(variants, key=lambda n: variants[n].defense == "comdefend"):
+        behind = found[experiment.source_of(name) or ""] if variants[name].defense == "comdefend" else None
+        found[name] = Model(name=name, path=f"models/{name}", sha256=name, classifier=behind)
+    return [found[name] for name in variants]
+
+
+def planned(experiment: Experiment) -> list[dict[str, Any]]:
+    """The evaluations of an experiment as run.json has them, with accuracies that differ everywhere."""
+    out = []
+    for i, e in enumerate(plan(subjects(experiment), experiment)):
+        accuracy = (i % 97) / 100
+        metrics = {"accuracy": accuracy, "accuracy_low": accuracy, "accuracy_high": accuracy + 0.01}
+        out.append(
+            {
+                "model": e.model.name,
+                "source": e.source.name if e.source else None,
+                "threat_model": e.threat_model,
+                "attack": e.attack,
+                "n": 100,
+                "metrics": metrics,
+            }
+        )
+    return out
+
+
+def record_of(experiment: Experiment) -> dict[str, Any]:
+    return {"experiment": to_dict(experiment), "evaluations": planned(experiment), "models": {}}
+
+
+SMALL = Experiment(
+    name="x",
+    train=TrainConfig(width=8),
+    models=("no_defense:defense=none", "control:defense=none,seed=1", "comdefend:defense=comdefend", "defend:seed=1"),
+    evaluation=EvaluationConfig(attacks=("noise:eps=0.2", "fgsm:eps=0.2", "bim:eps=0.2,steps=3")),
+)
+
+
+def test_a_reformer_is_grey_box_where_its_own_classifier_is_attacked() -> None:
+    evaluations = plan(subjects(SMALL), SMALL)
+    of = {(e.model.name, e.threat_model, e.attack.partition(":")[0]): e for e in evaluations}
+    grey = of["comdefend", "grey_box", "fgsm"]
+    assert grey.source is not None
+    assert grey.source.name == "no_defense"
+    assert ("comdefend", "transfer", "fgsm") not in of
+    white = of["comdefend", "white_box", "bim"]
+    assert white.source == white.model  # through the reformer, not around it
+    assert white.early_leaving
+    assert not of["comdefend", "grey_box", "bim"].early_leaving
+    assert not of["defend", "transfer", "bim"].early_leaving
+    assert white.model.identity == "comdefend+no_defense"
+    assert white.model.address == "models/comdefend+models/no_defense"
+    assert ("no_defense", "transfer", "fgsm") not in of
+
+
+def test_examples_of_a_named_model_meet_every_other() -> None:
+    experiment = dataclasses.replace(
+        SMALL, seeds=2, evaluation=dataclasses.replace(SMALL.evaluation, threat_models=("transfer:defend",))
+    )
+    found = [e for e in plan(subjects(experiment), experiment) if e.threat_model == "transfer:defend"]
+    pairs = {(e.source.name if e.source else "", e.model.name) for e in found}
+    assert pairs == {(f"defend-s{r}", f"{m}-s{r}") for r in (0, 1) for m in ("no_defense", "control", "comdefend")}
+
+
+def with_accuracies(values: dict[str, list[float]]) -> dict[str, Any]:
+    """A record of one FGSM column; ``values``: model -> accuracy by seed."""
+    seeds = len(next(iter(values.values())))
+    experiment = dataclasses.replace(SMALL, seeds=seeds)
+    evaluations = [
+        {
+            "model": f"{model}-s{r}",
+            "source": None,
+            "threat_model": "transfer",
+            "attack": "fgsm:eps=0.2",
+            "n": 300,
+            "metrics": {"accuracy": a, "accuracy_low": a - 0.02, "accuracy_high": a + 0.02},
+        }
+        for model, accuracies in values.items()
+        for r, a in enumerate(accuracies)
+    ]
+    return {"experiment": to_dict(experiment), "evaluations": evaluations, "models": {}}
+
+
+def test_mean_and_spread_over_the_seeds() -> None:
+    record = with_accuracies({"control": [0.6, 0.7, 0.8], "defend": [0.9, 0.9, 0.9]})
+    control, defend = comparison.over_seeds(record)
+    assert (control["model"], control["seeds"], control["n"]) == ("control", 3, 900)
+    assert control["accuracy_mean"] == pytest.approx(0.7)
+    assert control["accuracy_sd"] == pytest.approx(statistics.stdev([0.6, 0.7, 0.8]))
+    assert (control["accuracy_min"], control["accuracy_max"]) == (0.6, 0.8)
+    assert defend["accuracy_sd"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_difference_counts_only_beyond_the_seeds() -> None:
+    """Paired: the same large spread in both cancels; Student's t of three pairs has the known factor 4.303."""
+    record = with_accuracies({"control": [0.5, 0.7, 0.9], "defend": [0.56, 0.75, 0.96]})
+    (row,) = comparison.differences(record, "control")
+    assert row["difference"] == pytest.approx((0.06 + 0.05 + 0.06) / 3)
+    sd = statistics.stdev([0.06, 0.05, 0.06])
+    assert row["half_width"] == pytest.approx(4.3027 * sd / 3**0.5, rel=1e-3)
+    assert row["resolved"]
+    record = with_accuracies({"control": [0.5, 0.7, 0.9], "defend": [0.66, 0.65, 0.86]})
+    (row,) = comparison.differences(record, "control")
+    assert not row["resolved"]
+
+
+def test_one_seed_has_no_spread() -> None:
+    record = record_of(SMALL)
+    assert comparison.over_seeds(record) == []
+    assert comparison.differences(record, "control") == []
+
+
+TABLES = [f"{name}-{scale}" for name, (_, scales) in PAPER.items() for scale in scales if name.startswith("table")]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_number_of_a_table_has_one_of_ours_beside_it(name: str) -> None:
+    experiment = RECIPES[name].make()
+    record = record_of(experiment)
+    rows = comparison.beside_paper(record)
+    wanted = paper.printed(experiment.paper)
+    assert [r["paper"] for r in rows] == [p.text for p in wanted]
+    # what stands in sec. 4.2 but is no evaluation of it: gains, and what it repeats from other tables
+    lacking = {(r["row"], r["column"]) for r in rows if not r["ours"]}
+    if experiment.paper == "sec4.2":
+        assert not [pair for pair in lacking if pair[1] == "pgd" or pair[0] == "adv_pgd"]
+    else:
+        assert not lacking
+
+
+def test_a_paper_cell_gets_the_right_evaluations() -> None:
+    experiment = RECIPES["table7-smoke"].make()
+    record = record_of(experiment)
+    (row,) = [
+        r
+        for r in comparison.beside_paper(record)
+        if (r["row"], r["arch"], r["made_on"]) == ("defend", "vgg16", "resnet18")
+    ]
+    accuracy = {
+        e["threat_model"]: e["metrics"]["accuracy"]
+        for e in record["evaluations"]
+        if e["model"] == "defend-vgg16" and e["attack"].startswith("fgsm")
+    }
+    assert {o["threat_model"]: o["mean"] for o in row["ours"]} == {
+        t: accuracy[t] for t in ("transfer:no_defense-resnet18", "transfer:defend-resnet18")
+    }
+    experiment = RECIPES["table2-smoke"].make()
+    rows = {(r["row"], r["column"]): r for r in comparison.beside_paper(record_of(experiment))}
+    assert [o["threat_model"] for o in rows["comdefend", "fgsm"]["ours"]] == ["grey_box"]
+    assert [o["threat_model"] for o in rows["comdefend_wb", "fgsm"]["ours"]] == ["white_box"]
+    assert [o["threat_model"] for o in rows["comdefend_wb", "clean"]["ours"]] == ["clean"]
+    assert [o["threat_model"] for o in rows["defend", "bim"]["ours"]] == ["white_box", "transfer"]
+
+
+def test_roles_and_titles() -> None:
+    record = record_of(SMALL)
+    assert report.roles(record) == {
+        "no_defense": "source",
+        "control": "control",
+        "comdefend": "defended",
+        "defend": "defended",
+    }
+    assert comparison.references(record, report.roles(record)) == ["control", "comdefend"]
+    assert report.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
+    assert report.threat_title("grey_box") == "grey-box"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_complete(name: str) -> None:
+    recipe = RECIPES[name]
+    experiment = recipe.make()
+    assert experiment.name in (name, f"{name}-fast")
+    assert recipe.cost
+    assert experiment.description
+    if experiment.scale == "paper":
+        assert experiment.data.validation_fraction == 0
+        assert experiment.train.lr_schedule == "step" or name.startswith("fig2")
+
+
+def test_tables_share_the_models_that_they_have_in_common() -> None:
+    """Trained once: the same canonical config in both tables."""
+    for scale in ("smoke", "fast", "paper"):
+        one, two, three = (RECIPES[f"{t}-{scale}"].make().variants() for t in ("table1", "table2", "table2-pgd"))
+        for name in ("no_defense", "control", "defend"):
+            assert one[name].canonical() == two[name].canonical() == three[name].canonical()
+        for name in ("adv_fgsm", "adv_ddn", "comdefend", "defend_gn"):
+            assert two[name].canonical() == three[name].canonical()
+        assert one["defend"].canonical() != one["shared3"].canonical()
+
+
+def test_figure_7_has_the_papers_eps() -> None:
+    attacks = RECIPES["fig7-smoke"].make().evaluation.attacks
+    assert attacks == tuple(
+        f"fgsm:eps={e}" for e in ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
+    )
