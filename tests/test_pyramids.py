@@ -342,7 +342,7 @@ def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.Monke
 
 
 def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
-    plan = pyramids._plan(DATA, SMALL, "train")
+    plan = pyramids._plan(DATA, SMALL, "train", "lowpass")
     other = pyramids._plan(dataclasses.replace(DATA, split_seed=1), SMALL, "train")
     directory = Storage(tmp_path)
     for shard in (0, 1):
@@ -440,7 +440,7 @@ def test_memory_follows_the_shard_not_the_data_set(tmp_path: Path) -> None:
         write_parquet(directory / "train.parquet", encoded * (rows // 50), [0] * rows, group=500)
         data = DataConfig(source=f"parquet:{directory}", validation_fraction=0)
         tracemalloc.start()
-        plan = pyramids._plan(data, SMALL, "train")
+        plan = pyramids._plan(data, SMALL, "train", "lowpass")
         task = pickle.loads(pickle.dumps(plan))
         arrow = pa.total_allocated_bytes()
         for shard in (0, plan.num_shards - 1):
