@@ -343,7 +343,7 @@ def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.Monke
 
 def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
     plan = pyramids._plan(DATA, SMALL, "train", "lowpass")
-    other = pyramids._plan(dataclasses.replace(DATA, split_seed=1), SMALL, "train")
+    other = pyramids._plan(dataclasses.replace(DATA, split_seed=1), SMALL, "train", "lowpass")
     directory = Storage(tmp_path)
     for shard in (0, 1):
         pyramids._write_shard(directory, shard, (plan if shard else other).table(shard))
