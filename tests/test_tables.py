@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,73 +25,62 @@ def run_recipe(name: str, storage: Path, *more: str) -> tuple[dict[str, Any], di
     return record, json.loads((directory / "report" / "table.json").read_text())
 
 
+Result = tuple[Path, dict[str, Any], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def table2(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Table 2 with two seeds: every defense on MNIST."""
+def defenses(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """Every defense on MNIST: table 2 with Adv. PGD and the PGD column."""
     storage = tmp_path_factory.mktemp("tables")
-    return storage, *run_recipe("table2-smoke", storage, "--seeds", "2")
+    return storage, *run_recipe("table2-pgd-smoke", storage)
 
 
-def test_every_defense_meets_its_threat_models(table2: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
-    _, record, _ = table2
+def test_every_defense_meets_its_threat_models(defenses: Result) -> None:
+    _, record, table = defenses
     found: dict[str, set[str]] = {}
     for e in record["evaluations"]:
         found.setdefault(e["model"], set()).add(e["threat_model"])
         if e["threat_model"] in ("transfer", "grey_box"):
-            assert e["source"] == f"no_defense-{e['model'][-2:]}"
-    assert len(found) == 14
+            assert e["source"] == "no_defense"
+    assert len(found) == 8
     for model, threats in found.items():
         wanted = {"clean", "random", "white_box"}
-        if model.startswith("comdefend"):
-            wanted |= {"grey_box"}
-        elif not model.startswith("no_defense"):
-            wanted |= {"transfer"}
+        wanted |= {"grey_box"} if model == "comdefend" else set() if model == "no_defense" else {"transfer"}
         assert threats == wanted, model
-
-
-def test_the_report_has_the_paper_beside_and_the_spread(table2: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
-    storage, record, table = table2
-    assert len(table["paper"]) == 35
-    assert all(row["ours"] for row in table["paper"])
-    assert all(o["seeds"] == 2 for row in table["paper"] for o in row["ours"])
-    cells = {(r["model"], r["threat_model"], r["attack"]): r for r in table["over_seeds"]}
-    for (model, threat, attack), row in cells.items():
-        values = [
-            e["metrics"]["accuracy"]
-            for e in record["evaluations"]
-            if e["model"].rpartition("-")[0] == model and (e["threat_model"], e["attack"]) == (threat, attack)
-        ]
-        assert row["accuracy_mean"] == pytest.approx(sum(values) / 2)
-    assert table["differences"]
-    (directory,) = storage.glob("runs/table2-smoke-*")
-    html = (directory / "report" / "report.html").read_text()
-    for part in ("Beside the paper", "Over the seeds", "grey-box", "ComDefend-wb", "99.47", "scale “smoke”"):
-        assert part in html
-
-
-def test_comdefend_stands_in_front_of_the_undefended_classifier(
-    table2: tuple[Path, dict[str, Any], dict[str, Any]],
-) -> None:
-    storage, record, _ = table2
-    paths = {name: storage / model["path"] for name, model in record["models"].items()}
-    model = load_reformed(paths["comdefend-s0"], paths["no_defense-s0"])
-    images = torch.rand(4, 1, 28, 28)
-    assert model(images).shape == (4, 10)
-    assert record["models"]["comdefend-s0"]["clean_validation"] is None
-    assert record["models"]["comdefend-s0"]["reconstruction_validation"] > 0
-
-
-def test_another_table_trains_only_what_it_has_more(table2: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
-    storage, record, _ = table2
-    before = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")}
-    pgd, table = run_recipe("table2-pgd-smoke", storage, "--seeds", "2")
-    after = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")}
-    assert {f: after[f] for f in before} == before
-    new = {f.parent.name for f in after.keys() - before.keys()}
-    assert new == {Path(pgd["models"][f"adv_pgd-s{r}"]["path"]).name for r in (0, 1)}
-    assert pgd["models"]["defend-s0"]["path"] == record["models"]["defend-s0"]["path"]
     printed = {(r["row"], r["column"]): r["ours"] for r in table["paper"]}
     assert {o["threat_model"] for o in printed["adv_pgd", "pgd"]} == {"white_box", "transfer"}
+
+
+def test_the_report_has_the_paper_beside(defenses: Result) -> None:
+    storage, _, _ = defenses
+    (directory,) = storage.glob("runs/table2-pgd-smoke-*")
+    html = (directory / "report" / "report.html").read_text()
+    for part in ("Beside the paper", "grey-box", "ComDefend", "52.3", "scale “smoke”"):
+        assert part in html
+    assert "| Adv. PGD | resnet18 | pgd | 52.3 |" in (directory / "report" / "table.md").read_text()
+
+
+def test_comdefend_stands_in_front_of_the_undefended_classifier(defenses: Result) -> None:
+    storage, record, _ = defenses
+    paths = {name: storage / model["path"] for name, model in record["models"].items()}
+    model = load_reformed(paths["comdefend"], paths["no_defense"])
+    images = torch.rand(4, 1, 28, 28)
+    assert model(images).shape == (4, 10)
+    assert record["models"]["comdefend"]["clean_validation"] is None
+    assert record["models"]["comdefend"]["reconstruction_validation"] > 0
+
+
+def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
+    """A figure of models that a table has trained: no training at all."""
+    storage, record, _ = defenses
+    before = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")}
+    figure, _ = run_recipe("fig8-smoke", storage)
+    assert {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")} == before
+    assert figure["models"]["defend"]["path"] == record["models"]["defend"]["path"]
+    (directory,) = storage.glob("runs/fig8-smoke-*")
+    assert (directory / "report" / "plots" / "fig8.png").exists()
+    with np.load(directory / "figures.npz") as figures:
+        assert figures["fig8__r__defend"].shape == (8,)
 
 
 def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_path: Path) -> None:
@@ -127,10 +117,23 @@ def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path)
     assert set(record["models"]) == {"no_defense", "defend"}
 
 
-def test_a_model_that_diverges_is_told_and_the_rest_goes_on(ray_cluster: str, tmp_path: Path) -> None:
+def test_seeds_and_a_model_that_diverges(ray_cluster: str, tmp_path: Path) -> None:
+    """Two seeds of each; what diverges is told, and the rest goes on."""
     models = ("--models", "no_defense:defense=none", "control:defense=none,seed=1", "wild:seed=1,lr=1e30")
-    record, _ = run_recipe("eq3-smoke", tmp_path, *models)
-    assert list(record["diverged"]) == ["wild"]
-    assert {e["model"] for e in record["evaluations"]} == {"no_defense", "control"}
+    attacks = ("--evaluation.attacks", "fgsm:eps=0.2")
+    record, table = run_recipe("eq3-smoke", tmp_path, *models, *attacks, "--seeds", "2")
+    assert set(record["diverged"]) == {"wild-s0", "wild-s1"}
+    transferred = {e["model"]: e["source"] for e in record["evaluations"] if e["threat_model"] == "transfer"}
+    assert transferred == {"control-s0": "no_defense-s0", "control-s1": "no_defense-s1"}
     (report,) = tmp_path.glob("runs/eq3-smoke-*/report/report.html")
     assert "training diverged" in report.read_text()
+    assert "Over the seeds" in report.read_text()
+    for row in table["over_seeds"]:
+        values = [
+            e["metrics"]["accuracy"]
+            for e in record["evaluations"]
+            if e["model"].rpartition("-")[0] == row["model"]
+            and (e["threat_model"], e["attack"]) == (row["threat_model"], row["attack"])
+        ]
+        assert row["seeds"] == 2
+        assert row["accuracy_mean"] == pytest.approx(sum(values) / 2)
