@@ -34,12 +34,20 @@ def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str], status: i
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
     experiment = RECIPES[name].make()
-    assert experiment.name == name
+    assert experiment.name in (name, f"{name}-fast")  # a table's name alone is its fast scale
     assert experiment.description
     assert RECIPES[name].cost
-    assert experiment.evaluation.transfer_source in experiment.variants()
-    undefended = [v for v in experiment.variants().values() if v.defense == "none"]
-    assert len({v.seed for v in undefended}) >= 2, "an undefended control of another seed belongs to every comparison"
+    if experiment.scale == "paper":
+        assert experiment.data.validation_fraction == 0
+    variants = experiment.variants()
+    for model, config in variants.items():
+        if config.defense == "none":
+            continue
+        alike = [v for v in variants.values() if (v.defense, v.arch) == ("none", config.arch)]
+        assert len({v.seed for v in alike}) >= 2, "an undefended control of another seed belongs to every comparison"
+        source = experiment.source_of(model)
+        assert source is not None
+        assert variants[source].defense == "none"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +115,7 @@ def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
         (["run", "mnist-demo", "--evaluation.transfer-source", "defend"], ["evaluation.transfer_source", "no_defense"]),
         (["run", "mnist-demo", "--data.source", "cifar"], ["data.source='cifar'", "parquet:DIR"]),
         (["run", "mnist-demo", "--storage", "here"], ["storage='here'", "absolute"]),
-        (["run", "mnist-demo", "--data.image-size", "64"], ["data.image_size=64"]),
+        (["run", "mnist-demo", "--data.image-size", "66"], ["data.image_size=66"]),
         (["run", "mnist-demo", "--scaling.workers", "3"], ["batch_size", "multiple of scaling.workers (3)"]),
     ],
 )
