@@ -45,15 +45,15 @@ Said = Callable[[str], str]
 """A name out of the records -> as it is written for people."""
 
 
-def read(run: Storage) -> dict[str, np.ndarray]:
-    """``figures.npz`` of a run; empty if it has none. Raises DataError if it is corrupt."""
-    if not run.exists(FILE):
+def read(run: Storage, name: str = FILE) -> dict[str, np.ndarray]:
+    """``figures.npz`` (or another .npz) of a run; empty if it has none. Raises DataError if it is corrupt."""
+    if not run.exists(name):
         return {}
     try:
-        with np.load(io.BytesIO(run.read_bytes(FILE)), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        with np.load(io.BytesIO(run.read_bytes(name)), allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(f"{run.uri}/{FILE} is corrupt ({e}); delete it and run the same command again") from e
+        raise DataError(f"{run.uri}/{name} is corrupt ({e}); delete it and run the same command again") from e
 
 
 def draw(

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes
-from components.dct import laplacian_bands, linear_pyramid, lowpass_pyramid, spectrum
+from components.dct import laplacian_bands, lowpass_pyramid, spectrum, target_levels
 from components.errors import DataError
 from pipeline import checkpoints, figures
 from pipeline.attack import Model, read_chunks, read_examples
@@ -114,10 +114,7 @@ def _gallery(
     sizes = level_sizes(experiment.data.image_size, experiment.pyramids.levels)
     kinds = dict.fromkeys(c.targets for c in experiment.variants().values() if c.defense == "defend++")
     targets = next(iter(kinds), "lowpass")  # of several kinds, the first stands for all: they differ little to the eye
-    levels = (
-        [clean] if targets == "none" else (linear_pyramid if targets == "linear" else lowpass_pyramid)(clean, sizes)
-    )
-    for m, level in enumerate(levels):
+    for m, level in enumerate(target_levels(clean, sizes, targets)):
         arrays[f"level_{m}"] = level.numpy()
     for model in shown:
         if model in with_autoencoder:

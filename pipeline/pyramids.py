@@ -167,17 +167,16 @@ class _Plan:
         _import_torch()
         import torch
 
-        from components.dct import linear_pyramid, lowpass_pyramid
+        from components.dct import target_levels
 
         n, channels, size = images.shape[:3]
         levels = [np.empty((n, channels, s, s), np.dtype(self.pyramids.dtype)) for s in self.sizes[1:]]
-        pyramid = linear_pyramid if self.targets == "linear" else lowpass_pyramid
         chunk = max(1, CHUNK_BYTES // (4 * channels * size * size))
         with _one_thread():
             for start in range(0, n, chunk):
                 part = slice(start, start + chunk)
                 batch = torch.from_numpy(images[part]).float().div_(255)
-                for stored, level in zip(levels, pyramid(batch, self.sizes)[1:], strict=True):
+                for stored, level in zip(levels, target_levels(batch, self.sizes, self.targets)[1:], strict=True):
                     torch.from_numpy(stored[part]).copy_(level)
         return levels
 

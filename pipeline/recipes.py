@@ -158,6 +158,22 @@ def _mnist(name: str, scale: str) -> Experiment:
     )
 
 
+def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig:
+    """CIFAR-10's and ImageNet's training at one scale: the paper's steps of the learning rate, or a tenth of it in one cycle."""
+    if scale == "paper":
+        return replace(train, lr=0.1, lr_schedule="step")
+    return replace(
+        train,
+        epochs=30,
+        autoencoder_epochs=1,
+        classifier_epochs=1,
+        lr=fast_lr,
+        clip_norm=1.0,
+        precision="bfloat16",
+        channels_last=True,
+    )
+
+
 def _cifar10(name: str, scale: str) -> Experiment:
     """CIFAR-10 at one scale; alternating, then joint training, three blocks shared (sec. 3.4, 4.2)."""
     if scale == "smoke":
@@ -189,20 +205,7 @@ def _cifar10(name: str, scale: str) -> Experiment:
         normalize_std=CIFAR10_STD,
         adversarial_eps=0.05,
     )
-    if scale == "fast":
-        train = replace(
-            train,
-            epochs=30,
-            cycles=3,
-            autoencoder_epochs=1,
-            classifier_epochs=1,
-            lr=0.2,
-            clip_norm=1.0,
-            precision="bfloat16",
-            channels_last=True,
-        )
-    else:
-        train = replace(train, lr=0.1, lr_schedule="step")
+    train = _scheduled(train, scale, fast_lr=0.2)
     return Experiment(
         name=f"{name}-{scale}",
         scale=scale,
@@ -245,19 +248,7 @@ def _imagenet(name: str, scale: str) -> Experiment:
         normalize_std=IMAGENET_STD,
         adversarial_eps=0.01,
     )
-    if scale == "fast":
-        train = replace(
-            train,
-            epochs=30,
-            autoencoder_epochs=1,
-            classifier_epochs=1,
-            lr=0.02,
-            clip_norm=1.0,
-            precision="bfloat16",
-            channels_last=True,
-        )
-    else:
-        train = replace(train, lr=0.1, lr_schedule="step")
+    train = _scheduled(train, scale, fast_lr=0.02)
     return Experiment(
         name=f"{name}-{scale}",
         scale=scale,

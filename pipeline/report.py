@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, from_dict, parse_spec, to_dict
+from components.config import parse_spec, to_dict
 from components.errors import ConfigError, DataError
 from components.robustness import mcnemar
 from pipeline import comparison, figures, plots
@@ -119,17 +118,12 @@ def read_epoch(root: Storage, file: str) -> dict[str, Any]:
 
 def read_gallery(run: Storage) -> dict[str, np.ndarray]:
     """``gallery.npz``; empty if the run has none yet. Raises DataError if it is corrupt."""
-    if not run.exists("gallery.npz"):
-        return {}
-    try:
-        with np.load(io.BytesIO(run.read_bytes("gallery.npz")), allow_pickle=False) as file:
-            gallery = {name: file[name] for name in file.files}
-        if len(gallery["clean"]) == len(gallery["label"]):
-            return gallery
-        reason = "it has not as many labels as images"
-    except (ValueError, KeyError, OSError, zipfile.BadZipFile) as e:
-        reason = str(e)
-    raise DataError(f"{run.uri}/gallery.npz is corrupt ({reason}); delete it and run the same command again")
+    gallery = figures.read(run, "gallery.npz")
+    if not gallery or ({"clean", "label"} <= gallery.keys() and len(gallery["clean"]) == len(gallery["label"])):
+        return gallery
+    raise DataError(
+        f"{run.uri}/gallery.npz is corrupt (it has not as many labels as images); delete it and run the same command again"
+    )
 
 
 def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
@@ -152,12 +146,12 @@ def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
 def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The complete training config of a model, also before it is trained."""
     trained: dict[str, Any] | None = record["models"].get(name, {}).get("train") if "models" in record else None
-    return trained or to_dict(from_dict(Experiment, record["experiment"]).variants()[name].canonical())
+    return trained or to_dict(comparison.experiment_of(record).variants()[name].canonical())
 
 
 def roles(record: Mapping[str, Any]) -> dict[str, str]:
     """Model -> source, control or defended, in the order of the config."""
-    experiment = from_dict(Experiment, record["experiment"])
+    experiment = comparison.experiment_of(record)
     variants = experiment.variants()
     sources = {experiment.source_of(name) for name in variants}
     return {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from components.adversarial import adversarial_examples, mixed_loss
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
-from components.dct import linear_pyramid, lowpass_pyramid
+from components.dct import target_levels
 from components.losses import reconstruction_loss, reconstruction_terms
 from components.models.classifiers import build_classifier, load_weights
 from components.models.comdefend import ComDefend
@@ -243,8 +243,7 @@ def targets_of(images: Tensor, batch: Batch, config: TrainConfig, sizes: Sequenc
         return [images]
     if config.augment != "crop_flip":
         return [images, *(level.float() for level in batch.levels)]
-    pyramid = linear_pyramid if config.targets == "linear" else lowpass_pyramid
-    return pyramid(images, sizes)
+    return target_levels(images, sizes, config.targets)
 
 
 def adversarial_spec(config: TrainConfig) -> AttackSpec:
