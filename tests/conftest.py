@@ -42,6 +42,17 @@ def ray_cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On networks this small a second thread gains nothing, and on a busy machine waiting for it costs twentyfold."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Directory of the complete MNIST, CIFAR-10 and Imagenette Parquet files, where a machine has them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,8 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE_OF_EACH = (
     "noise:eps=0.1",
     "fgsm:eps=0.1",
@@ -32,14 +33,6 @@ ONE_OF_EACH = (
 )
 PGD = AttackSpec.parse("pgd:eps=0.1,steps=3")
 DDN = AttackSpec.parse("ddn:steps=10")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -6,7 +6,7 @@ import functools
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -26,6 +26,8 @@ from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.config import from_dict, to_dict
 from components.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ONE_OF_EACH = (
     "noise:eps=0.1",
     "noise:eps=0.5,norm=l2",
@@ -39,15 +41,6 @@ ONE_OF_EACH = (
 )
 GRADIENT_ATTACKS = tuple(text for text in ONE_OF_EACH if not text.startswith("noise"))
 DETERMINISTIC = tuple(text for text in GRADIENT_ATTACKS if not text.startswith("pgd"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On networks this small a second thread gains nothing, and on a busy machine waiting for it costs twentyfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -32,17 +32,10 @@ from pipeline.storage import Storage, StorageError
 from pipeline.train import Loop, RankData
 from pipeline.train_step import Shapes, build_net, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHECKPOINT = "epoch-00003.pt"
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**changes: Any) -> TrainConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,15 +15,9 @@ from components.attacks.pgd import pgd
 from components.errors import ConfigError
 from components.models.comdefend import ComDefend, Reformed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CODE_CHANNELS = {1: 4, 3: 12}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,7 @@ from components.models.classifiers import apply_head, build_classifier, encoder_
 from components.models.decoders import DecodeBlock, HighFrequency
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, unit_shapes
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(channels: int = 1, size: int = 28, width: int = 4, seed: int = 0, **kwargs: object) -> nn.Module:

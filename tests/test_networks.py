@@ -6,13 +6,13 @@ import copy
 import itertools
 import pickle
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from test_models import convolutions
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,14 +31,7 @@ from components.models.decoders import (
 )
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- a user's own network: what docs/networks.md shows
@@ -244,16 +237,6 @@ def test_stages_and_taps(arch: str, size: int, units: list[int], stages: list[in
     assert [u.size for u in measured] == units
     assert [s.size for s in stages_of(measured, size)] == stages
     assert plan(measured, level_sizes(size)).taps == taps
-
-
-def convolutions(module: nn.Module) -> list[tuple[str, int, int, int, int]]:
-    """(kind, in, out, kernel, stride) of every convolution off the skips, in order."""
-    out = []
-    for name, m in module.named_modules():
-        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and "skip" not in name:
-            kind = "T" if isinstance(m, nn.ConvTranspose2d) else "C"
-            out.append((kind, m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]))
-    return out
 
 
 def pyramid(arch: str, size: int, width: int = 4, levels: int = 0) -> Any:

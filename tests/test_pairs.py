@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from pipeline import checkpoints
 from pipeline.storage import Storage
 from pipeline.train import Loop, RankData
 from pipeline.train_step import Batch, Shapes, build_net, classifier_of, stored_levels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -69,14 +70,6 @@ def test_all_pairs_meet() -> None:
         met = {(row[a], row[b]) for row in ROWS}
         assert met == set(itertools.product(FACTORS[a], FACTORS[b])), (a, b)
     assert len(ROWS) < 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Rows(RankData):

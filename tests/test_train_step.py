@@ -30,17 +30,10 @@ from pipeline.train_step import (
     validation_sums,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 PHASES: tuple[Phase, ...] = ("classifier", "autoencoder", "joint")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Networks this small lose time to threads, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**changes: Any) -> TrainConfig:

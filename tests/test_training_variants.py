@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,9 @@ from pipeline.train_step import (
     train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(**changes: Any) -> TrainConfig:
