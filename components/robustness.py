@@ -177,6 +177,32 @@ def summarize(
     return metrics
 
 
+def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> np.ndarray[Any, Any]:
+    """Bool [N]: samples that are right on the clean image and on every example whose norm is at most ``eps``.
+
+    Every example counts where it lies, whatever attack made it and whatever budget it was made for.
+
+    Args:
+        evaluations: what :func:`judge` returned for one model, at least one; with ``index``, where that is recorded.
+        norm: "l2" or "linf".
+        eps: in [0,1] pixel units; the attacks' own tolerance (``verify_examples``) is granted here too.
+
+    Raises:
+        ValueError: no evaluation, or evaluations of different samples.
+    """
+    if not evaluations:
+        raise ValueError("no evaluations")
+    first = evaluations[0]
+    key = "index" if "index" in first else "label"
+    robust: np.ndarray[Any, Any] = first["clean_prediction"] == first["label"]
+    limit = eps + LINF_TOLERANCE if norm == "linf" else eps * (1 + L2_TOLERANCE)
+    for columns in evaluations:
+        if not np.array_equal(columns[key], first[key]):
+            raise ValueError("the evaluations are not of the same samples")
+        robust = robust & ((columns["adversarial_prediction"] == columns["label"]) | (columns[norm] > limit))
+    return robust
+
+
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson 1927). n = 0: (0, 1), nothing is known.
 

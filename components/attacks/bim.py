@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from components.attacks.common import check_batch, cross_entropy_gradient, is_adversarial
+from components.attacks.common import Auxiliary, check_batch, cross_entropy_gradient, is_adversarial
 from components.attacks.projections import Norm, project, steepest
 
 
@@ -23,6 +23,7 @@ def bim(
     step_size: float = 0.0,
     targeted: bool = False,
     early_leaving: bool = False,
+    auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Steepest ascent of the cross entropy from the clean image, projected onto the eps-ball and [0,1] at every step.
@@ -38,10 +39,11 @@ def bim(
         early_leaving: a sample leaves the batch at its first adversarial iterate, which is what is returned for it.
             Only for examples judged on this very model: they lie just behind its boundary and transfer worse. False:
             every sample takes all steps and its last iterate is returned.
+        auxiliary: what an adaptive attacker maximises beside the cross entropy; its values are added to it.
         generator: unused, BIM is deterministic.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range.
+        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does not return [n].
     """
     check_batch(inputs, labels)
     return ascend(
@@ -55,6 +57,7 @@ def bim(
         step_size=step_size,
         targeted=targeted,
         early_leaving=early_leaving,
+        auxiliary=auxiliary,
     )
 
 
@@ -70,8 +73,13 @@ def ascend(
     step_size: float,
     targeted: bool,
     early_leaving: bool = False,
+    auxiliary: Auxiliary | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """The iteration of :func:`bim` from any start inside the ball around ``clean``. Returns a new tensor."""
+    """The iteration of :func:`bim` from any start inside the ball around ``clean``. Returns a new tensor.
+
+    ``rows``, int64 [N], are the numbers by which ``auxiliary`` knows the samples; None: 0 to N - 1.
+    """
     step_size = step_size or 2.5 * eps / steps
     result = start.clone()
     if not len(start):
@@ -79,7 +87,8 @@ def ascend(
     x = start
     active = torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        gradient, logits = cross_entropy_gradient(model, x, labels, targeted)
+        known_as = active if rows is None else rows[active]
+        gradient, logits = cross_entropy_gradient(model, x, labels, targeted, auxiliary, known_as)
         if early_leaving:
             broken = is_adversarial(logits, labels, targeted)
             if broken.any():

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from components.attacks.projections import Norm, l2_norms
+
+Auxiliary = Callable[[Tensor, Tensor], Tensor]
+"""``auxiliary(x, rows)``: what an adaptive attacker maximises beside the loss on the logits. x [n,C,H,W] are the present
+iterates, rows int64 [n] their row numbers in the batch that the attack was given; returns one value for each, [n].
+Gradients flow through x."""
 
 
 def check_batch(inputs: Tensor, labels: Tensor) -> None:
@@ -40,8 +48,45 @@ def is_adversarial(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     return predicted == labels if targeted else predicted != labels
 
 
-def input_gradient(model: nn.Module, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Gradient of ``objective(logits)``, summed over the batch, and the logits: one forward, one backward pass.
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N]: the largest other logit minus that of ``labels``; above 0 where another class is predicted."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    is_own = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(is_own, -math.inf).amax(dim=1) - own
+
+
+def lead(logits: Tensor, labels: Tensor, aims: Tensor) -> Tensor:
+    """[N]: the logit of the class aimed at minus that of ``labels``."""
+    return (logits.gather(1, aims[:, None]) - logits.gather(1, labels[:, None])).squeeze(1)
+
+
+def stronger(adversarial: Tensor, loss: Tensor, than_adversarial: Tensor, than_loss: Tensor) -> Tensor:
+    """Bool [N]: whether an example beats another: an adversarial one any that is not, else the higher loss."""
+    return (adversarial & ~than_adversarial) | ((adversarial == than_adversarial) & (loss > than_loss))
+
+
+def norms(delta: Tensor, norm: Norm) -> Tensor:
+    """Norm of each perturbation [N,C,H,W]: [N]."""
+    return delta.flatten(1).abs().amax(dim=1) if norm == "linf" else l2_norms(delta)
+
+
+def auxiliary_values(auxiliary: Auxiliary, x: Tensor, rows: Tensor) -> Tensor:
+    """``auxiliary(x, rows)``: [n].
+
+    Raises:
+        ValueError: it returned another shape, which would be broadcast or summed without a word.
+    """
+    values = auxiliary(x, rows)
+    if values.shape != rows.shape:
+        raise ValueError(f"auxiliary must return {list(rows.shape)}, one value per sample; got {list(values.shape)}")
+    return values
+
+
+def loss_gradient(
+    model: nn.Module, inputs: Tensor, losses: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of ``losses(logits, inputs)``, summed over the batch, the logits, and the losses: one forward, one
+    backward pass.
 
     A sum, not a mean, so that a sample's gradient does not depend on the size of its batch. Only the inputs are
     differentiated: no parameter gets a ``.grad`` and none costs time.
@@ -49,11 +94,37 @@ def input_gradient(model: nn.Module, inputs: Tensor, objective: Callable[[Tensor
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         logits = model(leaf)
-        (gradient,) = torch.autograd.grad(objective(logits).sum(), leaf)
-    return gradient, logits.detach()
+        values = losses(logits, leaf)
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return gradient, logits.detach(), values.detach()
 
 
-def cross_entropy_gradient(model: nn.Module, inputs: Tensor, labels: Tensor, targeted: bool) -> tuple[Tensor, Tensor]:
-    """The direction that increases adversarial loss: up the cross entropy of ``labels``, or down it if targeted."""
+def input_gradient(model: nn.Module, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradient of ``objective(logits)``, summed over the batch, and the logits; see :func:`loss_gradient`."""
+    gradient, logits, _ = loss_gradient(model, inputs, lambda logits, _: objective(logits))
+    return gradient, logits
+
+
+def cross_entropy_gradient(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    targeted: bool,
+    auxiliary: Auxiliary | None = None,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The direction that increases adversarial loss: up the cross entropy of ``labels``, or down it if targeted.
+
+    With ``auxiliary`` its values at (inputs, rows) are added to what is to be increased.
+    """
     sign = -1.0 if targeted else 1.0
-    return input_gradient(model, inputs, lambda logits: sign * F.cross_entropy(logits, labels, reduction="sum"))
+
+    def objective(logits: Tensor, x: Tensor) -> Tensor:
+        loss = sign * F.cross_entropy(logits, labels, reduction="sum")
+        if auxiliary is not None:
+            assert rows is not None
+            loss = loss + auxiliary_values(auxiliary, x, rows).sum()
+        return loss
+
+    gradient, logits, _ = loss_gradient(model, inputs, objective)
+    return gradient, logits

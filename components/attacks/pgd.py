@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.attacks.bim import ascend
-from components.attacks.common import check_batch
+from components.attacks.common import Auxiliary, auxiliary_values, check_batch, is_adversarial, stronger
 from components.attacks.projections import Norm, per_sample, project, unit_l2
 
 
@@ -19,32 +20,71 @@ def pgd(
     norm: Norm = "linf",
     steps: int = 100,
     step_size: float = 0.0,
+    restarts: int = 1,
     targeted: bool = False,
     early_leaving: bool = False,
+    auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """:func:`~components.attacks.bim.bim` from a random point, uniform in the eps-ball (clipped to [0,1]).
 
+    With several restarts the strongest of their results is returned, sample by sample: an adversarial one before any
+    that is not, then the one of the highest loss (cross entropy, plus ``auxiliary``). Each is judged by one forward pass
+    more.
+
     Args:
-        model, inputs, labels, eps, norm, steps, step_size, targeted, early_leaving: as for BIM.
-        generator: CPU generator of the start; every device gets the same draw.
+        model, inputs, labels, eps, norm, steps, step_size, targeted, auxiliary: as for BIM.
+        restarts: runs, each from a start of its own.
+        early_leaving: as for BIM; also, a sample that one run broke takes no part in the next.
+        generator: CPU generator of the starts; every device gets the same draw.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range.
+        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does not return [n].
     """
     check_batch(inputs, labels)
-    return ascend(
-        model,
-        random_start(inputs, eps, norm, generator),
-        inputs,
-        labels,
-        eps=eps,
-        norm=norm,
-        steps=steps,
-        step_size=step_size,
-        targeted=targeted,
-        early_leaving=early_leaving,
-    )
+
+    def run(start: Tensor, clean: Tensor, classes: Tensor, rows: Tensor) -> Tensor:
+        return ascend(
+            model,
+            start,
+            clean,
+            classes,
+            eps=eps,
+            norm=norm,
+            steps=steps,
+            step_size=step_size,
+            targeted=targeted,
+            early_leaving=early_leaving,
+            auxiliary=auxiliary,
+            rows=rows,
+        )
+
+    def strength(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logits = model(x)
+            loss = F.cross_entropy(logits, labels[rows], reduction="none")
+            loss = -loss if targeted else loss
+            if auxiliary is not None:
+                loss = loss + auxiliary_values(auxiliary, x, rows)
+        return is_adversarial(logits, labels[rows], targeted), loss
+
+    everyone = torch.arange(len(inputs), device=inputs.device)
+    best = run(random_start(inputs, eps, norm, generator), inputs, labels, everyone)
+    if restarts == 1 or not len(inputs):
+        return best
+    broken, best_loss = strength(best, everyone)
+    for _ in range(restarts - 1):
+        # drawn for all, so that a sample's start does not depend on who is left
+        start = random_start(inputs, eps, norm, generator)
+        rows = everyone[~broken] if early_leaving else everyone
+        if not len(rows):
+            break
+        x = run(start[rows], inputs[rows], labels[rows], rows)
+        adversarial, loss = strength(x, rows)
+        better = stronger(adversarial, loss, broken[rows], best_loss[rows])
+        chosen = rows[better]
+        best[chosen], broken[chosen], best_loss[chosen] = x[better], adversarial[better], loss[better]
+    return best
 
 
 def random_start(inputs: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from components.attacks.apgd import apgd, apgd_t
+from components.attacks.autoattack import autoattack
 from components.attacks.bim import bim
+from components.attacks.common import Auxiliary
 from components.attacks.cw import cw
 from components.attacks.ddn import ddn
+from components.attacks.fab import fab_t
 from components.attacks.fgsm import fgsm
 from components.attacks.noise import noise
 from components.attacks.pgd import pgd
 from components.attacks.spec import AttackSpec
+from components.attacks.square import square
+from components.attacks.targets import Choice, choose_targets
 from components.errors import ConfigError
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {
@@ -23,7 +30,14 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
     "pgd": pgd,
     "cw": cw,
     "ddn": ddn,
+    "apgd": apgd,
+    "apgd-t": apgd_t,
+    "fab-t": fab_t,
+    "square": square,
+    "autoattack": autoattack,
+    "adaptive": pgd,
 }
+_TAKE_AUXILIARY = ("bim", "pgd", "apgd", "adaptive")
 
 
 def run_attack(
@@ -34,9 +48,12 @@ def run_attack(
     *,
     early_leaving: bool = False,
     targeted: bool = False,
+    auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Run the attack that ``spec`` names, with its settings.
+
+    Where ``spec.target`` says how, a target class is chosen for each sample first.
 
     Args:
         model: maps [0,1] images to logits; put it into eval mode first. Neither its mode nor its ``.grad`` changes.
@@ -44,18 +61,38 @@ def run_attack(
         labels: int64 [N], true classes, or the classes wanted if ``targeted``.
         early_leaving: see :func:`components.attacks.bim.bim`; only where examples are judged on ``model`` itself, and
             only for an attack whose ``spec.can_leave_early`` is true.
+        auxiliary: what an adaptive attacker maximises beside the loss on the logits; "adaptive" needs it, of the others
+            bim, pgd and apgd take it. Its values are added as they are: which one goes with ``spec.objective``, and its
+            factor ``spec.weight``, are the caller's business.
         generator: CPU generator; None takes torch's global one.
 
     Returns:
         A new float32 tensor [N,C,H,W].
 
     Raises:
-        ConfigError: ``early_leaving`` with an attack that has no such thing.
+        ConfigError: ``early_leaving``, ``targeted`` or ``auxiliary`` with an attack that has no such thing; "adaptive"
+            without an auxiliary; ``targeted`` although ``spec`` chooses targets itself.
         ValueError: inputs or labels of the wrong type, shape or range.
     """
     if early_leaving and not spec.can_leave_early:
         raise ConfigError.of("early_leaving", True, f"{spec.name} has none (see AttackSpec.can_leave_early)")
-    options = {"early_leaving": early_leaving} if spec.can_leave_early else {}
-    return ATTACKS[spec.name](
-        model, inputs, labels, targeted=targeted, generator=generator, **spec.settings(), **options
-    )
+    if auxiliary is None and spec.name == "adaptive":
+        raise ConfigError.of("auxiliary", None, "adaptive needs what the attacker knows of the defense, as a function")
+    if auxiliary is not None and spec.name not in _TAKE_AUXILIARY:
+        raise ConfigError.of("auxiliary", auxiliary, f"{spec.name} takes none; {', '.join(_TAKE_AUXILIARY)} do")
+    if targeted and spec.target:
+        raise ConfigError.of("targeted", True, f"{spec} chooses its targets from true classes")
+
+    options: dict[str, object] = {}
+    if spec.can_leave_early:
+        options["early_leaving"] = early_leaving
+    if auxiliary is not None:
+        options["auxiliary"] = auxiliary
+    if spec.target:
+        labels = choose_targets(model, inputs, labels, cast(Choice, spec.target), generator)
+        targeted = True
+    if targeted:
+        if not (spec.can_target or spec.name == "noise"):  # noise is as aimless with a target
+            raise ConfigError.of("targeted", True, f"{spec.name} cannot be told what to aim at")
+        options["targeted"] = True
+    return ATTACKS[spec.name](model, inputs, labels, generator=generator, **spec.settings(), **options)

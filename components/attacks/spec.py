@@ -25,21 +25,33 @@ class _Attack:
     norms: tuple[str, ...]
     defaults: dict[str, Setting]
     can_leave_early: bool = False
+    needs_gradients: bool = True
+    judged_on_source_only: bool = False
 
 
+_BOTH = ("linf", "l2")
+_TARGET: dict[str, Setting] = {"target": ""}
 _ITERATED: dict[str, Setting] = {"steps": 100, "step_size": 0.0}
 _ATTACKS: dict[str, _Attack] = {
-    "noise": _Attack("budget", ("linf", "l2"), {}),
-    "fgsm": _Attack("budget", ("linf",), {}),
-    "bim": _Attack("budget", ("linf", "l2"), _ITERATED, can_leave_early=True),
-    "pgd": _Attack("budget", ("linf", "l2"), _ITERATED, can_leave_early=True),
+    "noise": _Attack("budget", _BOTH, {}, needs_gradients=False),
+    "fgsm": _Attack("budget", ("linf",), _TARGET),
+    "bim": _Attack("budget", _BOTH, {**_ITERATED, **_TARGET}, can_leave_early=True),
+    "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_leave_early=True),
     "cw": _Attack(
         "minimal_norm",
         ("l2",),
-        {"steps": 20, "binary_search_steps": 5, "lr": 0.5, "initial_const": 1.0, "confidence": 0.0},
+        {"steps": 20, "binary_search_steps": 5, "lr": 0.5, "initial_const": 1.0, "confidence": 0.0, **_TARGET},
     ),
     "ddn": _Attack(
-        "minimal_norm", ("l2",), {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0}
+        "minimal_norm", ("l2",), {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0, **_TARGET}
+    ),
+    "apgd": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "loss": "ce", **_TARGET}, can_leave_early=True),
+    "apgd-t": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}, can_leave_early=True),
+    "fab-t": _Attack("minimal_norm", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}),
+    "square": _Attack("budget", _BOTH, {"queries": 5000}, needs_gradients=False, judged_on_source_only=True),
+    "autoattack": _Attack("budget", _BOTH, {"steps": 100, "queries": 5000}, judged_on_source_only=True),
+    "adaptive": _Attack(
+        "budget", _BOTH, {**_ITERATED, "restarts": 1, "objective": "latent", "weight": 1.0}, can_leave_early=True
     ),
 }
 ATTACK_NAMES = tuple(_ATTACKS)
@@ -60,6 +72,13 @@ class _Parsed:
     gamma: float = 0.0
     initial_norm: float = 0.0
     quantization_levels: int = 0
+    restarts: int = 0
+    targets: int = 0
+    queries: int = 0
+    loss: str = ""
+    objective: str = ""
+    weight: float = 0.0
+    target: str = ""
 
 
 _FIELD_TYPES: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(_Parsed)}
@@ -74,7 +93,18 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gamma": (lambda v: 0 < v < 1, "in (0, 1)"),
     "initial_norm": (lambda v: 0 < v < math.inf, "a finite number above 0"),
     "quantization_levels": (lambda v: v == 0 or v >= 2, "0 (none) or at least 2 (256 for 8-bit images)"),
+    "restarts": (lambda v: v >= 1, "at least 1"),
+    "targets": (lambda v: v >= 1, "at least 1"),
+    "queries": (lambda v: v >= 1, "at least 1"),
+    "weight": (lambda v: 0 <= v < math.inf, "a finite number, 0 or more"),
 }
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "loss": ("ce", "dlr"),
+    "objective": ("latent", "reconstruction"),
+    "target": ("", "random", "least_likely", "runner_up"),
+}
+_FOR_THE_CALLER = ("target", "objective", "weight")
+"""Fields that :func:`components.attacks.registry.run_attack` or its caller acts on, not the attack function."""
 
 
 def _defaults(name: str) -> dict[str, Setting | None]:
@@ -112,6 +142,17 @@ class AttackSpec:
     gamma: float | None = None
     initial_norm: float | None = None
     quantization_levels: int | None = None
+    restarts: int | None = None
+    targets: int | None = None
+    """How many wrong classes an attack that chooses them itself aims at, one after the other."""
+    queries: int | None = None
+    loss: str | None = None
+    objective: str | None = None
+    """What the caller's auxiliary measures: "latent" or "reconstruction"."""
+    weight: float | None = None
+    """Factor that the caller gives the auxiliary's values, beside a cross entropy of weight 1."""
+    target: str | None = None
+    """The class aimed at (see :func:`components.attacks.targets.choose_targets`); "": none, any wrong class will do."""
 
     def __post_init__(self) -> None:
         if self.name not in _ATTACKS:
@@ -135,6 +176,11 @@ class AttackSpec:
         if name == "norm":
             if value not in attack.norms:
                 raise ConfigError.of(where, value, "one of " + ", ".join(attack.norms))
+            return value
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
+                named = ", ".join(filter(None, _CHOICES[name]))
+                raise ConfigError.of(where, value, f"one of {named}" + (", or empty" if "" in _CHOICES[name] else ""))
             return value
         wanted = _FIELD_TYPES[name]
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
@@ -186,14 +232,31 @@ class AttackSpec:
         return _ATTACKS[self.name].can_leave_early
 
     @property
+    def can_target(self) -> bool:
+        """Whether the attack can be told which class to aim at."""
+        return "target" in _defaults(self.name)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """False: the attack only asks for the model's output, or not even that."""
+        return _ATTACKS[self.name].needs_gradients
+
+    @property
+    def judged_on_source_only(self) -> bool:
+        """Whether examples make sense only on the very model they were made on: broken samples leave in any case."""
+        return _ATTACKS[self.name].judged_on_source_only
+
+    @property
     def short_name(self) -> str:
-        """For column heads and file names: the name, with the norm where it is not the attack's default."""
-        return self.name if self.norm == _ATTACKS[self.name].norms[0] else f"{self.name}-{self.norm}"
+        """For column heads and file names: the name, with the norm where it is not the attack's default, and the target
+        where there is one."""
+        norm = None if self.norm == _ATTACKS[self.name].norms[0] else self.norm
+        return "-".join(filter(None, (self.name, norm, self.target)))
 
     def settings(self) -> dict[str, Setting]:
         """The keyword arguments of the attack function. A norm that cannot vary is no argument."""
-        single_norm = len(_ATTACKS[self.name].norms) == 1
-        return {name: getattr(self, name) for name in _defaults(self.name) if not (name == "norm" and single_norm)}
+        omitted = {*_FOR_THE_CALLER, *(["norm"] if len(_ATTACKS[self.name].norms) == 1 else [])}
+        return {name: getattr(self, name) for name in _defaults(self.name) if name not in omitted}
 
 
 def _fraction(text: str) -> str:
