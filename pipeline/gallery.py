@@ -27,8 +27,10 @@ fig8 is the first FGSM of ``evaluation.attacks``, white-box.
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +56,7 @@ BATCH_PIXELS = 1 << 18
 """Pixels that an auto-encoder sees at once: 334 images of 28x28, 5 of 224x224, some hundred MiB of feature maps."""
 
 Arrays = dict[str, np.ndarray]
+Progress = Callable[[int, int, str], None]
 
 
 def make(
@@ -63,8 +66,13 @@ def make(
     experiment: Experiment,
     run: Storage,
     root: Storage,
+    *,
+    progress: Progress | None = None,
 ) -> None:
     """Write gallery.npz (docs/records.md) and, where ``experiment.figures`` asks for it, figures.npz (above).
+
+    Args:
+        progress: called with (chunks done, chunks in all, note) while fig8 is computed.
 
     Raises:
         DataError: a shard, examples or weights are missing or corrupt. StorageError: something could not be written.
@@ -90,7 +98,7 @@ def make(
         arrays |= _fig6(clean, rows["label"], subjects, fgsm, root)
     if "fig8" in asked and fgsm:
         subjects = [m for m in with_autoencoder if m.name in fgsm]
-        arrays |= _fig8(test, subjects, fgsm, experiment, root, _earlier(run))
+        arrays |= _fig8(test, subjects, fgsm, experiment, root, _earlier(run), progress)
     if arrays:
         _write(run, figures.FILE, arrays)
 
@@ -189,6 +197,7 @@ def _fig8(
     experiment: Experiment,
     root: Storage,
     earlier: Mapping[str, np.ndarray],
+    progress: Progress | None,
 ) -> Arrays:
     arrays: Arrays = {}
     device = "cuda" if experiment.scaling.gpus_per_attack and torch.cuda.is_available() else "cpu"
@@ -200,11 +209,17 @@ def _fig8(
             found = {name: earlier[name] for name in names}
         else:
             autoencoder = checkpoints.load_autoencoder(f"{root.uri}/{model.path}", device)
-            columns = distances(autoencoder, test, root / e["examples"], e["n"], experiment.evaluation.chunk_size)
+            examples, chunk_size = root / e["examples"], experiment.evaluation.chunk_size
+            tell = None if progress is None else functools.partial(_tell, progress, model.name)
+            columns = distances(autoencoder, test, examples, e["n"], chunk_size, progress=tell)
             found = {f"fig8__{k}__{model.name}": v for k, v in columns.items()}
             found[f"fig8__from__{model.name}"] = said
         arrays |= {"fig8__attack": np.array(e["attack"]), **found}
     return arrays
+
+
+def _tell(progress: Progress, model: str, done: int, total: int) -> None:
+    progress(done, total, f"chunks reconstructed by {model} (fig8)")
 
 
 def reconstruct(autoencoder: nn.Module, images: Tensor) -> Tensor:
@@ -219,12 +234,21 @@ def reconstruct(autoencoder: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def distances(autoencoder: nn.Module, test: ShardSet, examples: Storage, n: int, chunk_size: int) -> Arrays:
+def distances(
+    autoencoder: nn.Module,
+    test: ShardSet,
+    examples: Storage,
+    n: int,
+    chunk_size: int,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Arrays:
     """Columns of fig8 (above) over the first ``n`` test images; one chunk of images in memory at a time.
 
     Args:
         autoencoder: images [N,C,W,W] to levels, level 0 first.
         examples: the directory of a set of adversarial examples; its chunks are of ``chunk_size`` images.
+        progress: called with (chunks done, chunks in all).
 
     Raises:
         DataError: a chunk is missing, corrupt, or not of as many images as it should be.
@@ -245,6 +269,8 @@ def distances(autoencoder: nn.Module, test: ShardSet, examples: Storage, n: int,
         parts["d_ra"].append(_distance(reconstruction, attacked))
         parts["d_rc"].append(_distance(reconstruction, clean))
         parts["d_ac"].append(_distance(attacked, clean))
+        if progress is not None:
+            progress(i + 1, math.ceil(n / chunk_size))
     columns = {name: np.concatenate(values) for name, values in parts.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         columns["r"] = columns["d_rc"] / columns["d_ra"]

@@ -68,15 +68,19 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     return source
 
 
-def check_source(data: DataConfig) -> None:
+def check_source(data: DataConfig, *, trains: bool = True) -> None:
     """Find what is wrong with the data before compute is spent: files, columns, labels and one image of each split.
 
     All labels are checked, since no image has to be decoded for that; of the images only the first.
 
+    Args:
+        trains: False where nothing is trained: the test images are enough.
+
     Raises:
         DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`.
     """
-    for split in ("train", "test"):
+    splits: tuple[SourceSplit, ...] = ("train", "test") if trains else ("test",)
+    for split in splits:
         source = open_source(data, split)
         source.check_labels()
         source.read(np.zeros(1, np.int64))
@@ -284,13 +288,9 @@ class ParquetSource(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over each file's SHA-256, in order: it changes with any byte, not with names or places."""
-        storage, whole = self.storage, hashlib.sha256()
+        whole = hashlib.sha256()
         for file in self.files:
-            digest = hashlib.sha256()
-            with storage.fs.open_input_stream(storage.path(file.name)) as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
-            whole.update(digest.digest())
+            whole.update(_file_digest(self.storage, file.name))
         return whole.hexdigest()
 
     def check_labels(self) -> None:
@@ -380,6 +380,24 @@ def _open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
         raise DataError(
             f"{storage.uri}/{name} is not a readable Parquet file ({e}); it is truncated or corrupt: get it again"
         ) from e
+
+
+_DIGESTS: dict[tuple[str, int, Any], bytes] = {}
+"""SHA-256 of each file read by this process, by path, size and time: a run opens its source once for every split and kind of
+targets, and gigabytes need not be read as often."""
+
+
+def _file_digest(storage: Storage, name: str) -> bytes:
+    path = storage.path(name)
+    info = storage.fs.get_file_info(path)
+    key = f"{storage.uri}/{name}", info.size, info.mtime_ns
+    if key not in _DIGESTS:
+        digest = hashlib.sha256()
+        with storage.fs.open_input_stream(path) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        _DIGESTS[key] = digest.digest()
+    return _DIGESTS[key]
 
 
 def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
