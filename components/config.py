@@ -146,12 +146,12 @@ class TrainConfig:
 
     arch: str = "resnet18"
     """The classifier, untouched by the defense (sec. 3.1, 4.5): resnet18, resnet50, vgg16, vgg16_bn, or MODULE:FUNCTION, your
-    own (docs/networks.md)."""
+    own (docs/networks.md). Undefended also torchvision:NAME and timm:NAME, those libraries' networks of that name."""
     width: int = 64
     """Channels of the first stage; 64 is the standard network, less is for tests and demos."""
     pretrained: str = ""
-    """Weights to start from: a .safetensors or .pth file (path or URI), or torchvision:NAME such as
-    torchvision:IMAGENET1K_V1 (downloaded, or out of torch's cache). Empty: none."""
+    """Weights to start from: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS or mlflow:runs:/ID/PATH, or
+    torchvision:NAME such as torchvision:IMAGENET1K_V1 (downloaded, or out of torch's cache). Empty: none."""
     replace_head: bool = False
     """Take all pretrained weights but those of the last layer, for another number of classes."""
     defense: Literal["none", "defend++", "adversarial", "comdefend"] = "defend++"
@@ -195,7 +195,7 @@ class TrainConfig:
     schedule: Literal["joint", "alternating"] = "joint"
     """joint: one backward of L. alternating: cycles of auto-encoder epochs, then classifier epochs, then joint."""
     epochs: int = 4
-    """Epochs in all, every phase counted."""
+    """Epochs in all, every phase counted. 0: the weights that ``pretrained`` names are evaluated as they are."""
     cycles: int = 3
     """Alternating only: how many (auto-encoder, classifier) cycles come before joint training."""
     autoencoder_epochs: int = 5
@@ -248,6 +248,9 @@ class TrainConfig:
     def canonical(self) -> TrainConfig:
         """The same model with every setting that has no influence on it at its default, so that it is trained once."""
         unused = {"checkpoint_every_epochs"}
+        if not self.epochs:
+            kept = {"arch", "width", "pretrained", "epochs", "normalize_mean", "normalize_std", "defense"}
+            unused |= {f.name for f in dataclasses.fields(self)} - kept
         if self.defense != "defend++":
             unused |= {
                 "decoder",
@@ -332,7 +335,16 @@ class TrainConfig:
             value = getattr(self, name)
             _check(0 < value < math.inf, f"train.{name}", value, "a finite number above 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
-        for name in ("epochs", "batch_size", "lr_step_epochs", "checkpoint_every_epochs"):
+        if self.epochs == 0:
+            _check(
+                bool(self.pretrained) and self.defense == "none" and not self.replace_head,
+                "train.epochs",
+                0,
+                "at least 1; 0 takes the weights of train.pretrained as they are, with train.defense=none, "
+                "and without train.replace_head",
+            )
+        _check(self.epochs >= 0, "train.epochs", self.epochs, "0 or more")
+        for name in ("batch_size", "lr_step_epochs", "checkpoint_every_epochs"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _check(
             all(math.isfinite(m) for m in self.normalize_mean),
@@ -377,8 +389,9 @@ class EvaluationConfig:
     )
     """Attack specs, NAME or NAME:FIELD=VALUE,... (see components/attacks/spec.py)."""
     threat_models: tuple[str, ...] = ("white_box", "transfer")
-    """white_box: examples made on the very model under test. transfer: made on transfer_source (for a model behind a reformer
-    whose classifier that is, it is called grey_box). transfer:NAME: made on the model NAME."""
+    """white_box: examples made on the very model under test. black_box: the same from its scores alone (the attacks that need no
+    gradients). transfer: made on transfer_source (for a model behind a reformer whose classifier that is, it is called
+    grey_box). transfer:NAME: made on the model NAME; transfer:*: on each of them in turn."""
     transfer_source: str = ""
     """The undefended model on which transferred examples are made. Empty: for each model, the first undefended one of the same
     architecture and width."""
@@ -388,6 +401,9 @@ class EvaluationConfig:
     """Images per chunk: the unit of random stream, record and resumption. Another value is another result."""
     seed: int = 0
     """Seed of the attacks' random streams."""
+    reliability_images: int = 32
+    """How many of the attacked images the reliability probe and the active test of each attack use (docs/reliability.md). 0: neither
+    is done."""
 
     def __post_init__(self) -> None:
         from components.attacks.spec import AttackSpec
@@ -397,13 +413,16 @@ class EvaluationConfig:
         _check(len(set(self.attacks)) == len(self.attacks), "evaluation.attacks", self.attacks, "each attack once")
         for threat in self.threat_models:
             _check(
-                threat in ("white_box", "transfer") or (threat.startswith("transfer:") and len(threat) > 9),
+                threat in ("white_box", "black_box", "transfer")
+                or (threat.startswith("transfer:") and len(threat) > 9),
                 "evaluation.threat_models",
                 threat,
-                "white_box, transfer, transfer:NAME",
+                "white_box, black_box, transfer, transfer:NAME, transfer:*",
             )
         _check(self.test_images >= 0, "evaluation.test_images", self.test_images, "0 (all) or more")
         _check(self.chunk_size >= 1, "evaluation.chunk_size", self.chunk_size, "at least 1")
+        images = self.reliability_images
+        _check(images >= 0, "evaluation.reliability_images", images, "0 (no such test) or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +441,8 @@ class ScalingConfig:
     """Logical CPUs that Ray reserves for an attack task."""
     gpus_per_attack: float = 0.0
     """GPUs (a fraction is allowed) that Ray reserves for an attack task; 0: CPU."""
+    chunks_per_attack: int = 1
+    """Chunks that one attack task computes one after the other; more of them spare a GPU the start of so many tasks."""
     parallel_models: int = 0
     """Models trained side by side, each on its own workers. 0: as many as there is room for."""
     wait_s: float = 0.0
@@ -431,6 +452,7 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         _check(self.workers >= 1, "scaling.workers", self.workers, "at least 1")
+        _check(self.chunks_per_attack >= 1, "scaling.chunks_per_attack", self.chunks_per_attack, "at least 1")
         _check(self.threads_per_worker >= 1, "scaling.threads_per_worker", self.threads_per_worker, "at least 1")
         for name in ("cpus_per_worker", "cpus_per_attack"):
             _check(0 < getattr(self, name) < math.inf, f"scaling.{name}", getattr(self, name), "above 0")
@@ -512,6 +534,13 @@ class Experiment:
                 config.batch_size,
                 f"a multiple of scaling.workers ({self.scaling.workers})",
             )
+        for name, config in variants.items():
+            _check(
+                config.epochs > 0 or self.seeds == 1,
+                f"models[{name}].epochs",
+                0,
+                "at least 1 where seeds is above 1: weights that are given have no other seed",
+            )
         bases = {base for base, _ in self.replicates().values()}
         explicit = self.evaluation.transfer_source
         if explicit and "transfer" in self.evaluation.threat_models:
@@ -524,7 +553,12 @@ class Experiment:
             )
         for threat in self.evaluation.threat_models:
             _, _, named = threat.partition(":")
-            _check(not named or named in bases, "evaluation.threat_models", threat, "transfer: and one of models")
+            _check(
+                not named or named == "*" or named in bases,
+                "evaluation.threat_models",
+                threat,
+                "transfer: and one of models",
+            )
         for name, config in variants.items():
             needs = "transfer" in self.evaluation.threat_models or config.defense == "comdefend"
             if needs and config.defense != "none" and self.source_of(name) is None:

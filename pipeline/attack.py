@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import io
 import json
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,21 +27,30 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
+from components.models.defend import adaptive_objective
 from components.robustness import judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
-from pipeline.cluster import unwrap
+from pipeline.cluster import attack_bundle, room_for, unwrap
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
 CODE_VERSION = 1
 """Part of every address here. Raise it when the same settings would give other examples or records."""
 TASKS_IN_FLIGHT = 64
-"""Back-pressure: so many tasks wait inside Ray, however many thousand chunks there are."""
+"""Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
+STRAGGLER = 3.0
+"""A task that takes so many times the median is named in the progress line ..."""
+STRAGGLER_S = 30.0
+"""... once it has taken so many seconds."""
+LOOK_S = 5.0
+"""Between two looks at tasks of which none ends."""
 TASK_RETRIES = 3
 
 RANDOM = "random"
 CLEAN = "clean"
+WHITE_BOX = "white_box"
 GREY_BOX = "grey_box"
+BLACK_BOX = "black_box"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +60,8 @@ class Model:
     name: str
     path: str
     sha256: str
+    autoencoder: str = ""
+    """Checksum of the auto-encoder beside it, or empty."""
     classifier: Model | None = None
     """What stands behind it, where it is a reformer."""
 
@@ -86,18 +98,19 @@ def plan(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
     """
     by_name = {m.name: m for m in models}
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
+    threats = _threat_models(experiment)
     out = []
     for model in models:
         out.append(Evaluation(model=model, source=None, threat_model=CLEAN, attack="none"))
         for spec in specs:
             if spec.name == "noise":  # the floor: no model, no attacker
                 out.append(Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec)))
-        for threat in experiment.evaluation.threat_models:
+        for threat in threats:
             source, said = _source(model, threat, by_name, experiment)
             if source is None:
                 continue
             for spec in specs:
-                if spec.name != "noise":
+                if _applies(spec, source, said):
                     early = spec.can_leave_early and source == model
                     out.append(
                         Evaluation(model=model, source=source, threat_model=said, attack=str(spec), early_leaving=early)
@@ -105,9 +118,32 @@ def plan(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
     return out
 
 
+def _threat_models(experiment: Experiment) -> list[str]:
+    """The threat models asked for, ``transfer:*`` written out."""
+    out: list[str] = []
+    for threat in experiment.evaluation.threat_models:
+        bases = dict.fromkeys(base for base, _ in experiment.replicates().values())
+        out += [f"transfer:{base}" for base in bases] if threat == "transfer:*" else [threat]
+    return list(dict.fromkeys(out))
+
+
+def _applies(spec: AttackSpec, source: Model, threat: str) -> bool:
+    """Whether an attack belongs to a threat model: one that reads scores alone is black-box, one whose examples mean nothing to
+    another model is not transferred, and an adaptive one needs the auto-encoder of the model that it knows."""
+    if spec.name == "noise":
+        return False
+    if threat == BLACK_BOX:
+        return not spec.needs_gradients
+    if not spec.needs_gradients:
+        return False
+    if spec.name == "adaptive":
+        return threat == WHITE_BOX and bool(source.autoencoder)
+    return threat == WHITE_BOX or not spec.judged_on_source_only
+
+
 def _source(model: Model, threat: str, by_name: dict[str, Model], experiment: Experiment) -> tuple[Model | None, str]:
     """The model on which a threat model's examples are made (None: it does not apply), and what the threat model is called."""
-    if threat == "white_box":
+    if threat in (WHITE_BOX, BLACK_BOX):
         return model, threat
     base = threat.partition(":")[2]
     source = by_name.get(experiment.source_of(model.name, base) or "")
@@ -135,6 +171,8 @@ def _example_sets(
     addresses: dict[Evaluation, tuple[str, str]] = {}
     for e in evaluations:
         made_on = e.source.identity if e.source else None
+        if e.source and AttackSpec.parse(e.attack).name == "adaptive":
+            made_on = f"{made_on}+{e.source.autoencoder}"
         key = content_hash(
             CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
         )
@@ -193,25 +231,15 @@ def attack(
 
     # a listing per directory, not a question per chunk: on an object store each question is a round trip
     present = {a: set(root.list(a)) for one in sets for a in (one.address, *one.judges)}
-    todo = [
-        (one, i, start, stop)
-        for one in sets
-        for i, start, stop in chunks
-        if any(_chunk(i) not in present[judged] for judged in one.judges)
-    ]
+    todo: list[tuple[_Examples, list[tuple[int, int, int]]]] = []
+    for one in sets:
+        lacking = [c for c in chunks if any(_chunk(c[0]) not in present[judged] for judged in one.judges)]
+        size = scaling.chunks_per_attack
+        todo += [(one, lacking[k : k + size]) for k in range(0, len(lacking), size)]
     total = len(sets) * len(chunks)
-    done = total - len(todo)
-    task = ray.remote(_attack_chunk).options(
-        num_cpus=scaling.cpus_per_attack,
-        num_gpus=scaling.gpus_per_attack,
-        max_retries=TASK_RETRIES,
-        name="attack",
-    )
-    waiting: dict[Any, _Examples] = {}
-    queue = iter(todo)
+    left = {one.address: sum(len(batch) for o, batch in todo if o is one) for one in sets}
     told: set[Evaluation] = set()
     entries: dict[Evaluation, dict[str, Any]] = {}
-    left = {one.address: sum(t[0] is one for t in todo) for one in sets}
 
     def finish_ready() -> None:
         for e in evaluations:
@@ -222,40 +250,86 @@ def attack(
                     on_evaluation(entries[e])
 
     finish_ready()
-    if progress is not None:
-        progress(done, total, "chunks")
+    tell = progress or (lambda done, total, note: None)
+    tell(total - sum(left.values()), total, "chunks")
+    common = {
+        "root": root.uri,
+        "test": test.address,
+        "seed": config.seed,
+        "device": "cuda" if scaling.gpus_per_attack else "cpu",
+        "threads": scaling.threads_per_worker,
+    }
+    jobs = (
+        (
+            {
+                **common,
+                "examples": one.address,
+                "source": one.source.address if one.source else None,
+                "attack": one.attack,
+                "early_leaving": one.early_leaving,
+                "judges": one.judges,
+                "chunks": batch,
+            },
+            (one, batch),
+        )
+        for one, batch in todo
+    )
+
+    def still(note: str) -> None:
+        tell(total - sum(left.values()), total, f"chunks{note}")
+
+    for one, batch in run_tasks(_attack_chunks, jobs, attack_bundle(scaling), name="attack", on_straggler=still):
+        left[one.address] -= len(batch)
+        still(f", {one.attack} on {one.source.name if one.source else 'no model'}")
+        if left[one.address] == 0:
+            finish_ready()
+    return [entries[e] for e in evaluations]
+
+
+T = TypeVar("T")
+
+
+def run_tasks(
+    function: Callable[[dict[str, Any]], Any],
+    jobs: Iterable[tuple[dict[str, Any], T]],
+    bundle: dict[str, float],
+    *,
+    name: str,
+    on_straggler: Callable[[str], None],
+) -> Iterator[T]:
+    """Run Ray tasks, a bounded number of them at a time, and give back what each job was tagged with as it ends.
+
+    Args:
+        function: called with a job; what it returns is not looked at.
+        bundle: what Ray reserves for each.
+        name: of the tasks, in Ray's own displays.
+        on_straggler: told every few seconds where one task takes much longer than the others.
+
+    Raises:
+        UserError: what a task raised; the others are cancelled.
+    """
+    task = ray.remote(function).options(
+        num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_retries=TASK_RETRIES, name=name
+    )
+    slots = max(1, room_for(bundle))
+    waiting: dict[Any, T] = {}
+    watch = _Stragglers(slots)
+    queue = iter(jobs)
     try:
         while True:
-            while len(waiting) < TASKS_IN_FLIGHT and (item := next(queue, None)) is not None:
-                one, i, start, stop = item
-                job = {
-                    "root": root.uri,
-                    "test": test.address,
-                    "examples": one.address,
-                    "source": one.source.address if one.source else None,
-                    "attack": one.attack,
-                    "early_leaving": one.early_leaving,
-                    "judges": one.judges,
-                    "chunk": i,
-                    "rows": (start, stop),
-                    "seed": config.seed,
-                    "device": "cuda" if scaling.gpus_per_attack else "cpu",
-                    "threads": scaling.threads_per_worker,
-                }
-                waiting[task.remote(job)] = one
+            while len(waiting) < max(TASKS_IN_FLIGHT, 2 * slots) and (item := next(queue, None)) is not None:
+                waiting[task.remote(item[0])] = item[1]
             if not waiting:
-                break
-            ready, _ = ray.wait(list(waiting), num_returns=1)
+                return
+            watch.running(list(waiting)[:slots])
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
             for ref in ready:
-                one = waiting.pop(ref)
+                tag = waiting.pop(ref)
                 ray.get(ref)
-                done += 1
-                left[one.address] -= 1
-                if progress is not None:
-                    made_on = one.source.name if one.source else "no model"
-                    progress(done, total, f"chunks, {one.attack} on {made_on}")
-                if left[one.address] == 0:
-                    finish_ready()
+                watch.ended(ref)
+                yield tag
+            if not ready and (note := watch.slowest()):
+                on_straggler(note)
     except Exception as e:
         for ref in waiting:
             ray.cancel(ref)
@@ -263,7 +337,34 @@ def attack(
         if mine is not None and mine is not e:
             raise mine from e
         raise
-    return [entries[e] for e in evaluations]
+
+
+class _Stragglers:
+    """Which task takes much longer than the others. Ray starts tasks in the order in which they are submitted, so the first
+    ``slots`` that wait are those that run."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.started: dict[Any, float] = {}
+        self.seconds: list[float] = []
+
+    def running(self, refs: Sequence[Any]) -> None:
+        for ref in refs:
+            self.started.setdefault(ref, time.monotonic())
+
+    def ended(self, ref: Any) -> None:
+        now = time.monotonic()
+        self.seconds.append(now - self.started.pop(ref, now))
+
+    def slowest(self) -> str:
+        """What to tell of the one that has run longest, or nothing."""
+        if not self.started or not self.seconds:
+            return ""
+        longest = time.monotonic() - min(self.started.values())
+        usual = statistics.median(self.seconds)
+        if longest < max(STRAGGLER * usual, STRAGGLER_S):
+            return ""
+        return f"; the slowest of {len(self.started)} tasks has run for {longest:.0f} s, {usual:.0f} s is usual"
 
 
 def _once(root: Storage, name: str, value: Any) -> None:
@@ -351,7 +452,8 @@ def read_examples(directory: Storage, i: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _model(root: str, address: str, device: str) -> nn.Module:
+def load_model(root: str, address: str, device: str) -> nn.Module:
+    """What stands at a :attr:`Model.address`, in eval mode."""
     path, _, behind = address.partition("+")
     if behind:
         return checkpoints.load_reformed(f"{root}/{path}", f"{root}/{behind}", device)
@@ -363,72 +465,110 @@ def _test_set(root: str, address: str) -> shards.ShardSet:
     return shards.load(Storage(root), address)
 
 
-def _attack_chunk(job: dict[str, Any]) -> None:
-    torch.set_num_threads(job["threads"])
-    # verdicts are given in true float32, and the same on every run
+def exact_arithmetic(threads: int) -> None:
+    """Verdicts are given in true float32, and the same on every run."""
+    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+
+def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """Rows of a job's test set, and their images in [0,1] and labels on its device."""
+    rows = _test_set(job["root"], job["test"]).read_rows(start, stop)
+    images = torch.from_numpy(rows["image"]).to(job["device"]).float().div_(255)
+    return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
+
+
+def _attack_chunks(job: dict[str, Any]) -> None:
+    exact_arithmetic(job["threads"])
+    for i, start, stop in job["chunks"]:
+        _attack_chunk(job, i, start, stop)
+
+
+def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
     root, device = Storage(job["root"]), job["device"]
-    rows = _test_set(job["root"], job["test"]).read_rows(*job["rows"])
-    clean = torch.from_numpy(rows["image"]).to(device).float().div_(255)
-    labels = torch.from_numpy(rows["label"]).to(device).long()
-    i = job["chunk"]
+    rows, clean, labels = load_images(job, start, stop)
     if job["attack"] == "none":
         adversarial = clean
     else:
         directory = root / job["examples"]
         if not directory.exists(_chunk(i)):
-            _make_examples(job, directory, clean, labels, rows)
+            _make_examples(job, i, directory, clean, labels, rows)
         # from the file in any case, so that a continued run judges what an unbroken one judged
         adversarial = torch.from_numpy(read_examples(directory, i)).to(device)
     for judged, path in job["judges"].items():
         directory = root / judged
         if directory.exists(_chunk(i)):
             continue
-        columns = judge(_model(job["root"], path, device), clean, adversarial, labels)
+        columns = judge(load_model(job["root"], path, device), clean, adversarial, labels)
         _write_table(
             directory, i, {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}, {}
         )
 
 
+@functools.lru_cache(maxsize=2)
+def _autoencoder(root: str, address: str, device: str) -> nn.Module:
+    return checkpoints.load_autoencoder(f"{root}/{address}", device)
+
+
 def _make_examples(
-    job: dict[str, Any], directory: Storage, clean: Tensor, labels: Tensor, rows: dict[str, np.ndarray]
+    job: dict[str, Any], i: int, directory: Storage, clean: Tensor, labels: Tensor, rows: dict[str, np.ndarray]
 ) -> None:
     spec = AttackSpec.parse(job["attack"])
-    model = _model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
+    model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
     begin = time.perf_counter()
-    adversarial, micro_batch = _craft(spec, model, clean, labels, job)
+    autoencoder = _autoencoder(job["root"], job["source"], job["device"]) if spec.name == "adaptive" else None
+    adversarial, micro_batch = _craft(
+        spec, model, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
+    )
     seconds = time.perf_counter() - begin
     verify_examples(clean, adversarial, rows["index"], spec)
     images = shards.tensor_array(adversarial.cpu().numpy())
     _write_table(
         directory,
-        job["chunk"],
+        i,
         {"index": pa.array(rows["index"]), "label": pa.array(rows["label"]), "adversarial": images},
         {"seconds": seconds, "micro_batch": micro_batch, "attack": job["attack"]},
     )
 
 
+def _knowledge(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Callable[[Tensor, Tensor], Tensor]:
+    assert spec.objective is not None
+    assert spec.weight is not None
+    return adaptive_objective(autoencoder, clean, spec.objective, spec.weight)
+
+
 def _craft(
-    spec: AttackSpec, model: nn.Module, clean: Tensor, labels: Tensor, job: dict[str, Any]
+    spec: AttackSpec,
+    model: nn.Module,
+    autoencoder: nn.Module | None,
+    clean: Tensor,
+    labels: Tensor,
+    *,
+    early: bool,
+    seed: int,
 ) -> tuple[Tensor, int]:
     """The examples of a chunk, and 0, or the size of the micro-batches that memory allowed (recorded: another result)."""
     size = len(clean)
     while True:
-        generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["chunk"]))
+        generator = torch.Generator().manual_seed(seed)
         try:
-            parts = [
-                run_attack(
-                    spec,
-                    model,
-                    clean[start : start + size],
-                    labels[start : start + size],
-                    early_leaving=job["early_leaving"],
-                    generator=generator,
+            parts = []
+            for start in range(0, len(clean), size):
+                part = clean[start : start + size]
+                knows = None if autoencoder is None else _knowledge(autoencoder, part, spec)
+                parts.append(
+                    run_attack(
+                        spec,
+                        model,
+                        part,
+                        labels[start : start + size],
+                        early_leaving=early,
+                        generator=generator,
+                        auxiliary=knows,
+                    )
                 )
-                for start in range(0, len(clean), size)
-            ]
         except torch.OutOfMemoryError:
             if size == 1:
                 raise

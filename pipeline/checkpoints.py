@@ -132,19 +132,33 @@ def _read(path: str | os.PathLike[str], name: str) -> tuple[dict[str, torch.Tens
     parent, _, base = text.rpartition("/")
     data = Storage(parent).read_bytes(base)
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found = described(data)
         tensors = safetensors_load(data)
+    except DataError as e:
+        raise DataError(f"{text} {e}") from e
     except Exception as e:  # the format's own errors are of several kinds
         raise DataError(
             f"{text} is not a whole safetensors file ({type(e).__name__}: {e}); train or copy it again"
         ) from e
-    described = header.get("__metadata__", {}).get("defendpp")
-    if described is None:
+    if found is None:
         raise DataError(f"{text} was not exported by this project: its metadata does not say which network it is")
-    said = json.loads(described)
+    return tensors, *found, text
+
+
+def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
+    """Which network a safetensors file is of, as its metadata says; None if this project did not write it.
+
+    Raises:
+        DataError: it is of another schema. ValueError: it is no safetensors file.
+    """
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get("defendpp")
+    if text is None:
+        return None
+    said = json.loads(text)
     if said["schema"] != SCHEMA:
-        raise DataError(f"{text} has schema {said['schema']}, this version reads {SCHEMA}")
-    return tensors, from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"]), text
+        raise DataError(f"has schema {said['schema']}, this version reads {SCHEMA}")
+    return from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"])
 
 
 def _load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:

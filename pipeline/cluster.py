@@ -72,9 +72,7 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
         ResourceError: naming what is asked for, what there is and which settings to change.
     """
     train = train_bundle(scaling)
-    attack: dict[str, float] = {"CPU": scaling.cpus_per_attack}
-    if scaling.gpus_per_attack:
-        attack["GPU"] = scaling.gpus_per_attack
+    attack = attack_bundle(scaling)
     deadline = time.monotonic() + wait_s
     asked = False
     while True:
@@ -94,6 +92,11 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
 def train_bundle(scaling: ScalingConfig) -> dict[str, float]:
     """What Ray reserves for one training worker."""
     return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
+
+
+def attack_bundle(scaling: ScalingConfig) -> dict[str, float]:
+    """What Ray reserves for one attack task."""
+    return {"CPU": scaling.cpus_per_attack} | ({"GPU": scaling.gpus_per_attack} if scaling.gpus_per_attack else {})
 
 
 def room_for(each: dict[str, float]) -> int:

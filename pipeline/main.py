@@ -19,6 +19,8 @@ Trains Defend++ and what it is compared with, attacks all of them, and reports w
   python pipeline/main.py pyramids RECIPE [--FIELD VALUE ...]  stage 1: images to low-pass pyramids in Parquet shards
   python pipeline/main.py train RECIPE [--FIELD VALUE ...]     stage 2: train the recipe's models
   python pipeline/main.py attack RECIPE [--FIELD VALUE ...]    stage 3: attack them, then report
+  python pipeline/main.py attack --model FILE [--arch ARCH] [--data SOURCE] [--FIELD VALUE ...]
+                                                               a classifier that was not trained here; --help says more
   python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
   python pipeline/main.py recipes                              the recipes and what they cost
 
@@ -43,9 +45,10 @@ def main(arguments: list[str]) -> int:
         if command not in COMMANDS:
             raise ConfigError.of("command", command, "one of " + ", ".join((*COMMANDS, "recipes")))
         experiment = parse(command, rest)
-        from pipeline import run
+        from pipeline import given, run
 
-        run.execute(command, experiment)
+        # of a model that is given there is nothing to train, but its test images must be read and its weights copied
+        run.execute("run" if command == "attack" and given.is_asked_for(rest) else command, experiment)
         return 0
     except UserError as e:
         complain(str(e))
@@ -64,8 +67,15 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
     import tyro
 
     from components.errors import ConfigError
+    from pipeline import given
     from pipeline.recipes import RECIPES
 
+    if command == "attack" and given.is_asked_for(arguments):
+        if {"-h", "--help"} & set(arguments):
+            print(given.USAGE)
+            raise SystemExit(0)
+        default, rest = given.parse(arguments)
+        return tyro.cli(type(default), default=default, args=rest, prog="main.py attack --model ...")
     if not arguments or arguments[0] in ("-h", "--help"):
         list_recipes()
         print(f"Fields of a recipe: python pipeline/main.py {command} RECIPE --help")

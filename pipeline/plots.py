@@ -91,11 +91,12 @@ def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[
 
 
 def styles(roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Colour and line of each model, the same in every plot. ``roles``: model -> source, control or defended."""
+    """Colour and line of each model, the same in every plot. ``roles``: model -> source, control, defended or
+    given."""
     counts = {True: 0, False: 0}
     out = {}
     for model, role in roles.items():
-        defended = role == "defended"
+        defended = role in ("defended", "given")
         palette = DEFENDED if defended else UNDEFENDED
         line, colour = divmod(counts[defended], len(palette))
         out[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
@@ -257,7 +258,7 @@ def _lying_bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
             frame(axis, title_size=9.5)
             axis.grid(axis="y", visible=False)
             axis.tick_params(axis="y", length=0)
-    undefended = any(role != "defended" for role in roles.values())
+    undefended = any(role not in ("defended", "given") for role in roles.values())
     handles = [Patch(color=UNDEFENDED[0], label="grey: undefended")] if undefended else []
     handles.append(Patch(color=DEFENDED[0], label="coloured: defended"))
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
@@ -295,6 +296,45 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
     # not of the first panel alone: the source of transfer is not in every one
     handles = [Line2D([], [], label=legend(m, roles), **looks[m]) for m in roles if m in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return png(figure)
+
+
+def heat_maps(matrices: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarray]]) -> bytes:
+    """Accuracy by the model that examples were made on (rows) and the one that judged them (columns).
+
+    Args:
+        matrices: title -> (sources, models, fractions [sources, models]; nan where there is none).
+    """
+    sources, models, _ = next(iter(matrices.values()))
+    cell, margin = 0.62, 0.075 * max(len(name) for name in (*sources, *models))
+    figure, axes = grid(
+        len(matrices),
+        columns=min(2, len(matrices)),
+        width=max(3.0, margin + cell * len(models)),
+        height=max(2.0, 0.6 + margin + cell * 0.8 * len(sources)),
+    )
+    for axis, (title, (rows, columns, values)) in zip(axes, matrices.items(), strict=False):
+        axis.grid(False)
+        axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set(ylabel="made on", xlabel="judged by")
+        for i, j in np.ndindex(values.shape):
+            if not math.isnan(values[i, j]):
+                dark = values[i, j] < 0.55
+                bold = "bold" if rows[i] == columns[j] else "normal"
+                text = f"{100 * values[i, j]:.0f}"
+                axis.text(
+                    j,
+                    i,
+                    text,
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color="white" if dark else "black",
+                    fontweight=bold,
+                )
     return png(figure)
 
 

@@ -15,20 +15,24 @@ from components.config import ConfigError, TrainConfig
 from components.errors import DataError
 from pipeline.storage import Storage
 
+MLFLOW = "mlflow:"
 
-def read(config: TrainConfig) -> dict[str, Tensor]:
+
+def read(config: TrainConfig, tracking_uri: str = "") -> dict[str, Tensor]:
     """The tensors that ``train.pretrained`` names.
+
+    Args:
+        tracking_uri: the MLflow that mlflow:... is looked up in.
 
     Raises:
         StorageError: the file does not exist. DataError: it holds no tensors, or torchvision's cannot be had.
-        ConfigError: torchvision has no such weights of this architecture.
+        ConfigError: torchvision has no such weights of this architecture. UserError: MLflow has no such weights.
     """
     where = config.pretrained
     if where.startswith("torchvision:"):
-        return _torchvision(config.arch, where.partition(":")[2])
-    text = where if "://" in where else str(Path(where).expanduser().absolute())
-    parent, _, name = text.rpartition("/")
-    data = Storage(parent or "/").read_bytes(name)
+        return _torchvision(config.arch.removeprefix("torchvision:"), where.partition(":")[2])
+    text, data = read_file(where, tracking_uri)
+    name = text.rpartition("/")[2]
     try:
         if name.endswith(".safetensors"):
             return dict(safetensors_load(data))
@@ -41,6 +45,17 @@ def read(config: TrainConfig) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise DataError(f"train.pretrained: {text} holds no dictionary of tensors; give a state_dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes]:
+    """Whole path and bytes of a file that ``train.pretrained`` names by a path, a URI, or as MLflow's. Raises as :func:`read`."""
+    if where.startswith(MLFLOW):
+        from pipeline import tracking  # MLflow is imported only by who asks for it
+
+        return tracking.download_weights(tracking_uri, where.removeprefix(MLFLOW))
+    text = where if "://" in where else str(Path(where).expanduser().absolute())
+    parent, _, name = text.rpartition("/")
+    return text, Storage(parent or "/").read_bytes(name)
 
 
 def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
@@ -64,9 +79,9 @@ def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
         ) from e
 
 
-def fetch(config: TrainConfig, root: Storage) -> str:
+def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
     """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, if they are not there, and return that address."""
-    data = safetensors_save({k: v.contiguous() for k, v in sorted(read(config).items())})
+    data = safetensors_save({k: v.contiguous() for k, v in sorted(read(config, tracking_uri).items())})
     address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not root.exists(address):
         root.write_bytes(address, data)

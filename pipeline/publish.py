@@ -160,6 +160,15 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
         found[key] = metrics["accuracy"]
         if metrics.get("curve") and metrics.get("l2_median") is not None:
             found[f"{key}/l2_median"] = metrics["l2_median"]
+    for worst in record.get("worst_case") or []:
+        if worst["model"] == model:
+            found[f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"] = worst["accuracy"]
+    tested = (record.get("reliability") or {}).get(model, {})
+    for flag in tested.get("flags", []):
+        found[f"flag/{flag['name']}"] = float(flag["fired"])
+    for attack, active in tested.get("active", {}).items():
+        if attack in labels:
+            found[f"active_test/{labels[attack]}"] = active["share"]
     return found
 
 

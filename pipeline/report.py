@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ THREATS = {
     "clean": "clean",
     "random": "random (control)",
     "white_box": "white-box",
+    "black_box": "black-box",
     "grey_box": "grey-box",
     "transfer": "transfer",
 }
@@ -44,6 +45,7 @@ ROLES = {
     "source": "undefended, source of transfer",
     "control": "control: undefended, another seed",
     "defended": "defended",
+    "given": "given, not trained here",
 }
 TERMINAL_WIDTH = 100
 """Where there is no terminal to ask."""
@@ -150,12 +152,18 @@ def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def roles(record: Mapping[str, Any]) -> dict[str, str]:
-    """Model -> source, control or defended, in the order of the config."""
+    """Model -> source, control, defended or given (not trained here), in the order of the config."""
     experiment = comparison.experiment_of(record)
     variants = experiment.variants()
     sources = {experiment.source_of(name) for name in variants}
     return {
-        name: "defended" if config.defense != "none" else "source" if name in sources else "control"
+        name: "defended"
+        if config.defense != "none"
+        else "source"
+        if name in sources
+        else "control"
+        if config.epochs
+        else "given"
         for name, config in variants.items()
     }
 
@@ -302,12 +310,69 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
     source = ", ".join(sources) or "an undefended model"
     return [
         "White-box: the examples were made on the very model under test. This is the number that says how much a model "
-        "withstands, and no more than that: a stronger attack can only lower it.",
+        "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
         f"Transfer: the examples were made on an undefended model ({source}) and then shown to the model under test. A high "
         "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
         "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
         "attacker. Only what a defended model does better than the controls can be owed to its defense.",
     ]
+
+
+def worst_cases(record: Mapping[str, Any]) -> list[Row]:
+    """The worst case per sample of each model and budget, with the budget and threat model as they are written for people."""
+    said = {"white_box": "made on the model itself", "any": "also transferred to it"}
+    return [
+        {**row, "budget": f"{_norm(row['norm'])} ≤ {row['eps']:.4g}", "threat_title": said[row["threat_model"]]}
+        for row in record.get("worst_case") or []
+    ]
+
+
+def raised_flags(record: Mapping[str, Any]) -> list[Row]:
+    """The reliability flags that fired, in the order of the models: {model, name, measured, remedy}."""
+    found = record.get("reliability") or {}
+    return [
+        {"model": model, **flag}
+        for model in _in_order(found, tuple(roles(record)))
+        for flag in found[model]["flags"]
+        if flag["fired"]
+    ]
+
+
+def reliability_in_short(record: Mapping[str, Any]) -> str:
+    """One sentence that says whether the numbers can be trusted; empty where nobody looked."""
+    tested = record.get("reliability") or {}
+    if not tested:
+        return ""
+    active = [a for one in tested.values() for a in one["active"].values()]
+    passed = sum(bool(a["passed"]) for a in active)
+    fired = raised_flags(record)
+    where = ", ".join(dict.fromkeys(f["model"] for f in fired))
+    return (
+        f"Reliability: {len(fired)} flags raised{f' ({where})' if fired else ''} on {len(tested)} models; {passed} of {len(active)} attacks "
+        "found the adversarial examples that were planted for them (docs/reliability.md)."
+    )
+
+
+def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """Attack -> (models that examples were made on, models that judged them, accuracy [made on, judged by]); the diagonal is white-box.
+
+    Of each attack whose examples were made on at least two models and judged by others; of several seeds the first.
+    """
+    first = plots.first_replicates(
+        roles(record), {name: base for name, (base, _) in comparison.experiment_of(record).replicates().items()}
+    )
+    cells: dict[str, dict[tuple[str, str], float]] = {}
+    for e in record["evaluations"]:
+        if e.get("source") in first and e["model"] in first and e["threat_model"] != "black_box":
+            cells.setdefault(e["attack"], {})[e["source"], e["model"]] = e["metrics"]["accuracy"]
+    out = {}
+    for attack, found in cells.items():
+        sources = [m for m in first if any(s == m and judge != m for s, judge in found)]
+        judges = [m for m in first if any(judge == m for _, judge in found)]
+        if len(sources) > 1:
+            values = np.array([[found.get((s, j), np.nan) for j in judges] for s in sources])
+            out[_said(attack)] = sources, judges, values
+    return out
 
 
 def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -338,13 +403,20 @@ def in_short(record: Mapping[str, Any]) -> list[str]:
             if found:
                 lowest, attack = min(found)
                 parts.append(f"{_percent(lowest)} % under the worst {THREATS[threat]} attack ({_said(attack)})")
+        parts += [
+            f"{_percent(w['accuracy'])} % in the worst case per sample at {w['budget']}"
+            for w in worst_cases(record)
+            if w["model"] == row["model"] and w["threat_model"] == "white_box"
+        ]
         if parts:
             said.append(f"{row['model']} ({ROLES[row['role']]}): " + ", ".join(parts) + ".")
-    return said
+    return [*said, *filter(None, [reliability_in_short(record)])]
 
 
-def missing(record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Mapping[str, Any]) -> list[str]:
-    """What a partial run lacks, in words; empty for a complete one."""
+def missing(
+    record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Mapping[str, Any], drawn: Iterable[str]
+) -> list[str]:
+    """What a partial run lacks, in words; empty for a complete one. ``drawn``: names of the plots that were made."""
     out = []
     untrained = [name for name in roles(record) if name not in record["models"]]
     if diverged := record.get("diverged"):
@@ -353,13 +425,16 @@ def missing(record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Ma
         untrained = [name for name in untrained if name not in diverged]
     if untrained:
         out.append("not trained yet: " + ", ".join(untrained))
-    no_history = [name for name in record["models"] if not histories.get(name)]
+    trained = [name for name, model in record["models"].items() if model.get("train", {}).get("epochs", 1)]
+    no_history = [name for name in trained if not histories.get(name)]
     if no_history:
         out.append("no training history of: " + ", ".join(no_history))
     if not record["evaluations"]:
         out.append("no evaluations yet")
     if not gallery:
         out.append("no gallery of images yet")
+    if undrawn := [f for f in record["experiment"].get("figures", ()) if f not in drawn]:
+        out.append(f"the records hold nothing to draw these from: {', '.join(undrawn)}")
     if not record.get("finished"):
         out.append("the run has not finished")
     return out
@@ -404,10 +479,16 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
             console.print(part)
     for part in comparison_tables(record, together):
         console.print(part)
+    if not together["over_seeds"] and (verdicts := verdict_table(record)):
+        console.print(verdicts)
+    for flag in raised_flags(record):
+        said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
+        console.print(Text(said, style="yellow"))
     role = roles(record)
     notes = [
         f"Accuracy in % of {counted(record)}, ± half the 95 % Wilson interval (sampling of images only, not of seeds).",
         *explanation(record),
+        *filter(None, [reliability_in_short(record)]),
     ]
     if any(r == "control" for r in role.values()):
         notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
@@ -447,6 +528,33 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
             made_on = f" on {row['made_on']}" if row["made_on"] else ""
             beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours or "-")
         out.append(beside)
+    return out
+
+
+def verdict_table(record: Mapping[str, Any]) -> Table | None:
+    """The worst case per sample for the terminal; a column per budget. None where there is none."""
+    rows = worst_cases(record)
+    heads = list(dict.fromkeys((w["budget"], w["threat_title"]) for w in rows))
+    if not rows:
+        return None
+    out = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title="worst case per sample over all attacks, accuracy in %",
+        title_justify="left",
+    )
+    out.add_column("model", no_wrap=True)
+    for budget, threat in heads:
+        out.add_column(f"{budget}\n{threat}", justify="right")
+    for model in dict.fromkeys(w["model"] for w in rows):
+        found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
+        cells = [
+            f"{_percent(w['accuracy'])} ±{50 * (w['accuracy_high'] - w['accuracy_low']):.1f}"
+            if (w := found.get(h))
+            else "-"
+            for h in heads
+        ]
+        out.add_row(model, *cells)
     return out
 
 
@@ -492,7 +600,7 @@ def _terminal_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:
 
 
 def _row_head(row: Row) -> tuple[str, str]:
-    return row["model"], {"source": "undefended", "control": "control", "defended": "defended"}[row["role"]]
+    return row["model"], {"source": "undefended"}.get(row["role"], row["role"])
 
 
 def _head(column: Row) -> list[str]:
@@ -539,7 +647,29 @@ def markdown(record: Mapping[str, Any]) -> str:
             + " |"
         )
     lines += ["", f"Accuracy in %, {counted(record)}, ± half the 95 % Wilson interval.", "", *explanation(record)]
-    return "\n".join([*lines, *_markdown_across(across(record))]).strip()
+    return "\n".join([*lines, *_markdown_verdict(record), *_markdown_across(across(record))]).strip()
+
+
+def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
+    """Worst cases and flags as Markdown."""
+    lines = []
+    if rows := worst_cases(record):
+        lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
+        lines += [
+            _markdown_row(("model", "budget", "examples", "accuracy", "95 % interval", "attacks")),
+            "| --- " * 6 + "|",
+        ]
+        for w in rows:
+            interval = f"{_percent(w['accuracy_low'])} – {_percent(w['accuracy_high'])}"
+            values = (w["model"], w["budget"], w["threat_title"], _percent(w["accuracy"]), interval, str(w["attacks"]))
+            lines.append(_markdown_row(values))
+    if said := reliability_in_short(record):
+        lines += ["", said]
+        lines += [
+            f"- **{f['model']}: {f['name'].replace('_', ' ')}.** {f['measured']} {f['remedy']}"
+            for f in raised_flags(record)
+        ]
+    return lines
 
 
 def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -645,7 +775,13 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         name: [read_epoch(root, file) for file in history_files(root, model)]
         for name, model in record["models"].items()
     }
-    data = {**table(record), "comparisons": comparisons(record, root), **across(record)}
+    data = {
+        **table(record),
+        "worst_case": worst_cases(record),
+        "flags": raised_flags(record),
+        "comparisons": comparisons(record, root),
+        **across(record),
+    }
     pictures = _pictures(record, gallery, histories, figures.read(run))
     paths = {
         "html": "report/report.html",
@@ -659,7 +795,7 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
     run.write_json(paths["table_json"], data)
     run.write_bytes(paths["table_csv"], to_csv(record).encode())
     run.write_bytes(paths["table_md"], f"# {record['name']}\n\n{markdown(record)}\n".encode())
-    html = _html(record, data, pictures, missing(record, gallery, histories))
+    html = _html(record, data, pictures, missing(record, gallery, histories, pictures))
     run.write_bytes(paths["html"], html.encode())  # last: its presence says that all of it is there
     return paths
 
@@ -695,6 +831,13 @@ def _pictures(
             "Minimal-norm attacks: what is left when only examples up to that norm count. At any norm, nothing is left of a "
             "differentiable network attacked white-box; what differs is how far that is." + note,
             plots.curves({t: models for t, models in chosen.items() if models}, _only(role, few)),
+        )
+    if matrices := transfer_matrices(record):
+        out["transfer"] = (
+            "Transfer from model to model",
+            f"Accuracy in %, {counted(record)}: examples made on the model of the row, judged by the one of the column. On the diagonal "
+            "they are white-box.",
+            plots.heat_maps(matrices),
         )
     if gallery:
         # of the first replicate, which gallery.npz has alone
@@ -818,6 +961,7 @@ def _html(
         counted=counted(record),
         explanation=explanation(record),
         in_short=in_short(record),
+        reliability=_in_order(record.get("reliability") or {}, tuple(roles(record))),
         pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],
         config=json.dumps(record["experiment"], indent=2, sort_keys=True),
     )

@@ -15,7 +15,21 @@ from typing import Any
 
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
-from pipeline import attack, cluster, environment, gallery, publish, pyramids, report, shards, sources, tracking, train
+from pipeline import (
+    attack,
+    cluster,
+    environment,
+    gallery,
+    memory,
+    publish,
+    pyramids,
+    report,
+    shards,
+    sources,
+    tracking,
+    train,
+    verdict,
+)
 from pipeline.progress import Bar, say, stage
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, stored_levels
@@ -47,6 +61,8 @@ class Run:
 
     @property
     def splits(self) -> tuple[sources.Split, ...]:
+        if not trains(self.experiment):
+            return ("test",)
         held_out: tuple[sources.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
         return ("train", *held_out, "test")
 
@@ -65,6 +81,11 @@ class Run:
         finally:
             self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
             self.save()
+
+
+def trains(experiment: Experiment) -> bool:
+    """Whether any model is trained; those that are given need the test images alone."""
+    return any(c.epochs for c in experiment.variants().values())
 
 
 def run_address(experiment: Experiment) -> str:
@@ -101,10 +122,11 @@ def open_run(experiment: Experiment, *, records_only: bool = False) -> Run:
             sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
         )
         train.check_models(experiment, shapes)
-        sources.check_source(experiment.data)
+        sources.check_source(experiment.data, trains=trains(experiment))
         with stage("Ray"):
             cluster.connect()
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
+        memory.check_gpu_memory(experiment, shapes)
     if storage.exists("run.json"):
         record = storage.read_json("run.json")
         if record.get("schema") != SCHEMA:
@@ -167,7 +189,7 @@ def make_pyramids(run: Run) -> Sets:
                 addresses[f"train/{targets}" if split == "train" else split] = made.address
                 rows = {**(run.record["data"] or {}).get("rows", {}), split: made.num_rows}
                 run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
-    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none")
+    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if trains(e) else ""
     run.record["data"] |= {
         "source": e.data.source,
         "hash": content_hash(bare, addresses["test"]),
@@ -252,7 +274,8 @@ class _TrainProgress(train.Progress):
         accuracy = model["validation"].get("accuracy")
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         done, total = len(run.record["models"]), len(run.experiment.variants())
-        say(f"  train {done}/{total}: {name}: {model['images_per_second']:.0f} images/s{held_out}")
+        speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
+        say(f"  train {done}/{total}: {name}: {speed}{held_out}")
 
 
 def trained_models(run: Run) -> list[attack.Model]:
@@ -284,15 +307,28 @@ def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> l
         if name in reformers and behind is None:  # its classifier diverged
             continue
         file = "reformer.safetensors" if name in reformers else "classifier.safetensors"
-        found[name] = attack.Model(name=name, path=model["path"], sha256=model["files"][file], classifier=behind)
+        found[name] = attack.Model(
+            name=name,
+            path=model["path"],
+            sha256=model["files"][file],
+            autoencoder=model["files"].get("autoencoder.safetensors", ""),
+            classifier=behind,
+        )
     return [found[name] for name in models if name in found]
 
 
 def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -> None:
-    """Stage 3: every model under every threat model; then a few images for the plots."""
+    """Stage 3: every model under every threat model; what that says together; then a few images for the plots."""
     with run.timed("attack"), stage("attack") as bar:
-        run.record["evaluations"] = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
-        gallery.make(test, models, run.record["evaluations"], run.experiment, run.storage, run.root)
+        evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
+        run.record["evaluations"] = evaluations
+        run.save()
+        names = [m.name for m in models]
+        run.record["worst_case"] = verdict.worst_cases(names, run.experiment, run.root, evaluations)
+        run.record["reliability"] = verdict.reliability(
+            models, test, run.experiment, run.root, evaluations, progress=bar.update
+        )
+        gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
     run.save()
     run.publish()
 

@@ -86,7 +86,7 @@ class TrainingData:
     """Addresses of the shard sets of a run."""
 
     train: dict[str, str]
-    """Kind of targets -> shard set that holds them; at least one."""
+    """Kind of targets -> shard set that holds them; at least one, unless no model is trained."""
     bare: str
     """Address that the training images have (or would have) without levels: what names a model that reads none."""
     validation: str = ""
@@ -94,6 +94,8 @@ class TrainingData:
 
     def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
         """What a model reads, and what names it."""
+        if not config.epochs:
+            return {}, {}
         if stored_levels(config):
             train = identity = self.train[config.targets]
         else:
@@ -122,7 +124,7 @@ def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: St
     jobs = []
     for name, given in experiment.variants().items():
         config = given.canonical()
-        weights = pretrained.fetch(config, root) if config.pretrained else ""
+        weights = pretrained.fetch(config, root, _tracking_uri(experiment)) if config.pretrained else ""
         reads, identity = data.for_model(config)
         address = model_address(config, shapes, identity, experiment.scaling.workers, weights)
         jobs.append(Job(name=name, config=config, pyramids=reads, weights=weights, address=address))
@@ -403,30 +405,62 @@ def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings:
 
 
 def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, Any]) -> None:
-    files = checkpoints.export(home, loop.net, loop.config, loop.shapes)
     history = [home.read_json(f"history/{name}") for name in home.list("history")][: loop.config.epochs]
     seconds = sum(h["seconds"] for h in history)
-    parts = checkpoints.parts_of(loop.net)
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    rate = sum(h["images_per_second"] * h["seconds"] for h in history) / seconds
+    measured = {
+        "workers": loop.world,
+        "validation": history[-1]["validation"],
+        "seconds": seconds,
+        "images_per_second": rate,
+    }
+    _write_model(home, loop.net, loop.config, loop.shapes, job["pyramids"], job["weights"], measured)
+    # what it takes to continue is not needed any more, and is three times as large as the model
+    for name in checkpoints.list_checkpoints(home / "checkpoints"):
+        home.delete(f"checkpoints/{name}")
+
+
+def _write_model(
+    home: Storage,
+    net: nn.Module,
+    config: TrainConfig,
+    shapes: Shapes,
+    pyramids: Mapping[str, str],
+    weights: str,
+    measured: Mapping[str, Any],
+) -> None:
+    """Export a network, then write its model.json, which says that it is finished (docs/records.md)."""
+    files = checkpoints.export(home, net, config, shapes)
+    parts = checkpoints.parts_of(net)
     home.write_json(
         "model.json",
         {
             "schema": checkpoints.SCHEMA,
-            "train": job["config"],
-            "shapes": settings["shapes"],
-            "pyramids": job["pyramids"],
-            "weights": job["weights"],
-            "workers": loop.world,
-            "parameters": parameters,
-            "validation": history[-1]["validation"],
-            "seconds": seconds,
-            "images_per_second": sum(h["images_per_second"] * h["seconds"] for h in history) / seconds,
+            "train": to_dict(config),
+            "shapes": to_dict(shapes),
+            "pyramids": dict(pyramids),
+            "weights": weights,
+            "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+            **measured,
             "files": {f: hashlib.sha256(home.read_bytes(f)).hexdigest() for f in files},
         },
     )
-    # what it takes to continue is not needed any more, and is three times as large as the model
-    for name in checkpoints.list_checkpoints(home / "checkpoints"):
-        home.delete(f"checkpoints/{name}")
+
+
+def _take_as_given(job: Job, shapes: Shapes, root: Storage) -> None:
+    """A model that is not trained but evaluated as it is (``epochs=0``)."""
+    net = build_net(job.config, shapes, pretrained.load(root, job.weights))
+    measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
+    _write_model(root / job.address, net, job.config, shapes, job.pyramids, job.weights, measured)
+
+
+def _tracking_uri(experiment: Experiment) -> str:
+    """Where mlflow:... is looked up: the tracking server of the run, or the database in its storage."""
+    if experiment.tracking_uri:
+        return experiment.tracking_uri
+    from pipeline import tracking
+
+    return tracking.default_uri(Storage(experiment.storage))
 
 
 def check_models(experiment: Experiment, shapes: Shapes) -> None:
@@ -440,7 +474,8 @@ def check_models(experiment: Experiment, shapes: Shapes) -> None:
         same = dataclasses.replace(config.canonical(), seed=0)
         if same not in seen:
             seen.add(same)
-            build_net(same, shapes, pretrained.read(same) if same.pretrained else None)
+            weights = pretrained.read(same, _tracking_uri(experiment)) if same.pretrained else None
+            build_net(same, shapes, weights)
 
 
 class Progress:
@@ -477,6 +512,9 @@ def train(
     progress = progress or Progress()
     jobs = jobs_of(experiment, shapes, data, root)
     watch = _Watch(root, jobs, progress)
+    for job in jobs:
+        if not job.config.epochs and not (root / job.address).exists("model.json"):
+            _take_as_given(job, shapes, root)
     watch.look()
     allowed = experiment.allow_diverged
     todo = [j for j in {j.address: j for j in jobs}.values() if j.name not in watch.finished]

@@ -73,6 +73,7 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
         mean=config.normalize_mean,
         std=config.normalize_std,
         seed=config.seed,
+        needs_adapter=config.defense == "defend++" or config.noise_location == "latent",
     )
     if weights is not None:
         load_weights(classifier, dict(weights), config.pretrained, replace_head=config.replace_head)

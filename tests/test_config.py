@@ -153,7 +153,7 @@ def test_unknown_threat_model_and_attack() -> None:
         lambda: EvaluationConfig(threat_models=("grey_box",)),
         "evaluation.threat_models",
         "grey_box",
-        "white_box, transfer, transfer:NAME",
+        "white_box, black_box, transfer, transfer:NAME, transfer:*",
     )
     refused(
         lambda: EvaluationConfig(threat_models=("transfer:",)), "evaluation.threat_models", "transfer:", "transfer:NAME"

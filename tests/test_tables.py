@@ -72,16 +72,33 @@ def test_comdefend_stands_in_front_of_the_undefended_classifier(defenses: Result
 
 
 def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
-    """A figure of models that a table has trained: no training at all."""
+    """The robustness table, of models that another table has trained: no training at all, every threat model, and a verdict."""
     storage, record, _ = defenses
     before = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")}
-    figure, _ = run_recipe("fig8-smoke", storage)
+    whole, table = run_recipe("robustness-smoke", storage, "--figures", "fig8")
     assert {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")} == before
-    assert figure["models"]["defend"]["path"] == record["models"]["defend"]["path"]
-    (directory,) = storage.glob("runs/fig8-smoke-*")
-    assert (directory / "report" / "plots" / "fig8.png").exists()
+    assert whole["models"]["defend"]["path"] == record["models"]["defend"]["path"]
+    (directory,) = storage.glob("runs/robustness-smoke-*")
+    for plot in ("fig8", "transfer", "accuracy", "curves"):
+        assert (directory / "report" / "plots" / f"{plot}.png").exists(), plot
     with np.load(directory / "figures.npz") as figures:
         assert figures["fig8__r__defend"].shape == (8,)
+
+    made_on = {(e["source"], e["model"]) for e in whole["evaluations"] if e["threat_model"].startswith("transfer:")}
+    names = list(whole["models"])
+    assert made_on == {(a, b) for a in names for b in names if a != b}
+    by_attack = {(e["model"], e["threat_model"], e["attack"].partition(":")[0]) for e in whole["evaluations"]}
+    assert {m for m, _, attack in by_attack if attack == "adaptive"} == {"defend"}
+    for name in names:
+        assert {(name, "white_box", "autoattack"), (name, "black_box", "square")} <= by_attack
+        tested = whole["reliability"][name]
+        assert {attack.partition(":")[0] for attack in tested["active"]} == {"pgd", "autoattack", "square", "ddn"}
+        assert len(tested["flags"]) == len({f["name"] for f in tested["flags"]}) > 5
+    worst = {(w["model"], w["threat_model"]): w["accuracy"] for w in table["worst_case"] if w["norm"] == "linf"}
+    for e in whole["evaluations"]:
+        if e["threat_model"] in ("white_box", "black_box") and "eps=0.2" in e["attack"]:
+            assert worst[e["model"], "white_box"] <= e["metrics"]["accuracy"]
+        assert worst[e["model"], "any"] <= worst[e["model"], "white_box"]
 
 
 def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_path: Path) -> None:

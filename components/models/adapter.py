@@ -239,11 +239,7 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
         _run(net, images.clone(), f"{name} does not run on {what}")  # sets the statistics
         net.eval()
         called.clear()
-        expected = _run(net, images.clone(), f"{name} does not run on {what}")
-        if not isinstance(expected, Tensor) or expected.ndim != 2:
-            raise ConfigError(f"{name} does not give logits [N, classes] for {what}")
-        if num_classes is not None and expected.shape[1] != num_classes:
-            raise ConfigError(f"{name} gives {expected.shape[1]} logits, but there are {num_classes} classes")
+        expected = _logits(net, images, num_classes)
         in_forward = called.copy()
         called.clear()
         x = images
@@ -273,6 +269,27 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
         )
 
 
+def check_output(classifier: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> None:
+    """Make sure that a network without an adapter runs on such images and gives logits [N, num_classes]. It is not changed.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
+    with torch.no_grad(), evaluating(classifier):
+        _logits(classifier, torch.zeros(2, channels, image_size, image_size, device=device), num_classes)
+
+
+def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
+    name, what = type(net).__name__, f"images of {images.shape[1]}x{images.shape[2]}x{images.shape[3]}"
+    logits = _run(net, images.clone(), f"{name} does not run on {what}")
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ConfigError(f"{name} does not give logits [N, classes] for {what}")
+    if num_classes is not None and logits.shape[1] != num_classes:
+        raise ConfigError(f"{name} gives {logits.shape[1]} logits, but there are {num_classes} classes")
+    return logits
+
+
 def _enliven(net: nn.Module, generator: torch.Generator) -> None:
     """Perturb every weight, and let the next run set the statistics of batch norm to those of its own images."""
     for p in net.parameters():
@@ -293,8 +310,10 @@ def _run(module: Any, x: Any, otherwise: str) -> Any:
         raise ConfigError(f"{otherwise} ({type(e).__name__}: {e})") from e
 
 
-def attach(classifier: nn.Module, adapter: Adapter, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
-    """Give a user's own network its adapter and its normalisation. Its ``state_dict`` keeps its keys.
+def attach(
+    classifier: nn.Module, adapter: Adapter | None, mean: Sequence[float] = (), std: Sequence[float] = ()
+) -> None:
+    """Give a user's own network its adapter, if it has one, and its normalisation. Its ``state_dict`` keeps its keys.
 
     Normalisation is a submodule without persistent buffers and a forward pre-hook that runs it, so the network takes images
     in [0,1] like every other, on any device and in a deep copy.
@@ -307,7 +326,8 @@ def attach(classifier: nn.Module, adapter: Adapter, mean: Sequence[float] = (), 
     taken = {"adapter", "normalize"} & dict(classifier.named_children()).keys()
     if taken:
         raise ConfigError(f"{name} has a submodule named {taken.pop()!r}, which Defend++ needs: rename it")
-    classifier.adapter = adapter  # type: ignore[assignment]  # a plain attribute, not a submodule
+    if adapter is not None:
+        classifier.adapter = adapter  # type: ignore[assignment]  # a plain attribute, not a submodule
     if not mean:
         return
     if isinstance(classifier, nn.Sequential):

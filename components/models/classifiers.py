@@ -26,6 +26,7 @@ from components.models.adapter import (
     apply_head,
     attach,
     check_adapter,
+    check_output,
     encoder_blocks,
     encoder_units,
 )
@@ -301,13 +302,15 @@ def build_classifier(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
     seed: int = 0,
+    needs_adapter: bool = True,
 ) -> nn.Module:
     """An untrained classifier whose initial weights follow from ``seed`` alone: images [N, C, W, W] in [0,1] to logits.
 
     Args:
         arch: one of ARCHITECTURES, or ``MODULE:FUNCTION``, a function of the user's own, called as
             ``FUNCTION(num_classes=..., channels=..., image_size=..., width=...)``, that returns the network and its
-            Adapter (docs/networks.md).
+            Adapter (docs/networks.md), or ``torchvision:NAME`` or ``timm:NAME``, which have no adapter.
+        needs_adapter: False lets a function return a network alone, which is enough where nobody asks for its blocks.
         width: channels of the first stage; 64 is the standard network.
         mean, std: per-channel normalisation inside the network; empty: none.
 
@@ -319,17 +322,59 @@ def build_classifier(
         torch.manual_seed(seed)
         if arch in _BUILDERS:
             return _BUILDERS[arch](num_classes, channels, width, image_size < SMALL_IMAGE, mean, std)
-        classifier, adapter = _made_by_user(arch, num_classes, channels, image_size, width)
+        classifier, adapter = _made_elsewhere(arch, num_classes, channels, image_size, width, needs_adapter)
     try:
         attach(classifier, adapter, mean, std)
-        check_adapter(classifier, channels, image_size, num_classes)
+        if adapter is not None:
+            check_adapter(classifier, channels, image_size, num_classes)
+        else:
+            check_output(classifier, channels, image_size, num_classes)
     except ConfigError as e:
         raise ConfigError.of("train.arch", arch, str(e)) from e
     return classifier
 
 
-def _made_by_user(arch: str, num_classes: int, channels: int, image_size: int, width: int) -> tuple[nn.Module, Adapter]:
-    """Call MODULE:FUNCTION and check what it returns."""
+def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:
+    if channels != 3:
+        raise ConfigError("torchvision's networks take 3 channels: set data.channels=3, which repeats the grey one")
+    models = importlib.import_module("torchvision.models")
+    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    return net
+
+
+def _timm(name: str, num_classes: int, channels: int) -> nn.Module:
+    timm = importlib.import_module("timm")
+    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
+    return net
+
+
+# imported only where they are asked for: torchvision costs six seconds of CPU, timm need not be there
+_LIBRARIES: Mapping[str, Callable[[str, int, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _made_elsewhere(
+    arch: str, num_classes: int, channels: int, image_size: int, width: int, needs_adapter: bool
+) -> tuple[nn.Module, Adapter | None]:
+    """The network of a library, or what MODULE:FUNCTION returns, checked."""
+    library, _, name = arch.partition(":")
+    if library in _LIBRARIES and name:
+        if needs_adapter:
+            raise ConfigError.of(
+                "train.arch",
+                arch,
+                "a network with an adapter, where the defense needs its blocks: return it with one from a function of your "
+                "own, MODULE:FUNCTION (docs/networks.md)",
+            )
+        try:
+            return _LIBRARIES[library](name, num_classes, channels), None
+        except ImportError as e:
+            raise ConfigError.of(
+                "train.arch", arch, f"a network of an installed library ({e}): pip install {library}"
+            ) from e
+        except Exception as e:  # each library has its own way to say that it does not know a name
+            raise ConfigError.of(
+                "train.arch", arch, f"a name that {library} can build ({type(e).__name__}: {e})"
+            ) from e
     function = _import(arch)
     try:
         made = function(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
@@ -343,6 +388,8 @@ def _made_by_user(arch: str, num_classes: int, channels: int, image_size: int, w
             f"calling it with num_classes={num_classes}, channels={channels}, image_size={image_size}, width={width} failed "
             f"({type(e).__name__}: {e}; {frame.filename}:{frame.lineno})",
         ) from e
+    if isinstance(made, nn.Module) and not needs_adapter:
+        return made, None
     if isinstance(made, tuple) and len(made) == 2:
         classifier, adapter = made
         if isinstance(classifier, nn.Module) and isinstance(adapter, Adapter):
@@ -417,8 +464,10 @@ def load_weights(
 
 
 def _last_linear(classifier: nn.Module) -> str | None:
-    """The dotted name of the last linear layer in the head."""
+    """The dotted name of the last linear layer in the head; without an adapter, of the whole network."""
     last = None
+    if not isinstance(getattr(classifier, "adapter", None), Adapter):
+        return next((n for n, m in reversed(list(classifier.named_modules())) if isinstance(m, nn.Linear)), None)
     children = dict(classifier.named_children())
     for name in adapter_of(classifier).head:
         if name.split(".")[0] in children:  # not one of the operations that have no module

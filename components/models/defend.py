@@ -172,3 +172,40 @@ def classify_with_noise(classifier: nn.Module, images: Tensor, noise: Noise | No
         logits: Tensor = classifier(images)
         return logits
     return apply_head(classifier, noise(run_blocks(encoder_blocks(classifier), images)[-1]))
+
+
+def adaptive_objective(
+    autoencoder: nn.Module, clean: Tensor, objective: str, weight: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What an attacker who knows the auto-encoder adds to the loss that is maximised (see the attack ``adaptive``).
+
+    The shared encoder is what the defense strengthens, so the attacker goes for what it encodes, not for the logits alone:
+
+    - latent: |z(x) - z(clean)|^2 / |z(clean)|^2, z being the output of the auto-encoder's last encoder block. With all blocks
+      shared that is the classifier's own last feature map.
+    - reconstruction: |r(x) - r(clean)|^2 / |r(clean)|^2, r being the reconstructed image (level 0).
+
+    Args:
+        autoencoder: an :class:`AutoEncoder` in eval mode.
+        clean: float32 [N,C,W,W] in [0,1].
+        objective: "latent" or "reconstruction".
+        weight: factor of the term.
+
+    Returns:
+        A function of (x [n,C,W,W], rows int64 [n] = which of the N images they come from) that gives [n] values.
+    """
+    if not isinstance(autoencoder, AutoEncoder):
+        raise TypeError(f"an AutoEncoder wanted, got {type(autoencoder).__name__}")
+
+    def seen(x: Tensor) -> Tensor:
+        features = run_units(autoencoder.encoder, x)
+        return (features[-1] if objective == "latent" else autoencoder.decode(features)[0]).flatten(1)
+
+    with torch.no_grad():
+        reference = seen(clean)
+        scale = weight / reference.square().sum(1).clamp_min(torch.finfo(reference.dtype).tiny)
+
+    def term(x: Tensor, rows: Tensor) -> Tensor:
+        return (seen(x) - reference[rows]).square().sum(1) * scale[rows]
+
+    return term

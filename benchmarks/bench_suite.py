@@ -1,0 +1,241 @@
+"""Every attack of the suite against whichever peers are installed: Foolbox, torchattacks, AutoAttack's own code.
+
+    python benchmarks/bench_suite.py                    # about 10 minutes on one core
+    python benchmarks/bench_suite.py --clock cpu        # on a machine that does other work too
+    python benchmarks/bench_suite.py --device cuda --samples 500 --width 64
+
+Foolbox comes with the development extra; `pip install --no-deps torchattacks` and, from github.com/fra31/auto-attack, `autoattack` bring
+the others. All get the same network with frozen parameters, images, budget, steps and queries. The undefended network shows what is
+broken at once, the robust one what an attack spends on samples that withstand.
+
+The floor is what the passes alone cost: images sent forward, and forward and backward, counted while ours runs, times what such
+an image costs in a full batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, passes, seconds, train
+from torch import Tensor, nn
+
+from components.attacks.registry import run_attack
+from components.attacks.spec import AttackSpec
+from components.robustness import judge, summarize, verify_examples
+
+Attack = Callable[[], Tensor]
+
+
+@dataclass
+class Passes:
+    """Images that a network has seen."""
+
+    forward: int = 0
+    backward: int = 0
+    """Of those that were followed by a pass back to the images."""
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[Passes]:
+    found = Passes()
+
+    def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            found.backward += len(args[0])
+        else:
+            found.forward += len(args[0])
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def foolbox_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    import foolbox as fb
+
+    wrapped, wanted = fb.PyTorchModel(model, bounds=(0, 1), device=args.device), fb.criteria.Misclassification(y)
+    cw = AttackSpec.parse("cw")
+    step = 2.5 * EPS / args.steps
+    bim = fb.attacks.LinfBasicIterativeAttack(steps=args.steps, abs_stepsize=step)
+    pgd = fb.attacks.LinfPGD(steps=args.steps, abs_stepsize=step)
+    search = fb.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=5, steps=20, stepsize=cw.lr, initial_const=cw.initial_const, abort_early=False
+    )
+
+    def found(examples: Tensor) -> Tensor:
+        # Foolbox's C&W returns a black image where it found nothing, which would count as an example
+        return torch.where(examples.flatten(1).any(dim=1).view(-1, 1, 1, 1), examples, x)
+
+    return {
+        "fgsm": lambda: fb.attacks.LinfFastGradientAttack(random_start=False).run(wrapped, x, wanted, epsilon=EPS),
+        "bim": lambda: bim.run(wrapped, x, wanted, epsilon=EPS),
+        "pgd": lambda: pgd.run(wrapped, x, wanted, epsilon=EPS),
+        "ddn": lambda: fb.attacks.DDNAttack(steps=args.steps).run(wrapped, x, wanted),
+        "cw": lambda: found(search.run(wrapped, x, wanted)),
+    }
+
+
+def torchattacks_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    import torchattacks as ta
+
+    step = 2.5 * EPS / args.steps
+    linf = {"norm": "Linf", "eps": EPS, "seed": args.seed}
+    return {
+        "fgsm": lambda: ta.FGSM(model, eps=EPS)(x, y),
+        "bim": lambda: ta.BIM(model, eps=EPS, alpha=step, steps=args.steps)(x, y),
+        "pgd": lambda: ta.PGD(model, eps=EPS, alpha=step, steps=args.steps)(x, y),
+        "apgd": lambda: ta.APGD(model, steps=args.steps, n_restarts=1, **linf)(x, y),
+        "apgd-t": lambda: ta.APGDT(model, steps=args.steps, n_restarts=1, n_classes=10, **linf)(x, y),
+        "square": lambda: ta.Square(model, n_queries=args.queries, **linf)(x, y),
+    }
+
+
+def autoattack_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    from autoattack import AutoAttack
+    from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from autoattack.fab_pt import FABAttack_PT
+    from autoattack.square import SquareAttack
+
+    linf = {"norm": "Linf", "eps": EPS, "seed": args.seed, "device": args.device}
+
+    def cascade() -> Tensor:
+        standard = AutoAttack(model, norm="Linf", eps=EPS, version="standard", device=args.device, verbose=False)
+        standard.seed = args.seed
+        for part in (standard.apgd, standard.apgd_targeted, standard.fab):
+            part.n_iter = args.steps
+        standard.square.n_queries = args.queries
+        examples: Tensor = standard.run_standard_evaluation(x, y, bs=len(x))
+        return examples
+
+    return {
+        "apgd": lambda: APGDAttack(model, n_iter=args.steps, loss="ce", **linf).perturb(x, y),
+        "apgd-t": lambda: APGDAttack_targeted(model, n_iter=args.steps, n_target_classes=9, **linf).perturb(x, y),
+        "fab-t": lambda: FABAttack_PT(model, n_iter=args.steps, targeted=True, **linf).perturb(x, y),
+        "square": lambda: SquareAttack(model, n_queries=args.queries, **linf).perturb(x, y),
+        "autoattack": cascade,
+    }
+
+
+PEERS = {"foolbox": foolbox_attacks, "torchattacks": torchattacks_attacks, "autoattack": autoattack_attacks}
+
+
+def specs(args: argparse.Namespace) -> dict[str, AttackSpec]:
+    """What is run, by the name that peers have it under."""
+    texts = {
+        "fgsm": f"fgsm:eps={EPS}",
+        "bim": f"bim:eps={EPS},steps={args.steps}",
+        "pgd": f"pgd:eps={EPS},steps={args.steps}",
+        "apgd": f"apgd:eps={EPS},steps={args.steps}",
+        "apgd-t": f"apgd-t:eps={EPS},steps={args.steps}",
+        "fab-t": f"fab-t:steps={args.steps}",
+        "square": f"square:eps={EPS},queries={args.queries}",
+        "autoattack": f"autoattack:eps={EPS},steps={args.steps},queries={args.queries}",
+        "ddn": f"ddn:steps={args.steps}",
+        "cw": "cw:steps=20,binary_search_steps=5",
+    }
+    return {name: AttackSpec.parse(text) for name, text in texts.items()}
+
+
+def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
+    available = {
+        peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
+    }
+    each = {
+        kind: statistics.median(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) for _ in range(5)) / len(x)
+        for kind, (b, f) in {"backward": (1, 0), "forward": (0, 1)}.items()
+    }
+    for attack, spec in specs(args).items():
+        calls: dict[str, Attack] = {"ours": lambda spec=spec: _ours(spec, model, x, y, args)}
+        calls |= {peer: attacks[attack] for peer, attacks in available.items() if attack in attacks}
+        results: dict[str, Tensor] = {}
+        times: dict[str, list[float]] = {who: [] for who in calls}
+        order = list(calls)
+        for _ in range(args.repetitions):
+            for who in order:
+                torch.manual_seed(args.seed)
+                times[who].append(seconds(_kept(calls[who], results, who), args))
+            order.append(order.pop(0))  # none always runs on the warmer machine
+        with counted(model) as seen:
+            calls["ours"]()
+        floor = seen.backward * each["backward"] + seen.forward * each["forward"]
+        ours = statistics.median(times["ours"])
+        print(
+            f"| {name} | {attack} | ours | {_success(spec, model, x, y, results['ours'])} | {ours:.2f} | | "
+            f"{ours / floor:.2f} | {(seen.backward + seen.forward) / len(x):.0f} |",
+            flush=True,
+        )
+        for who in [w for w in calls if w != "ours"]:
+            ratio = statistics.median(a / b for a, b in zip(times["ours"], times[who], strict=True))
+            success = _success(spec, model, x, y, results[who])
+            print(f"| | | {who} | {success} | {statistics.median(times[who]):.2f} | {ratio:.2f} | | |", flush=True)
+
+
+def _kept(call: Attack, results: dict[str, Tensor], who: str) -> Callable[[], None]:
+    def run() -> None:
+        results[who] = call().detach()
+
+    return run
+
+
+def _ours(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> Tensor:
+    generator = torch.Generator().manual_seed(args.seed)
+    return run_attack(spec, model, x, y, early_leaving=spec.can_leave_early, generator=generator)
+
+
+def _success(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, examples: Tensor) -> str:
+    """Success rate, and for a minimal-norm attack the median norm."""
+    bounded = examples.clamp(0, 1)
+    verify_examples(x, bounded, range(len(x)), spec)
+    columns = judge(model, x, bounded, y)
+    found = summarize(columns, spec, 0.0)
+    if spec.kind == "budget":
+        return f"{found['success_rate']:.3f}"
+    return f"{found['success_rate']:.3f}, {spec.norm} {found[f'{spec.norm}_median']:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=100, help="test images attacked")
+    parser.add_argument("--repetitions", type=int, default=3, help="interleaved; medians are printed")
+    parser.add_argument("--steps", type=int, default=40, help="of every iterative attack but C&W (5 x 20)")
+    parser.add_argument("--queries", type=int, default=1000, help="of Square")
+    parser.add_argument("--width", type=int, default=8, help="channels of the first stage")
+    parser.add_argument("--train-images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=3, help="of the undefended network; the robust one takes twice")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on CPU")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time, not with cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.clock == "cpu" and args.device == "cuda":
+        parser.error("--clock cpu says nothing about a GPU")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # timings and success are claimed for float32
+    data = ROOT / "pipeline" / "data"
+    images, labels = (t.to(args.device) for t in load(data, "train", args.train_images))
+    x, y = (t.to(args.device) for t in load(data, "test", args.samples))
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
+    print(
+        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"n={args.samples}, {args.repetitions} interleaved repetitions, eps {EPS}, steps {args.steps}, queries {args.queries}, seed {args.seed}, "
+        f"width {args.width}, {args.train_images} training images\n"
+    )
+    print("| network | attack | who | success, median norm | s | ours/peer | ours/floor | passes per image |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, epochs in (("undefended", args.epochs), ("robust", 2 * args.epochs)):
+        torch.manual_seed(args.seed)
+        model = train(SmallResNet(args.width).to(args.device), images, labels, epochs, adversarial=name == "robust")
+        compare(name, model, x, y, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A classifier that was not trained here, as an experiment: ``main.py attack --model FILE --arch ARCH --data SOURCE``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
+from components.errors import ConfigError, DataError
+from components.robustness import usual_budgets
+from pipeline import checkpoints, pretrained
+from pipeline.recipes import full_suite
+from pipeline.train_step import Shapes
+
+USAGE = """\
+main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
+
+  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS
+  --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module (docs/networks.md).
+           A file that this project exported knows its own
+  --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
+  --eps    budget of the attacks; without it the field's usual one: 0.3 for grey images, 8/255 up to 64 pixels, 4/255 above
+  --norm   of that budget
+  --name   of the model in the report
+
+The network takes images in [0,1]; what it normalises with goes into --train.normalize-mean and --train.normalize-std.
+Image size, channels and classes: --data.image-size, --data.channels, --data.num-classes. How many images: --evaluation.test-images.
+"""
+
+
+def is_asked_for(arguments: list[str]) -> bool:
+    """Whether an ``attack`` command names a model of its own instead of a recipe."""
+    return any(a == "--model" or a.startswith("--model=") for a in arguments)
+
+
+def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
+    """The experiment that the arguments ask for, and those that are left: fields of it to be set otherwise.
+
+    Raises:
+        ConfigError: a file that does not say what it is, without --arch. DataError, StorageError, UserError: the file cannot
+            be read.
+    """
+    parser = argparse.ArgumentParser(prog="main.py attack", add_help=False, allow_abbrev=False, usage=USAGE)
+    for name in ("--model", "--arch", "--data", "--name", "--norm"):
+        parser.add_argument(name, default="")
+    parser.add_argument("--eps", default="")
+    # an option of tyro's with the same beginning, such as --data.source, is not one of these
+    known, rest = parser.parse_known_args(arguments)
+    base = _described(known.model, _tracking_uri(rest))
+    experiment = _experiment(known, base)
+    # the budget follows from the images, and what the images are may be among the rest
+    data = _with(experiment, rest).data if not known.eps else experiment.data
+    eps = known.eps or _usual_eps(data, known.norm or "linf")
+    evaluation = replace(experiment.evaluation, attacks=full_suite(eps, known.norm or "linf"))
+    return replace(experiment, evaluation=evaluation), rest
+
+
+def _with(experiment: Experiment, rest: list[str]) -> Experiment:
+    import tyro
+
+    return tyro.cli(type(experiment), default=experiment, args=rest, prog="main.py attack --model ...")
+
+
+def _usual_eps(data: DataConfig, norm: str) -> str:
+    usual = usual_budgets(data.channels, data.image_size).get(norm, ())
+    if not usual:
+        raise ConfigError.of("--eps", "", f"a number: there is no usual {norm} budget for these images")
+    return f"{usual[0]:.6g}"
+
+
+def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | None) -> Experiment:
+    if base is None and not known.arch:
+        raise ConfigError.of(
+            "--arch",
+            "",
+            "the network that the weights are of: the file was not exported by this project and does not say",
+        )
+    train, data = TrainConfig(), DataConfig()
+    if base is not None:
+        config, shapes = base
+        train = replace(
+            train,
+            arch=config.arch,
+            width=config.width,
+            normalize_mean=config.normalize_mean,
+            normalize_std=config.normalize_std,
+        )
+        data = replace(
+            data, image_size=shapes.image_size, channels=shapes.channels, num_classes=shapes.num_classes, resize="none"
+        )
+    name = known.name or _name(known.model)
+    train = replace(
+        train,
+        arch=known.arch or train.arch,
+        # a network of one's own may have no blocks to share, and none are asked for
+        shared_blocks=1,
+        defense="none",
+        pretrained=known.model,
+        epochs=0,
+    )
+    return Experiment(
+        name=f"attack-{name}",
+        description=f"{known.model}, not trained here, under the full suite of attacks",
+        data=replace(data, source=known.data or data.source, download=known.data.startswith("torchvision:")),
+        train=train,
+        models=(name,),
+        evaluation=EvaluationConfig(attacks=(), threat_models=("white_box", "black_box"), test_images=1000),
+    )
+
+
+def _name(model: str) -> str:
+    path = PurePosixPath(model.rstrip("/").replace("@", "-"))
+    stem = path.parent.name if path.stem == "classifier" and path.parent.name else path.stem
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-") or "model"
+
+
+def _tracking_uri(rest: list[str]) -> str:
+    """--tracking-uri out of the arguments that are left; without it the database in --storage."""
+    from pipeline import tracking
+    from pipeline.storage import Storage
+
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--tracking-uri", default="")
+    options.add_argument("--storage", default=Experiment(name="x").storage)
+    known, _ = options.parse_known_args(rest)
+    return known.tracking_uri or tracking.default_uri(Storage(known.storage))
+
+
+def _described(model: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:
+    """What a file of weights says of its own network; None where it says nothing."""
+    if model.startswith("torchvision:"):
+        return None
+    text, data = pretrained.read_file(model, tracking_uri)
+    if not text.endswith(".safetensors"):
+        return None
+    try:
+        return checkpoints.described(data)
+    except ValueError as e:
+        raise DataError(f"{text} is not a whole safetensors file ({e}); copy it again") from e

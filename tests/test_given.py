@@ -1,0 +1,221 @@
+"""A classifier that was not trained here: from its file to a verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from own_network import Net
+from safetensors.torch import save_file
+from torch import nn
+
+from components.config import Experiment, TrainConfig, level_sizes
+from components.errors import ConfigError, DataError
+from pipeline import attack, checkpoints
+from pipeline.main import main, parse
+from pipeline.recipes import full_suite
+from pipeline.run import trains
+from pipeline.storage import Storage
+from pipeline.train_step import Shapes, build_net
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "net.pth"
+    torch.save(Net(1, 10).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """What a training run of ours leaves: Defend++ of another width and normalisation."""
+    shapes = Shapes(image_size=32, channels=3, num_classes=7, sizes=level_sizes(32))
+    config = TrainConfig(width=4, arch="resnet18", normalize_mean=(0.5,) * 3, normalize_std=(0.2,) * 3)
+    checkpoints.export(Storage(str(tmp_path / "ours")), build_net(config, shapes), config, shapes)
+    return tmp_path / "ours" / "classifier.safetensors"
+
+
+def asked(*arguments: str) -> Experiment:
+    experiment: Experiment = parse("attack", list(arguments))
+    return experiment
+
+
+def test_a_strangers_file_with_its_network(stranger: Path) -> None:
+    experiment = asked("--model", str(stranger), "--arch", "own_network:make", "--data", "folder:/images")
+    (config,) = experiment.variants().values()
+    assert (config.epochs, config.defense, config.arch) == (0, "none", "own_network:make")
+    assert (config.pretrained, experiment.data.source) == (str(stranger), "folder:/images")
+    assert experiment.evaluation.attacks == full_suite("0.3")
+    assert experiment.evaluation.threat_models == ("white_box", "black_box")
+    assert not trains(experiment)
+
+
+def test_our_own_file_knows_what_it_is(exported: Path) -> None:
+    experiment = asked("--model", str(exported))
+    (name,) = experiment.variants()
+    config = experiment.variants()[name]
+    assert name == "ours"
+    assert (config.arch, config.width, config.normalize_mean) == ("resnet18", 4, (0.5, 0.5, 0.5))
+    data = experiment.data
+    assert (data.image_size, data.channels, data.num_classes) == (32, 3, 7)
+    assert experiment.evaluation.attacks == full_suite(f"{8 / 255:.6g}")
+
+
+def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None:
+    base = ("--model", str(stranger), "--arch", "own_network:make")
+    large = asked(*base, "--data.image-size", "224", "--data.channels", "3", "--data.num-classes", "5")
+    assert large.evaluation.attacks == full_suite(f"{4 / 255:.6g}")
+    assert large.data.num_classes == 5
+    assert asked(*base, "--eps", "0.1").evaluation.attacks == full_suite("0.1")
+    assert asked(*base, "--norm", "l2").evaluation.attacks == full_suite("1.5", "l2")
+    few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
+    assert few.evaluation.attacks == ("fgsm:eps=0.2",)
+
+
+def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="--arch"):
+        asked("--model", str(stranger))
+    bare = tmp_path / "bare.safetensors"
+    save_file(Net(1, 10).state_dict(), bare)
+    with pytest.raises(ConfigError, match="--arch"):
+        asked("--model", str(bare))
+    bare.write_bytes(bare.read_bytes()[:20])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        asked("--model", str(bare))
+    with pytest.raises(ConfigError, match="no usual l2 budget"):
+        asked(
+            "--model",
+            str(stranger),
+            "--arch",
+            "x:y",
+            "--norm",
+            "l2",
+            "--data.image-size",
+            "224",
+            "--data.channels",
+            "3",
+        )
+    assert main(["attack", "--model", str(tmp_path / "none.pth"), "--arch", "x:y"]) == 1
+    assert "none.pth" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["attack", "--model", "x", "--help"])
+    assert "--arch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "said"),
+    [
+        ("own_network:nothing", 1, "no function 'nothing'"),
+        ("resnet18", 1, "another architecture"),
+        ("torchvision:resnet18", 1, "3 channels"),
+        ("torchvision:no_such_net", 3, "torchvision can build"),
+        ("timm:no_such_net", 3, "timm"),
+        ("own_network:make", 3, "another architecture"),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_before_anything_is_computed(
+    stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str, channels: int, said: str
+) -> None:
+    storage = tmp_path / "storage"
+    command = ["attack", "--model", str(stranger), "--arch", arch, "--data.channels", str(channels)]
+    assert main([*command, "--storage", str(storage)]) in (1, 2)
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error:")
+    assert said in error
+    assert not (storage / "pyramids").exists()
+    assert not (storage / "models").exists()
+
+
+def test_torchvisions_networks_take_their_own_weights(tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    path = tmp_path / "mobile.pth"
+    theirs = models.get_model("mobilenet_v3_small", weights=None, num_classes=5).eval()
+    torch.save(theirs.state_dict(), path)
+    config = TrainConfig(arch="torchvision:mobilenet_v3_small", defense="none", pretrained=str(path), epochs=0)
+    shapes = Shapes(image_size=64, channels=3, num_classes=5, sizes=level_sizes(64))
+    ours = build_net(config, shapes, torch.load(path)).eval()
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(ours(images), theirs(images))
+
+
+def test_defend_needs_blocks_that_a_bare_network_does_not_name() -> None:
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    with pytest.raises(ConfigError, match="Adapter"):
+        build_net(TrainConfig(arch="own_network:make"), shapes)
+
+
+def test_nothing_is_trained_without_weights_or_from_another_seed() -> None:
+    with pytest.raises(ConfigError, match="epochs"):
+        TrainConfig(epochs=0, defense="none")
+    with pytest.raises(ConfigError, match="epochs"):
+        TrainConfig(epochs=0, pretrained="x.pth")
+    with pytest.raises(ConfigError, match="epochs"):
+        Experiment(name="t", train=TrainConfig(epochs=0, defense="none", pretrained="x.pth"), models=("one",), seeds=2)
+
+
+def verdict(storage: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    (directory,) = storage.glob(f"runs/{name}-*")
+    return directory, json.loads((directory / "run.json").read_text())
+
+
+@pytest.mark.cluster
+def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
+    ray_cluster: str, stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few steps of each kind of attack; then the model that this run registered, out of MLflow, with other tasks: the same verdict on
+    every sample."""
+    storage = tmp_path / "storage"
+    attacks = (
+        "noise:eps=0.3",
+        "pgd:eps=0.3,steps=5",
+        "autoattack:eps=0.3,steps=3,queries=5",
+        "square:eps=0.3,queries=5",
+    )
+    common = ["--arch", "own_network:make", "--storage", str(storage), "--evaluation.attacks", *attacks]
+    common += ["--evaluation.test-images", "12", "--evaluation.chunk-size", "6", "--evaluation.reliability-images", "4"]
+    assert main(["attack", "--model", str(stranger), *common]) == 0
+    directory, record = verdict(storage, "attack-net")
+    assert "taken as it is" in capsys.readouterr().out
+    assert {(e["threat_model"], e["attack"].partition(":")[0]) for e in record["evaluations"]} == {
+        ("clean", "none"),
+        ("random", "noise"),
+        ("white_box", "pgd"),
+        ("white_box", "autoattack"),
+        ("black_box", "square"),
+    }
+    worst = {(w["threat_model"], w["norm"], w["eps"]): w["accuracy"] for w in record["worst_case"]}
+    attacked = [e["metrics"]["accuracy"] for e in record["evaluations"] if e["threat_model"].endswith("_box")]
+    assert worst["white_box", "linf", 0.3] <= min(attacked)
+    assert set(record["reliability"]) == {"net"}
+    assert {a.partition(":")[0] for a in record["reliability"]["net"]["active"]} == {"pgd", "autoattack", "square"}
+    assert [s.stem for s in storage.glob("pyramids/*/manifest.json")] == ["manifest"]  # of the test images alone
+    html = (directory / "report" / "report.html").read_text()
+    for part in ("given, not trained here", "Worst case per sample", "Could the attacks find anything?"):
+        assert part in html
+
+    registered = "mlflow:models:/attack-net-net@newest"
+    tasks = ["--scaling.chunks-per-attack", "2", "--scaling.cpus-per-attack", "0.5"]
+    assert main(["attack", "--model", registered, "--name", "again", *common, *tasks]) == 0
+    _, again = verdict(storage, "attack-again")
+    assert again["models"]["again"]["path"] != record["models"]["net"]["path"]  # nothing was taken over
+    for first, second in zip(record["evaluations"], again["evaluations"], strict=True):
+        assert first["attack"] == second["attack"]
+        one, two = (attack.read_chunks(Storage(str(storage)) / e["path"], 2) for e in (first, second))
+        assert all(np.array_equal(one[name], two[name]) for name in one)
+    capsys.readouterr()
+    assert main(["attack", "--model", "mlflow:models:/nobody@newest", *common]) == 1
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_the_file_of_a_module_is_loaded_strictly(tmp_path: Path) -> None:
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(arch="own_network:make", defense="none", epochs=0, pretrained="net.pth")
+    weights = Net(1, 10).state_dict()
+    assert isinstance(build_net(config, shapes, weights), nn.Module)
+    with pytest.raises(DataError, match="another architecture"):
+        build_net(config, shapes, {k: v for k, v in weights.items() if k != "head.bias"})

@@ -1,0 +1,247 @@
+"""What a model's evaluations say together: worst case, threat models, transfer matrix, flags in report and MLflow's numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_run
+import numpy as np
+import pytest
+
+from components.attacks.spec import AttackSpec
+from components.config import EvaluationConfig, Experiment, ScalingConfig
+from components.errors import ConfigError
+from components.robustness import worst_case
+from pipeline import attack, report, verdict
+from pipeline.publish import table_metrics
+from pipeline.storage import Storage
+
+
+def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:
+    """Predictions as digits; all labels are 1."""
+    n = len(clean)
+    return {
+        "index": np.arange(n),
+        "label": np.ones(n, np.int32),
+        "clean_prediction": np.array([int(c) for c in clean]),
+        "adversarial_prediction": np.array([int(c) for c in adversarial]),
+        "linf": np.array(norm),
+        "l2": 10 * np.array(norm),
+    }
+
+
+def test_the_worst_case_takes_each_example_where_it_lies() -> None:
+    one = columns("11110", "12211", [0.1, 0.1, 0.3, 0.1, 0.1])
+    two = columns("11110", "11121", [0.2, 0.2, 0.2, 0.2, 0.2])
+    # sample 1 broken by the first within 0.1, 2 only at 0.3, 3 by the second at 0.2; 4 was wrong before
+    assert worst_case([one, two], "linf", 0.2).tolist() == [True, False, True, False, False]
+    assert worst_case([one, two], "linf", 0.1).tolist() == [True, False, True, True, False]
+    assert worst_case([one, two], "linf", 0.3).tolist() == [True, False, False, False, False]
+    assert worst_case([one, two], "l2", 1.0).tolist() == [True, False, True, True, False]
+    # the tolerance that attacks have
+    assert worst_case([columns("1", "2", [0.2 + 5e-7])], "linf", 0.2).tolist() == [False]
+    assert worst_case([columns("1", "2", [0.2 + 5e-6])], "linf", 0.2).tolist() == [True]
+
+
+def test_a_worst_case_is_of_the_same_samples() -> None:
+    one = columns("11", "11", [0.1, 0.1])
+    with pytest.raises(ValueError, match="same samples"):
+        worst_case([one, {**one, "index": np.array([1, 0])}], "linf", 0.1)
+    with pytest.raises(ValueError, match="no evaluations"):
+        worst_case([], "linf", 0.1)
+
+
+# -- threat models ---------------------------------------------------------------------------------------------------------
+
+
+MODELS = tuple(
+    attack.Model(name=name, path=f"models/{name}", sha256=name, autoencoder="ae" if name == "defend" else "")
+    for name in ("no_defense", "control", "defend")
+)
+SUITE = ("noise:eps=0.2", "fgsm:eps=0.2", "autoattack:eps=0.2", "square:eps=0.2", "adaptive:eps=0.2", "ddn")
+
+
+def planned(*threat_models: str) -> set[tuple[str, str | None, str, str]]:
+    """(model, source, threat model, attack) of every evaluation that attacks."""
+    evaluation = EvaluationConfig(attacks=SUITE, threat_models=threat_models)
+    experiment = Experiment(name="t", evaluation=evaluation)
+    return {
+        (e.model.name, e.source.name if e.source else None, e.threat_model, e.attack.partition(":")[0])
+        for e in attack.plan(MODELS, experiment)
+        if e.attack != "none"
+    }
+
+
+def test_each_attack_belongs_to_its_threat_models() -> None:
+    found = planned("white_box", "black_box", "transfer")
+    assert {(t, a) for m, _, t, a in found if m == "defend"} == {
+        ("random", "noise"),
+        *(("white_box", a) for a in ("fgsm", "autoattack", "adaptive", "ddn")),
+        ("black_box", "square"),
+        *(("transfer", a) for a in ("fgsm", "ddn")),
+    }
+    assert not any(a == "adaptive" for m, _, _, a in found if m != "defend")
+
+
+def test_every_model_is_a_source_of_transfer() -> None:
+    found = planned("transfer:*")
+    pairs = {(source, model) for model, source, threat, _ in found if threat.startswith("transfer:")}
+    names = [m.name for m in MODELS]
+    assert pairs == {(a, b) for a in names for b in names if a != b}
+    assert all(threat == f"transfer:{source}" for _, source, threat, a in found if a != "noise")
+
+
+def test_only_examples_for_the_model_itself_leave_early() -> None:
+    evaluation = EvaluationConfig(attacks=("pgd:eps=0.2",), threat_models=("white_box", "transfer", "transfer:*"))
+    for e in attack.plan(MODELS, Experiment(name="t", evaluation=evaluation)):
+        assert e.early_leaving == (e.threat_model == "white_box")
+
+
+def test_the_adaptive_attack_is_named_by_the_auto_encoder_it_knows() -> None:
+    evaluation = EvaluationConfig(attacks=("adaptive:eps=0.2",), threat_models=("white_box",))
+
+    def address(autoencoder: str) -> str:
+        models = [*MODELS[:2], replace(MODELS[2], autoencoder=autoencoder)]
+        planned = attack.plan(models, Experiment(name="t", evaluation=evaluation))
+        sets, _ = attack._example_sets(planned, "test", 8, evaluation)
+        (one,) = [s for s in sets if s.attack != "none"]
+        return one.address
+
+    assert address("ae") == address("ae") != address("another")
+
+
+def test_an_unknown_threat_model_or_source_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"transfer:\*"):
+        EvaluationConfig(threat_models=("grey_box",))
+    with pytest.raises(ConfigError, match="threat_models"):
+        Experiment(name="t", evaluation=EvaluationConfig(threat_models=("transfer:nobody",)))
+
+
+# -- records to verdict ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> tuple[Storage, Storage, dict[str, Any]]:
+    root = Storage(str(tmp_path))
+    directory = fake_run.write(root)
+    return root, directory, directory.read_json("run.json")
+
+
+def experiment_of(record: dict[str, Any]) -> Experiment:
+    base = fake_run.experiment()
+    return replace(base, evaluation=replace(base.evaluation, attacks=fake_run.ATTACKS, chunk_size=fake_run.CHUNK))
+
+
+def test_budgets_are_the_attacks_own_and_the_usual_of_minimal_norms(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    assert verdict.budgets(experiment_of(run[2])) == [("l2", 1.5), ("linf", 0.2)]
+
+
+def test_worst_cases_come_from_the_records(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    root, _, record = run
+    found = verdict.worst_cases(fake_run.MODELS, experiment_of(record), root, record["evaluations"])
+    by_key = {(w["model"], w["threat_model"], w["norm"], w["eps"]): w for w in found}
+    for e in record["evaluations"]:
+        eps = None if e["attack"] == "none" else AttackSpec.parse(e["attack"]).eps
+        if eps and e["threat_model"] in ("white_box", "transfer"):
+            scope = "white_box" if e["threat_model"] == "white_box" else "any"
+            worst = by_key[e["model"], scope, "linf", eps]
+            assert worst["accuracy"] <= e["metrics"]["accuracy"]
+            assert worst["accuracy_low"] <= worst["accuracy"] <= worst["accuracy_high"]
+    # noise counts where it breaks something, but makes no threat model of its own
+    assert ("no_defense", "any", "linf", 0.2) in by_key
+    fgsm = next(e for e in record["evaluations"] if e["threat_model"] == "white_box" and e["attack"].startswith("fgsm"))
+    assert by_key[fgsm["model"], "white_box", "linf", 0.2]["accuracy"] < fgsm["metrics"]["accuracy"]
+
+
+FLAG = {
+    "name": "zero_gradients",
+    "fired": True,
+    "measured": "30 of 30 gradients are zero.",
+    "remedy": "Attack through them.",
+}
+
+
+def with_verdict(root: Storage, directory: Storage, record: dict[str, Any]) -> dict[str, Any]:
+    record["worst_case"] = verdict.worst_cases(fake_run.MODELS, experiment_of(record), root, record["evaluations"])
+    active = {"n": 20, "found": 3, "share": 0.15, "random_found": 1, "passed": False}
+    record["reliability"] = {
+        "defend": {"probe": {}, "active": {"bim:eps=0.2,steps=40": active}, "flags": [FLAG]},
+        "control": {"probe": {}, "active": {}, "flags": [{**FLAG, "fired": False}]},
+    }
+    directory.write_json("run.json", record)
+    return record
+
+
+def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    root, directory, _ = run
+    record = with_verdict(*run)
+    report.build(directory, root)
+    for name in ("report.html", "table.md"):
+        text = directory.read_bytes(f"report/{name}").decode()
+        assert text.count("Attack through them.") == 1, name
+        assert "30 of 30 gradients are zero." in text
+    html = directory.read_bytes("report/report.html").decode()
+    assert "3 of 20" in html
+    assert "failed: untrusted" in html
+    data = json.loads(directory.read_bytes("report/table.json"))
+    assert [(f["model"], f["name"]) for f in data["flags"]] == [("defend", "zero_gradients")]
+    assert len(data["worst_case"]) == len(record["worst_case"])
+    metrics = table_metrics(record, "defend")
+    assert metrics["flag/zero_gradients"] == 1
+    assert metrics["active_test/bim"] == 0.15
+    assert table_metrics(record, "control")["flag/zero_gradients"] == 0
+    assert metrics["worst_case/white_box/linf_0.2"] == pytest.approx(
+        next(
+            w["accuracy"]
+            for w in record["worst_case"]
+            if (w["model"], w["threat_model"], w["norm"]) == ("defend", "white_box", "linf")
+        )
+    )
+
+
+def test_the_terminal_says_what_was_flagged(
+    run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_verdict(*run)
+    report.print_table(run[1])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "defend: zero gradients. 30 of 30 gradients are zero. Attack through them." in text
+    assert "worst case per sample" in text
+    assert "0 of 1 attacks found the adversarial examples that were planted" in text
+
+
+def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    root, directory, record = run
+    assert report.transfer_matrices(record) == {}  # one source alone is no matrix
+    for e in list(record["evaluations"]):
+        if (e["model"], e["threat_model"]) == ("defend", "transfer"):
+            record["evaluations"].append({**e, "source": "control", "threat_model": "transfer:control"})
+    matrices = report.transfer_matrices(record)
+    sources, models, values = matrices["FGSM, eps 0.2"]
+    assert (sources, models) == (["no_defense", "control"], ["no_defense", "control", "defend"])
+    accuracy = {
+        (e["source"], e["model"]): e["metrics"]["accuracy"]
+        for e in record["evaluations"]
+        if e["attack"].startswith("fgsm") and e["source"]
+    }
+    for i, source in enumerate(sources):
+        for j, model in enumerate(models):
+            wanted = accuracy.get((source, model))
+            assert np.isnan(values[i, j]) if wanted is None else values[i, j] == wanted
+    assert values[1, 1] == accuracy["control", "control"]
+    directory.write_json("run.json", record)
+    assert "plot_transfer" in report.build(directory, root)
+
+
+def test_chunks_of_a_task_are_at_least_one() -> None:
+    with pytest.raises(ConfigError, match="chunks_per_attack"):
+        ScalingConfig(chunks_per_attack=0)
