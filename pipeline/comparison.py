@@ -181,7 +181,7 @@ def _column(threat: str, attack: str) -> str:
         spec = AttackSpec.parse(attack)
     except ConfigError:  # an attack of another version
         return ""
-    return spec.name
+    return "" if spec.target else spec.name
 
 
 def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:

@@ -89,13 +89,17 @@ def loss_gradient(
     backward pass.
 
     A sum, not a mean, so that a sample's gradient does not depend on the size of its batch. Only the inputs are
-    differentiated: no parameter gets a ``.grad`` and none costs time.
+    differentiated: no parameter gets a ``.grad`` and none costs time. A network that cuts its graph has a gradient of
+    zero, as one with a flat output has: the attack finds nothing, and the reliability flags say why.
     """
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
         logits = model(leaf)
         values = losses(logits, leaf)
-        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        if values.requires_grad:
+            (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True, materialize_grads=True)
+        else:
+            gradient = torch.zeros_like(leaf)
     return gradient, logits.detach(), values.detach()
 
 
