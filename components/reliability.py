@@ -37,6 +37,7 @@ _NOISE_TOLERANCE = 1e-4  # of two outputs for one input, relative to the largest
 _DEAD_SHARE = 0.05  # of images without a usable gradient
 _TINY_GRADIENT = 1e-30  # below, float32 loses single pixels of it
 _UNBOUNDED_LIMIT = 0.01  # what the accuracy at unbounded eps may be
+_NO_ITERATED_ASCENT = ("noise", "fgsm", "square", "adaptive")  # of the loss alone
 _PASSES = 5
 _EPS_STEPS = 20
 _STEPS = (5, 20, 50)
@@ -408,8 +409,9 @@ def _iterative_weaker(judged: Sequence[Judged]) -> Flag:
     said, weaker = [], []
     for single in white:
         for iterated in white:
-            same = (iterated.spec.norm, iterated.spec.eps) == (single.spec.norm, single.spec.eps)
-            if single.spec.name != "fgsm" or iterated.spec.name in ("fgsm", "noise", "square") or not same:
+            a, b = single.spec, iterated.spec
+            same = (a.norm, a.eps, a.target) == (b.norm, b.eps, b.target)  # a target makes any attack weaker
+            if a.name != "fgsm" or b.name in _NO_ITERATED_ASCENT or not same:
                 continue
             fired, sentence = _breaks_more(single, [iterated], str(iterated.spec), _limit(single))
             said.append(sentence)

@@ -331,13 +331,21 @@ def test_accuracy_falls_where_the_boundary_is() -> None:
 
 
 def test_what_was_wrong_before_is_neither_correct_nor_counted() -> None:
-    """Class 1 up to a mean of 0.55: wrong at first, but many examples are classified correctly."""
-    measured = probed(lambda m: torch.stack([m - 0.55, 0.55 - m], dim=1))
+    """Wrong at first, right everywhere else and without a gradient."""
+    measured = probed(lambda m: torch.stack([(m != 0.5).float() + 0 * m, 0 * m + 0.5], dim=1))
     assert measured["clean_correct"] == measured["zero_gradients"]["n"] == 0
     assert not any(any(run["correct"]) for run in measured["accuracy_by_eps"] + measured["accuracy_by_steps"])
     made = flags(measured, [])
     assert not any(f.fired for f in made)
     assert "Not measurable" in {f.name: f for f in made}["zero_gradients"].measured
+
+
+def test_gradients_of_wrong_images_are_not_counted() -> None:
+    """Half of the images are right and have a gradient, the other half neither."""
+    images = torch.cat([grey(5, 0.75)[0], grey(5, 0.25)[0]])
+    model = Table(lambda m: torch.stack([(m - 0.5).clamp_min(0), 0 * m + 0.1], dim=1))
+    measured = probe(model, images, grey(10)[1], eps=0.1, norm="linf", generator=seeded())
+    assert measured["zero_gradients"] == {"n": 5, "cross_entropy": ALIVE, "margin": ALIVE}
 
 
 def test_gradients_are_counted() -> None:
@@ -653,8 +661,8 @@ def evaluation(
     clean, adversarial = np.zeros(n, np.int32), np.zeros(n, np.int32)
     clean[list(clean_wrong)] = 1
     adversarial[list(broken)] = 1
-    # what float32 makes of a norm may lie just above eps
-    at = np.full(n, spec.eps + 1e-8 if norms is None and spec.eps else norms or 0.0)
+    # as far above eps as verify_examples allows
+    at = np.full(n, spec.eps * (1 + 9e-6) + 9e-7 if norms is None and spec.eps else norms or 0.0)
     columns = {
         "label": np.zeros(n, np.int32),
         "clean_prediction": clean,
@@ -698,6 +706,9 @@ def test_iterative_weaker_than_single_step(iterated: str, single: range, weaker:
         evaluation("white_box", "pgd:eps=0.05", range(10)),
         evaluation("white_box", "pgd:eps=0.1,norm=l2", range(10)),
         evaluation("white_box", "noise:eps=0.1", range(10)),
+        evaluation("white_box", "square:eps=0.1", range(10)),
+        evaluation("white_box", "adaptive:eps=0.1", range(10)),
+        evaluation("white_box", "pgd:eps=0.1,target=random", range(10)),
         evaluation("white_box", "ddn", range(10), norms=0.1),
     ],
     ids=lambda j: str(j.spec),
