@@ -18,8 +18,9 @@ export MLFLOW_DISABLE_TELEMETRY := true
 demo: .venv/installed
 	RAY_ADDRESS=local $(BIN)/python pipeline/main.py run mnist-demo --storage $(RUNS)
 
+# one process for what starts Ray, one for the rest (tests/conftest.py)
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .

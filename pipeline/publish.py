@@ -167,7 +167,7 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
     for flag in tested.get("flags", []):
         found[f"flag/{flag['name']}"] = float(flag["fired"])
     for attack, active in tested.get("active", {}).items():
-        if attack in labels:
+        if attack in labels and active["share"] is not None:
             found[f"active_test/{labels[attack]}"] = active["share"]
     return found
 

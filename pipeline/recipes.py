@@ -47,6 +47,7 @@ def mnist_demo() -> Experiment:
             ),
             test_images=200,
             chunk_size=50,
+            reliability_images=8,
         ),
         scaling=ScalingConfig(workers=2),
     )
@@ -66,7 +67,7 @@ def mnist_smoke() -> Experiment:
             attacks=("noise:eps=0.2", "fgsm:eps=0.2", "bim:eps=0.2,steps=5", "ddn:steps=10"),
             test_images=20,
             chunk_size=10,
-            reliability_images=4,
+            reliability_images=8,
         ),
         scaling=ScalingConfig(workers=1),
     )
@@ -82,7 +83,9 @@ def mnist_slim() -> Experiment:
         data=DataConfig(source="torchvision:mnist", download=True, train_limit=10_000),
         train=replace(base.train, epochs=4, batch_size=128, lr=0.1),
         # the prototype's steps (docs/evaluation.md); the paper's 100 would be half as much again for the same column
-        evaluation=EvaluationConfig(attacks=_attacks(0.2, steps=40, ddn_steps=60), test_images=300),
+        evaluation=EvaluationConfig(
+            attacks=_attacks(0.2, steps=40, ddn_steps=60), test_images=300, reliability_images=16
+        ),
     )
 
 

@@ -343,8 +343,8 @@ def reliability_in_short(record: Mapping[str, Any]) -> str:
     tested = record.get("reliability") or {}
     if not tested:
         return ""
-    active = [a for one in tested.values() for a in one["active"].values()]
-    passed = sum(bool(a["passed"]) for a in active)
+    active = [a for one in tested.values() for a in one["active"].values() if a["passed"] is not None]
+    passed = sum(a["passed"] for a in active)
     fired = raised_flags(record)
     where = ", ".join(dict.fromkeys(f["model"] for f in fired))
     return (

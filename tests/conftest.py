@@ -22,6 +22,20 @@ TESTS = Path(__file__).resolve().parent
 SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``pytest -n 2 --dist loadgroup``: whatever starts Ray in one process, first, since two Rays at a time starve each
+    other on two cores; the rest file by file in the other."""
+    cluster = [item for item in items if _starts_ray(item)]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item) else item.path.name))
+    items[:] = [*cluster, *(item for item in items if not _starts_ray(item))]
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    return "ray_cluster" in getattr(item, "fixturenames", ()) or item.get_closest_marker("cluster") is not None
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""

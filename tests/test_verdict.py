@@ -170,7 +170,14 @@ def with_verdict(root: Storage, directory: Storage, record: dict[str, Any]) -> d
     record["worst_case"] = verdict.worst_cases(fake_run.MODELS, experiment_of(record), root, record["evaluations"])
     active = {"n": 20, "found": 3, "share": 0.15, "random_found": 1, "passed": False}
     record["reliability"] = {
-        "defend": {"probe": {}, "active": {"bim:eps=0.2,steps=40": active}, "flags": [FLAG]},
+        "defend": {
+            "probe": {},
+            "active": {
+                "bim:eps=0.2,steps=40": active,
+                "ddn:steps=60": {**active, "n": 2, "share": None, "passed": None},
+            },
+            "flags": [FLAG],
+        },
         "control": {"probe": {}, "active": {}, "flags": [{**FLAG, "fired": False}]},
     }
     directory.write_json("run.json", record)
@@ -190,12 +197,14 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     html = directory.read_bytes("report/report.html").decode()
     assert "3 of 20" in html
     assert "failed: untrusted" in html
+    assert "undecided" in html
     data = json.loads(directory.read_bytes("report/table.json"))
     assert [(f["model"], f["name"]) for f in data["flags"]] == [("defend", "zero_gradients")]
     assert len(data["worst_case"]) == len(record["worst_case"])
     metrics = table_metrics(record, "defend")
     assert metrics["flag/zero_gradients"] == 1
     assert metrics["active_test/bim"] == 0.15
+    assert "active_test/ddn" not in metrics
     assert table_metrics(record, "control")["flag/zero_gradients"] == 0
     assert metrics["worst_case/white_box/linf_0.2"] == pytest.approx(
         next(
