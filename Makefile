@@ -20,7 +20,7 @@ demo: .venv/installed
 
 # one process for what starts Ray, one for the rest (tests/conftest.py)
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
