@@ -48,6 +48,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
     return OneRay(config, log)
 
 
+def _started(ray: Any) -> Any:
+    """Ray gives its node 30 s to appear; on a machine that is busy just then, that is too short, and every test would fail."""
+    for attempt in range(3):
+        try:
+            return ray.init(
+                address="local",
+                num_cpus=4,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                object_store_memory=500_000_000,
+            )
+        except Exception:  # a bare one is what Ray raises here
+            ray.shutdown()
+            if attempt == 2:
+                raise
+    return None
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
@@ -56,14 +75,7 @@ def ray_cluster() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name
         environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-        context = ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_store_memory=500_000_000,
-        )
+        context = _started(ray)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

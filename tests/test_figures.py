@@ -266,9 +266,11 @@ def test_distances_are_not_computed_twice_but_anew_for_other_weights(
     computed: list[str] = []
     original = gallery.distances
 
-    def counted(autoencoder: nn.Module, test: ShardSet, examples: Storage, *rest: Any) -> dict[str, np.ndarray]:
+    def counted(
+        autoencoder: nn.Module, test: ShardSet, examples: Storage, *rest: Any, **named: Any
+    ) -> dict[str, np.ndarray]:
         computed.append(examples.uri)
-        return original(autoencoder, test, examples, *rest)
+        return original(autoencoder, test, examples, *rest, **named)
 
     monkeypatch.setattr(gallery, "distances", counted)
     trained.make(["fig8"])
