@@ -376,6 +376,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What a network must know of the data."""
+
+    image_size: int
+    channels: int
+    num_classes: int
+    sizes: tuple[int, ...]
+    """Level sizes in pixels, level 0 first; the decoder has them all, whatever has a target."""
+
+
+def stored_levels(config: TrainConfig) -> bool:
+    """Whether training reads levels from the shards: not without targets for them, nor where crops need new ones."""
+    return config.defense == "defend++" and config.targets != "none" and config.augment != "crop_flip"
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What attacks what. No accuracy leaves this project without its threat model."""
 

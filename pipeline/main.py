@@ -22,11 +22,14 @@ Trains Defend++ and what it is compared with, attacks all of them, and reports w
   python pipeline/main.py attack --model FILE [--arch ARCH] [--data SOURCE] [--FIELD VALUE ...]
                                                                a classifier that was not trained here; --help says more
   python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
+  python pipeline/main.py sweep RECIPE --space FILE [--FIELD VALUE ...]
+                                                               search settings on validation images, test the choice; --help
+  python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
   python pipeline/main.py recipes                              the recipes and what they cost
 
 Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
 """
-COMMANDS = ("run", "pyramids", "train", "attack", "report")
+COMMANDS = ("run", "pyramids", "train", "attack", "report", "sweep")
 
 
 def main(arguments: list[str]) -> int:
@@ -44,6 +47,8 @@ def main(arguments: list[str]) -> int:
             return 0
         if command not in COMMANDS:
             raise ConfigError.of("command", command, "one of " + ", ".join((*COMMANDS, "recipes")))
+        if command == "sweep":
+            return sweep(rest)
         experiment = parse(command, rest)
         from pipeline import given, run
 
@@ -55,6 +60,18 @@ def main(arguments: list[str]) -> int:
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def sweep(arguments: list[str]) -> int:
+    """Run a sweep. Raises as :func:`parse`, and ConfigError for an option of the sweep's own."""
+    from pipeline import sweep as sweeps
+
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(sweeps.USAGE, end="")
+        return 0 if arguments else 2
+    options, rest = sweeps.parse_options(arguments)
+    sweeps.execute(parse("sweep", rest), options)
+    return 0
 
 
 def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
@@ -81,12 +98,33 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
         print(f"Fields of a recipe: python pipeline/main.py {command} RECIPE --help")
         raise SystemExit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
-    if name not in RECIPES:
+    if name == "--from" and rest:
+        default, name, rest = recorded(rest[0]), f"--from {rest[0]}", rest[1:]
+    elif name in RECIPES:
+        default = RECIPES[name].make()
+    else:
         raise ConfigError.of("recipe", name, "one of " + ", ".join(RECIPES))
-    default = RECIPES[name].make()
     return tyro.cli(
         type(default), default=default, args=rest, prog=f"main.py {command} {name}", description=default.description
     )
+
+
+def recorded(file: str):  # type: ignore[no-untyped-def]
+    """The experiment that a record holds: best.json of a sweep, run.json of a run.
+
+    Raises:
+        StorageError: it cannot be read. ConfigError: it holds none, or one that this version does not know.
+    """
+    from components.config import Experiment, from_dict
+    from components.errors import ConfigError
+    from pipeline.storage import Storage
+
+    where = file if "://" in file else str(Path(file).expanduser().absolute())
+    parent, _, name = where.rpartition("/")
+    record = Storage(parent or "/").read_json(name)
+    if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
+        raise ConfigError.of("--from", file, "a record with an experiment: best.json of a sweep, or run.json of a run")
+    return from_dict(Experiment, record["experiment"])
 
 
 def list_recipes() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from pipeline import comparison, report
+from pipeline import comparison, report, sweep_report
 from pipeline.storage import Storage
 from pipeline.tracking import Tracker
 
@@ -204,3 +204,112 @@ def _unix(iso: str | None) -> float | None:
 def _metric_name(text: str) -> str:
     """``text`` with what MLflow does not allow in a metric's name left out: ``l2<=1.5`` is ``l2_1.5``."""
     return re.sub(r"[^\w./: -]+", "_", text)
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------------
+
+
+def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
+    """The parent run of a sweep, alias "run", out of what ``sweep.json`` holds from its beginning on."""
+    git = record.get("git") or {}
+    tags = {
+        "kind": "sweep",
+        "recipe": record["name"],
+        "space": record["space_name"],
+        "records": tracker.storage.uri,
+        "command": record.get("command"),
+        "git_dirty": git.get("dirty"),
+        "mlflow.source.git.commit": git.get("revision"),
+        "mlflow.source.type": "LOCAL",
+        "hardware": record.get("hardware"),
+        "versions": record.get("versions"),
+    }
+    # not how many trials: more of them go on with the same sweep, and a param cannot change
+    space = {k: v for k, v in record["space"].items() if k != "trials"}
+    params = {**flatten(record["experiment"]), **flatten({"space": space}), "sweep.seed": record["seed"]}
+    name = f"sweep {record['name']} {record['space_name']}"
+    tracker.start("run", name, tags=tags, params=params, time=_unix(record.get("created")))
+
+
+def trial_alias(trial: Mapping[str, Any]) -> str:
+    """Of the child run of a trial."""
+    return f"trial/{trial['number']:03d}"
+
+
+def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, root: Storage) -> None:
+    """Publish all that ``sweep.json`` holds by now; what is published already is skipped, so call it as often as you like.
+
+    A parent run with settings, report and best.json; below it a run per trial, with the metric names of a model's run; below
+    that, where a trial has several seeds, a run for each.
+
+    Args:
+        sweep: the sweep's directory. root: the storage it lies in.
+    """
+    start_sweep(tracker, record)
+    for trial in record["trials"]:
+        if trial["started"] and not tracker.has_ended(trial_alias(trial), _status_of(trial)):
+            _publish_trial(tracker, record, trial, root)
+    if record["choice"]:
+        states = [t["state"] for t in record["trials"]]
+        numbers = {f"trials/{state}": float(states.count(state)) for state in dict.fromkeys(states)}
+        numbers |= {"best/clean": record["choice"]["clean"], "best/robust": record["choice"]["robust"]}
+        tracker.metrics("run", {**numbers, "front/size": float(len(record["front"]))})
+        tags = {
+            "mlflow.note.content": sweep_report.markdown(record),
+            "best_trial": record["choice"]["trial"],
+            "evaluation": record["evaluation"],
+        }
+        tracker.start("run", "sweep", tags=tags)
+        for name in ("best.json", *(f"report/{name}" for name in sweep.list("report"))):
+            tracker.artifact("run", sweep, name, name.rpartition("/")[0])
+    tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
+    if record.get("finished"):
+        tracker.artifact_bytes("run", "sweep.json", sweep.read_bytes("sweep.json"))
+        tracker.finish("run", time=_unix(record["finished"]))
+
+
+def _status_of(trial: Mapping[str, Any]) -> str:
+    return "FAILED" if trial["state"] in ("diverged", "failed") else "FINISHED"
+
+
+def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[str, Any], root: Storage) -> None:
+    alias = trial_alias(trial)
+    ended = trial["state"] not in ("pending", "running")
+    tags = {
+        "kind": "trial",
+        "recipe": record["name"],
+        "model": record["model"],
+        "trial": trial["number"],
+        "records": " ".join(m["path"] for m in trial["models"]),
+        **({"state": trial["state"], "reason": trial["reason"] or None} if ended else {}),
+    }
+    train = {**record["base"], **trial["parameters"]}
+    name = f"trial {trial['number']}: {sweep_report.parameters_text(trial['parameters'])}"
+    tracker.start(alias, name, parent="run", tags=tags, params=flatten(train), time=_unix(trial["started"]))
+    steps: dict[int, tuple[int, float]] = {}
+    for i, model in enumerate(trial["models"]):
+        one = alias
+        if len(trial["models"]) > 1:
+            one = f"{alias}/seed-{model['seed']}"
+            tracker.start(one, f"seed {model['seed']}", parent=alias, tags={"kind": "replicate"})
+        for file in report.history_files(root, model):
+            epoch = report.read_epoch(root, file)
+            if not tracker.has_history(one, epoch["epoch"]):
+                tracker.history(one, epoch)
+            if i == 0:
+                steps[epoch["epoch"] + 1] = epoch["steps"][-1]["step"], epoch["steps"][-1]["time"]
+        if one != alias and ended:
+            tracker.finish(one, _status_of(trial))
+    for epoch in trial["epochs"]:
+        step, at = steps.get(epoch["epoch"], (0, _unix(trial["started"])))
+        tracker.metrics(
+            alias, {"validation/robust": epoch["robust"], "objective/clean": epoch["clean"]}, step=step, time=at
+        )
+    if ended:
+        if trial["epochs"]:
+            last = trial["epochs"][-1]
+            tracker.metrics(alias, {"clean/validation": last["clean"], "robust/validation": last["robust"]})
+        tracker.metrics(
+            alias, {"train/total_seconds": trial["training_seconds"], "epochs": float(len(trial["epochs"]))}
+        )
+        tracker.finish(alias, _status_of(trial))

@@ -448,6 +448,11 @@ class Tracker:
             self._put(alias, f"status/{status}", lambda client: self._set_status(client, alias, status, end))
             self._drain()
 
+    def has_ended(self, alias: str, status: str) -> bool:
+        """Whether a run is published as ended like that, so that nothing of it need be read again."""
+        with self._lock:
+            return self._client is not None and self._state["status"].get(alias) == status
+
     def run_id(self, alias: str = "run") -> str | None:
         """MLflow's id of a run; None while it could not be made."""
         run = self._state["runs"].get(alias)

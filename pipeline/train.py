@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,12 +23,13 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from components.config import Experiment, TrainConfig, content_hash, from_dict, to_dict
+from components.config import Experiment, TrainConfig, from_dict, to_dict
 from components.errors import DataError, UserError
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.schedule import Phase, learning_rate, phase_at_epoch
 from pipeline import checkpoints, pretrained
+from pipeline.jobs import NOT_FINITE, Job, TrainingData, model_address
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import (
     ADVERSARIAL_STREAM,
@@ -47,12 +47,9 @@ from pipeline.train_step import (
     validation_sums,
 )
 
-CODE_VERSION = 1
-"""Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
 FINITE_CHECK_STEPS = 100
-NOT_FINITE = "not-finite.json"
 MAX_CONTROLLER_FAILURES = 3
 """How often Ray may fail to place the workers; without a limit it would try for ever."""
 
@@ -63,60 +60,6 @@ Live = Callable[[int, int, Callable[[], float]], None]
 
 class TrainingError(UserError):
     """Training stopped for a reason that starting it again would not mend."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One model to train."""
-
-    name: str
-    """Its name in the run."""
-    config: TrainConfig
-    """Canonical: models that differ only in settings without influence are one."""
-    pyramids: dict[str, str]
-    """Shard sets to read: "train" and, if there is one, "validation"."""
-    weights: str
-    """Pretrained weights below the storage's root, or empty."""
-    address: str
-    """``models/<kind>-<hash>`` below the storage's root."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """Addresses of the shard sets of a run."""
-
-    train: dict[str, str]
-    """Kind of targets -> shard set that holds them; at least one, unless no model is trained."""
-    bare: str
-    """Address that the training images have (or would have) without levels: what names a model that reads none."""
-    validation: str = ""
-    """Empty: there is no validation split."""
-
-    def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """What a model reads, and what names it."""
-        if not config.epochs:
-            return {}, {}
-        if stored_levels(config):
-            train = identity = self.train[config.targets]
-        else:
-            train, identity = next(iter(self.train.values())), self.bare
-        validation = {"validation": self.validation} if self.validation else {}
-        return {"train": train, **validation}, {"train": identity, **validation}
-
-
-def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
-    """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
-
-    Batch norm is per worker, so their number counts.
-    """
-    said = to_dict(shapes)
-    if config.defense != "defend++":
-        del said["sizes"]
-    # without the settings at their default: a setting that is added later does not rename the models there are
-    defaults = to_dict(TrainConfig())
-    settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
-    parts = [CODE_VERSION, settings, said, dict(identity), workers, weights]
-    return f"models/{config.kind}-{content_hash(*parts)}"
 
 
 def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[Job]:
@@ -334,18 +277,18 @@ def _worker(settings: dict[str, Any]) -> None:
     root = Storage(settings["root"])
     # asked before any training, when nobody writes: all ranks must come to the same list
     todo = [job for job in settings["jobs"] if not root.exists(f"{job['address']}/model.json")]
-    data = _DataCache(root, rank, world, device)
+    data = DataCache(root, rank, world, device)
     for job in todo:
         home = root / job["address"]
         try:
-            _train_model(job, home, data, settings)
+            train_model(job, home, data, settings)
         except NonFiniteLoss as e:
             # told, not raised: a failure would be tried again, and would come again
             if rank == 0:
                 home.write_json(NOT_FINITE, {"step": e.step})
 
 
-class _DataCache:
+class DataCache:
     """The last used data of each split: models that are trained one after the other mostly train on the same."""
 
     def __init__(self, root: Storage, rank: int, world: int, device: torch.device) -> None:
@@ -365,7 +308,28 @@ class _DataCache:
         return self.kept[split][1]
 
 
-def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings: dict[str, Any]) -> None:
+class Between:
+    """What all ranks do between two epochs of a model; as it is, nothing."""
+
+    def measure(self, loop: Loop, record: Mapping[str, Any]) -> None:
+        """Called before the epoch counts as done: killed meanwhile, it is trained and measured again."""
+
+    def stop(self, loop: Loop) -> bool:
+        """Whether to leave the model as it is, with its checkpoint; every rank must come to the same answer."""
+        return False
+
+
+def train_model(
+    job: dict[str, Any], home: Storage, data: DataCache, settings: dict[str, Any], between: Between | None = None
+) -> None:
+    """Train a model, or go on where it was left, and export it; called on every rank of a Ray Train worker group.
+
+    Args:
+        job: see :meth:`pipeline.jobs.Job.order`.
+
+    Raises:
+        NonFiniteLoss: on every rank alike.
+    """
     import ray.train
 
     config = from_dict(TrainConfig, job["config"])
@@ -392,14 +356,18 @@ def _train_model(job: dict[str, Any], home: Storage, data: _DataCache, settings:
             last_live = time.monotonic()
             home.write_json("live.json", {"done": done, "total": total, "loss": loss()})
 
+    between = between or Between()
     while loop.epoch < config.epochs:
         record = loop.run_epoch(live)
+        between.measure(loop, record)
         if data.rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
             if loop.epoch % config.checkpoint_every_epochs == 0 or loop.epoch == config.epochs:
                 loop.save(kept)
         metrics = {"address": job["address"], "epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
         ray.train.report(metrics)
+        if loop.epoch < config.epochs and between.stop(loop):
+            return
     if data.rank == 0:
         _export(loop, home, job, settings)
 
@@ -582,20 +550,42 @@ def _fit_side_by_side(
 
 
 def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
+    from pipeline.cluster import unwrap
+
+    config = {**settings, "jobs": [job.order() for job in group]}
+    try:
+        fit_workers(_worker, config, experiment, root, max_failures=experiment.scaling.max_failures)
+    except Exception as e:
+        mine = unwrap(e)
+        if mine is not None:
+            raise mine from e
+        names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
+        raise TrainingError(
+            f"training of {names} failed more than scaling.max_failures={experiment.scaling.max_failures} times: {e}\n"
+            f"Checkpoints are kept below {root.uri}/models; the same command continues from the last one"
+        ) from e
+
+
+def fit_workers(
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    experiment: Experiment,
+    root: Storage,
+    *,
+    max_failures: int,
+) -> None:
+    """One Ray Train run from its start to its end: ``worker(config)`` on every rank. Raises what Ray Train does."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipeline.cluster import train_bundle, unwrap
+    from pipeline.cluster import train_bundle
 
     scaling = experiment.scaling
-    jobs = [
-        {"address": j.address, "config": to_dict(j.config), "pyramids": j.pyramids, "weights": j.weights} for j in group
-    ]
     # nothing of Ray's own state is continued: the models' directories say how far they are
     ray_files = root / f"ray/{secrets.token_hex(8)}"
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={**settings, "jobs": jobs},
+        worker,
+        train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if scaling.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
@@ -605,22 +595,13 @@ def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment,
             storage_path=ray_files.root,
             storage_filesystem=ray_files.fs,
             failure_config=ray.train.FailureConfig(
-                max_failures=scaling.max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
+                max_failures=max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
             ),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
         trainer.fit()
-    except Exception as e:
-        mine = unwrap(e)
-        if mine is not None:
-            raise mine from e
-        names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
-        raise TrainingError(
-            f"training of {names} failed more than scaling.max_failures={scaling.max_failures} times: {e}\n"
-            f"Checkpoints are kept below {root.uri}/models; the same command continues from the last one"
-        ) from e
     finally:
         with suppress(OSError):
             root.fs.delete_dir(ray_files.root)

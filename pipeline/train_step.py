@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from components.adversarial import adversarial_examples, mixed_loss
 from components.attacks.spec import AttackSpec
-from components.config import TrainConfig
+from components.config import Shapes, TrainConfig
+from components.config import stored_levels as stored_levels
 from components.dct import target_levels
 from components.losses import reconstruction_loss, reconstruction_terms
 from components.models.classifiers import build_classifier, load_weights
@@ -27,17 +28,6 @@ AUGMENT_STREAM = 1
 ADVERSARIAL_STREAM = 2
 DROPOUT_STREAM = 3
 """Keep the random streams of a step apart; its noise has none of these numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """What a network must know of the data."""
-
-    image_size: int
-    channels: int
-    num_classes: int
-    sizes: tuple[int, ...]
-    """Level sizes in pixels, level 0 first; the decoder has them all, whatever has a target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +83,6 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
 def classifier_of(net: nn.Module) -> nn.Module:
     """The classifier of a network that may or may not have an auto-encoder."""
     return net.classifier if isinstance(net, DefendNet) else net
-
-
-def stored_levels(config: TrainConfig) -> bool:
-    """Whether training reads levels from the shards: not without targets for them, nor where crops need new ones."""
-    return config.defense == "defend++" and config.targets != "none" and config.augment != "crop_flip"
 
 
 class PhaseModule(nn.Module):

@@ -1,1 +1,1 @@
-"""Search spaces for Ray Tune: declarative Python that a user copies and edits."""
+"""Search spaces for sweeps: declarative Python that a user copies and edits (docs/sweeps.md)."""

@@ -1,0 +1,219 @@
+"""What is to be trained, and where it will lie: addresses, a sweep's plan, and the queue between its trials and its workers.
+
+No torch here: a trial of a sweep is a process that only asks and reports, and must not cost more than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from components.config import SEED_STRIDE, Shapes, TrainConfig, content_hash, replace_typed, stored_levels, to_dict
+from components.search import Point
+
+CODE_VERSION = 1
+"""Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
+NOT_FINITE = "not-finite.json"
+"""In a model's directory: the step at which its loss was not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model to train."""
+
+    name: str
+    """Its name in the run."""
+    config: TrainConfig
+    """Canonical: models that differ only in settings without influence are one."""
+    pyramids: dict[str, str]
+    """Shard sets to read: "train" and, if there is one, "validation"."""
+    weights: str
+    """Pretrained weights below the storage's root, or empty."""
+    address: str
+    """``models/<kind>-<hash>`` below the storage's root."""
+
+    def order(self) -> dict[str, Any]:
+        """What a worker must know of it, as plain JSON types."""
+        config = to_dict(self.config)
+        return {"address": self.address, "config": config, "pyramids": self.pyramids, "weights": self.weights}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Addresses of the shard sets of a run."""
+
+    train: dict[str, str]
+    """Kind of targets -> shard set that holds them; at least one, unless no model is trained."""
+    bare: str
+    """Address that the training images have (or would have) without levels: what names a model that reads none."""
+    validation: str = ""
+    """Empty: there is no validation split."""
+
+    def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
+        """What a model reads, and what names it."""
+        if not config.epochs:
+            return {}, {}
+        if stored_levels(config):
+            train = identity = self.train[config.targets]
+        else:
+            train, identity = next(iter(self.train.values())), self.bare
+        validation = {"validation": self.validation} if self.validation else {}
+        return {"train": train, **validation}, {"train": identity, **validation}
+
+
+def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
+    """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
+
+    Batch norm is per worker, so their number counts.
+    """
+    said = to_dict(shapes)
+    if config.defense != "defend++":
+        del said["sizes"]
+    # without the settings at their default: a setting that is added later does not rename the models there are
+    defaults = to_dict(TrainConfig())
+    settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
+    parts = [CODE_VERSION, settings, said, dict(identity), workers, weights]
+    return f"models/{config.kind}-{content_hash(*parts)}"
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------------
+
+
+OBJECTIVE_VERSION = 1
+"""Part of an objective's name. Raise it when the same settings would measure something else."""
+DIVERGED, FAILED, DONE, WAITING, TRAINING = "diverged", "failed", "done", "waiting", "training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is measured of a model after each epoch, on validation images."""
+
+    attack: str
+    """Canonical text of an AttackSpec."""
+    images: int
+    validation: str
+    """Address of the shard set."""
+
+    @property
+    def directory(self) -> str:
+        """Below a model's: ``objectives/<hash>``. Models are shared with runs that measure something else, or nothing."""
+        return f"objectives/{content_hash(OBJECTIVE_VERSION, self.attack, self.images, self.validation)}"
+
+    def file(self, epoch: int) -> str:
+        """Of an epoch, counted from 0 as in ``history/``."""
+        return f"{self.directory}/epoch-{epoch:05d}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What all trials of a sweep have in common. Picklable."""
+
+    root: str
+    """URI of the storage."""
+    base: TrainConfig
+    shapes: Shapes
+    data: TrainingData
+    workers: int
+    weights: str
+    seeds: int
+    """Models per trial; their seeds are SEED_STRIDE apart, as in ``Experiment.replicates``."""
+    objective: Objective
+
+    def config(self, point: Point) -> TrainConfig:
+        """Raises ConfigError where the point's values do not go together."""
+        # by way of text, as in an experiment's models: 1 and 1.0 are one value, and so one address
+        return replace_typed(self.base, {name: str(value) for name, value in point.items()}, "space")
+
+    def jobs(self, point: Point) -> list[Job]:
+        """The models of one trial, one for each seed."""
+        jobs = []
+        for replicate in range(self.seeds):
+            given = self.config(point)
+            config = replace(given, seed=given.seed + SEED_STRIDE * replicate).canonical()
+            reads, identity = self.data.for_model(config)
+            address = model_address(config, self.shapes, identity, self.workers, self.weights)
+            jobs.append(Job(name=f"s{replicate}", config=config, pyramids=reads, weights=self.weights, address=address))
+        return jobs
+
+
+class JobQueue:
+    """Between the trials of a sweep, which want models, and its Ray Train runs, which train them. A Ray actor.
+
+    It holds no truth: what is trained lies on storage, and each trial says again and again what it wants. So a queue that is
+    lost and started anew fills itself. (It may then give away a model that a run is just training: both write the same.)
+
+    Args:
+        attempts: how often a model is given out whose workers died; it may be what kills them.
+    """
+
+    def __init__(self, attempts: int) -> None:
+        self._attempts = attempts
+        self._wanted: dict[str, dict[str, Any]] = {}
+        self._followers: dict[str, set[str]] = {}
+        self._held: dict[str, int] = {}
+        self._given: Counter[str] = Counter()
+        self._ended: dict[str, tuple[str, str]] = {}
+        self._closed = False
+        self._reason = ""
+
+    def follow(self, orders: Sequence[Mapping[str, Any]], trial: str) -> list[tuple[str, str]]:
+        """Have these models trained, in order; said again, nothing changes. State and reason (if it failed) of each."""
+        states = []
+        for order in orders:
+            address = order["address"]
+            self._followers.setdefault(address, set()).add(trial)
+            if self._reason:
+                self.end(address, FAILED, self._reason)
+            elif address not in self._ended:
+                self._wanted.setdefault(address, dict(order))
+            where = (TRAINING if address in self._held else WAITING), ""
+            states.append(self._ended.get(address, where))
+        return states
+
+    def leave(self, trial: str) -> None:
+        """A trial is over: what it alone wanted is not trained further."""
+        for followers in self._followers.values():
+            followers.discard(trial)
+        for address in [a for a in self._wanted if not self._followers[a] and a not in self._held]:
+            del self._wanted[address]
+
+    def take(self, run: int) -> dict[str, Any] | None:
+        """The next model for a Ray Train run: {} if there is none yet, None if there will be none any more.
+
+        A run that still holds one was started again, since its workers died: it goes on with that.
+        """
+        for address in [a for a, holder in self._held.items() if holder == run]:
+            del self._held[address]
+            if self._followers.get(address) and self._given[address] >= self._attempts:
+                reason = f"its workers died {self._given[address]} times (out of memory?)"
+                self.end(address, FAILED, reason)
+        if self._closed:
+            return None
+        for address, order in self._wanted.items():
+            if address not in self._held and self._followers[address]:
+                self._held[address] = run
+                self._given[address] += 1
+                return order
+        return {}
+
+    def cancelled(self, address: str, run: int) -> bool:
+        """Asked between two epochs by the run that trains it."""
+        self._held[address] = run  # said anew to a queue that was lost
+        return self._closed or (address in self._followers and not self._followers[address])
+
+    def end(self, address: str, state: str, reason: str = "") -> None:
+        """A model is done, diverged or failed, for its reason; or, with no state, was left."""
+        self._held.pop(address, None)
+        self._wanted.pop(address, None)
+        if state:
+            self._ended[address] = state, reason
+
+    def close(self, reason: str = "") -> None:
+        """Nothing is given out any more; with a reason, nothing can be trained: whatever is wanted has failed."""
+        self._closed, self._reason = True, reason
+
+    def lost(self, run: int) -> None:
+        """A Ray Train run ended for good: others may have what it held."""
+        self._held = {address: holder for address, holder in self._held.items() if holder != run}

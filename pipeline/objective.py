@@ -1,0 +1,91 @@
+"""What a sweep maximises: clean and robust accuracy on validation images, measured on a training worker after an epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.attacks.registry import run_attack
+from components.attacks.spec import AttackSpec
+from components.robustness import verify_examples
+from pipeline import shards
+from pipeline.jobs import Objective
+from pipeline.storage import Storage
+from pipeline.train_step import stream_seed
+
+CHUNK = 50
+"""Images attacked together. Each chunk has its own random stream, so the number of ranks changes no result."""
+
+
+class Meter:
+    """Measures models by one objective. Made on every rank; each attacks its share of the chunks.
+
+    Args:
+        root: where ``objective.validation`` lies.
+
+    Raises:
+        DataError: the validation shards are missing or damaged.
+    """
+
+    def __init__(self, objective: Objective, root: Storage, rank: int, world: int, device: torch.device) -> None:
+        self.rank, self.world, self.device = rank, world, device
+        self.spec = AttackSpec.parse(objective.attack)
+        validation = shards.load(root, objective.validation)
+        count = min(objective.images, validation.num_rows)
+        # spread over the split: a source may be sorted by class
+        self.rows = [i * validation.num_rows // count for i in range(count)]
+        columns: dict[str, list[np.ndarray]] = {"image": [], "label": []}
+        for shard in validation.iter_shards(["image", "label"]):
+            for name, values in shard.items():
+                columns[name].append(values)
+        self.images = torch.from_numpy(np.concatenate(columns["image"])[self.rows])
+        self.labels = torch.from_numpy(np.concatenate(columns["label"])[self.rows]).long()
+
+    def robust_accuracy(self, classifier: nn.Module) -> float:
+        """Share of the images that are still right under the attack; in eval mode, in float32. All ranks must call it.
+
+        Raises:
+            AttackViolation: the attack broke its own rules.
+        """
+        was_training = classifier.training
+        classifier.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        for chunk, start in enumerate(range(0, len(self.rows), CHUNK)):
+            if chunk % self.world == self.rank:
+                right += self._right(classifier, slice(start, start + CHUNK), chunk)
+        if self.world > 1:
+            dist.all_reduce(right)
+        classifier.train(was_training)
+        return int(right) / len(self.rows)
+
+    def _right(self, classifier: nn.Module, rows: slice, chunk: int) -> Tensor:
+        images = self.images[rows].to(self.device).float() / 255
+        labels = self.labels[rows].to(self.device)
+        generator = torch.Generator().manual_seed(stream_seed(0, chunk))
+        early = self.spec.can_leave_early  # judged on the very model that they are made on
+        examples = run_attack(self.spec, classifier, images, labels, early_leaving=early, generator=generator)
+        verify_examples(images, examples, self.rows[rows], self.spec)
+        with torch.no_grad():
+            return (classifier(examples).argmax(1) == labels).sum()
+
+    def record(self, classifier: nn.Module, epoch: int, clean: float, training_seconds: float) -> dict[str, Any]:
+        """What ``objectives/<hash>/epoch-*.json`` holds: accuracies as fractions, seconds. All ranks must call it.
+
+        Args:
+            clean: accuracy on the whole validation split.
+        """
+        begin = time.monotonic()
+        robust = self.robust_accuracy(classifier)
+        return {
+            "epoch": epoch,
+            "clean": clean,
+            "robust": robust,
+            "n": len(self.rows),
+            "seconds": time.monotonic() - begin,
+            "training_seconds": training_seconds,
+        }

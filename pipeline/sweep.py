@@ -1,0 +1,745 @@
+"""``main.py sweep``: Ray Tune over a recipe's training, from a space of ``tune_spaces/`` to one configuration, tested once.
+
+``sweep.json`` says what every trial gave, and is what a sweep goes on from: run again, the same command takes finished trials as
+they are (search and early stopping are told their results) and goes on with the others, whose models have checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+from components.config import (
+    Experiment,
+    TrainConfig,
+    content_hash,
+    parse_spec,
+    replace_typed,
+    to_dict,
+)
+from components.errors import ConfigError, UserError
+from components.search import Point, Space, choose, ends, pareto_front
+from pipeline import (
+    checkpoints,
+    cluster,
+    environment,
+    memory,
+    pretrained,
+    publish,
+    run,
+    sources,
+    sweep_report,
+    tracking,
+    train,
+)
+from pipeline.jobs import FAILED, JobQueue, Objective, Plan
+from pipeline.pool import Pool
+from pipeline.progress import PLAIN_INTERVAL_S, say, stage
+from pipeline.storage import Storage, StorageError
+from pipeline.trial import FINISHED, RUNNING, run_trial
+from pipeline.trial_table import TrialTable
+
+SCHEMA = 1
+ENDED = ("finished", "stopped", "diverged")
+"""States that stay; a trial that failed otherwise is tried again by the next command."""
+TRIAL_DEATHS = 3
+"""How often a trial's own process is started again."""
+LOOK_S = 1.0
+USAGE = """\
+main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume] [--no-evaluate]
+              [--FIELD VALUE ...]
+
+  --space           a file of tune_spaces/ (or its name alone), or your own copy of one (docs/sweeps.md)
+  --trials          configurations in all, instead of what the space says; more than before: the sweep goes on
+  --search          grid, random or tpe, instead of what the space says
+  --seed            of random and tpe (not of the models: that is --train.seed or a model's own). 0
+  --max-concurrent  models trained at once at the most; without it as many as there is room for
+  --resume          refuse to begin: there must be a sweep of these settings that goes on. Without it, the same command goes on too
+  --no-evaluate     leave out the last step, the chosen configuration on test images beside undefended and control
+  --seeds           N models per configuration, judged by their mean
+
+Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says of a sweep beside the recipe's fields."""
+
+    space: str
+    trials: int | None = None
+    search: str | None = None
+    seed: int = 0
+    max_concurrent: int = 0
+    """0: as many models at once as there is room for."""
+    resume: bool = False
+    evaluate: bool = True
+
+
+def parse_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """The options of a sweep, and the arguments that are left for the recipe.
+
+    Raises:
+        ConfigError: no space, or a number out of range. argparse itself ends the process with status 2 for what is no number.
+    """
+    parser = argparse.ArgumentParser(prog="main.py sweep", add_help=False, allow_abbrev=False, usage=USAGE)
+    parser.add_argument("--space", default="")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--search")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-concurrent", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false")
+    known, rest = parser.parse_known_args(list(arguments))
+    options = Options(**vars(known))
+    if not options.space:
+        raise ConfigError.of("--space", "", "a file of tune_spaces/, e.g. --space tune_spaces/lambda_blocks.py")
+    if options.max_concurrent < 0:
+        raise ConfigError.of("--max-concurrent", options.max_concurrent, "0 (room decides) or more")
+    return options, rest
+
+
+def load_space(options: Options) -> tuple[str, Space]:
+    """The space of a file, with what the command line changes of it, and its name: the file's.
+
+    Raises:
+        ConfigError: no such file, one that is not Python, has no SPACE, or whose SPACE is not possible.
+    """
+    path = Path(options.space).expanduser()
+    beside = cluster.ROOT / "tune_spaces" / f"{path.name.removesuffix('.py')}.py"
+    if not path.is_file() and path.parent == Path() and beside.is_file():
+        path = beside
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in beside.parent.glob("*.py") if p.stem != "__init__"))
+        raise ConfigError.of(
+            "--space", options.space, f"a file (in a job: of its working directory), or one of {there}"
+        )
+    spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError.of("--space", options.space, "a file whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError as e:
+        raise ConfigError(f"{path}: {e}") from None
+    except Exception as e:  # whatever the user's file does
+        raise ConfigError(f"{path} is not a search space: {type(e).__name__}: {e}") from e
+    space = getattr(module, "SPACE", None)
+    if not isinstance(space, Space):
+        raise ConfigError(f"{path} has no SPACE = Space(...); copy a file of tune_spaces/ (docs/sweeps.md)")
+    changed = {"trials": options.trials, "search": options.search}
+    return path.stem, replace(space, **{k: v for k, v in changed.items() if v is not None})
+
+
+@dataclass
+class Sweep(run.Run):
+    """A sweep on its storage. ``record`` is sweep.json; ``experiment`` the recipe as the command line left it."""
+
+    space: Space
+    options: Options
+    model: str
+    """Name, in the recipe, of the model that is varied."""
+    base: TrainConfig
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    """Guards record and tracker, which the driver's threads share."""
+
+    def save(self) -> None:
+        with self.lock:
+            self.storage.write_json("sweep.json", self.record)
+
+    def publish(self) -> None:
+        with self.lock:
+            publish.publish_sweep(self.tracker, self.record, self.storage, self.root)
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.record["trials"]
+        return found
+
+
+def sweep_address(experiment: Experiment, name: str, space: Space, seed: int) -> str:
+    """``sweeps/<recipe>-<space>-<hash>``. How many trials there are is not part of it: more of them go on with the same sweep."""
+    said = {k: v for k, v in space.to_dict().items() if k != "trials"}
+    return f"sweeps/{experiment.name}-{name}-{content_hash(run.run_address(experiment), said, seed)}"
+
+
+def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig]:
+    """Name and config (of its first replicate) of the recipe's model that the trials are variants of.
+
+    Raises:
+        ConfigError: the recipe has no such model, or it cannot be swept.
+    """
+    models = {base: experiment.variants()[name] for name, (base, k) in experiment.replicates().items() if k == 0}
+    if space.model and space.model not in models:
+        raise ConfigError.of("space.model", space.model, "one of the recipe's models: " + ", ".join(models))
+    defended = [n for n, c in models.items() if c.defense == "defend++"] + [
+        n for n, c in models.items() if c.defense != "none"
+    ]
+    name = space.model or (defended or list(models))[0]
+    config = models[name]
+    if not config.epochs:
+        raise ConfigError.of(f"models[{name}].epochs", 0, "at least 1 in a sweep, which trains")
+    if experiment.data.validation_fraction == 0:
+        raise ConfigError.of(
+            "data.validation_fraction", 0.0, "above 0 in a sweep: it chooses on validation images, never on test images"
+        )
+    return name, config
+
+
+def probe(experiment: Experiment, space: Space, base: TrainConfig) -> Experiment:
+    """An experiment with a model for each value of each parameter (of a range: its ends), to check before anything is trained.
+
+    Raises:
+        ConfigError: a value, or a combination of a grid or a draw, that a model cannot have.
+    """
+    texts = ["base"]
+    for name, domain in space.parameters.items():
+        for i, value in enumerate(ends(domain)):
+            if (name, value) == ("defense", "comdefend"):
+                raise ConfigError.of(
+                    "space.parameters['defense']", value, "a classifier: a reformer alone has no accuracy"
+                )
+            texts.append(f"{name}-{i}:{name}={value}")
+    rng = random.Random(0)
+    drawn = [{name: domain.sample(rng) for name, domain in space.parameters.items()} for _ in range(100)]
+    for point in space.points(0) or drawn:
+        replace_typed(base, _as_text(point), "space")
+    if base.defense == "comdefend" and "defense" not in space.parameters:
+        raise ConfigError.of("space.model", "comdefend", "a classifier: a reformer alone has no accuracy")
+    evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
+    return replace(experiment, train=base, models=tuple(texts), seeds=1, evaluation=evaluation, figures=(), paper="")
+
+
+def final_experiment(experiment: Experiment, model: str, point: Point) -> Experiment:
+    """The recipe's evaluation of the chosen configuration beside an undefended network and its control.
+
+    Args:
+        model: the recipe's name of the model that was varied.
+    """
+    texts = {parse_spec(text)[0]: text for text in experiment.models}
+    name, fields = parse_spec(texts[model])
+    best = "best:" + ",".join(f"{k}={v}" for k, v in {**fields, **_as_text(point)}.items())
+    models = {base: experiment.variants()[n] for n, (base, k) in experiment.replicates().items() if k == 0}
+    chosen = replace_typed(models[name], _as_text(point), "space")
+    undefended = [
+        texts[n] for n, c in models.items() if c.defense == "none" and (c.arch, c.width) == (chosen.arch, chosen.width)
+    ][:2]
+    taken = {models[parse_spec(text)[0]].seed for text in undefended}
+    free = (seed for seed in range(3) if seed not in taken)
+    names = (n for n in ("no_defense", "control") if n not in map(_base, undefended))
+    while len(undefended) < 2:
+        undefended.append(f"{next(names)}:defense=none,seed={next(free)},arch={chosen.arch},width={chosen.width}")
+    kept = {*map(_base, undefended), "best", "*"}
+    threats = [t for t in experiment.evaluation.threat_models if ":" not in t or t.partition(":")[2] in kept]
+    source = experiment.evaluation.transfer_source
+    return replace(
+        experiment,
+        name=f"{experiment.name}-best",
+        description=f"{experiment.name}: the configuration that a sweep chose, beside undefended and control",
+        models=(*undefended, best),
+        evaluation=replace(
+            experiment.evaluation,
+            threat_models=tuple(threats) or ("white_box",),
+            transfer_source=source if source in kept else "",
+        ),
+        figures=(),
+        paper="",
+        scale="",
+        allow_diverged=False,
+    )
+
+
+def _as_text(point: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in point.items()}
+
+
+def _base(text: str) -> str:
+    return parse_spec(text)[0]
+
+
+def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experiment]:
+    """Check all that can be checked before compute is spent, join Ray, and open the sweep's record.
+
+    Returns:
+        The sweep, and an experiment with a model for each value that it may try (:func:`probe`).
+
+    Raises:
+        UserError: one of its kinds, naming what, where and what to do.
+    """
+    name, space = load_space(options)
+    model, base = varied_model(experiment, space)
+    probed = probe(experiment, space, base)
+    root = Storage(experiment.storage)
+    storage = root / sweep_address(experiment, name, space, options.seed)
+    if options.resume and not storage.exists("sweep.json"):
+        raise UserError(
+            f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
+        )
+    root.check_writable()
+    uri = experiment.tracking_uri or tracking.default_uri(root)
+    tracking.check_reachable(uri)
+    record = storage.read_json("sweep.json") if storage.exists("sweep.json") else None
+    if record is not None and record.get("schema") != SCHEMA:
+        raise UserError(f"{storage.uri}/sweep.json has schema {record.get('schema')}, this version reads {SCHEMA}")
+    sweep = Sweep(
+        experiment=experiment,
+        root=root,
+        storage=storage,
+        record=record or {},
+        tracker=tracking.Tracker(uri, storage, echo=say),
+        space=space,
+        options=options,
+        model=model,
+        base=base,
+    )
+    final_experiment(experiment, model, (space.points(options.seed) or [{}])[0])
+    train.check_models(probed, sweep.shapes)
+    sources.check_source(experiment.data, trains=True)
+    with stage("Ray"):
+        cluster.connect()
+    cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
+    memory.check_gpu_memory(probed, sweep.shapes)
+    say(f"{'continuing' if record else 'new sweep at'} {storage.uri}")
+    if record is None:
+        sweep.record = {
+            "schema": SCHEMA,
+            "name": experiment.name,
+            "space_name": name,
+            "seed": options.seed,
+            "model": model,
+            "base": to_dict(base),
+            "experiment": to_dict(experiment),
+            "created": run._now(),
+            "data": None,
+            "trials": [],
+            "front": [],
+            "choice": None,
+            "evaluation": None,
+            "stages": {},
+        }
+    sweep.record |= {"space": space.to_dict(), "finished": None, **environment.environment()}
+    sweep.save()
+    return sweep, probed
+
+
+def execute(experiment: Experiment, options: Options) -> None:
+    """Run a sweep from its trials to the evaluation of its choice, or what is left of it."""
+    sweep, probed = open_sweep(experiment, options)
+    with sweep.lock:
+        publish.start_sweep(sweep.tracker, sweep.record)
+    try:
+        # one set of pyramids serves all trials: as many kinds of targets as the space has
+        sets = run.make_pyramids(replace(sweep, experiment=probed))
+        plan = make_plan(sweep, sets)
+        pending = _pending(sweep)
+        _announce(sweep, len(pending))
+        if pending:
+            with sweep.timed("trials"):
+                run_trials(sweep, plan, pending)
+        _conclude(sweep)
+        if sweep.options.evaluate:
+            _evaluate(sweep)
+        sweep.record["finished"] = run._now()
+        sweep.save()
+        _report(sweep)
+        say(f"sweep: {sweep.storage.uri}")
+        say(f"MLflow: {tracking.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
+    except BaseException as e:
+        with sweep.lock:
+            sweep.tracker.finish("run", "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+            sweep.tracker.flush()
+        say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
+        raise
+
+
+def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
+    """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
+    experiment = sweep.experiment
+    uri = experiment.tracking_uri or tracking.default_uri(sweep.root)
+    weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
+    return Plan(
+        root=sweep.root.uri,
+        base=sweep.base,
+        shapes=sweep.shapes,
+        data=sets.training,
+        workers=experiment.scaling.workers,
+        weights=weights,
+        seeds=experiment.seeds,
+        objective=Objective(attack=sweep.space.attack, images=sweep.space.images, validation=sets.training.validation),
+    )
+
+
+def _pending(sweep: Sweep) -> list[dict[str, Any]]:
+    """The trials that are to be run (again), as entries of the record; TPE's new ones are not known yet and come as {}."""
+    trials = sweep.trials
+    if sweep.space.search == "tpe":
+        new: list[dict[str, Any]] = [{}] * max(0, sweep.space.trials - len(trials))
+    else:
+        points = sweep.space.points(sweep.options.seed)
+        trials += [_entry(i + 1, point) for i, point in enumerate(points) if i >= len(trials)]
+        trials, new = trials[: len(points)], []
+    return [t for t in trials if t["state"] not in ENDED] + new
+
+
+def _entry(number: int, point: Point) -> dict[str, Any]:
+    return {
+        "number": number,
+        "parameters": dict(point),
+        "state": "pending",
+        "reason": "",
+        "epochs": [],
+        "models": [],
+        "seconds": 0.0,
+        "training_seconds": 0.0,
+        "objective_seconds": 0.0,
+        "started": None,
+    }
+
+
+def _announce(sweep: Sweep, left: int) -> None:
+    space, e = sweep.space, sweep.experiment
+    total = space.trials if space.search == "tpe" else len(sweep.trials)
+    done = total - left
+    over = "; ".join(f"{name}: {domain}" for name, domain in space.parameters.items())
+    say(f"{total} trials{f', {done} done already' if done else ''}, {space.search} search over {over}")
+    asha = f", the worse stopped early from epoch {space.asha.grace_epochs} on" if space.asha else ""
+    many = f"{e.seeds} seeds each, " if e.seeds > 1 else ""
+    say(f"  each: model {sweep.model!r} of {e.name}, {many}{sweep.base.epochs} epochs{asha}")
+    say(f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them")
+    s = e.scaling
+    each = " and ".join(f"{v:g} {k}" for k, v in cluster.train_bundle(s).items())
+    say(f"  at once: {_runs(sweep, left)} models, each on {s.workers} worker(s) of {each}")
+
+
+def _runs(sweep: Sweep, left: int) -> int:
+    """How many Ray Train runs serve the trials."""
+    room = min(train.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
+    return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
+
+
+# -- the trials ------------------------------------------------------------------------------------------------------------
+
+
+def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]]) -> None:
+    """Run what is left under Ray Tune. Every event is in the record at once.
+
+    Raises:
+        UserError: the workers could not be kept up.
+    """
+    # before ray.tune is imported: no files of its own beside ours, no output, Ctrl-C as everywhere
+    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
+        os.environ[name] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    scaling, space = sweep.experiment.scaling, sweep.space
+    runs = _runs(sweep, len(pending))
+    attempts = scaling.max_failures + 1
+    # no CPU: the workers may have them all
+    queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
+    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=attempts * len(pending))
+    # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
+    at_once = max(1, runs // plan.seeds) + (space.search != "tpe")
+    # a byte of memory: Tune has no trials without any resource
+    trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
+    files = sweep.root / f"ray/{secrets.token_hex(8)}"
+    following = _Following(sweep, plan, queue)
+    param_space, search = _search(sweep, pending)
+    tuner = tune.Tuner(
+        trainable,
+        param_space=param_space,
+        tune_config=tune.TuneConfig(
+            num_samples=len(pending) if search else 1,
+            search_alg=search,
+            scheduler=_scheduler(sweep),
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=files.root,
+            storage_filesystem=files.fs,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS),
+            callbacks=[_callback(following)],
+        ),
+    )
+    try:
+        with following.shown():
+            tuner.fit()
+    finally:
+        pool.close()
+        with suppress(OSError):
+            sweep.root.fs.delete_dir(files.root)
+    if pool.error is not None:
+        raise pool.error
+
+
+def _search(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
+    """Tune's param_space and search algorithm (None: the points as listed)."""
+    if sweep.space.search != "tpe":
+        from ray import tune
+
+        points = [{"number": t["number"], "values": t["parameters"]} for t in pending]
+        return {"listed": tune.grid_search(points)}, None
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    from pipeline.optuna_space import distributions
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    known = optuna.storages.InMemoryStorage()
+    space = distributions(sweep.space)
+    study = optuna.create_study(storage=known, study_name="sweep", directions=["maximize", "maximize"])
+    for trial in sweep.trials:
+        if trial["state"] in ENDED:
+            study.add_trial(
+                optuna.trial.create_trial(params=trial["parameters"], distributions=space, values=_scores(trial))
+            )
+        else:
+            study.enqueue_trial(trial["parameters"])
+    # continued, it must not draw again what it drew
+    seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    search = OptunaSearch(
+        space, metric=["clean", "robust"], mode=["max", "max"], sampler=sampler, storage=known, study_name="sweep"
+    )
+    return {}, search
+
+
+def _scores(trial: Mapping[str, Any]) -> list[float]:
+    if trial["state"] == "diverged":  # to the search it is as bad as can be
+        return [0.0, 0.0]
+    return [trial["epochs"][-1]["clean"], trial["epochs"][-1]["robust"]]
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    """ASHA that knows the trials that have ended, or None."""
+    asha = sweep.space.asha
+    if asha is None or asha.grace_epochs >= sweep.base.epochs:
+        return None
+    from ray.tune.schedulers import ASHAScheduler
+
+    scheduler = ASHAScheduler(
+        time_attr="epoch",
+        metric="robust",
+        mode="max",
+        max_t=sweep.base.epochs,
+        grace_period=asha.grace_epochs,
+        reduction_factor=asha.reduction,
+    )
+    for trial in sweep.trials:
+        if trial["state"] in ENDED:
+            told: Any = SimpleNamespace(trial_id=f"ended-{trial['number']}")
+            scheduler.on_trial_add(None, told)  # type: ignore[arg-type]
+            for epoch in trial["epochs"]:
+                scheduler.on_trial_result(None, told, epoch)  # type: ignore[arg-type]
+    return scheduler
+
+
+class _Following:
+    """Keeps record, terminal and MLflow up to date while Tune runs."""
+
+    def __init__(self, sweep: Sweep, plan: Plan, queue: Any) -> None:
+        self.sweep, self.plan, self.queue = sweep, plan, queue
+        self.entries: dict[str, dict[str, Any]] = {}
+        """Tune's trial id -> entry of the record."""
+        self.begun: dict[str, float] = {}
+        self.live: dict[int, str] = {}
+        """Trial number -> how far its models are."""
+        self.total = sweep.space.trials if sweep.space.search == "tpe" else len(sweep.trials)
+
+    def start(self, trial_id: str, config: Mapping[str, Any]) -> None:
+        if trial_id in self.entries:  # its process died
+            return
+        with self.sweep.lock:
+            entry = self._entry_of(config)
+            jobs = self.plan.jobs(entry["parameters"])
+            entry.update(
+                state=RUNNING,
+                reason="",
+                epochs=[],
+                started=run._now(),
+                models=[{"seed": job.config.seed, "path": job.address} for job in jobs],
+            )
+            self.entries[trial_id], self.begun[trial_id] = entry, time.monotonic()
+            self.sweep.save()
+
+    def _entry_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        trials = self.sweep.trials
+        if "listed" in config:
+            return trials[config["listed"]["number"] - 1]
+        taken = [id(e) for e in self.entries.values()]
+        for entry in trials:
+            if entry["state"] not in ENDED and entry["parameters"] == config and id(entry) not in taken:
+                return entry
+        trials.append(_entry(len(trials) + 1, dict(config)))
+        return trials[-1]
+
+    def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        with self.sweep.lock:
+            entry = self.entries[trial_id]
+            if result["state"] in (RUNNING, FINISHED):
+                if [e for e in entry["epochs"] if e["epoch"] >= result["epoch"]]:  # told again by a trial started again
+                    return
+                entry["epochs"].append({k: result[k] for k in ("epoch", "clean", "robust", "each", "n")})
+            if result["state"] != RUNNING:
+                entry.update(state=result["state"], reason=result.get("reason", ""))
+            entry.update({k: result[k] for k in ("training_seconds", "objective_seconds")})
+            entry["seconds"] = time.monotonic() - self.begun[trial_id]
+            self.sweep.save()
+
+    def end(self, trial_id: str, error: str = "") -> None:
+        ray.get(self.queue.leave.remote(trial_id))
+        with self.sweep.lock:
+            entry = self.entries[trial_id]
+            if error:
+                entry.update(state=FAILED, reason=error)
+            elif entry["state"] == RUNNING:
+                entry.update(state="stopped", reason=f"among the worse after epoch {entry['epochs'][-1]['epoch']}")
+            entry["seconds"] = time.monotonic() - self.begun[trial_id]
+            self.sweep.save()
+        say(sweep_report.trial_line(entry, self.total))
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The live table and the publication, in a thread, while the body runs."""
+        done = threading.Event()
+        table = TrialTable(self.sweep.record, self.live, self.total)
+
+        def look() -> None:
+            said = published = time.monotonic()
+            while not done.wait(LOOK_S):
+                with suppress(StorageError, OSError):  # a file being replaced, a storage out of reach: look again
+                    self._look()
+                now = time.monotonic()
+                if not table.is_live and now - said >= PLAIN_INTERVAL_S:
+                    said = now
+                    say(table.line())
+                if now - published >= 2 * LOOK_S:
+                    published = now
+                    with suppress(StorageError, OSError):
+                        self.sweep.publish()
+
+        thread = threading.Thread(target=look, daemon=True)
+        with table.shown():
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+        table.print()
+
+    def _look(self) -> None:
+        for entry in list(self.entries.values()):
+            if entry["state"] != RUNNING:
+                self.live.pop(entry["number"], None)
+                continue
+            steps = []
+            for model in entry["models"]:
+                home = self.sweep.root / model["path"]
+                if home.exists("live.json"):
+                    live = home.read_json("live.json")
+                    steps.append((live["done"], live["total"]))
+            total = sum(t for _, t in steps)
+            self.live[entry["number"]] = f"step {sum(d for d, _ in steps)} of {total}" if steps else "waiting"
+
+
+def _callback(following: _Following) -> Any:
+    from ray import tune
+
+    class Callback(tune.Callback):
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            following.start(trial.trial_id, trial.config)
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            following.result(trial.trial_id, result)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            following.end(trial.trial_id)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            following.end(trial.trial_id, f"its process failed more than {TRIAL_DEATHS} times: {trial.get_error()}")
+
+    return Callback()
+
+
+# -- what came of it -------------------------------------------------------------------------------------------------------
+
+
+def _conclude(sweep: Sweep) -> None:
+    """Front and choice, and the chosen configuration as a recipe.
+
+    Raises:
+        UserError: no trial was trained to its end.
+    """
+    ended = [t for t in sweep.trials if t["state"] == FINISHED]
+    if not ended:
+        reasons = "; ".join(dict.fromkeys(t["reason"] for t in sweep.trials if t["reason"])) or "none was run"
+        raise UserError(f"no trial of {sweep.storage.uri} was trained to its end: {reasons}")
+    scores = [(t["epochs"][-1]["clean"], t["epochs"][-1]["robust"]) for t in ended]
+    chosen = ended[choose(scores, sweep.space.clean_tolerance)]
+    with sweep.lock:
+        sweep.record["front"] = [ended[i]["number"] for i in pareto_front(scores)]
+        sweep.record["choice"] = {
+            "trial": chosen["number"],
+            "parameters": chosen["parameters"],
+            "clean": chosen["epochs"][-1]["clean"],
+            "robust": chosen["epochs"][-1]["robust"],
+            "rule": sweep_report.rule(sweep.space.clean_tolerance),
+        }
+        final = final_experiment(sweep.experiment, sweep.model, chosen["parameters"])
+        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": to_dict(final)})
+        sweep.save()
+    say(sweep_report.conclusion(sweep.record))
+    _report(sweep)
+    _register(sweep, chosen)
+
+
+def _report(sweep: Sweep) -> None:
+    with stage("report"):
+        sweep_report.build(sweep.record, sweep.storage)
+        with sweep.lock:
+            sweep.publish()
+            sweep.tracker.flush()
+
+
+def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
+    """The chosen model (of several seeds the first) in MLflow's registry, as ``<recipe>-<space>@best``."""
+    path = chosen["models"][0]["path"]
+    data = sweep.experiment.data
+    with sweep.lock:
+        sweep.tracker.register_model(
+            publish.trial_alias(chosen),
+            checkpoints.load_classifier(f"{sweep.root.uri}/{path}"),
+            run._example(data.channels, data.image_size),
+            f"{sweep.record['name']}-{sweep.record['space_name']}",
+            metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
+            version_alias="best",
+        )
+
+
+def _evaluate(sweep: Sweep) -> None:
+    """The chosen configuration once on test images, as an ordinary run."""
+    final = final_experiment(sweep.experiment, sweep.model, sweep.record["choice"]["parameters"])
+    sweep.record["evaluation"] = run.run_address(final)
+    sweep.save()
+    say(f"evaluation of the choice on test images, once: {sweep.root.uri}/{sweep.record['evaluation']}")
+    with sweep.timed("evaluation"):
+        run.execute("run", final)

@@ -1,0 +1,107 @@
+"""A trial of a sweep as Ray Tune runs it: says which models it wants, follows their records on storage, reports each epoch.
+
+No torch here: a trial's process does no more than that (pipeline/pool.py trains).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from components.search import Point
+from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
+from pipeline.storage import Storage, StorageError
+
+POLL_S = 0.5
+FINISHED, RUNNING = "finished", "running"
+
+
+def run_trial(config: dict[str, Any], *, plan: Plan, queue: Any) -> None:
+    """The trainable. Killed and started again, it finds everything on storage and tells it again.
+
+    Args:
+        config: {"listed": {"values": point, ...}}, or the point itself.
+        queue: handle of a JobQueue actor.
+    """
+    import ray
+    from ray import tune
+
+    jobs = plan.jobs(config["listed"]["values"] if "listed" in config else config)
+    trial = tune.get_context().get_trial_id()
+    orders = [job.order() for job in jobs]
+    followed = Followed(jobs, plan.objective, Storage(plan.root))
+    while True:
+        states = ray.get(queue.follow.remote(orders, trial))
+        for result in followed.new_results():
+            tune.report(result)
+        if followed.finished:
+            return
+        bad = [(state, reason) for state, reason in states if state in (DIVERGED, FAILED)]
+        if bad:
+            # no exception: Tune would try again. To the search it is as bad as can be
+            state, reason = bad[0]
+            tune.report({**followed.totals(), "clean": 0.0, "robust": 0.0, "state": state, "reason": reason})
+            return
+        time.sleep(POLL_S)
+
+
+class Followed:
+    """The objectives of a trial's models as they appear on storage."""
+
+    def __init__(self, jobs: Sequence[Job], objective: Objective, root: Storage) -> None:
+        self.jobs, self.objective, self.root = jobs, objective, root
+        self.finished = False
+        self._found: list[dict[int, dict[str, Any]]] = [{} for _ in jobs]
+        self._told = -1
+
+    def new_results(self) -> list[dict[str, Any]]:
+        """A result for each epoch that all models have by now and that was not given before; the last one only once every
+        model is exported, since a trial that has reported it is over."""
+        whole = True
+        for job, found in zip(self.jobs, self._found, strict=True):
+            home = self.root / job.address
+            whole = home.exists("model.json") and whole  # asked first: what it counts is there by then
+            for name in home.list(self.objective.directory):
+                epoch = int(name.removeprefix("epoch-").removesuffix(".json"))
+                if epoch not in found:
+                    try:
+                        found[epoch] = home.read_json(f"{self.objective.directory}/{name}")
+                    except StorageError:  # being replaced: at the next look
+                        whole = False
+        last = self.jobs[0].config.epochs - 1
+        common = set.intersection(*(set(found) for found in self._found))
+        ready = sorted(e for e in common if e > self._told and (e < last or whole))
+        results = [self._result(e) for e in ready]
+        if ready:
+            self._told = ready[-1]
+            self.finished = self._told == last
+        return results
+
+    def _result(self, epoch: int) -> dict[str, Any]:
+        records = [found[epoch] for found in self._found]
+        last = epoch == self.jobs[0].config.epochs - 1
+        return {
+            **self.totals(),
+            "epoch": epoch + 1,
+            "clean": statistics.fmean(r["clean"] for r in records),
+            "robust": statistics.fmean(r["robust"] for r in records),
+            "each": [[r["clean"], r["robust"]] for r in records],
+            "n": records[0]["n"],
+            "state": FINISHED if last else RUNNING,
+        }
+
+    def totals(self) -> dict[str, Any]:
+        """Epochs (all of them, as a schedule counts) and seconds of training and measuring so far, over all models."""
+        records = [r for found in self._found for r in found.values()]
+        return {
+            "epoch": self.jobs[0].config.epochs,
+            "training_seconds": sum(r["training_seconds"] for r in records),
+            "objective_seconds": sum(r["seconds"] for r in records),
+        }
+
+
+def describe(point: Point) -> str:
+    """A point as people read it: ``lam=0.0123 shared_blocks=2``."""
+    return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())

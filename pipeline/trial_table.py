@@ -1,0 +1,90 @@
+"""What a person sees of a sweep while it goes on: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.live import Live
+from rich.table import Table
+
+from pipeline import sweep_report
+from pipeline.progress import console
+
+STYLES = {"finished": "green", "running": "bold", "stopped": "dim", "diverged": "red", "failed": "red"}
+SPARE_LINES = 8
+"""Of a terminal, for what stands around the table."""
+
+
+class TrialTable:
+    """The trials of a record, drawn anew whenever the terminal asks.
+
+    Args:
+        record: sweep.json, changed by others meanwhile.
+        live: trial number -> how far it is.
+        total: trials in all.
+    """
+
+    def __init__(self, record: Mapping[str, Any], live: Mapping[int, str], total: int) -> None:
+        self.record, self.live, self.total = record, live, total
+        self.is_live = console.is_terminal
+
+    def line(self) -> str:
+        """All of it in one line, where there is no terminal."""
+        trials = list(self.record["trials"])
+        ended = sum(t["state"] not in ("pending", "running") for t in trials)
+        running = [f"{t['number']} {self._now(t)}" for t in trials if t["state"] == "running"]
+        best = sweep_report.best_so_far(trials)
+        shown = "" if best is None else f"; most robust so far: {sweep_report.trial_line(best, self.total)}"
+        return f"trials: {ended}/{self.total} ended; running: {', '.join(running) or 'none yet'}{shown}"
+
+    def _now(self, trial: Mapping[str, Any]) -> str:
+        epochs = trial["epochs"]
+        done = f"epoch {epochs[-1]['epoch']}, " if epochs else ""
+        return f"({done}{self.live.get(trial['number'], 'waiting')})"
+
+    def __rich__(self) -> Table:
+        return self._drawn(console.height - SPARE_LINES)
+
+    def _drawn(self, rows: int | None) -> Table:
+        trials = [t for t in list(self.record["trials"]) if t["state"] != "pending"]
+        ended = sum(t["state"] != "running" for t in trials)
+        table = Table(box=box.SIMPLE_HEAD, title=f"{ended} of {self.total} trials ended", title_justify="left")
+        names = list(self.record["space"]["parameters"])
+        for head in ("trial", *names):
+            table.add_column(head, justify="right")
+        for head in ("clean %", "robust %", "epochs", "seconds"):
+            table.add_column(head, justify="right")
+        table.add_column("state")
+        if rows is not None and len(trials) > rows:  # those that run, and the most robust
+            first = sorted(trials, key=lambda t: (t["state"] != "running", -sweep_report.robust_of(t)))
+            trials = sorted(first[: max(rows, 1)], key=lambda t: t["number"])
+            table.caption = "those that run, and the most robust"
+        for trial in trials:
+            epochs = trial["epochs"]
+            state = self._now(trial) if trial["state"] == "running" else sweep_report.state_of(trial)
+            table.add_row(
+                str(trial["number"]),
+                *(sweep_report.value_text(trial["parameters"][name]) for name in names),
+                *((f"{100 * epochs[-1][k]:.1f}" for k in ("clean", "robust")) if epochs else ("", "")),
+                str(epochs[-1]["epoch"]) if epochs else "",
+                f"{trial['seconds']:.0f}" if trial["seconds"] else "",
+                state,
+                style=STYLES.get(trial["state"], ""),
+            )
+        return table
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Live while the body runs, on a terminal; nothing elsewhere."""
+        if not self.is_live:
+            yield
+            return
+        with Live(self, console=console, refresh_per_second=2, transient=True):
+            yield
+
+    def print(self) -> None:
+        """All trials, once."""
+        console.print(self._drawn(None))
