@@ -252,6 +252,8 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
     if record["choice"]:
         states = [t["state"] for t in record["trials"]]
         numbers = {f"trials/{state}": float(states.count(state)) for state in dict.fromkeys(states)}
+        for name, found in sweep_report.references(record).items():
+            numbers |= {f"reference/{name}/{k}": v for k, v in found.items()}
         numbers |= {"best/clean": record["choice"]["clean"], "best/robust": record["choice"]["robust"]}
         tracker.metrics("run", {**numbers, "front/size": float(len(record["front"]))})
         tags = {

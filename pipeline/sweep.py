@@ -46,11 +46,11 @@ from pipeline import (
     tracking,
     train,
 )
-from pipeline.jobs import FAILED, JobQueue, Objective, Plan
+from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Objective, Plan
 from pipeline.pool import Pool
 from pipeline.progress import PLAIN_INTERVAL_S, say, stage
 from pipeline.storage import Storage, StorageError
-from pipeline.trial import FINISHED, RUNNING, run_trial
+from pipeline.trial import FINISHED, RUNNING, Followed, run_trial
 from pipeline.trial_table import TrialTable
 
 SCHEMA = 1
@@ -326,6 +326,7 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
             "created": run._now(),
             "data": None,
             "trials": [],
+            "references": {},
             "front": [],
             "choice": None,
             "evaluation": None,
@@ -346,10 +347,11 @@ def execute(experiment: Experiment, options: Options) -> None:
         sets = run.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
         pending = _pending(sweep)
+        references = _references(sweep, sets)
         _announce(sweep, len(pending))
-        if pending:
+        if pending or references:
             with sweep.timed("trials"):
-                run_trials(sweep, plan, pending)
+                run_trials(sweep, plan, pending, references)
         _conclude(sweep)
         if sweep.options.evaluate:
             _evaluate(sweep)
@@ -381,6 +383,17 @@ def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
         seeds=experiment.seeds,
         objective=Objective(attack=sweep.space.attack, images=sweep.space.images, validation=sets.training.validation),
     )
+
+
+def _references(sweep: Sweep, sets: run.Sets) -> list[Job]:
+    """What the trials are seen beside, as far as it is not measured yet: undefended, control, and the model as the recipe has it."""
+    final = final_experiment(sweep.experiment, sweep.model, {})
+    texts = {parse_spec(t)[0]: t for t in (*sweep.experiment.models, *final.models)}
+    names = (*(_base(t) for t in final.models[:2]), sweep.model)
+    beside = replace(final, models=tuple(texts[n] for n in dict.fromkeys(names)))
+    jobs = train.jobs_of(beside, sweep.shapes, sets.training, sweep.root)
+    known = sweep.record["references"]
+    return [job for job in jobs if known.get(job.name, {}).get("state") not in (FINISHED, DIVERGED)]
 
 
 def _pending(sweep: Sweep) -> list[dict[str, Any]]:
@@ -434,8 +447,8 @@ def _runs(sweep: Sweep, left: int) -> int:
 # -- the trials ------------------------------------------------------------------------------------------------------------
 
 
-def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]]) -> None:
-    """Run what is left under Ray Tune. Every event is in the record at once.
+def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], references: Sequence[Job] = ()) -> None:
+    """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
 
     Raises:
         UserError: the workers could not be kept up.
@@ -448,17 +461,17 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]]) -
 
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scaling, space = sweep.experiment.scaling, sweep.space
-    runs = _runs(sweep, len(pending))
+    runs = _runs(sweep, len(pending) + len(references))
     attempts = scaling.max_failures + 1
     # no CPU: the workers may have them all
     queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
-    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=attempts * len(pending))
+    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=attempts * (len(pending) + len(references)))
     # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
     at_once = max(1, runs // plan.seeds) + (space.search != "tpe")
     # a byte of memory: Tune has no trials without any resource
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
     files = sweep.root / f"ray/{secrets.token_hex(8)}"
-    following = _Following(sweep, plan, queue)
+    following = _Following(sweep, plan, queue, references)
     param_space, search = _search(sweep, pending)
     tuner = tune.Tuner(
         trainable,
@@ -481,7 +494,9 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]]) -
     )
     try:
         with following.shown():
-            tuner.fit()
+            if pending:
+                tuner.fit()
+            following.wait_for_references()
     finally:
         pool.close()
         with suppress(OSError):
@@ -555,14 +570,18 @@ def _scheduler(sweep: Sweep) -> Any:
 class _Following:
     """Keeps record, terminal and MLflow up to date while Tune runs."""
 
-    def __init__(self, sweep: Sweep, plan: Plan, queue: Any) -> None:
+    def __init__(self, sweep: Sweep, plan: Plan, queue: Any, references: Sequence[Job]) -> None:
         self.sweep, self.plan, self.queue = sweep, plan, queue
+        self.references = {job.name: (job, Followed([job], plan.objective, sweep.root)) for job in references}
         self.entries: dict[str, dict[str, Any]] = {}
         """Tune's trial id -> entry of the record."""
         self.begun: dict[str, float] = {}
         self.live: dict[int, str] = {}
         """Trial number -> how far its models are."""
         self.total = sweep.space.trials if sweep.space.search == "tpe" else len(sweep.trials)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()  # Tune writes its callbacks down for a restore of its own, which this does not use
 
     def start(self, trial_id: str, config: Mapping[str, Any]) -> None:
         if trial_id in self.entries:  # its process died
@@ -646,7 +665,31 @@ class _Following:
                 thread.join()
         table.print()
 
+    def wait_for_references(self) -> None:
+        """They were wanted from the start, so hardly ever is one still missing when the trials have ended."""
+        while self.references:
+            time.sleep(LOOK_S)
+
+    def _look_at_references(self) -> None:
+        for name, (job, followed) in list(self.references.items()):
+            ((state, reason),) = ray.get(self.queue.follow.remote([job.order()], f"reference {name}"))
+            found: dict[str, Any] = {"path": job.address}
+            for result in followed.new_results():
+                found |= {k: result[k] for k in ("clean", "robust", "n", "each")}
+            if followed.finished:
+                found["state"] = FINISHED
+            elif state in (DIVERGED, FAILED):
+                found |= {"state": state, "reason": reason}
+            else:
+                continue
+            with self.sweep.lock:
+                self.sweep.record["references"][name] = found
+                self.sweep.save()
+            del self.references[name]
+            say(sweep_report.reference_line(name, found))
+
     def _look(self) -> None:
+        self._look_at_references()
         for entry in list(self.entries.values()):
             if entry["state"] != RUNNING:
                 self.live.pop(entry["number"], None)

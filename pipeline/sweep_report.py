@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,9 +73,30 @@ def trial_line(trial: Trial, total: int) -> str:
     return f"{said}, {trial['seconds']:.0f} s"
 
 
+def reference_line(name: str, reference: Mapping[str, Any]) -> str:
+    """One line for a model that the trials are seen beside."""
+    if "robust" not in reference:
+        return f"reference {name}: {reference['state']}: {reference['reason']}"
+    return f"reference {name}: clean {100 * reference['clean']:.1f} %, robust {100 * reference['robust']:.1f} %"
+
+
+def references(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those that were measured, by the recipe's name: the means over their seeds."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for name, reference in record["references"].items():
+        base = re.sub(r"-s\d+$", "", name) if _seeds(record) > 1 else name
+        if "robust" in reference:
+            found.setdefault(base, []).append(reference)
+    return {
+        name: {k: statistics.fmean(r[k] for r in several) for k in ("clean", "robust")}
+        for name, several in found.items()
+    }
+
+
 def rule(clean_tolerance: float) -> str:
     """How the choice is made."""
-    return f"the most robust of those whose clean accuracy is within {100 * clean_tolerance:g} points of the best"
+    points = f"{100 * clean_tolerance:g} point" + ("" if clean_tolerance == 0.01 else "s")
+    return f"the most robust of those whose clean accuracy is within {points} of the best"
 
 
 def interval(trial: Trial) -> tuple[float, float]:
@@ -204,9 +226,13 @@ def pareto(record: Mapping[str, Any]) -> bytes:
         color=FRONT,
         linewidth=1,
     )
+    for name, found in references(record).items():
+        x, y = 100 * found["clean"], 100 * found["robust"]
+        axis.plot(x, y, "D", color="#111827", markersize=5, zorder=3)
+        axis.annotate(name, (x, y), xytext=(6, -9), textcoords="offset points", fontsize=8)
     axis.set_xlabel("clean accuracy, validation (%)")
     axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")
-    axis.set_title("front (line) and choice (star), by trial number")
+    axis.set_title("front (line), choice (star), references (diamonds)")
     return plots.png(figure)
 
 
@@ -354,6 +380,11 @@ def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
         f"{space['attack']} on {space['images']} of them; they choose, and are no result.",
         conclusion(record) + ".",
     ]
+    if measured := references(record):
+        said = "; ".join(reference_line(name, found).removeprefix("reference ") for name, found in measured.items())
+        paragraphs.append(
+            f"For comparison, measured alike: {said}. {record['model']} is the model as the recipe has it."
+        )
     if record["evaluation"]:
         paragraphs.append(
             f"The choice on test images, beside undefended and control: {record['evaluation']}/report/report.html"

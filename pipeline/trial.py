@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from components.search import Point
 from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
 from pipeline.storage import Storage, StorageError
 
@@ -100,8 +99,3 @@ class Followed:
             "training_seconds": sum(r["training_seconds"] for r in records),
             "objective_seconds": sum(r["seconds"] for r in records),
         }
-
-
-def describe(point: Point) -> str:
-    """A point as people read it: ``lam=0.0123 shared_blocks=2``."""
-    return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())

@@ -53,18 +53,16 @@ class TrialTable:
         ended = sum(t["state"] != "running" for t in trials)
         table = Table(box=box.SIMPLE_HEAD, title=f"{ended} of {self.total} trials ended", title_justify="left")
         names = list(self.record["space"]["parameters"])
-        for head in ("trial", *names):
-            table.add_column(head, justify="right")
-        for head in ("clean %", "robust %", "epochs", "seconds"):
-            table.add_column(head, justify="right")
-        table.add_column("state")
+        for head in ("trial", *names, "clean %", "robust %", "epochs", "seconds"):
+            table.add_column(head, justify="right", overflow="fold")
+        table.add_column("state", no_wrap=True)
         if rows is not None and len(trials) > rows:  # those that run, and the most robust
             first = sorted(trials, key=lambda t: (t["state"] != "running", -sweep_report.robust_of(t)))
             trials = sorted(first[: max(rows, 1)], key=lambda t: t["number"])
             table.caption = "those that run, and the most robust"
         for trial in trials:
             epochs = trial["epochs"]
-            state = self._now(trial) if trial["state"] == "running" else sweep_report.state_of(trial)
+            state = self._now(trial) if trial["state"] == "running" else trial["state"]
             table.add_row(
                 str(trial["number"]),
                 *(sweep_report.value_text(trial["parameters"][name]) for name in names),
