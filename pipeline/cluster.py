@@ -39,7 +39,7 @@ def connect() -> None:
         # nobody takes a node of this machine's own cluster away; its watcher costs each training run 7 s of CPU
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # a sweep has more processes that only wait than a small machine has CPUs; Ray would warn of that in the middle of the table
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))  # noqa: SIM112
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
     # each of these announces a future default of Ray that does not concern a user of this tool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")

@@ -1,0 +1,620 @@
+"""Sweeps: what is asked, what goes on from a record, and whole ones through the real command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from components.config import Experiment, Shapes, TrainConfig, to_dict
+from components.errors import ConfigError
+from components.search import Asha, Choice, IntRange, LogUniform, Space
+from pipeline import jobs, sweep, sweep_report, train
+from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
+from pipeline.main import main, parse
+from pipeline.recipes import RECIPES
+from pipeline.storage import Storage
+from pipeline.trial import Followed
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
+SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
+DATA = TrainingData(train={"lowpass": "pyramids/a"}, bare="pyramids/b", validation="pyramids/v")
+OBJECTIVE = Objective(attack="pgd:eps=0.1,steps=3", images=10, validation="pyramids/v")
+BLOCKS = Space(parameters={"lam": LogUniform(1e-4, 10.0), "shared_blocks": IntRange(1, 4)}, trials=4)
+
+
+def recipe(**changes: Any) -> Experiment:
+    return replace(RECIPES["mnist-smoke"].make(), **changes)
+
+
+def plan(root: Path, seeds: int = 1) -> Plan:
+    base = TrainConfig(width=4, epochs=3)
+    return Plan(
+        root=str(root), base=base, shapes=SHAPES, data=DATA, workers=1, weights="", seeds=seeds, objective=OBJECTIVE
+    )
+
+
+# -- addresses and the queue -----------------------------------------------------------------------------------------------
+
+
+def test_a_trials_models_are_those_of_an_ordinary_run(tmp_path: Path) -> None:
+    experiment = recipe(
+        models=("a:lam=0.1,shared_blocks=2,seed=1", "no_defense:defense=none", "control:defense=none,seed=1"),
+        seeds=2,
+        storage=str(tmp_path),
+    )
+    ordinary = train.jobs_of(experiment, SHAPES, DATA, Storage(str(tmp_path)))
+    mine = replace(plan(tmp_path, seeds=2), base=replace(experiment.train, seed=1))
+    found = mine.jobs({"lam": 0.1, "shared_blocks": 2})
+    assert [j.address for j in found] == [j.address for j in ordinary[:2]]
+    # a whole number for a real one is the same model
+    assert plan(tmp_path).jobs({"lam": 1}) == plan(tmp_path).jobs({"lam": 1.0})
+
+
+def test_a_trials_process_does_not_load_torch() -> None:
+    code = "import sys, pipeline.trial; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def orders(*names: str) -> list[dict[str, Any]]:
+    return [{"address": name} for name in names]
+
+
+def test_the_queue_gives_each_model_once_in_order() -> None:
+    queue = JobQueue(attempts=2)
+    assert queue.take(0) == {}
+    for _ in range(3):  # said again and again
+        assert queue.follow(orders("a", "b"), "t1") == [(WAITING, ""), (WAITING, "")]
+    assert queue.take(0) == {"address": "a"}
+    assert queue.take(1) == {"address": "b"}
+    assert queue.take(2) == {}
+    assert queue.follow(orders("a", "b"), "t1") == [(TRAINING, ""), (TRAINING, "")]
+    queue.end("a", DONE)
+    assert queue.follow(orders("a"), "t2") == [(DONE, "")]
+    assert queue.take(0) == {}
+    queue.close()
+    assert queue.take(0) is None
+
+
+def test_a_run_that_was_started_again_goes_on_until_its_model_counts_as_what_kills_it() -> None:
+    queue = JobQueue(attempts=2)
+    queue.follow(orders("a", "b"), "t")
+    assert queue.take(0) == {"address": "a"}
+    assert queue.take(0) == {"address": "a"}
+    assert queue.take(0) == {"address": "b"}
+    ((state, reason),) = queue.follow(orders("a"), "t")
+    assert state == FAILED
+    assert "died 2 times" in reason
+    queue.lost(0)  # for good: another run may have its model
+    assert queue.take(1) == {"address": "b"}
+
+
+def test_a_model_that_nobody_wants_any_more_is_left_at_the_next_epoch() -> None:
+    queue = JobQueue(attempts=2)
+    for trial in ("t1", "t2"):
+        queue.follow(orders("a"), trial)
+    queue.take(0)
+    queue.leave("t1")
+    assert not queue.cancelled("a", 0), "t2 wants it still"
+    queue.leave("t2")
+    assert queue.cancelled("a", 0)
+    queue.end("a", "")
+    assert queue.take(0) == {}
+    queue.follow(orders("a"), "t3")
+    assert queue.take(0) == {"address": "a"}, "wanted again, it goes on from its checkpoint"
+
+
+def test_a_queue_that_was_lost_fills_itself_again() -> None:
+    queue = JobQueue(attempts=2)
+    assert not queue.cancelled("a", 0), "a run trains on; what it has is known again"
+    assert queue.follow(orders("a"), "t") == [(TRAINING, "")]
+    assert queue.take(1) == {}
+
+
+def test_without_workers_all_that_is_wanted_fails() -> None:
+    queue = JobQueue(attempts=2)
+    queue.follow(orders("a"), "t")
+    queue.close("no workers")
+    assert queue.follow(orders("a", "b"), "t") == [(FAILED, "no workers")] * 2
+
+
+def write_epochs(root: Path, job: jobs.Job, robust: list[float], whole: bool) -> None:
+    home = Storage(str(root)) / job.address
+    for epoch, value in enumerate(robust):
+        found = {"epoch": epoch, "clean": 0.9, "robust": value, "n": 10, "seconds": 1.0, "training_seconds": 2.0}
+        home.write_json(OBJECTIVE.file(epoch), found)
+    if whole:
+        home.write_json("model.json", {})
+
+
+def test_a_trial_reports_what_all_its_seeds_have_and_the_end_only_when_models_are_exported(tmp_path: Path) -> None:
+    made = plan(tmp_path, seeds=2).jobs({"lam": 0.1})
+    followed = Followed(made, OBJECTIVE, Storage(str(tmp_path)))
+    assert followed.new_results() == []
+    write_epochs(tmp_path, made[0], [0.1, 0.2, 0.3], whole=True)
+    write_epochs(tmp_path, made[1], [0.3], whole=False)
+    (first,) = followed.new_results()
+    assert (first["epoch"], first["robust"], first["state"]) == (1, pytest.approx(0.2), "running")
+    write_epochs(tmp_path, made[1], [0.3, 0.4, 0.5], whole=False)
+    assert [r["epoch"] for r in followed.new_results()] == [2]
+    assert not followed.finished
+    write_epochs(tmp_path, made[1], [0.3, 0.4, 0.5], whole=True)
+    (last,) = followed.new_results()
+    assert (last["epoch"], last["robust"], last["state"]) == (3, pytest.approx(0.4), "finished")
+    assert last["each"] == [[0.9, 0.3], [0.9, 0.5]]
+    assert followed.finished
+    assert followed.totals()["training_seconds"] == 12
+
+
+def test_a_model_that_was_only_measured_at_its_end_gives_one_result(tmp_path: Path) -> None:
+    (job,) = plan(tmp_path).jobs({"lam": 0.1})
+    home = Storage(str(tmp_path)) / job.address
+    home.write_json(OBJECTIVE.file(2), {"clean": 1.0, "robust": 0.5, "n": 4, "seconds": 0, "training_seconds": 0})
+    home.write_json("model.json", {})
+    followed = Followed([job], OBJECTIVE, Storage(str(tmp_path)))
+    assert [r["epoch"] for r in followed.new_results()] == [3]
+
+
+# -- the command line and what follows from it -----------------------------------------------------------------------------
+
+
+def write_space(path: Path, text: str) -> str:
+    path.write_text("from components.search import *\nfrom components.errors import *\n" + text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SPACE = 3", "has no SPACE"),
+        ("", "has no SPACE"),
+        ("SPACE = Space(", "is not a search space: SyntaxError"),
+        ("SPACE = Space(parameters={'lamb': Choice([1.0])})", "a field of TrainConfig"),
+        ("import nothing_of_the_kind", "ModuleNotFoundError"),
+    ],
+)
+def test_a_file_that_is_no_space_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = write_space(tmp_path / "mine.py", text)
+    with pytest.raises(ConfigError, match=message) as e:
+        sweep.load_space(sweep.Options(space=path))
+    assert path in str(e.value)
+
+
+def test_a_space_by_its_name_and_what_the_command_line_changes() -> None:
+    options, rest = sweep.parse_options(
+        ["mnist-smoke", "--space", "lambda_blocks", "--trials", "7", "--search", "tpe", "--train.epochs", "1"]
+    )
+    assert rest == ["mnist-smoke", "--train.epochs", "1"]
+    name, space = sweep.load_space(options)
+    assert (name, space.trials, space.search) == ("lambda_blocks", 7, "tpe")
+    with pytest.raises(ConfigError, match="one of ablation"):
+        sweep.load_space(replace(options, space="lambda_block"))
+    with pytest.raises(ConfigError, match="no end of points"):
+        sweep.load_space(replace(options, search="grid"))
+    with pytest.raises(ConfigError, match="--space"):
+        sweep.parse_options(["mnist-smoke"])
+
+
+def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
+    e = recipe()
+    address = sweep.sweep_address(e, "s", BLOCKS, 0)
+    assert sweep.sweep_address(e, "s", replace(BLOCKS, trials=99), 0) == address
+    assert sweep.sweep_address(replace(e, storage="/elsewhere"), "s", BLOCKS, 0) == address
+    others = [
+        sweep.sweep_address(e, "s", replace(BLOCKS, search="tpe"), 0),
+        sweep.sweep_address(e, "s", BLOCKS, 1),
+        sweep.sweep_address(replace(e, train=replace(e.train, epochs=9)), "s", BLOCKS, 0),
+    ]
+    assert len({address, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("experiment", "space", "message"),
+    [
+        (recipe(), replace(BLOCKS, model="defended"), "no_defense, control, defend"),
+        (recipe(data=replace(recipe().data, validation_fraction=0.0)), BLOCKS, "never on test images"),
+        (recipe(), replace(BLOCKS, parameters={"shared_blocks": IntRange(1, 5)}), "1 to 4"),
+        (recipe(), replace(BLOCKS, parameters={"batch_size": Choice([0])}), "batch_size"),
+        (recipe(), replace(BLOCKS, parameters={"defense": Choice(["comdefend", "defend++"])}), "reformer"),
+        (recipe(), replace(BLOCKS, parameters={"width": Choice([4, 0])}), "at least 1 channel"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_runs(
+    experiment: Experiment, space: Space, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep.probe(experiment, space, sweep.varied_model(experiment, space)[1])
+
+
+def test_the_probe_has_every_kind_of_targets_of_the_space() -> None:
+    space = Space(parameters={"targets": Choice(["lowpass", "linear", "none"])}, search="grid", trials=0)
+    e = recipe()
+    probed = sweep.probe(e, space, sweep.varied_model(e, space)[1])
+    assert {c.targets for c in probed.variants().values()} == {"lowpass", "linear", "none"}
+
+
+def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_no_model_twice(tmp_path: Path) -> None:
+    e = recipe(storage=str(tmp_path), seeds=2)
+    point = {"lam": 0.123, "shared_blocks": 2}
+    final = sweep.final_experiment(e, "defend", point)
+    assert final.name == "mnist-smoke-best"
+    assert [t.partition(":")[0] for t in final.models] == ["no_defense", "control", "best"]
+    same = replace(plan(tmp_path, seeds=2), base=sweep.varied_model(e, BLOCKS)[1]).jobs(point)
+    made = train.jobs_of(final, SHAPES, DATA, Storage(str(tmp_path)))
+    assert [j.address for j in made if j.name.startswith("best")] == [j.address for j in same]
+    assert final.evaluation.attacks == e.evaluation.attacks
+    # of another width, transfer needs undefended networks of that width
+    wide = sweep.final_experiment(e, "defend", {"width": 8})
+    assert {c.width for c in wide.variants().values()} == {8}
+    assert {c.seed % 1000 for n, c in wide.variants().items() if not n.startswith("best")} == {0, 1}
+    # a recipe whose threat models name models that are not there any more
+    named = replace(e, evaluation=replace(e.evaluation, threat_models=("white_box", "transfer:defend")))
+    assert sweep.final_experiment(named, "defend", point).evaluation.threat_models == ("white_box",)
+
+
+def test_the_best_recipe_is_one_that_run_takes(tmp_path: Path) -> None:
+    final = sweep.final_experiment(recipe(storage=str(tmp_path)), "defend", {"lam": 0.123})
+    (tmp_path / "best.json").write_text(json.dumps({"schema": 1, "experiment": to_dict(final)}))
+    assert parse("run", ["--from", str(tmp_path / "best.json")]) == final
+    other = parse("run", ["--from", str(tmp_path / "best.json"), "--seeds", "3"])
+    assert other == replace(final, seeds=3)
+    (tmp_path / "best.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"best\.json"):
+        parse("run", ["--from", str(tmp_path / "best.json")])
+
+
+# -- going on from a record ------------------------------------------------------------------------------------------------
+
+
+def entry(number: int, point: dict[str, Any], state: str, *robust: float) -> dict[str, Any]:
+    epochs = [{"epoch": i + 1, "clean": 0.9, "robust": r, "each": [[0.9, r]], "n": 100} for i, r in enumerate(robust)]
+    more = {"models": [{"seed": 0, "path": f"models/m{number}"}], "started": "2026-01-01T00:00:00+00:00"}
+    return {**sweep._entry(number, point), "state": state, "epochs": epochs, **more}
+
+
+def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.Sweep:
+    e = recipe(train=TrainConfig(width=4, epochs=4))
+    return sweep.Sweep(
+        experiment=e,
+        root=Storage(str(tmp_path)),
+        storage=Storage(str(tmp_path)) / "sweeps/s",
+        record={
+            "name": e.name,
+            "space_name": "s",
+            "seed": 0,
+            "model": "defend",
+            "base": to_dict(e.train),
+            "experiment": to_dict(e),
+            "space": space.to_dict(),
+            "trials": trials,
+            "references": {},
+            "front": [],
+            "choice": None,
+            "evaluation": None,
+            "stages": {},
+            "created": None,
+            "finished": None,
+        },
+        tracker=SimpleNamespace(),  # type: ignore[arg-type]
+        space=space,
+        options=sweep.Options(space="s"),
+        model="defend",
+        base=e.train,
+    )
+
+
+def test_finished_stopped_and_diverged_trials_are_not_run_again_failed_ones_are(tmp_path: Path) -> None:
+    states = ["finished", "stopped", "diverged", "failed", "running"]
+    points = BLOCKS.points(0)
+    space = replace(BLOCKS, trials=6)
+    trials = [entry(i + 1, p, s, 0.1) for i, (p, s) in enumerate(zip(space.points(0), states, strict=False))]
+    one = opened(tmp_path, space, trials)
+    assert [t["number"] for t in sweep._pending(one)] == [4, 5, 6]
+    assert [t["parameters"] for t in one.trials][:4] == points, "as they were, and one more"
+    few = opened(tmp_path, replace(BLOCKS, trials=4), trials[:5])
+    assert [t["number"] for t in sweep._pending(few)] == [4]
+    tpe = opened(tmp_path, replace(BLOCKS, search="tpe", trials=7), trials[:5])
+    assert [t.get("number") for t in sweep._pending(tpe)] == [4, 5, None, None]
+
+
+def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> None:
+    space = replace(BLOCKS, search="tpe", trials=6)
+    known = [
+        entry(1, {"lam": 0.1, "shared_blocks": 1}, "finished", 0.1, 0.2),
+        entry(2, {"lam": 9.0, "shared_blocks": 2}, "diverged"),
+        entry(3, {"lam": 0.3, "shared_blocks": 3}, "running", 0.3),
+    ]
+    one = opened(tmp_path, space, known)
+    _, search = sweep._search(one, sweep._pending(one))
+    assert search.suggest("t1") == {"lam": 0.3, "shared_blocks": 3}
+    drawn = search.suggest("t2")
+    assert 1e-4 <= drawn["lam"] <= 10
+    told = [t.values for t in search._ot_study.get_trials() if t.values]
+    assert told == [[0.9, 0.2], [0.0, 0.0]]
+    search.on_trial_complete("t1", {"clean": 0.9, "robust": 0.7})
+    assert search._ot_study.get_trials()[2].values == [0.9, 0.7], "two objectives"
+
+
+def test_early_stopping_knows_the_trials_of_the_command_before(tmp_path: Path) -> None:
+    space = replace(BLOCKS, asha=Asha(grace_epochs=1, reduction=2))
+    known = [entry(i, {}, "finished", 0.5, 0.6, 0.7, 0.8) for i in range(1, 5)]
+    scheduler = sweep._scheduler(opened(tmp_path, space, known))
+    trial = SimpleNamespace(trial_id="new")
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "STOP"
+    fresh = sweep._scheduler(opened(tmp_path, space, []))
+    fresh.on_trial_add(None, trial)
+    assert fresh.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "CONTINUE"
+    assert sweep._scheduler(opened(tmp_path, BLOCKS, known)) is None
+
+
+def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
+    space = replace(BLOCKS, search="tpe", trials=3)
+    one = opened(tmp_path, space, [entry(1, {"lam": 0.5, "shared_blocks": 1}, "failed")])
+    followed = sweep._Following(one, plan(tmp_path), SimpleNamespace(), [])
+
+    def saved() -> list[dict[str, Any]]:
+        return list(json.loads((tmp_path / "sweeps/s/sweep.json").read_text())["trials"])
+
+    followed.start("x", {"lam": 0.5, "shared_blocks": 1})
+    followed.start("y", {"lam": 0.5, "shared_blocks": 1})
+    assert [t["state"] for t in saved()] == ["running", "running"], "the same point twice is two trials"
+    result = {"clean": 0.9, "robust": 0.2, "each": [[0.9, 0.2]], "n": 5, "training_seconds": 1, "objective_seconds": 1}
+    followed.result("x", {**result, "epoch": 1, "state": "running"})
+    followed.start("x", {})  # its process died and tells all again
+    followed.result("x", {**result, "epoch": 1, "state": "running"})
+    followed.result("x", {**result, "epoch": 2, "state": "finished"})
+    followed.result("y", {**result, "epoch": 3, "clean": 0.0, "state": "diverged", "reason": "at step 1"})
+    first, second = saved()
+    assert [e["epoch"] for e in first["epochs"]] == [1, 2]
+    assert first["state"] == "finished"
+    assert (second["state"], second["reason"], second["epochs"]) == ("diverged", "at step 1", [])
+
+
+# -- the report ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(tmp_path: Path) -> None:
+    points = replace(BLOCKS, trials=6).points(0)
+    trials = [entry(i + 1, p, "finished", 0.1 * i) for i, p in enumerate(points[:4])]
+    trials += [entry(5, points[4], "stopped", 0.1), {**entry(6, points[5], "diverged"), "reason": "at step 1"}]
+    record = opened(tmp_path, replace(BLOCKS, trials=6), trials).record
+    record |= {
+        "front": [4],
+        "choice": {"trial": 4, "parameters": points[3], "clean": 0.9, "robust": 0.3, "rule": sweep_report.rule(0.01)},
+        "references": {"control": {"clean": 0.95, "robust": 0.05}, "no_defense": {"state": "failed", "reason": "x"}},
+    }
+    names = sweep_report.build(record, Storage(str(tmp_path)))
+    assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "report.html"]
+    assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".png"))
+    html = (tmp_path / "report/report.html").read_text()
+    for part in ("trial 4", "within 1 point of the best", "control: clean 95.0 %, robust 5.0 %", "--from", "chosen"):
+        assert part in html
+    # 30 of 100 (21.9 to 39.6) and 20 of 100 (13.3 to 28.9) overlap; 10 of 100 does not
+    assert sweep_report.indistinct(record) == [3]
+    assert len((tmp_path / "report/trials.csv").read_text().splitlines()) == 7
+    assert "| 6 |" in sweep_report.markdown(record)
+
+
+@pytest.mark.parametrize("domain", [Choice([0.1, 0.2]), LogUniform(0.01, 1.0), IntRange(1, 4)])
+def test_plots_of_one_parameter(tmp_path: Path, domain: Any) -> None:
+    name = "shared_blocks" if isinstance(domain, IntRange) else "lam"
+    space = Space(parameters={name: domain}, trials=2)
+    record = opened(tmp_path, space, [entry(i + 1, p, "finished", 0.2) for i, p in enumerate(space.points(0))]).record
+    record |= {"front": [1], "choice": {"trial": 1, "parameters": {}, "clean": 0.9, "robust": 0.2, "rule": ""}}
+    assert sweep_report.build(record, Storage(str(tmp_path))) == [
+        "pareto.png",
+        "parallel.png",
+        "trials.csv",
+        "report.html",
+    ]
+
+
+# -- the objective ---------------------------------------------------------------------------------------------------------
+
+
+def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from pipeline import objective, shards
+    from pipeline.train_step import build_net
+
+    generator = np.random.default_rng(0)
+    columns = {
+        "image": generator.integers(0, 256, (230, 1, 28, 28), dtype=np.uint8),
+        "label": generator.integers(0, 2, 230).astype(np.int32),
+    }
+    fake = SimpleNamespace(num_rows=230, iter_shards=lambda names: iter([columns]))
+    monkeypatch.setattr(shards, "load", lambda root, address: fake)
+    net = build_net(TrainConfig(width=4, defense="none"), replace(SHAPES, num_classes=2)).eval()
+    asked = replace(OBJECTIVE, images=115, attack="pgd:eps=0.01,steps=2")
+    root = Storage(str(tmp_path))
+    whole = objective.Meter(asked, root, 0, 1, torch.device("cpu"))
+    assert whole.rows == list(range(0, 230, 2)), "spread over a split that may be sorted by class"
+    accuracy = whole.robust_accuracy(net.train())
+    assert net.training, "the mode is as it was"
+    with torch.no_grad():
+        images = torch.from_numpy(columns["image"][::2]).float() / 255
+        clean = (net.eval()(images).argmax(1).numpy() == columns["label"][::2]).mean()
+    assert 0 < accuracy <= clean
+    sums = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: sums.append(int(value)))
+    for rank in range(2):
+        objective.Meter(asked, root, rank, 2, torch.device("cpu")).robust_accuracy(net)
+    assert sum(sums) / 115 == pytest.approx(accuracy)
+
+
+# -- whole sweeps ----------------------------------------------------------------------------------------------------------
+
+GRID = """SPACE = Space(parameters={"lr": Choice([0.05, 1e30]), "shared_blocks": Choice([1, 4])}, search="grid", trials=0,
+    attack="pgd:eps=0.1,steps=2", images=20)"""
+SMALL = [
+    *("--data.train-limit", "300", "--data.test-limit", "10", "--train.epochs", "8", "--evaluation.test-images", "10"),
+    *("--scaling.cpus-per-worker", "1", "--max-concurrent", "2"),
+]
+
+
+def command(space: str, storage: Path, *more: str) -> list[str]:
+    return ["sweep", "mnist-smoke", "--space", space, "--storage", str(storage), *SMALL, *more]
+
+
+def start(arguments: list[str], address: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    return subprocess.Popen(
+        [*MAIN, *arguments], cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 400) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "too slow"
+        time.sleep(0.02)
+    return value
+
+
+def processes(*titles: str) -> list[psutil.Process]:
+    """Of this test's cluster alone: they descend from this process."""
+    found = []
+    for p in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [p] if any(title in " ".join(p.cmdline()) for title in titles) else []
+    return found
+
+
+def record_of(storage: Path) -> dict[str, Any]:
+    (file,) = storage.glob("sweeps/*/sweep.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A grid of four trials, two of which diverge, whose training worker and trial process were killed on the way."""
+    storage = tmp_path_factory.mktemp("swept")
+    space = write_space(storage / "grid.py", GRID)
+    process = start(command(space, storage, "--no-evaluate"), ray_cluster)
+    wait_for(lambda: list(storage.glob("models/defended-*/history/epoch-00001.json")), process)
+    workers, trials = processes("RayTrainWorker"), processes("run_trial", "ImplicitFunc")
+    assert workers
+    assert trials
+    workers[0].kill()
+    trials[0].kill()
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
+    return storage, space, out
+
+
+@pytest.mark.cluster
+def test_killed_on_the_way_every_trial_ends_with_its_state(swept: tuple[Path, str, str]) -> None:
+    storage, _, printed = swept
+    record = record_of(storage)
+    assert [t["state"] for t in record["trials"]] == ["finished", "finished", "diverged", "diverged"]
+    for trial in record["trials"][:2]:
+        assert [e["epoch"] for e in trial["epochs"]] == list(range(1, 9))
+    assert all("not finite at step" in t["reason"] for t in record["trials"][2:])
+    assert record["choice"]["trial"] in (1, 2)
+    assert set(record["references"]) == {"no_defense", "control", "defend"}
+    assert all("robust" in r for r in record["references"].values())
+    for part in ("4 trials, grid search", "shared_blocks: 1, 4", "at once: 2 models", "trial 3/4", "choice: trial"):
+        assert part in printed
+
+
+@pytest.mark.cluster
+def test_one_pyramid_set_serves_all_trials(swept: tuple[Path, str, str]) -> None:
+    storage, _, _ = swept
+    made = record_of(storage)["data"]["splits"]
+    assert set(made) == {"train/lowpass", "validation", "test"}
+    assert {f"pyramids/{d.name}" for d in (storage / "pyramids").iterdir()} == set(made.values())
+    read = {json.loads(f.read_text())["pyramids"]["train"] for f in storage.glob("models/*/model.json")}
+    assert read == {made["train/lowpass"]}
+
+
+@pytest.mark.cluster
+def test_mlflow_has_the_sweep_and_its_trials(swept: tuple[Path, str, str]) -> None:
+    from mlflow import MlflowClient
+
+    storage, _, _ = swept
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db", f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "defendpp"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.data.tags["kind"] == "sweep"]
+    trials = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(r.data.tags["state"] for r in trials) == ["diverged", "diverged", "finished", "finished"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["trials/diverged"] == 2
+    done = [r for r in trials if r.data.tags["state"] == "finished"]
+    assert {"train/loss", "validation/accuracy", "validation/robust", "clean/validation"} <= set(done[0].data.metrics)
+    assert len(client.get_metric_history(done[0].info.run_id, "validation/robust")) == 8
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"best.json", "sweep.json", "report"}
+    version = client.get_model_version_by_alias("mnist-smoke-grid", "best")
+    assert version.run_id in {r.info.run_id for r in done}
+
+
+@pytest.mark.cluster
+def test_the_same_command_again_trains_nothing_then_tests_the_choice(
+    swept: tuple[Path, str, str], ray_cluster: str
+) -> None:
+    storage, space, _ = swept
+    kept = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/**/*") if f.is_file()}
+    before = record_of(storage)
+    assert main(command(space, storage, "--resume")) == 0
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+    after = record_of(storage)
+    assert after["trials"] == before["trials"]
+    evaluated = json.loads((storage / after["evaluation"] / "run.json").read_text())
+    assert set(evaluated["models"]) == {"no_defense", "control", "best"}
+    assert evaluated["finished"]
+    best = after["trials"][after["choice"]["trial"] - 1]
+    assert evaluated["models"]["best"]["path"] == best["models"][0]["path"]
+    attacked = {e["attack"].partition(":")[0] for e in evaluated["evaluations"]}
+    assert attacked == {"none", "noise", "fgsm", "bim", "ddn"}
+
+
+@pytest.mark.cluster
+def test_a_killed_driver_goes_on_and_ends_with_the_same_weights(
+    swept: tuple[Path, str, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    storage, space, _ = swept
+    process = start(command(space, tmp_path, "--no-evaluate"), ray_cluster)
+    wait_for(lambda: list(tmp_path.glob("models/defended-*/history/epoch-00002.json")), process)
+    process.kill()
+    process.wait()
+    assert main(command(space, tmp_path, "--no-evaluate", "--resume")) == 0
+    states = [(t["state"], t["epochs"]) for t in record_of(tmp_path)["trials"]]
+    assert states == [(t["state"], t["epochs"]) for t in record_of(storage)["trials"]]
+    for file in sorted(tmp_path.glob("models/*/*.safetensors")):
+        assert file.read_bytes() == (storage / file.relative_to(tmp_path)).read_bytes()
+
+
+@pytest.mark.cluster
+def test_resume_refuses_where_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command("lambda_blocks", tmp_path, "--resume")) == 1
+    assert "there is no sweep at" in capsys.readouterr().err
+    assert not list(tmp_path.glob("sweeps/*"))
+
+
+@pytest.mark.cluster
+def test_a_sweep_that_can_never_fit_is_refused_at_once(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = command("lambda_blocks", tmp_path, "--scaling.workers", "32")
+    assert main(asked) == 1
+    assert "scaling.workers" in capsys.readouterr().err
+    assert not list(tmp_path.glob("pyramids/*"))
