@@ -86,7 +86,7 @@ class Pool:
 def _serve(settings: dict[str, Any]) -> None:
     """What each worker runs: take a model, train and measure it, until there will be none any more."""
     import ray
-    import ray.train
+    import ray.train.torch
 
     torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()

@@ -7,6 +7,7 @@ they are (search and early stopping are told their results) and goes on with the
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import logging
 import os
@@ -141,7 +142,7 @@ def load_space(options: Options) -> tuple[str, Space]:
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
         raise ConfigError(f"{path} has no SPACE = Space(...); copy a file of tune_spaces/ (docs/sweeps.md)")
-    changed = {"trials": options.trials, "search": options.search}
+    changed: dict[str, Any] = {"trials": options.trials, "search": options.search}
     return path.stem, replace(space, **{k: v for k, v in changed.items() if v is not None})
 
 
@@ -155,7 +156,7 @@ class Sweep(run.Run):
     """Name, in the recipe, of the model that is varied."""
     base: TrainConfig
     lock: threading.RLock = field(default_factory=threading.RLock)
-    """Guards record and tracker, which the driver's threads share."""
+    """Guards the record, which the driver's threads share."""
 
     def save(self) -> None:
         with self.lock:
@@ -163,7 +164,9 @@ class Sweep(run.Run):
 
     def publish(self) -> None:
         with self.lock:
-            publish.publish_sweep(self.tracker, self.record, self.storage, self.root)
+            record = copy.deepcopy(self.record)
+        # not under the lock: a tracking server that does not answer must not hold up the trials
+        publish.publish_sweep(self.tracker, record, self.storage, self.root)
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -215,7 +218,7 @@ def probe(experiment: Experiment, space: Space, base: TrainConfig) -> Experiment
                 )
             texts.append(f"{name}-{i}:{name}={value}")
     rng = random.Random(0)
-    drawn = [{name: domain.sample(rng) for name, domain in space.parameters.items()} for _ in range(100)]
+    drawn = [{name: domain.at(rng.random()) for name, domain in space.parameters.items()} for _ in range(100)]
     for point in space.points(0) or drawn:
         replace_typed(base, _as_text(point), "space")
     if base.defense == "comdefend" and "defense" not in space.parameters:
@@ -340,8 +343,7 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
 def execute(experiment: Experiment, options: Options) -> None:
     """Run a sweep from its trials to the evaluation of its choice, or what is left of it."""
     sweep, probed = open_sweep(experiment, options)
-    with sweep.lock:
-        publish.start_sweep(sweep.tracker, sweep.record)
+    publish.start_sweep(sweep.tracker, sweep.record)
     try:
         # one set of pyramids serves all trials: as many kinds of targets as the space has
         sets = run.make_pyramids(replace(sweep, experiment=probed))
@@ -361,9 +363,8 @@ def execute(experiment: Experiment, options: Options) -> None:
         say(f"sweep: {sweep.storage.uri}")
         say(f"MLflow: {tracking.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
     except BaseException as e:
-        with sweep.lock:
-            sweep.tracker.finish("run", "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
-            sweep.tracker.flush()
+        sweep.tracker.finish("run", "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        sweep.tracker.flush()
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
         raise
 
@@ -459,7 +460,7 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial whose process died is said by us
     scaling, space = sweep.experiment.scaling, sweep.space
     runs = _runs(sweep, len(pending) + len(references))
     attempts = scaling.max_failures + 1
@@ -576,6 +577,8 @@ class _Following:
         self.entries: dict[str, dict[str, Any]] = {}
         """Tune's trial id -> entry of the record."""
         self.begun: dict[str, float] = {}
+        self.failure: Exception | None = None
+        """What ended the thread that looks, if anything did."""
         self.live: dict[int, str] = {}
         """Trial number -> how far its models are."""
         self.total = sweep.space.trials if sweep.space.search == "tpe" else len(sweep.trials)
@@ -602,7 +605,8 @@ class _Following:
     def _entry_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
         trials = self.sweep.trials
         if "listed" in config:
-            return trials[config["listed"]["number"] - 1]
+            found: dict[str, Any] = trials[config["listed"]["number"] - 1]
+            return found
         taken = [id(e) for e in self.entries.values()]
         for entry in trials:
             if entry["state"] not in ENDED and entry["parameters"] == config and id(entry) not in taken:
@@ -655,7 +659,13 @@ class _Following:
                     with suppress(StorageError, OSError):
                         self.sweep.publish()
 
-        thread = threading.Thread(target=look, daemon=True)
+        def guarded() -> None:
+            try:
+                look()
+            except Exception as e:
+                self.failure = e
+
+        thread = threading.Thread(target=guarded, daemon=True)
         with table.shown():
             thread.start()
             try:
@@ -667,8 +677,10 @@ class _Following:
 
     def wait_for_references(self) -> None:
         """They were wanted from the start, so hardly ever is one still missing when the trials have ended."""
-        while self.references:
+        while self.references and self.failure is None:
             time.sleep(LOOK_S)
+        if self.failure is not None:
+            raise self.failure
 
     def _look_at_references(self) -> None:
         for name, (job, followed) in list(self.references.items()):
@@ -758,24 +770,22 @@ def _conclude(sweep: Sweep) -> None:
 def _report(sweep: Sweep) -> None:
     with stage("report"):
         sweep_report.build(sweep.record, sweep.storage)
-        with sweep.lock:
-            sweep.publish()
-            sweep.tracker.flush()
+        sweep.publish()
+        sweep.tracker.flush()
 
 
 def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     """The chosen model (of several seeds the first) in MLflow's registry, as ``<recipe>-<space>@best``."""
     path = chosen["models"][0]["path"]
     data = sweep.experiment.data
-    with sweep.lock:
-        sweep.tracker.register_model(
-            publish.trial_alias(chosen),
-            checkpoints.load_classifier(f"{sweep.root.uri}/{path}"),
-            run._example(data.channels, data.image_size),
-            f"{sweep.record['name']}-{sweep.record['space_name']}",
-            metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
-            version_alias="best",
-        )
+    sweep.tracker.register_model(
+        publish.trial_alias(chosen),
+        checkpoints.load_classifier(f"{sweep.root.uri}/{path}"),
+        run._example(data.channels, data.image_size),
+        f"{sweep.record['name']}-{sweep.record['space_name']}",
+        metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
+        version_alias="best",
+    )
 
 
 def _evaluate(sweep: Sweep) -> None:

@@ -85,7 +85,9 @@ def test_random_points_follow_from_the_seed_and_more_begin_with_the_same() -> No
     assert all(1e-4 <= p["lam"] <= 10 for p in drawn)  # type: ignore[operator]
     assert {p["shared_blocks"] for p in drawn} == {1, 2, 3, 4}
     below = sum(p["lam"] < math.sqrt(1e-4 * 10) for p in drawn)  # type: ignore[operator]
-    assert 10 < below < 40, "half of them lie below the geometric middle"
+    assert 23 <= below <= 27, "half of them lie below the geometric middle"
+    for blocks in range(1, 5):
+        assert 11 <= sum(p["shared_blocks"] == blocks for p in drawn) <= 14, "evenly spread"
 
 
 def test_a_small_space_is_drawn_out_without_repetition() -> None:
