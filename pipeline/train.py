@@ -309,7 +309,10 @@ class DataCache:
 
 
 class Between:
-    """What all ranks do between two epochs of a model; as it is, nothing."""
+    """What all ranks do between two epochs of a model; as it is, nothing but to tell Ray Train."""
+
+    reports = True
+    """Ray Train takes a report every 2 s; who trains one small model after another had better not wait for that."""
 
     def measure(self, loop: Loop, record: Mapping[str, Any]) -> None:
         """Called before the epoch counts as done: killed meanwhile, it is trained and measured again."""
@@ -365,7 +368,8 @@ def train_model(
             if loop.epoch % config.checkpoint_every_epochs == 0 or loop.epoch == config.epochs:
                 loop.save(kept)
         metrics = {"address": job["address"], "epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
-        ray.train.report(metrics)
+        if between.reports:
+            ray.train.report(metrics)
         if loop.epoch < config.epochs and between.stop(loop):
             return
     if data.rank == 0:
