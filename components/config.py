@@ -557,10 +557,10 @@ class Experiment:
                 0,
                 "at least 1 where seeds is above 1: weights that are given have no other seed",
             )
-        bases = {base for base, _ in self.replicates().values()}
+        bases = set(self.bases().values())
         explicit = self.evaluation.transfer_source
         if explicit and "transfer" in self.evaluation.threat_models:
-            undefended = {b for n, (b, _) in self.replicates().items() if variants[n].defense == "none"}
+            undefended = {base for base, config in self.firsts().items() if config.defense == "none"}
             _check(
                 explicit in undefended,
                 "evaluation.transfer_source",
@@ -599,6 +599,14 @@ class Experiment:
     def replicates(self) -> dict[str, tuple[str, int]]:
         """Name of each model -> its name in ``models``, and which replicate of it this is."""
         return {name: (base, replicate) for name, (base, replicate, _) in self._expanded().items()}
+
+    def bases(self) -> dict[str, str]:
+        """Name of each model -> its name in ``models``."""
+        return {name: base for name, (base, _, _) in self._expanded().items()}
+
+    def firsts(self) -> dict[str, TrainConfig]:
+        """Each name in ``models`` -> the config of its first replicate."""
+        return {base: config for base, replicate, config in self._expanded().values() if replicate == 0}
 
     def source_of(self, name: str, base: str = "") -> str | None:
         """The model on which examples are made that are then shown to ``name``; of the same replicate. None: itself or none.

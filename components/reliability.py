@@ -16,19 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.attacks.common import check_batch, cross_entropy_gradient, input_gradient
+from components.attacks.common import check_batch, cross_entropy_gradient, input_gradient, margin
 from components.attacks.pgd import pgd
 from components.attacks.projections import Norm, unit_l2
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.robustness import (
-    L2_TOLERANCE,
-    LINF_TOLERANCE,
     Columns,
     judge,
     mcnemar,
     verify_examples,
     wilson_interval,
+    worst_case,
 )
 
 _P = 0.01  # a paired difference is significant below
@@ -109,13 +108,9 @@ def probe(
         kept: list[bool] = (right & (_outputs(model, adversarial).argmax(dim=1) == labels)).tolist()
         return kept
 
-    def margin(logits: Tensor) -> Tensor:
-        own = nn.functional.one_hot(labels, logits.shape[1]).bool()
-        return logits[own] - logits.masked_fill(own, -math.inf).amax(dim=1)
-
     gradients = {
         "cross_entropy": cross_entropy_gradient(model, inputs, labels, False)[0],
-        "margin": input_gradient(model, inputs, margin)[0],
+        "margin": input_gradient(model, inputs, lambda logits: margin(logits, labels))[0],
     }
     radii = [eps * 2**k for k in range(math.ceil(math.log2(whole / eps)))] + [whole]
     by_eps = [{"eps": float(e), "correct": correct_after(e, _EPS_STEPS)} for e in radii]
@@ -329,9 +324,7 @@ def _plant(
 
 def _broken(columns: Columns, norm: str, eps: float) -> np.ndarray[Any, Any]:
     """Bool [N]: misclassified by an example within eps, or before any attack."""
-    within = columns[norm] <= eps * (1 + L2_TOLERANCE) + LINF_TOLERANCE
-    wrong = columns["adversarial_prediction"] != columns["label"]
-    broken: np.ndarray[Any, Any] = (columns["clean_prediction"] != columns["label"]) | (wrong & within)
+    broken: np.ndarray[Any, Any] = ~worst_case([columns], norm, eps)
     return broken
 
 

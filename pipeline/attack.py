@@ -122,8 +122,7 @@ def _threat_models(experiment: Experiment) -> list[str]:
     """The threat models asked for, ``transfer:*`` written out."""
     out: list[str] = []
     for threat in experiment.evaluation.threat_models:
-        bases = dict.fromkeys(base for base, _ in experiment.replicates().values())
-        out += [f"transfer:{base}" for base in bases] if threat == "transfer:*" else [threat]
+        out += [f"transfer:{base}" for base in experiment.firsts()] if threat == "transfer:*" else [threat]
     return list(dict.fromkeys(out))
 
 
@@ -313,7 +312,7 @@ def run_tasks(
     )
     slots = max(1, room_for(bundle))
     waiting: dict[Any, T] = {}
-    watch = _Stragglers(slots)
+    watch = _Stragglers()
     queue = iter(jobs)
     try:
         while True:
@@ -321,7 +320,7 @@ def run_tasks(
                 waiting[task.remote(item[0])] = item[1]
             if not waiting:
                 return
-            watch.running(list(waiting)[:slots])
+            watch.running(list(waiting)[:slots])  # Ray starts tasks in the order in which they are submitted
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
             for ref in ready:
                 tag = waiting.pop(ref)
@@ -340,11 +339,9 @@ def run_tasks(
 
 
 class _Stragglers:
-    """Which task takes much longer than the others. Ray starts tasks in the order in which they are submitted, so the first
-    ``slots`` that wait are those that run."""
+    """Which task takes much longer than the others."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self) -> None:
         self.started: dict[Any, float] = {}
         self.seconds: list[float] = []
 

@@ -73,7 +73,7 @@ def draw(
         threat_title, attack_title: ``white_box`` and ``fgsm:eps=0.2`` as people write them.
     """
     experiment = experiment_of(record)
-    bases = {name: base for name, (base, _) in experiment.replicates().items()}
+    bases = experiment.bases()
     made: dict[str, Callable[[], Picture | None]] = {
         "fig2": lambda: fig2(stored),
         "fig5": lambda: fig5(record, gallery, roles, attack_title),

@@ -80,7 +80,7 @@ def make(
     n = min(IMAGES, test.num_rows, experiment.evaluation.chunk_size, experiment.evaluation.test_images or IMAGES)
     rows = test.read_rows(0, n, ["image", "label"])
     clean = torch.from_numpy(rows["image"]).float() / 255
-    bases = {name: base for name, (base, _) in experiment.replicates().items()}
+    bases = experiment.bases()
     first = set(first_replicates([m.name for m in models], bases))
     shown = [m for m in models if m.name in first]
     with_autoencoder = [m for m in models if (root / m.path).exists("autoencoder.safetensors")]

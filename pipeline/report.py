@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from components.attacks.spec import AttackSpec
-from components.config import parse_spec, to_dict
+from components.config import TrainConfig, parse_spec, to_dict
 from components.errors import ConfigError, DataError
 from components.robustness import mcnemar
 from pipeline import comparison, figures, plots
@@ -156,16 +156,15 @@ def roles(record: Mapping[str, Any]) -> dict[str, str]:
     experiment = comparison.experiment_of(record)
     variants = experiment.variants()
     sources = {experiment.source_of(name) for name in variants}
-    return {
-        name: "defended"
-        if config.defense != "none"
-        else "source"
-        if name in sources
-        else "control"
-        if config.epochs
-        else "given"
-        for name, config in variants.items()
-    }
+
+    def role(name: str, config: TrainConfig) -> str:
+        if config.defense != "none":
+            return "defended"
+        if name in sources:
+            return "source"
+        return "control" if config.epochs else "given"
+
+    return {name: role(name, config) for name, config in variants.items()}
 
 
 def threat_title(threat: str) -> str:
@@ -358,9 +357,7 @@ def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], l
 
     Of each attack whose examples were made on at least two models and judged by others; of several seeds the first.
     """
-    first = plots.first_replicates(
-        roles(record), {name: base for name, (base, _) in comparison.experiment_of(record).replicates().items()}
-    )
+    first = plots.first_replicates(roles(record), comparison.experiment_of(record).bases())
     cells: dict[str, dict[tuple[str, str], float]] = {}
     for e in record["evaluations"]:
         if e.get("source") in first and e["model"] in first and e["threat_model"] != "black_box":
@@ -808,7 +805,7 @@ def _pictures(
 ) -> dict[str, tuple[str, str, bytes]]:
     """Name -> (heading, caption, PNG) of every plot that there is data for; the paper's figures first."""
     role = roles(record)
-    bases = {name: base for name, (base, _) in comparison.experiment_of(record).replicates().items()}
+    bases = comparison.experiment_of(record).bases()
     out = figures.draw(record, gallery, stored, role, threat_title=threat_title, attack_title=_said)
     if panels := _bar_panels(record):
         what, drawn, drawn_roles = "whiskers: 95 % Wilson interval", panels, role

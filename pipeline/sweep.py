@@ -186,7 +186,7 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
     Raises:
         ConfigError: the recipe has no such model, or it cannot be swept.
     """
-    models = {base: experiment.variants()[name] for name, (base, k) in experiment.replicates().items() if k == 0}
+    models = experiment.firsts()
     if space.model and space.model not in models:
         raise ConfigError.of("space.model", space.model, "one of the recipe's models: " + ", ".join(models))
     defended = [n for n, c in models.items() if c.defense == "defend++"] + [
@@ -236,7 +236,7 @@ def final_experiment(experiment: Experiment, model: str, point: Point) -> Experi
     texts = {parse_spec(text)[0]: text for text in experiment.models}
     name, fields = parse_spec(texts[model])
     best = "best:" + ",".join(f"{k}={v}" for k, v in {**fields, **_as_text(point)}.items())
-    models = {base: experiment.variants()[n] for n, (base, k) in experiment.replicates().items() if k == 0}
+    models = experiment.firsts()
     chosen = replace_typed(models[name], _as_text(point), "space")
     undefended = [
         texts[n] for n, c in models.items() if c.defense == "none" and (c.arch, c.width) == (chosen.arch, chosen.width)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.attacks.common import check_batch, input_gradient, is_adversarial
+from components.attacks.common import check_batch, input_gradient, is_adversarial, margin
 from components.attacks.projections import l2_norms, per_sample
 
 _BETA1, _BETA2, _ADAM_EPS = 0.9, 0.999, 1e-8
@@ -67,10 +66,8 @@ def cw(
 
     def shortfall(logits: Tensor) -> Tensor:
         """[N]: how much is missing to an example of the wanted confidence; negative beyond it."""
-        own = logits.gather(1, labels[:, None]).squeeze(1)
-        is_own = F.one_hot(labels, logits.shape[1]).bool()
-        other = logits.masked_fill(is_own, -math.inf).amax(dim=1)
-        return (other - own if targeted else own - other) + confidence
+        ahead = margin(logits, labels)
+        return (ahead if targeted else -ahead) + confidence
 
     def hinge(logits: Tensor) -> Tensor:
         return shortfall(logits).clamp_min(0)
