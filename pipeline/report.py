@@ -644,7 +644,39 @@ def markdown(record: Mapping[str, Any]) -> str:
             + " |"
         )
     lines += ["", f"Accuracy in %, {counted(record)}, ± half the 95 % Wilson interval.", "", *explanation(record)]
-    return "\n".join([*lines, *_markdown_verdict(record), *_markdown_across(across(record))]).strip()
+    together = _markdown_across(across(record))
+    return "\n".join([*lines, *_markdown_verdict(record), *together, *_markdown_models(record)]).strip()
+
+
+def _markdown_models(record: Mapping[str, Any]) -> list[str]:
+    """What was trained, and what all of it was made with, as Markdown: a table out of its run must still say so."""
+    lines: list[str] = []
+    if record["models"]:
+        heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
+        lines += ["", "### Models", "", _markdown_row(heads), "| --- " * len(heads) + "|"]
+        for name, m in record["models"].items():
+            error, seconds, speed = (m.get(k) for k in ("reconstruction_validation", "seconds", "images_per_second"))
+            cells = (
+                name,
+                "–" if m.get("clean_validation") is None else _percent(m["clean_validation"]),
+                "–" if error is None else f"{error:.3g}",
+                "–" if seconds is None else f"{seconds:.0f}",
+                "–" if speed is None else f"{speed:.0f}",
+            )
+            lines.append(_markdown_row(cells))
+        lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
+    machine = record["hardware"]
+    gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
+    made = {
+        "Command": f"`{record['command']}`" if record["command"] else "",
+        "Source": f"{record['git'].get('revision') or ''}{' with uncommitted changes' if record['git'].get('dirty') else ''}",
+        "Finished": _when(record["finished"]),
+        "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
+        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
+        "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in record["stages"].items()),
+    }
+    lines += ["", "### Made with", "", *(f"- {what}: {text}" for what, text in made.items() if text)]
+    return lines
 
 
 def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:

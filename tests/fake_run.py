@@ -138,6 +138,7 @@ def _model(root: Storage, rng: np.random.Generator, config: Experiment, name: st
         "train": train,
         "parameters": parameters,
         "clean_validation": validation["accuracy"],
+        "reconstruction_validation": validation.get("reconstruction"),
         "seconds": 30.0 * EPOCHS,
         "images_per_second": 120.5,
         "autoencoder": defended,

@@ -61,6 +61,26 @@ class _Tables(html.parser.HTMLParser):
             self._rows = None
 
 
+def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
+    built: tuple[Storage, Storage, dict[str, str]],
+) -> None:
+    run, _, paths = built
+    record, text = report.read_run(run), run.read_bytes(paths["table_md"]).decode()
+    for part in (
+        record["command"],
+        record["git"]["revision"],
+        "Example CPU @ 2.60GHz, 2 CPUs, no GPU",
+        "ray 2.60.0",
+        "train 412",
+    ):
+        assert part in text
+    models = text[text.index("### Models") :]
+    for name, model in record["models"].items():
+        error = model.get("reconstruction_validation")
+        (line,) = [x for x in models.splitlines() if x.startswith(f"| {name} |")]
+        assert f"{100 * model['clean_validation']:.1f} | {'–' if error is None else format(error, '.3g')} |" in line
+
+
 def _page(run: Storage) -> tuple[str, _Tables]:
     text = run.read_bytes("report/report.html").decode()
     parsed = _Tables()
