@@ -6,10 +6,8 @@ figure. figures.npz is described in ``pipeline/gallery.py``, which writes it.
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from components.attacks.spec import AttackSpec
-from components.errors import ConfigError, DataError
+from components.errors import ConfigError
 from pipeline import plots
 from pipeline.comparison import by_seed, experiment_of
-from pipeline.storage import Storage
+from pipeline.records import attack_text, threat_title
 
 FILE = "figures.npz"
 MAP_FLOOR = 1e-3
@@ -41,19 +39,6 @@ MAX_R = 10.0
 
 Picture = tuple[str, str, bytes]
 """Heading, caption, PNG."""
-Said = Callable[[str], str]
-"""A name out of the records -> as it is written for people."""
-
-
-def read(run: Storage, name: str = FILE) -> dict[str, np.ndarray]:
-    """``figures.npz`` (or another .npz) of a run; empty if it has none. Raises DataError if it is corrupt."""
-    if not run.exists(name):
-        return {}
-    try:
-        with np.load(io.BytesIO(run.read_bytes(name)), allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise DataError(f"{run.uri}/{name} is corrupt ({e}); delete it and run the same command again") from e
 
 
 def draw(
@@ -61,25 +46,21 @@ def draw(
     gallery: Mapping[str, np.ndarray],
     stored: Mapping[str, np.ndarray],
     roles: Mapping[str, str],
-    *,
-    threat_title: Said,
-    attack_title: Said,
 ) -> dict[str, Picture]:
     """Every figure that the recipe asks for and there are data for, by name, in the paper's order.
 
     Args:
         record: run.json. gallery: gallery.npz. stored: figures.npz.
         roles: model -> source, control or defended, in table order.
-        threat_title, attack_title: ``white_box`` and ``fgsm:eps=0.2`` as people write them.
     """
     experiment = experiment_of(record)
     bases = experiment.bases()
     made: dict[str, Callable[[], Picture | None]] = {
         "fig2": lambda: fig2(stored),
-        "fig5": lambda: fig5(record, gallery, roles, attack_title),
-        "fig6": lambda: fig6(stored, roles, attack_title),
-        "fig7": lambda: fig7(record, roles, threat_title),
-        "fig8": lambda: fig8(stored, roles, bases, attack_title),
+        "fig5": lambda: fig5(record, gallery, roles),
+        "fig6": lambda: fig6(stored, roles),
+        "fig7": lambda: fig7(record, roles),
+        "fig8": lambda: fig8(stored, roles, bases),
     }
     found = {name: make() for name, make in made.items() if name in experiment.figures}
     return {name: picture for name, picture in found.items() if picture is not None}
@@ -170,9 +151,7 @@ def _magnitude(spectra: np.ndarray) -> np.ndarray:
 # -- figure 5 --------------------------------------------------------------------------------------------------------------
 
 
-def fig5(
-    record: Mapping[str, Any], gallery: Mapping[str, np.ndarray], roles: Mapping[str, str], attack_title: Said
-) -> Picture | None:
+def fig5(record: Mapping[str, Any], gallery: Mapping[str, np.ndarray], roles: Mapping[str, str]) -> Picture | None:
     """White-box examples of every attack on one model, each above its perturbation; None without examples."""
     keys: dict[str, dict[str, str]] = {}
     for e in record["evaluations"]:
@@ -208,12 +187,12 @@ def fig5(
             plots.show_image(lower[j], 0.5 + factor * deltas[attack][i])
             l2, linf = norms[attack]
             lower[j].set_xlabel(f"L2 {l2[i]:.3g} · Linf {linf[i]:.3g}", fontsize=8, labelpad=2)
-    for axis, head in zip(axes[0], ("clean", *map(attack_title, attacks)), strict=True):
+    for axis, head in zip(axes[0], ("clean", *map(attack_text, attacks)), strict=True):
         text = head.replace(", ", "\n", 1)
         axis.text(0.5, 1.12, text, transform=axis.transAxes, ha="center", va="bottom", fontsize=9)
     mean_l2 = {attack: float(l2.mean()) for attack, (l2, _) in norms.items()}
     order = sorted(mean_l2, key=lambda a: -mean_l2[a])
-    said = "; ".join(f"{attack_title(a)}: {mean_l2[a]:.3g}" for a in order)
+    said = "; ".join(f"{attack_text(a)}: {mean_l2[a]:.3g}" for a in order)
     early = [a.partition(":")[0].upper() for a in attacks if _leaves_early(a)]
     caption = (
         f"White-box examples made on {model} (✓ still right, ✗ wrong), each above its perturbation × {factor:g} (mid-grey is 0, "
@@ -255,12 +234,12 @@ def _leaves_early(attack: str) -> bool:
 # -- figure 6 --------------------------------------------------------------------------------------------------------------
 
 
-def fig6(stored: Mapping[str, np.ndarray], roles: Mapping[str, str], attack_title: Said) -> Picture | None:
+def fig6(stored: Mapping[str, np.ndarray], roles: Mapping[str, str]) -> Picture | None:
     """Clean images and adversarial ones, each above its reconstruction, for every model with an auto-encoder."""
     models = [m for m in roles if f"fig6__adversarial__{m}" in stored]
     if not models:
         return None
-    attack = attack_title(str(stored["fig6__attack"]))
+    attack = attack_text(str(stored["fig6__attack"]))
     clean, labels = stored["fig6__clean"], stored["fig6__label"]
     rows: list[tuple[str, np.ndarray, np.ndarray | None]] = [("clean", clean, None)]
     distances = []
@@ -343,7 +322,7 @@ def eps_at(points: Sequence[Point], accuracy: float) -> float | None:
     return None
 
 
-def fig7(record: Mapping[str, Any], roles: Mapping[str, str], threat_title: Said) -> Picture | None:
+def fig7(record: Mapping[str, Any], roles: Mapping[str, str]) -> Picture | None:
     """Accuracy against FGSM's eps, a panel per threat model; None where the run has no FGSM yet."""
     panels = accuracy_over_eps(record)
     if not panels:
@@ -380,14 +359,12 @@ def fig7(record: Mapping[str, Any], roles: Mapping[str, str], threat_title: Said
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
     return (
         "Figure 7: accuracy against the eps of FGSM",
-        _fig7_caption(record, panels, seeds, threat_title),
+        _fig7_caption(record, panels, seeds),
         plots.png(figure),
     )
 
 
-def _fig7_caption(
-    record: Mapping[str, Any], panels: Mapping[str, Mapping[str, Sequence[Point]]], seeds: int, threat_title: Said
-) -> str:
+def _fig7_caption(record: Mapping[str, Any], panels: Mapping[str, Mapping[str, Sequence[Point]]], seeds: int) -> str:
     sizes = sorted({e["n"] for e in record["evaluations"] if e["attack"].partition(":")[0] == "fgsm"})
     counted = f"n = {sizes[0]:,}" if len(sizes) == 1 else f"n = {sizes[0]:,} to {sizes[-1]:,}"
     what = (
@@ -446,9 +423,7 @@ class Ratios:
         )
 
 
-def fig8(
-    stored: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapping[str, str], attack_title: Said
-) -> Picture | None:
+def fig8(stored: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapping[str, str]) -> Picture | None:
     """Histogram of R = D_rc / D_ra of every model with an auto-encoder; None without distances.
 
     ``bases``: model -> name in the recipe; replicates have one colour.
@@ -490,7 +465,7 @@ def fig8(
         said.append(", ".join(parts))
     holds = all(r.inside == r.n for r in found.values())
     caption = (
-        f"All attacked test images, white-box {attack_title(str(stored['fig8__attack']))}. D_rc and D_ra: Euclidean distance from "
+        f"All attacked test images, white-box {attack_text(str(stored['fig8__attack']))}. D_rc and D_ra: Euclidean distance from "
         "the auto-encoder's reconstruction of the attacked image to the clean and to the attacked image. Paper, sec. 4.5, MNIST: "
         f'R "always falls into the interval (0, 1)". {"So it does here" if holds else "Here it does not always"}. {"; ".join(said)}. '
         "R < 1 does not say that the perturbation is gone: a blurred image may do."

@@ -41,7 +41,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes
 from components.dct import laplacian_bands, lowpass_pyramid, spectrum, target_levels
 from components.errors import DataError
-from pipeline import checkpoints, figures
+from pipeline import checkpoints, figures, records
 from pipeline.attack import Model, read_chunks, read_examples
 from pipeline.plots import first_replicates
 from pipeline.shards import ShardSet
@@ -185,7 +185,7 @@ def _fig6(
 def _earlier(run: Storage) -> Arrays:
     """figures.npz as an earlier run left it; a damaged one is as good as none, since it is written anew."""
     try:
-        return figures.read(run)
+        return records.read_arrays(run, figures.FILE)
     except DataError:
         return {}
 

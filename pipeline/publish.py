@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from pipeline import comparison, report, sweep_report
+from pipeline import comparison, records, sweep_report, tables
 from pipeline.storage import Storage
 from pipeline.tracking import Tracker
 
@@ -37,10 +37,10 @@ def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: fl
     ``record`` is ``run.json``; the model need not stand in it yet.
     """
     model = record.get("models", {}).get(name, {})
-    role = report.roles(record).get(name)
+    role = records.roles(record).get(name)
     tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
     # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
-    params = flatten(model.get("train") or report.model_config(record, name))
+    params = flatten(model.get("train") or records.model_config(record, name))
     tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
 
 
@@ -56,15 +56,15 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
     Raises:
         UserError: ``run.json`` or a record that it names is missing or corrupt.
     """
-    record = report.read_run(run)
+    record = records.read_run(run)
     start_run(tracker, record)
     for name, model in record["models"].items():
         _publish_model(tracker, root, record, name, model)
-    labels = report.attack_labels(record)
+    labels = records.attack_labels(record)
     for order, evaluation in enumerate(record["evaluations"]):
         _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
     if record["evaluations"]:
-        tracker.start("run", record["name"], tags={"mlflow.note.content": report.markdown(record)})
+        tracker.start("run", record["name"], tags={"mlflow.note.content": tables.markdown(record)})
     for row in comparison.over_seeds(record):
         name = f"{row['model']}/{'clean' if row['threat_model'] == 'clean' else row['threat_model'] + '/' + labels[row['attack']]}"
         tracker.metrics("run", {f"seeds/{name}/mean": row["accuracy_mean"], f"seeds/{name}/sd": row["accuracy_sd"]})
@@ -83,14 +83,14 @@ def _publish_model(
     tracker: Tracker, root: Storage, record: Mapping[str, Any], name: str, model: Mapping[str, Any]
 ) -> None:
     alias = f"model/{name}"
-    history = report.history_files(root, model)
+    history = records.history_files(root, model)
     first = root.read_json(history[0]) if history else None
     begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
     start_model(tracker, record, name, begin)
     for file in history:
         epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
         if not tracker.has_history(alias, epoch):
-            tracker.history(alias, report.read_epoch(root, file))
+            tracker.history(alias, records.read_epoch(root, file))
     numbers = {
         "clean/validation": model.get("clean_validation"),
         "train/total_seconds": model.get("seconds"),
@@ -118,7 +118,7 @@ def _publish_evaluation(
         "kind": "evaluation",
         "recipe": record["name"],
         "model": model,
-        "role": report.roles(record).get(model),
+        "role": records.roles(record).get(model),
         "threat_model": threat,
         "attack": evaluation["attack"],
         "examples_made_on": evaluation.get("source"),
@@ -147,7 +147,7 @@ def _publish_evaluation(
 
 def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
     """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``."""
-    labels = report.attack_labels(record)
+    labels = records.attack_labels(record)
     found: dict[str, float] = {}
     for evaluation in record["evaluations"]:
         if evaluation["model"] != model:
@@ -294,8 +294,8 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[s
         if len(trial["models"]) > 1:
             one = f"{alias}/seed-{model['seed']}"
             tracker.start(one, f"seed {model['seed']}", parent=alias, tags={"kind": "replicate"})
-        for file in report.history_files(root, model):
-            epoch = report.read_epoch(root, file)
+        for file in records.history_files(root, model):
+            epoch = records.read_epoch(root, file)
             if not tracker.has_history(one, epoch["epoch"]):
                 tracker.history(one, epoch)
             if i == 0:

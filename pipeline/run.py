@@ -26,6 +26,7 @@ from pipeline import (
     report,
     shards,
     sources,
+    tables,
     tracking,
     train,
     verdict,
@@ -378,7 +379,7 @@ def finish(run: Run) -> None:
     """Publish what is left, then show the table and where to look."""
     run.publish()
     run.tracker.flush()
-    report.print_table(run.storage)
+    tables.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
     say(f"MLflow: {tracking.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.errors import UserError
-from pipeline import report
+from pipeline import records
 from pipeline.environment import without_password
 from pipeline.storage import Storage, StorageError
 
@@ -725,7 +725,7 @@ class Tracker:
 
 
 def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
-    phase = report.PHASES.index(record["phase"])
+    phase = records.PHASES.index(record["phase"])
     metrics: list[Metric] = []
     at, number = 0, 0
     for step in record["steps"]:

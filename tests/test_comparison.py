@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
-from pipeline import comparison, paper, report
+from pipeline import comparison, paper, records
 from pipeline.attack import Model, plan
 from pipeline.recipes import PAPER, RECIPES
 
@@ -173,15 +173,15 @@ def test_a_paper_cell_gets_the_right_evaluations() -> None:
 
 def test_roles_and_titles() -> None:
     record = record_of(SMALL)
-    assert report.roles(record) == {
+    assert records.roles(record) == {
         "no_defense": "source",
         "control": "control",
         "comdefend": "defended",
         "defend": "defended",
     }
-    assert comparison.references(record, report.roles(record)) == ["control", "comdefend"]
-    assert report.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
-    assert report.threat_title("grey_box") == "grey-box"
+    assert comparison.references(record, records.roles(record)) == ["control", "comdefend"]
+    assert records.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
+    assert records.threat_title("grey_box") == "grey-box"
 
 
 def test_tables_share_the_models_that_they_have_in_common() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig, to_dict
 from components.errors import DataError
 from components.robustness import wilson_interval
-from pipeline import checkpoints, figures, gallery, plots, report
+from pipeline import checkpoints, figures, gallery, plots, records, report
 from pipeline.attack import Model
 from pipeline.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.storage import Storage
@@ -33,7 +33,6 @@ from pipeline.train_step import Shapes, build_net
 
 SIZE, CHUNK = 14, 3
 FGSM = "fgsm:eps=0.2"
-TITLES = {"threat_title": report.threat_title, "attack_title": report._said}
 
 
 def _parquet(columns: dict[str, Any]) -> bytes:
@@ -134,7 +133,7 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     assert math.isnan(found["r"][0])  # 0 / 0
     assert np.isinf(found["r"][1:]).all()
     stored = {f"fig8__{name}__defend": values for name, values in found.items()} | {"fig8__attack": np.array(FGSM)}
-    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"}, report._said)
+    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
     assert picture is not None
     assert "R < 1 for 0 of 4" in picture[1]
     assert "4 without a finite R" in picture[1]
@@ -332,8 +331,8 @@ ONE_SEED = {
 def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
     drawn = _figures_drawn(monkeypatch)
-    roles = report.roles(record)
-    picture = figures.fig7(record, roles, report.threat_title)
+    roles = records.roles(record)
+    picture = figures.fig7(record, roles)
     assert picture is not None
     _assert_png(picture[2])
     colours = plots.colours(roles)
@@ -357,7 +356,7 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
 def test_fig7_whiskers_are_wilson_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     record = _record(ONE_SEED, n=100, seeds=1)
-    figures.fig7(record, report.roles(record), report.threat_title)
+    figures.fig7(record, records.roles(record))
     segments = [s for c in drawn[0].axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
     whiskers = {tuple(np.round(np.asarray(s)[:, 1], 6)) for s in segments if len(s) == 2}
     for count in (96, 60, 20, 2, 92, 80, 70):
@@ -375,7 +374,7 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     assert (point.seeds, point.mean, point.least, point.greatest) == (3, pytest.approx(0.5), 0.4, 0.6)
     assert (point.low, point.high) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
     drawn = _figures_drawn(monkeypatch)
-    picture = figures.fig7(record, report.roles(record), report.threat_title)
+    picture = figures.fig7(record, records.roles(record))
     assert picture is not None
     assert "mean of up to 3 seeds" in picture[1]
     band = drawn[0].axes[0].collections[0].get_paths()[0].vertices
@@ -397,7 +396,7 @@ def _ratios(*r: float) -> dict[str, np.ndarray]:
 def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     stored = _ratios(0.25, 0.5, 0.75, 1.0, 1.5, math.inf)
-    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"}, report._said)
+    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
     assert picture is not None
     for said in (
         "Here it does not always",
@@ -412,10 +411,10 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     heights = [(p.get_x(), p.get_height()) for p in axis.patches if p.get_height()]  # type: ignore[attr-defined]
     assert sum(h for _, h in heights) == 5
     assert sum(h for x, h in heights if x < 0.99) == 3
-    holding = figures.fig8(_ratios(0.1, 0.9), {"defend": "defended"}, {"defend": "defend"}, report._said)
+    holding = figures.fig8(_ratios(0.1, 0.9), {"defend": "defended"}, {"defend": "defend"})
     assert holding is not None
     assert "So it does here" in holding[1]
-    border = figures.fig8(_ratios(0.1, 0.0), {"defend": "defended"}, {"defend": "defend"}, report._said)
+    border = figures.fig8(_ratios(0.1, 0.0), {"defend": "defended"}, {"defend": "defend"})
     assert border is not None
     assert "Here it does not always" in border[1]  # 0 is not in (0, 1)
 
@@ -435,7 +434,7 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
     drawn = _figures_drawn(monkeypatch)
-    found = figures.draw(record, kept, {}, report.roles(record), **TITLES)
+    found = figures.draw(record, kept, {}, records.roles(record))
     assert list(found) == ["fig5"]
     _assert_png(found["fig5"][2])
     said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]
@@ -459,7 +458,7 @@ def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatc
         "fig6__reconstruction_adversarial__defend": clean + 0.05,
     }
     drawn = _figures_drawn(monkeypatch)
-    picture = figures.fig6(stored, {"bare": "source", "defend": "defended"}, report._said)
+    picture = figures.fig6(stored, {"bare": "source", "defend": "defended"})
     assert picture is not None
     assert "defend: 2.00 before, 0.50 after" in picture[1]
     _assert_png(picture[2])
@@ -591,7 +590,7 @@ def test_undefended_models_are_grey_and_replicates_alike() -> None:
 def test_names_that_fit_no_line_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     models = {f"no_defense-resnet{i}": plots.Bar(accuracy=0.5, low=0.4, high=0.6) for i in range(9)}
-    threat = report.threat_title("transfer:no_defense-resnet18")
+    threat = records.threat_title("transfer:no_defense-resnet18")
     png = plots.bars({threat: {"FGSM\neps 0.05": models}}, dict.fromkeys([*models, "not_measured"], "control"))
     _assert_png(png)
     (axis,) = [a for a in drawn[0].axes if a.get_title()]

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from components.errors import UserError
 from components.robustness import mcnemar
-from pipeline import environment, report
+from pipeline import environment, records, report, tables
 from pipeline.storage import Storage
 
 
@@ -65,7 +65,7 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
     built: tuple[Storage, Storage, dict[str, str]],
 ) -> None:
     run, _, paths = built
-    record, text = report.read_run(run), run.read_bytes(paths["table_md"]).decode()
+    record, text = records.read_run(run), run.read_bytes(paths["table_md"]).decode()
     for part in (
         record["command"],
         record["git"]["revision"],
@@ -90,7 +90,7 @@ def _page(run: Storage) -> tuple[str, _Tables]:
 
 def _text(run: Storage, width: int) -> str:
     out = io.StringIO()
-    report.print_table(run, console=Console(file=out, width=width))
+    tables.print_table(run, console=Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -164,7 +164,7 @@ def test_comparison_is_paired_by_sample(built: tuple[Storage, Storage, dict[str,
         short = c["attack"].partition(":")[0]
         right = {}
         for model in ("defend", "control"):
-            columns = report.read_judged(root, f"judged/{model}-transfer-{short}")
+            columns = records.read_judged(root, f"judged/{model}-transfer-{short}")
             right[model] = columns["adversarial_prediction"] == columns["label"]
         assert c["only_defended"] == int((right["defend"] & ~right["control"]).sum())
         assert c["only_control"] == int((right["control"] & ~right["defend"]).sum())
@@ -181,7 +181,7 @@ def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str
     assert not re.search(r"@import|url\(|<script", text)
     assert len(page.addresses) == len([k for k in paths if k.startswith("plot_")])
     assert "This report is partial" not in text
-    for sentence in report.explanation(run.read_json("run.json")):
+    for sentence in records.explanation(run.read_json("run.json")):
         assert sentence in text
 
 
@@ -286,15 +286,15 @@ def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
             for a in ("bim:eps=0.1,steps=40", "bim:eps=0.2,steps=40", "fgsm:eps=0.2", "bim:eps=0.2,norm=l2,steps=40")
         ]
     }
-    assert report.attack_labels(record) == {
+    assert records.attack_labels(record) == {
         "none": "none",
         "bim:eps=0.1,steps=40": "bim_eps0.1",
         "bim:eps=0.2,steps=40": "bim_eps0.2",
         "fgsm:eps=0.2": "fgsm",
         "bim:eps=0.2,norm=l2,steps=40": "bim-l2",
     }
-    assert report.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
-    assert report.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
+    assert records.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
+    assert records.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
 
 
 def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:

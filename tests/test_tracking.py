@@ -24,7 +24,7 @@ from mlflow.entities import Run
 
 from components.errors import UserError
 from components.models.classifiers import build_classifier
-from pipeline import publish, report, tracking
+from pipeline import publish, records, report, tracking
 from pipeline.storage import Storage
 
 DatabaseMaker = Callable[[Path], str]
@@ -208,11 +208,11 @@ def test_live_training_and_the_final_publication_meet(
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
     tracker = tracking.Tracker(uri, run, echo=_silent)
-    publish.start_run(tracker, report.read_run(run))
-    publish.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
-    files = report.history_files(root, record["models"]["defend"])
+    publish.start_run(tracker, records.read_run(run))
+    publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
+    files = records.history_files(root, record["models"]["defend"])
     for file in files[:2]:
-        tracker.history("model/defend", report.read_epoch(root, file))
+        tracker.history("model/defend", records.read_epoch(root, file))
     client = MlflowClient(uri)
     runs = _runs(client)
     assert set(runs) == {"fake-mnist", "fake-mnist/defend"}
@@ -479,10 +479,10 @@ def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage,
     tracking.check_reachable(server.uri)
     said: list[str] = []
     tracker = tracking.Tracker(server.uri, run, echo=said.append)
-    publish.start_run(tracker, report.read_run(run))
-    publish.start_model(tracker, report.read_run(run), "defend", fake_run.BEGIN + 290)
-    first, *_ = report.history_files(root, record["models"]["defend"])
-    tracker.history("model/defend", report.read_epoch(root, first))
+    publish.start_run(tracker, records.read_run(run))
+    publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
+    first, *_ = records.history_files(root, record["models"]["defend"])
+    tracker.history("model/defend", records.read_epoch(root, first))
     assert not tracker.pending
     assert not said
 

@@ -15,7 +15,7 @@ from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, ScalingConfig
 from components.errors import ConfigError
 from components.robustness import worst_case
-from pipeline import attack, report, verdict
+from pipeline import attack, records, report, tables, verdict
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
 
@@ -219,7 +219,7 @@ def test_the_terminal_says_what_was_flagged(
     run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_verdict(*run)
-    report.print_table(run[1])
+    tables.print_table(run[1])
     text = " ".join(capsys.readouterr().out.split())
     assert "defend: zero gradients. 30 of 30 gradients are zero. Attack through them." in text
     assert "worst case per sample" in text
@@ -230,11 +230,11 @@ def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
     root, directory, record = run
-    assert report.transfer_matrices(record) == {}  # one source alone is no matrix
+    assert records.transfer_matrices(record) == {}  # one source alone is no matrix
     for e in list(record["evaluations"]):
         if (e["model"], e["threat_model"]) == ("defend", "transfer"):
             record["evaluations"].append({**e, "source": "control", "threat_model": "transfer:control"})
-    matrices = report.transfer_matrices(record)
+    matrices = records.transfer_matrices(record)
     sources, models, values = matrices["FGSM, eps 0.2"]
     assert (sources, models) == (["no_defense", "control"], ["no_defense", "control", "defend"])
     accuracy = {

@@ -1,0 +1,475 @@
+"""What the records of a run say: reading them, and rows for tables, each number with its threat model and attack.
+
+The same records give the same rows (docs/records.md); nothing here draws or writes.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.attacks.spec import AttackSpec
+from components.config import TrainConfig, parse_spec, to_dict
+from components.errors import ConfigError, DataError
+from components.robustness import mcnemar
+from pipeline import comparison, plots
+from pipeline.storage import Storage
+
+PHASES = ("joint", "autoencoder", "classifier", "adversarial", "reformer")
+THREATS = {
+    "clean": "clean",
+    "random": "random (control)",
+    "white_box": "white-box",
+    "black_box": "black-box",
+    "grey_box": "grey-box",
+    "transfer": "transfer",
+}
+"""Threat models in the order of a table, as they are written for people; ``transfer:NAME`` comes after them."""
+ROLES = {
+    "source": "undefended, source of transfer",
+    "control": "control: undefended, another seed",
+    "defended": "defended",
+    "given": "given, not trained here",
+}
+
+Row = dict[str, Any]
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_run(run: Storage) -> dict[str, Any]:
+    """``run.json`` with what a run that is not complete lacks filled in empty.
+
+    Raises:
+        DataError: it is missing, of another schema, or lacks what every run has. StorageError: it cannot be read.
+    """
+    if not run.exists("run.json"):
+        raise DataError(f"{run.uri} is not the directory of a run: it has no run.json. Runs lie under STORAGE/runs/")
+    record = run.read_json("run.json")
+    if not isinstance(record, dict) or record.get("schema") != 1:
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise DataError(f"{run.uri}/run.json has schema {schema!r}; this version reads schema 1")
+    for key in ("name", "experiment"):
+        if key not in record:
+            raise DataError(f"{run.uri}/run.json lacks {key!r}; run the same command again to write it anew")
+    empty: dict[str, Any] = {"models": {}, "evaluations": [], "stages": {}, "data": {}, "git": {}, "hardware": {}}
+    whole = {**empty, "versions": {}, "command": "", "created": "", "finished": None}
+    whole.update({k: v for k, v in record.items() if v is not None})
+    # JSON objects are stored by name; people read them in the order in which things happen
+    whole["stages"] = in_order(whole["stages"], ("pyramids", "train", "attack", "report"))
+    whole["data"] = {
+        **whole["data"],
+        "rows": in_order(whole["data"].get("rows") or {}, ("train", "validation", "test")),
+    }
+    whole["models"] = in_order(whole["models"], tuple(roles(whole)))
+    for i, evaluation in enumerate(whole["evaluations"]):
+        for key in ("model", "threat_model", "attack", "n", "metrics"):
+            if key not in evaluation:
+                raise DataError(f"{run.uri}/run.json: evaluation {i} lacks {key!r}; run the same command again")
+        for key in ("accuracy", "accuracy_low", "accuracy_high"):
+            if not isinstance(evaluation["metrics"].get(key), int | float):
+                raise DataError(f"{run.uri}/run.json: evaluation {i} lacks metrics.{key}; run the same command again")
+    return whole
+
+
+def in_order(values: Mapping[str, Any], first: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in dict.fromkeys((*first, *values)) if name in values}
+
+
+def history_files(root: Storage, model: Mapping[str, Any]) -> list[str]:
+    """Names, below the storage, of a model's epoch records, first epoch first."""
+    directory = f"{model['path']}/history"
+    return [f"{directory}/{name}" for name in root.list(directory)]
+
+
+def read_epoch(root: Storage, file: str) -> dict[str, Any]:
+    """One epoch record. Raises DataError if it is not one, StorageError if it cannot be read."""
+    record = root.read_json(file)
+    try:
+        if (
+            record["phase"] in PHASES
+            and int(record["epoch"]) >= 0
+            and all({"step", "time"} <= s.keys() for s in record["steps"])
+        ):
+            return dict(record)
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise DataError(
+        f"{root.uri}/{file} is not the record of an epoch; delete its directory and run the same command again"
+    )
+
+
+def read_arrays(run: Storage, name: str) -> dict[str, np.ndarray]:
+    """A .npz of a run; empty if it has none. Raises DataError if it is corrupt."""
+    if not run.exists(name):
+        return {}
+    try:
+        with np.load(io.BytesIO(run.read_bytes(name)), allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise DataError(f"{run.uri}/{name} is corrupt ({e}); delete it and run the same command again") from e
+
+
+def read_gallery(run: Storage) -> dict[str, np.ndarray]:
+    """``gallery.npz``; empty if the run has none yet. Raises DataError if it is corrupt."""
+    gallery = read_arrays(run, "gallery.npz")
+    if not gallery or ({"clean", "label"} <= gallery.keys() and len(gallery["clean"]) == len(gallery["label"])):
+        return gallery
+    raise DataError(
+        f"{run.uri}/gallery.npz is corrupt (it has not as many labels as images); delete it and run the same command again"
+    )
+
+
+def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
+    """The columns of one ``judged/<hash>``, by sample index. Raises DataError if a chunk is missing or corrupt."""
+    chunks = [name for name in root.list(path) if name.endswith(".parquet")]
+    if not chunks:
+        raise DataError(f"{root.uri}/{path} has no records of an evaluation; run the same command again")
+    wanted = ["index", "label", "adversarial_prediction"]
+    try:
+        tables = [pq.read_table(pa.BufferReader(root.read_bytes(f"{path}/{name}")), columns=wanted) for name in chunks]
+    except (pa.ArrowInvalid, OSError, KeyError) as e:
+        raise DataError(f"{root.uri}/{path} is corrupt ({e}); delete it and run the same command again") from e
+    table = pa.concat_tables(tables).sort_by("index")
+    return {name: table.column(name).to_numpy() for name in wanted}
+
+
+# -- meaning ---------------------------------------------------------------------------------------------------------------
+
+
+def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The complete training config of a model, also before it is trained."""
+    trained: dict[str, Any] | None = record["models"].get(name, {}).get("train") if "models" in record else None
+    return trained or to_dict(comparison.experiment_of(record).variants()[name].canonical())
+
+
+def roles(record: Mapping[str, Any]) -> dict[str, str]:
+    """Model -> source, control, defended or given (not trained here), in the order of the config."""
+    experiment = comparison.experiment_of(record)
+    variants = experiment.variants()
+    sources = {experiment.source_of(name) for name in variants}
+
+    def role(name: str, config: TrainConfig) -> str:
+        if config.defense != "none":
+            return "defended"
+        if name in sources:
+            return "source"
+        return "control" if config.epochs else "given"
+
+    return {name: role(name, config) for name, config in variants.items()}
+
+
+def threat_title(threat: str) -> str:
+    """A threat model as it is written for people."""
+    base, _, source = threat.partition(":")
+    return f"{THREATS.get(base, base)} from {source}" if source else THREATS.get(threat, threat)
+
+
+def attack_labels(record: Mapping[str, Any]) -> dict[str, str]:
+    """Attack spec -> a short name, ``bim``, with settings only where the run has several of that name: ``bim_eps0.1``."""
+    specs = dict.fromkeys(["none", *(e["attack"] for e in record.get("evaluations", []))])
+    short = {spec: short_name(spec) for spec in specs}
+    out = {}
+    for spec, name in short.items():
+        rivals = [s for s, n in short.items() if n == name]
+        fields = {s: parse_spec(s)[1] for s in rivals}
+        differing = [k for k in fields[spec] if len({fields[s].get(k) for s in rivals}) > 1]
+        out[spec] = "_".join([name, *(f"{k}{_decimal(fields[spec][k])}" for k in differing)])
+    return out
+
+
+def short_name(spec: str) -> str:
+    try:
+        return AttackSpec.parse(spec).short_name
+    except ConfigError:  # "none", or an attack of another version
+        return parse_spec(spec)[0]
+
+
+def attack_title(spec: str) -> tuple[str, str]:
+    """Name and settings for people: ``bim:eps=0.2,steps=100`` is ("BIM", "eps 0.2, 100 steps")."""
+    if spec == "none":
+        return "no attack", ""
+    fields = parse_spec(spec)[1]
+    said = []
+    try:
+        parsed = AttackSpec.parse(spec)
+        if parsed.kind == "minimal_norm":
+            said.append(f"any {norm_text(parsed.norm)} norm")
+        elif parsed.norm == "l2":
+            said.append("L2")
+    except ConfigError:
+        pass  # an attack of another version: its text says all we know
+    for key, value in fields.items():
+        if key == "steps":
+            said.append(f"{value} steps")
+        elif key != "norm":
+            said.append(f"{key.replace('_', ' ')} {_decimal(value)}")
+    return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "random noise", ", ".join(said)
+
+
+def norm_text(name: str | None) -> str:
+    return {"l2": "L2", "linf": "Linf"}.get(name or "", name or "")
+
+
+def _decimal(text: str) -> str:
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
+
+
+def table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The result table as data: ``columns`` (threat model x attack) and ``rows`` (models) with a cell per column."""
+    order = list(THREATS)
+    evaluations = record["evaluations"]
+    keys = dict.fromkeys((e["threat_model"], e["attack"]) for e in evaluations)
+    ranked = sorted(
+        keys, key=lambda k: order.index(k[0]) if k[0] in order else len(order)
+    )  # stable: attacks keep their order
+    labels = attack_labels(record)
+    columns = []
+    for threat, attack in ranked:
+        name, settings = attack_title(attack)
+        columns.append(
+            {
+                "key": "clean" if threat == "clean" else f"{threat}/{labels[attack]}",
+                "threat_model": threat,
+                "threat_title": threat_title(threat),
+                "attack": attack,
+                "attack_title": name,
+                "settings": settings,
+                "minimal_norm": any(e["metrics"].get("curve") for e in evaluations if e["attack"] == attack),
+            }
+        )
+    rows = []
+    for model, role in roles(record).items():
+        cells: dict[str, Any] = {}
+        for e in evaluations:
+            if e["model"] == model:
+                key = next(
+                    c["key"] for c in columns if (c["threat_model"], c["attack"]) == (e["threat_model"], e["attack"])
+                )
+                metrics = {k: v for k, v in e["metrics"].items() if k != "curve"}
+                cells[key] = {"source": e.get("source"), "n": e["n"], **metrics}
+        if cells or model in record["models"]:
+            rows.append({"model": model, "role": role, "cells": cells})
+    return {"schema": 1, "recipe": record["name"], "columns": columns, "rows": rows}
+
+
+def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
+    """Every defended model against every control on the same transferred examples (exact McNemar test).
+
+    Raises:
+        DataError: a judged record is missing or corrupt, or two evaluations are not of the same samples.
+    """
+    role = roles(record)
+    transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer" and e.get("path")]
+    out = []
+    for a in transferred:
+        for b in transferred:
+            same = a["attack"] == b["attack"] and a.get("source") == b.get("source")
+            if not (same and role.get(a["model"]) == "defended" and role.get(b["model"]) == "control"):
+                continue
+            first, second = read_judged(root, a["path"]), read_judged(root, b["path"])
+            if not np.array_equal(first["index"], second["index"]):
+                raise DataError(
+                    f"{root.uri}/{a['path']} and {b['path']} are not of the same samples; delete both and run the same command again"
+                )
+            right_a = first["adversarial_prediction"] == first["label"]
+            right_b = second["adversarial_prediction"] == second["label"]
+            out.append(
+                {
+                    "attack": a["attack"],
+                    "attack_title": ", ".join(filter(None, attack_title(a["attack"]))),
+                    "source": a.get("source"),
+                    "defended": a["model"],
+                    "control": b["model"],
+                    "n": len(right_a),
+                    "accuracy_defended": float(right_a.mean()),
+                    "accuracy_control": float(right_b.mean()),
+                    "only_defended": int((right_a & ~right_b).sum()),
+                    "only_control": int((right_b & ~right_a).sum()),
+                    "p": mcnemar(right_a, right_b),
+                }
+            )
+    return out
+
+
+def explanation(record: Mapping[str, Any]) -> list[str]:
+    """How to read the numbers, in plain sentences."""
+    sources = dict.fromkeys(e["source"] for e in record["evaluations"] if e["threat_model"] == "transfer")
+    source = ", ".join(sources) or "an undefended model"
+    return [
+        "White-box: the examples were made on the very model under test. This is the number that says how much a model "
+        "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
+        f"Transfer: the examples were made on an undefended model ({source}) and then shown to the model under test. A high "
+        "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
+        "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
+        "attacker. Only what a defended model does better than the controls can be owed to its defense.",
+    ]
+
+
+def worst_cases(record: Mapping[str, Any]) -> list[Row]:
+    """The worst case per sample of each model and budget, with the budget and threat model as they are written for people."""
+    said = {"white_box": "made on the model itself", "any": "also transferred to it"}
+    return [
+        {**row, "budget": f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}", "threat_title": said[row["threat_model"]]}
+        for row in record.get("worst_case") or []
+    ]
+
+
+def raised_flags(record: Mapping[str, Any]) -> list[Row]:
+    """The reliability flags that fired, in the order of the models: {model, name, measured, remedy}."""
+    found = record.get("reliability") or {}
+    return [
+        {"model": model, **flag}
+        for model in in_order(found, tuple(roles(record)))
+        for flag in found[model]["flags"]
+        if flag["fired"]
+    ]
+
+
+def reliability_in_short(record: Mapping[str, Any]) -> str:
+    """One sentence that says whether the numbers can be trusted; empty where nobody looked."""
+    tested = record.get("reliability") or {}
+    if not tested:
+        return ""
+    active = [a for one in tested.values() for a in one["active"].values() if a["passed"] is not None]
+    passed = sum(a["passed"] for a in active)
+    fired = raised_flags(record)
+    where = ", ".join(dict.fromkeys(f["model"] for f in fired))
+    return (
+        f"Reliability: {len(fired)} flags raised{f' ({where})' if fired else ''} on {len(tested)} models; {passed} of {len(active)} attacks "
+        "found the adversarial examples that were planted for them (docs/reliability.md)."
+    )
+
+
+def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
+    """Attack -> (models that examples were made on, models that judged them, accuracy [made on, judged by]); the diagonal is white-box.
+
+    Of each attack whose examples were made on at least two models and judged by others; of several seeds the first.
+    """
+    first = plots.first_replicates(roles(record), comparison.experiment_of(record).bases())
+    cells: dict[str, dict[tuple[str, str], float]] = {}
+    for e in record["evaluations"]:
+        if e.get("source") in first and e["model"] in first and e["threat_model"] != "black_box":
+            cells.setdefault(e["attack"], {})[e["source"], e["model"]] = e["metrics"]["accuracy"]
+    out = {}
+    for attack, found in cells.items():
+        sources = [m for m in first if any(s == m and judge != m for s, judge in found)]
+        judges = [m for m in first if any(judge == m for _, judge in found)]
+        if len(sources) > 1:
+            values = np.array([[found.get((s, j), np.nan) for j in judges] for s in sources])
+            out[attack_text(attack)] = sources, judges, values
+    return out
+
+
+def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
+    found = [d for r in comparison.references(record, roles(record)) for d in comparison.differences(record, r)]
+    rows = {
+        "over_seeds": comparison.over_seeds(record),
+        "differences": found,
+        "paper": comparison.beside_paper(record),
+    }
+    for row in (*rows["over_seeds"], *rows["differences"], *(o for p in rows["paper"] for o in p["ours"])):
+        row["threat_title"], row["attack_title"] = threat_title(row["threat_model"]), attack_text(row["attack"])
+    return rows
+
+
+def in_short(record: Mapping[str, Any]) -> list[str]:
+    """One sentence per model: clean accuracy and the attack within a budget that leaves least of it."""
+    said = []
+    for row in table(record)["rows"]:
+        clean = row["cells"].get("clean")
+        parts = [] if clean is None else [f"{percent(clean['accuracy'])} % clean"]
+        for threat in ("white_box", "transfer"):
+            found = [
+                (e["metrics"]["accuracy"], e["attack"])
+                for e in record["evaluations"]
+                if (e["model"], e["threat_model"]) == (row["model"], threat) and not e["metrics"].get("curve")
+            ]
+            if found:
+                lowest, attack = min(found)
+                parts.append(f"{percent(lowest)} % under the worst {THREATS[threat]} attack ({attack_text(attack)})")
+        parts += [
+            f"{percent(w['accuracy'])} % in the worst case per sample at {w['budget']}"
+            for w in worst_cases(record)
+            if w["model"] == row["model"] and w["threat_model"] == "white_box"
+        ]
+        if parts:
+            said.append(f"{row['model']} ({ROLES[row['role']]}): " + ", ".join(parts) + ".")
+    return [*said, *filter(None, [reliability_in_short(record)])]
+
+
+def missing(
+    record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Mapping[str, Any], drawn: Iterable[str]
+) -> list[str]:
+    """What a partial run lacks, in words; empty for a complete one. ``drawn``: names of the plots that were made."""
+    out = []
+    untrained = [name for name in roles(record) if name not in record["models"]]
+    if diverged := record.get("diverged"):
+        said = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
+        out.append(f"training diverged, so it was not evaluated: {said}")
+        untrained = [name for name in untrained if name not in diverged]
+    if untrained:
+        out.append("not trained yet: " + ", ".join(untrained))
+    trained = [name for name, model in record["models"].items() if model.get("train", {}).get("epochs", 1)]
+    no_history = [name for name in trained if not histories.get(name)]
+    if no_history:
+        out.append("no training history of: " + ", ".join(no_history))
+    if not record["evaluations"]:
+        out.append("no evaluations yet")
+    if not gallery:
+        out.append("no gallery of images yet")
+    if undrawn := [f for f in record["experiment"].get("figures", ()) if f not in drawn]:
+        out.append(f"the records hold nothing to draw these from: {', '.join(undrawn)}")
+    if not record.get("finished"):
+        out.append("the run has not finished")
+    return out
+
+
+def counted(record: Mapping[str, Any]) -> str:
+    """``n = 1,000 test images``, or the range where evaluations differ."""
+    sizes = sorted({e["n"] for e in record["evaluations"]})
+    if not sizes:
+        return "no evaluations yet"
+    return f"n = {sizes[0]:,} test images" if len(sizes) == 1 else f"n = {sizes[0]:,} to {sizes[-1]:,} test images"
+
+
+def attack_text(attack: str) -> str:
+    name, settings = attack_title(attack)
+    return f"{name}, {settings}" if settings else name
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def mean_and_sd(mean: float, sd: float | None) -> str:
+    """Fractions as percentages: ``98.3`` or ``98.3 ± 0.4``."""
+    return percent(mean) if sd is None else f"{percent(mean)} ± {100 * sd:.1f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def when(iso: str | None) -> str:
+    """An ISO time as ``2026-01-31 12:00 UTC``; what is none, as it is."""
+    try:
+        return datetime.fromisoformat(iso or "").strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return iso or ""

@@ -1,0 +1,354 @@
+"""The tables of a run for people: on a terminal, as Markdown, as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline import records
+from pipeline.records import Row
+from pipeline.storage import Storage
+
+TERMINAL_WIDTH = 100
+"""Where there is no terminal to ask."""
+
+
+def print_table(run: Storage, *, console: Console | None = None) -> None:
+    """The result table on the terminal; plain text of at most 100 columns where there is none.
+
+    Raises:
+        DataError: ``run.json`` is missing or corrupt.
+    """
+    if console is None:
+        console = Console() if sys.stdout.isatty() else Console(width=TERMINAL_WIDTH)
+    record = records.read_run(run)
+    if not record["evaluations"]:
+        console.print(f"{record['name']}: no evaluations yet", markup=False, highlight=False)
+        return
+    together = records.across(record)
+    # with several seeds the rows of single models are in the report
+    if not together["over_seeds"]:
+        for part in terminal_tables(record, console.width):
+            console.print(part)
+    for part in comparison_tables(record, together):
+        console.print(part)
+    if not together["over_seeds"] and (verdicts := verdict_table(record)):
+        console.print(verdicts)
+    for flag in records.raised_flags(record):
+        said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
+        console.print(Text(said, style="yellow"))
+    role = records.roles(record)
+    notes = [
+        f"Accuracy in % of {records.counted(record)}, ± half the 95 % Wilson interval (sampling of images only, not of seeds).",
+        *records.explanation(record),
+        *filter(None, [records.reliability_in_short(record)]),
+    ]
+    if any(r == "control" for r in role.values()):
+        notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence[Row]]) -> list[Table]:
+    """Mean and spread over the seeds, and our values beside the paper's, for the terminal."""
+    out = []
+    if together["over_seeds"]:
+        seeds = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title="accuracy in %: mean ± standard deviation over the seeds"
+        )
+        for head in ("model", "threat model", "attack", "seeds", "accuracy", "median L2"):
+            seeds.add_column(head, justify="right" if head in ("seeds", "accuracy", "median L2") else "left")
+        for row in together["over_seeds"]:
+            norm = row["l2_median_mean"]
+            seeds.add_row(
+                row["model"],
+                row["threat_title"],
+                "" if row["threat_model"] == "clean" else row["attack_title"],
+                str(row["seeds"]),
+                records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]),
+                "" if norm is None else f"{norm:.2f}",
+            )
+        out.append(seeds)
+    if together["paper"]:
+        scale = f", scale {record['experiment']['scale']}" if record["experiment"].get("scale") else ""
+        beside = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, title=f"beside the paper's {record['experiment']['paper']}{scale}"
+        )
+        for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
+            beside.add_column(head, justify="right" if head == "paper" else "left")
+        for row in together["paper"]:
+            ours = "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in row["ours"])
+            made_on = f" on {row['made_on']}" if row["made_on"] else ""
+            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours or "-")
+        out.append(beside)
+    return out
+
+
+def verdict_table(record: Mapping[str, Any]) -> Table | None:
+    """The worst case per sample for the terminal; a column per budget. None where there is none."""
+    rows = records.worst_cases(record)
+    heads = list(dict.fromkeys((w["budget"], w["threat_title"]) for w in rows))
+    if not rows:
+        return None
+    out = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title="worst case per sample over all attacks, accuracy in %",
+        title_justify="left",
+    )
+    out.add_column("model", no_wrap=True)
+    for budget, threat in heads:
+        out.add_column(f"{budget}\n{threat}", justify="right")
+    for model in dict.fromkeys(w["model"] for w in rows):
+        found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
+        cells = [
+            f"{records.percent(w['accuracy'])} ±{50 * (w['accuracy_high'] - w['accuracy_low']):.1f}"
+            if (w := found.get(h))
+            else "-"
+            for h in heads
+        ]
+        out.add_row(model, *cells)
+    return out
+
+
+def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
+    """The table in as few parts as fit into ``width``, none across two threat models unless both fit whole."""
+    data = records.table(record)
+    first = max(len("model"), *(len(line) for row in data["rows"] for line in _row_head(row)))
+    parts: list[list[Row]] = []
+    groups: dict[str, list[Row]] = {}
+    for column in data["columns"]:
+        groups.setdefault(column["threat_model"], []).append(column)
+
+    def needed(columns: Sequence[Row]) -> int:
+        return first + 2 + sum(2 + _column_width(c, data["rows"]) for c in columns)
+
+    for columns in groups.values():
+        if parts and needed([*parts[-1], *columns]) <= width:
+            parts[-1].extend(columns)
+            continue
+        parts.append([])
+        for column in columns:
+            if parts[-1] and needed([*parts[-1], column]) > width:
+                parts.append([])
+            parts[-1].append(column)
+    return [_terminal_table(data["rows"], part) for part in parts]
+
+
+def _terminal_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    out.add_column("model", no_wrap=True)
+    for column in columns:
+        out.add_column("\n".join(head(column)), justify="right", no_wrap=True)
+    for row in rows:
+        name, role = _row_head(row)
+        cells = ["\n".join(_cell(column, row)) for column in columns]
+        out.add_row(Text.assemble(name, "\n", (role, "dim")), *cells)
+    return out
+
+
+def _row_head(row: Row) -> tuple[str, str]:
+    return row["model"], {"source": "undefended"}.get(row["role"], row["role"])
+
+
+def head(column: Row) -> list[str]:
+    if column["threat_model"] == "clean":
+        return ["clean"]
+    settings = [s for s in column["settings"].split(", ") if s]
+    if column["threat_model"] == "random":
+        return ["control:", "random noise", *settings]
+    return [column["threat_title"], column["attack_title"], *settings]
+
+
+def _cell(column: Row, row: Row) -> list[str]:
+    cell = row["cells"].get(column["key"])
+    if cell is None:
+        return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
+    half = (cell["accuracy_high"] - cell["accuracy_low"]) / 2
+    lines = [f"{records.percent(cell['accuracy'])} ±{100 * half:.1f}"]
+    if column["minimal_norm"]:
+        median = cell.get("l2_median")
+        lines.append("unbroken" if median is None else f"L2 {median:.2f}")
+    return lines
+
+
+def _column_width(column: Row, rows: Sequence[Row]) -> int:
+    return max(len(line) for lines in (head(column), *(_cell(column, row) for row in rows)) for line in lines)
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Description and table for places that show Markdown, such as MLflow's page of a run."""
+    data = records.table(record)
+    lines = [record["experiment"].get("description", ""), ""]
+    heads = [
+        " ".join(
+            filter(None, (c["threat_title"], c["attack_title"] if c["threat_model"] != "clean" else "", c["settings"]))
+        )
+        for c in data["columns"]
+    ]
+    lines += ["| " + " | ".join(["model", *heads]) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for row in data["rows"]:
+        cells = ["<br>".join(_cell(c, row)) if c["minimal_norm"] else _cell(c, row)[0] for c in data["columns"]]
+        lines.append(
+            "| "
+            + " | ".join([f"{row['model']} ({_row_head(row)[1]})", *(c.replace("<br>", ", ") for c in cells)])
+            + " |"
+        )
+    lines += [
+        "",
+        f"Accuracy in %, {records.counted(record)}, ± half the 95 % Wilson interval.",
+        "",
+        *records.explanation(record),
+    ]
+    together = _markdown_across(records.across(record))
+    return "\n".join([*lines, *_markdown_verdict(record), *together, *_markdown_models(record)]).strip()
+
+
+def _markdown_models(record: Mapping[str, Any]) -> list[str]:
+    """What was trained, and what all of it was made with, as Markdown: a table out of its run must still say so."""
+    lines: list[str] = []
+    if record["models"]:
+        heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
+        lines += ["", "### Models", "", _markdown_row(heads), "| --- " * len(heads) + "|"]
+        for name, m in record["models"].items():
+            error, seconds, speed = (m.get(k) for k in ("reconstruction_validation", "seconds", "images_per_second"))
+            cells = (
+                name,
+                "–" if m.get("clean_validation") is None else records.percent(m["clean_validation"]),
+                "–" if error is None else f"{error:.3g}",
+                "–" if seconds is None else f"{seconds:.0f}",
+                "–" if speed is None else f"{speed:.0f}",
+            )
+            lines.append(_markdown_row(cells))
+        lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
+    machine = record["hardware"]
+    gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
+    made = {
+        "Command": f"`{record['command']}`" if record["command"] else "",
+        "Source": f"{record['git'].get('revision') or ''}{' with uncommitted changes' if record['git'].get('dirty') else ''}",
+        "Finished": records.when(record["finished"]),
+        "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
+        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
+        "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in record["stages"].items()),
+    }
+    lines += ["", "### Made with", "", *(f"- {what}: {text}" for what, text in made.items() if text)]
+    return lines
+
+
+def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
+    """Worst cases and flags as Markdown."""
+    lines = []
+    if rows := records.worst_cases(record):
+        lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
+        lines += [
+            _markdown_row(("model", "budget", "examples", "accuracy", "95 % interval", "attacks")),
+            "| --- " * 6 + "|",
+        ]
+        for w in rows:
+            interval = f"{records.percent(w['accuracy_low'])} – {records.percent(w['accuracy_high'])}"
+            values = (
+                w["model"],
+                w["budget"],
+                w["threat_title"],
+                records.percent(w["accuracy"]),
+                interval,
+                str(w["attacks"]),
+            )
+            lines.append(_markdown_row(values))
+    if said := records.reliability_in_short(record):
+        lines += ["", said]
+        lines += [
+            f"- **{f['model']}: {f['name'].replace('_', ' ')}.** {f['measured']} {f['remedy']}"
+            for f in records.raised_flags(record)
+        ]
+    return lines
+
+
+def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
+    """What several evaluations say together, as Markdown tables; none where there is nothing to say."""
+    lines: list[str] = []
+
+    def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        lines.extend(["", f"### {title}", "", _markdown_row(heads), "| --- " * len(heads) + "|"])
+        lines.extend(_markdown_row(row) for row in rows)
+
+    def attack(row: Row) -> str:
+        return "" if row["threat_model"] == "clean" else row["attack_title"]
+
+    if seeds := together["over_seeds"]:
+        add(
+            "Over the seeds: accuracy in %, mean ± standard deviation",
+            ("model", "threat model", "attack", "seeds", "accuracy", "least to greatest"),
+            [
+                (
+                    r["model"],
+                    r["threat_title"],
+                    attack(r),
+                    str(r["seeds"]),
+                    records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]),
+                    f"{records.percent(r['accuracy_min'])} to {records.percent(r['accuracy_max'])}",
+                )
+                for r in seeds
+            ],
+        )
+    if resolved := [d for d in together["differences"] if d["resolved"]]:
+        add(
+            f"Differences that exceed the seeds' noise ({len(resolved)} of {len(together['differences'])}; 95 %, paired by seed, "
+            "not corrected for their number)",
+            ("model", "against", "threat model", "attack", "points"),
+            [
+                (
+                    d["model"],
+                    d["reference"],
+                    d["threat_title"],
+                    attack(d),
+                    f"{100 * d['difference']:+.1f} ± {100 * d['half_width']:.1f}",
+                )
+                for d in resolved
+            ],
+        )
+    if printed := together["paper"]:
+        add(
+            "Beside the paper",
+            ("the paper's row", "network", "attack", "paper", "ours, by threat model"),
+            [
+                (
+                    r["title"],
+                    r["arch"],
+                    r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
+                    r["paper"],
+                    "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in r["ours"])
+                    or "-",
+                )
+                for r in printed
+            ],
+        )
+    return lines
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def to_csv(record: Mapping[str, Any]) -> str:
+    """One line per evaluation, accuracies as fractions."""
+    names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
+    names += ["l2_median", "l2_q25", "l2_q75", "linf_median", "seconds"]
+    role = records.roles(record)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names])
+    for e in record["evaluations"]:
+        values = [e["metrics"].get(name) for name in names]
+        writer.writerow(
+            [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
+        )
+    return out.getvalue()
