@@ -9,20 +9,12 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import logging
-import os
 import random
-import secrets
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-import ray
 
 from components.config import (
     Experiment,
@@ -46,20 +38,14 @@ from pipeline import (
     sweep_report,
     tracking,
     train,
+    tuner,
 )
-from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Objective, Plan
-from pipeline.pool import Pool
-from pipeline.progress import PLAIN_INTERVAL_S, say, stage
-from pipeline.storage import Storage, StorageError
-from pipeline.trial import FINISHED, RUNNING, Followed, run_trial
-from pipeline.trial_table import TrialTable
+from pipeline.jobs import DIVERGED, Job, Objective, Plan
+from pipeline.progress import say, stage
+from pipeline.storage import Storage
+from pipeline.trial import ENDED, FINISHED, new_entry
 
 SCHEMA = 1
-ENDED = ("finished", "stopped", "diverged")
-"""States that stay; a trial that failed otherwise is tried again by the next command."""
-TRIAL_DEATHS = 3
-"""How often a trial's own process is started again."""
-LOOK_S = 1.0
 USAGE = """\
 main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume] [--no-evaluate]
               [--FIELD VALUE ...]
@@ -353,7 +339,7 @@ def execute(experiment: Experiment, options: Options) -> None:
         _announce(sweep, len(pending))
         if pending or references:
             with sweep.timed("trials"):
-                run_trials(sweep, plan, pending, references)
+                tuner.run_trials(sweep, plan, pending, references)
         _conclude(sweep)
         if sweep.options.evaluate:
             _evaluate(sweep)
@@ -404,24 +390,9 @@ def _pending(sweep: Sweep) -> list[dict[str, Any]]:
         new: list[dict[str, Any]] = [{}] * max(0, sweep.space.trials - len(trials))
     else:
         points = sweep.space.points(sweep.options.seed)
-        trials += [_entry(i + 1, point) for i, point in enumerate(points) if i >= len(trials)]
+        trials += [new_entry(i + 1, point) for i, point in enumerate(points) if i >= len(trials)]
         trials, new = trials[: len(points)], []
     return [t for t in trials if t["state"] not in ENDED] + new
-
-
-def _entry(number: int, point: Point) -> dict[str, Any]:
-    return {
-        "number": number,
-        "parameters": dict(point),
-        "state": "pending",
-        "reason": "",
-        "epochs": [],
-        "models": [],
-        "seconds": 0.0,
-        "training_seconds": 0.0,
-        "objective_seconds": 0.0,
-        "started": None,
-    }
 
 
 def _announce(sweep: Sweep, left: int) -> None:
@@ -436,303 +407,7 @@ def _announce(sweep: Sweep, left: int) -> None:
     say(f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them")
     s = e.scaling
     each = " and ".join(f"{v:g} {k}" for k, v in cluster.train_bundle(s).items())
-    say(f"  at once: {_runs(sweep, left)} models, each on {s.workers} worker(s) of {each}")
-
-
-def _runs(sweep: Sweep, left: int) -> int:
-    """How many Ray Train runs serve the trials."""
-    room = min(train.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
-    return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
-
-
-# -- the trials ------------------------------------------------------------------------------------------------------------
-
-
-def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], references: Sequence[Job] = ()) -> None:
-    """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
-
-    Raises:
-        UserError: the workers could not be kept up.
-    """
-    # before ray.tune is imported: no files of its own beside ours, no output, Ctrl-C as everywhere
-    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
-        os.environ[name] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    from ray import tune
-
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial whose process died is said by us
-    scaling, space = sweep.experiment.scaling, sweep.space
-    runs = _runs(sweep, len(pending) + len(references))
-    attempts = scaling.max_failures + 1
-    # no CPU: the workers may have them all
-    queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
-    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=attempts * (len(pending) + len(references)))
-    # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
-    at_once = max(1, runs // plan.seeds) + (space.search != "tpe")
-    # a byte of memory: Tune has no trials without any resource
-    trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
-    files = sweep.root / f"ray/{secrets.token_hex(8)}"
-    following = _Following(sweep, plan, queue, references)
-    param_space, search = _search(sweep, pending)
-    tuner = tune.Tuner(
-        trainable,
-        param_space=param_space,
-        tune_config=tune.TuneConfig(
-            num_samples=len(pending) if search else 1,
-            search_alg=search,
-            scheduler=_scheduler(sweep),
-            max_concurrent_trials=at_once,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=files.root,
-            storage_filesystem=files.fs,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS),
-            callbacks=[_callback(following)],
-        ),
-    )
-    try:
-        with following.shown():
-            if pending:
-                tuner.fit()
-            following.wait_for_references()
-    finally:
-        pool.close()
-        with suppress(OSError):
-            sweep.root.fs.delete_dir(files.root)
-    if pool.error is not None:
-        raise pool.error
-
-
-def _search(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """Tune's param_space and search algorithm (None: the points as listed)."""
-    if sweep.space.search != "tpe":
-        from ray import tune
-
-        points = [{"number": t["number"], "values": t["parameters"]} for t in pending]
-        return {"listed": tune.grid_search(points)}, None
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    from pipeline.optuna_space import distributions
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = optuna.storages.InMemoryStorage()
-    space = distributions(sweep.space)
-    study = optuna.create_study(storage=known, study_name="sweep", directions=["maximize", "maximize"])
-    for trial in sweep.trials:
-        if trial["state"] in ENDED:
-            study.add_trial(
-                optuna.trial.create_trial(params=trial["parameters"], distributions=space, values=_scores(trial))
-            )
-        else:
-            study.enqueue_trial(trial["parameters"])
-    # continued, it must not draw again what it drew
-    seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    search = OptunaSearch(
-        space, metric=["clean", "robust"], mode=["max", "max"], sampler=sampler, storage=known, study_name="sweep"
-    )
-    return {}, search
-
-
-def _scores(trial: Mapping[str, Any]) -> list[float]:
-    if trial["state"] == "diverged":  # to the search it is as bad as can be
-        return [0.0, 0.0]
-    return [trial["epochs"][-1]["clean"], trial["epochs"][-1]["robust"]]
-
-
-def _scheduler(sweep: Sweep) -> Any:
-    """ASHA that knows the trials that have ended, or None."""
-    asha = sweep.space.asha
-    if asha is None or asha.grace_epochs >= sweep.base.epochs:
-        return None
-    from ray.tune.schedulers import ASHAScheduler
-
-    scheduler = ASHAScheduler(
-        time_attr="epoch",
-        metric="robust",
-        mode="max",
-        max_t=sweep.base.epochs,
-        grace_period=asha.grace_epochs,
-        reduction_factor=asha.reduction,
-    )
-    for trial in sweep.trials:
-        if trial["state"] in ENDED:
-            told: Any = SimpleNamespace(trial_id=f"ended-{trial['number']}")
-            scheduler.on_trial_add(None, told)  # type: ignore[arg-type]
-            for epoch in trial["epochs"]:
-                scheduler.on_trial_result(None, told, epoch)  # type: ignore[arg-type]
-    return scheduler
-
-
-class _Following:
-    """Keeps record, terminal and MLflow up to date while Tune runs."""
-
-    def __init__(self, sweep: Sweep, plan: Plan, queue: Any, references: Sequence[Job]) -> None:
-        self.sweep, self.plan, self.queue = sweep, plan, queue
-        self.references = {job.name: (job, Followed([job], plan.objective, sweep.root)) for job in references}
-        self.entries: dict[str, dict[str, Any]] = {}
-        """Tune's trial id -> entry of the record."""
-        self.begun: dict[str, float] = {}
-        self.failure: Exception | None = None
-        """What ended the thread that looks, if anything did."""
-        self.live: dict[int, str] = {}
-        """Trial number -> how far its models are."""
-        self.total = sweep.space.trials if sweep.space.search == "tpe" else len(sweep.trials)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # Tune writes its callbacks down for a restore of its own, which this does not use
-
-    def start(self, trial_id: str, config: Mapping[str, Any]) -> None:
-        if trial_id in self.entries:  # its process died
-            return
-        with self.sweep.lock:
-            entry = self._entry_of(config)
-            jobs = self.plan.jobs(entry["parameters"])
-            entry.update(
-                state=RUNNING,
-                reason="",
-                epochs=[],
-                started=run._now(),
-                models=[{"seed": job.config.seed, "path": job.address} for job in jobs],
-            )
-            self.entries[trial_id], self.begun[trial_id] = entry, time.monotonic()
-            self.sweep.save()
-
-    def _entry_of(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        trials = self.sweep.trials
-        if "listed" in config:
-            found: dict[str, Any] = trials[config["listed"]["number"] - 1]
-            return found
-        taken = [id(e) for e in self.entries.values()]
-        for entry in trials:
-            if entry["state"] not in ENDED and entry["parameters"] == config and id(entry) not in taken:
-                return entry
-        trials.append(_entry(len(trials) + 1, dict(config)))
-        return trials[-1]
-
-    def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        with self.sweep.lock:
-            entry = self.entries[trial_id]
-            if result["state"] in (RUNNING, FINISHED):
-                if [e for e in entry["epochs"] if e["epoch"] >= result["epoch"]]:  # told again by a trial started again
-                    return
-                entry["epochs"].append({k: result[k] for k in ("epoch", "clean", "robust", "each", "n")})
-            if result["state"] != RUNNING:
-                entry.update(state=result["state"], reason=result.get("reason", ""))
-            entry.update({k: result[k] for k in ("training_seconds", "objective_seconds")})
-            entry["seconds"] = time.monotonic() - self.begun[trial_id]
-            self.sweep.save()
-
-    def end(self, trial_id: str, error: str = "") -> None:
-        ray.get(self.queue.leave.remote(trial_id))
-        with self.sweep.lock:
-            entry = self.entries[trial_id]
-            if error:
-                entry.update(state=FAILED, reason=error)
-            elif entry["state"] == RUNNING:
-                entry.update(state="stopped", reason=f"among the worse after epoch {entry['epochs'][-1]['epoch']}")
-            entry["seconds"] = time.monotonic() - self.begun[trial_id]
-            self.sweep.save()
-        say(sweep_report.trial_line(entry, self.total))
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """The live table and the publication, in a thread, while the body runs."""
-        done = threading.Event()
-        table = TrialTable(self.sweep.record, self.live, self.total)
-
-        def look() -> None:
-            said = published = time.monotonic()
-            while not done.wait(LOOK_S):
-                with suppress(StorageError, OSError):  # a file being replaced, a storage out of reach: look again
-                    self._look()
-                now = time.monotonic()
-                if not table.is_live and now - said >= PLAIN_INTERVAL_S:
-                    said = now
-                    say(table.line())
-                if now - published >= 2 * LOOK_S:
-                    published = now
-                    with suppress(StorageError, OSError):
-                        self.sweep.publish()
-
-        def guarded() -> None:
-            try:
-                look()
-            except Exception as e:
-                self.failure = e
-
-        thread = threading.Thread(target=guarded, daemon=True)
-        with table.shown():
-            thread.start()
-            try:
-                yield
-            finally:
-                done.set()
-                thread.join()
-        table.print()
-
-    def wait_for_references(self) -> None:
-        """They were wanted from the start, so hardly ever is one still missing when the trials have ended."""
-        while self.references and self.failure is None:
-            time.sleep(LOOK_S)
-        if self.failure is not None:
-            raise self.failure
-
-    def _look_at_references(self) -> None:
-        for name, (job, followed) in list(self.references.items()):
-            ((state, reason),) = ray.get(self.queue.follow.remote([job.order()], f"reference {name}"))
-            found: dict[str, Any] = {"path": job.address}
-            for result in followed.new_results():
-                found |= {k: result[k] for k in ("clean", "robust", "n", "each")}
-            if followed.finished:
-                found["state"] = FINISHED
-            elif state in (DIVERGED, FAILED):
-                found |= {"state": state, "reason": reason}
-            else:
-                continue
-            with self.sweep.lock:
-                self.sweep.record["references"][name] = found
-                self.sweep.save()
-            del self.references[name]
-            say(sweep_report.reference_line(name, found))
-
-    def _look(self) -> None:
-        self._look_at_references()
-        for entry in list(self.entries.values()):
-            if entry["state"] != RUNNING:
-                self.live.pop(entry["number"], None)
-                continue
-            steps = []
-            for model in entry["models"]:
-                home = self.sweep.root / model["path"]
-                if home.exists("live.json"):
-                    live = home.read_json("live.json")
-                    steps.append((live["done"], live["total"]))
-            total = sum(t for _, t in steps)
-            self.live[entry["number"]] = f"step {sum(d for d, _ in steps)} of {total}" if steps else "waiting"
-
-
-def _callback(following: _Following) -> Any:
-    from ray import tune
-
-    class Callback(tune.Callback):
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.start(trial.trial_id, trial.config)
-
-        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            following.result(trial.trial_id, result)
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.end(trial.trial_id)
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.end(trial.trial_id, f"its process failed more than {TRIAL_DEATHS} times: {trial.get_error()}")
-
-    return Callback()
+    say(f"  at once: {tuner.runs_at_once(sweep, left)} models, each on {s.workers} worker(s) of {each}")
 
 
 # -- what came of it -------------------------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from components.search import Point
 from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
 from pipeline.storage import Storage, StorageError
 
 POLL_S = 0.5
 FINISHED, RUNNING = "finished", "running"
+ENDED = ("finished", "stopped", "diverged")
+"""States that stay; a trial that failed otherwise is tried again by the next command."""
 
 
 def run_trial(config: dict[str, Any], *, plan: Plan, queue: Any) -> None:
@@ -99,3 +102,19 @@ class Followed:
             "training_seconds": sum(r["training_seconds"] for r in records),
             "objective_seconds": sum(r["seconds"] for r in records),
         }
+
+
+def new_entry(number: int, point: Point) -> dict[str, Any]:
+    """What ``sweep.json`` holds of a trial that has not begun."""
+    return {
+        "number": number,
+        "parameters": dict(point),
+        "state": "pending",
+        "reason": "",
+        "epochs": [],
+        "models": [],
+        "seconds": 0.0,
+        "training_seconds": 0.0,
+        "objective_seconds": 0.0,
+        "started": None,
+    }

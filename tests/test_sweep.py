@@ -20,12 +20,12 @@ import pytest
 from components.config import Experiment, Shapes, TrainConfig, to_dict
 from components.errors import ConfigError
 from components.search import Asha, Choice, IntRange, LogUniform, Space
-from pipeline import jobs, sweep, sweep_report, train
+from pipeline import jobs, sweep, sweep_report, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
 from pipeline.recipes import RECIPES
 from pipeline.storage import Storage
-from pipeline.trial import Followed
+from pipeline.trial import Followed, new_entry
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
@@ -281,7 +281,7 @@ def test_the_best_recipe_is_one_that_run_takes(tmp_path: Path) -> None:
 def entry(number: int, point: dict[str, Any], state: str, *robust: float) -> dict[str, Any]:
     epochs = [{"epoch": i + 1, "clean": 0.9, "robust": r, "each": [[0.9, r]], "n": 100} for i, r in enumerate(robust)]
     more = {"models": [{"seed": 0, "path": f"models/m{number}"}], "started": "2026-01-01T00:00:00+00:00"}
-    return {**sweep._entry(number, point), "state": state, "epochs": epochs, **more}
+    return {**new_entry(number, point), "state": state, "epochs": epochs, **more}
 
 
 def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.Sweep:
@@ -337,7 +337,7 @@ def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> 
         entry(3, {"lam": 0.3, "shared_blocks": 3}, "running", 0.3),
     ]
     one = opened(tmp_path, space, known)
-    _, search = sweep._search(one, sweep._pending(one))
+    _, search = tuner.search_algorithm(one, sweep._pending(one))
     assert search.suggest("t1") == {"lam": 0.3, "shared_blocks": 3}
     drawn = search.suggest("t2")
     assert 1e-4 <= drawn["lam"] <= 10
@@ -350,20 +350,20 @@ def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> 
 def test_early_stopping_knows_the_trials_of_the_command_before(tmp_path: Path) -> None:
     space = replace(BLOCKS, asha=Asha(grace_epochs=1, reduction=2))
     known = [entry(i, {}, "finished", 0.5, 0.6, 0.7, 0.8) for i in range(1, 5)]
-    scheduler = sweep._scheduler(opened(tmp_path, space, known))
+    scheduler = tuner.early_stopping(opened(tmp_path, space, known))
     trial = SimpleNamespace(trial_id="new")
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "STOP"
-    fresh = sweep._scheduler(opened(tmp_path, space, []))
+    fresh = tuner.early_stopping(opened(tmp_path, space, []))
     fresh.on_trial_add(None, trial)
     assert fresh.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "CONTINUE"
-    assert sweep._scheduler(opened(tmp_path, BLOCKS, known)) is None
+    assert tuner.early_stopping(opened(tmp_path, BLOCKS, known)) is None
 
 
 def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
     space = replace(BLOCKS, search="tpe", trials=3)
     one = opened(tmp_path, space, [entry(1, {"lam": 0.5, "shared_blocks": 1}, "failed")])
-    followed = sweep._Following(one, plan(tmp_path), SimpleNamespace(), [])
+    followed = tuner.Following(one, plan(tmp_path), SimpleNamespace(), [])
 
     def saved() -> list[dict[str, Any]]:
         return list(json.loads((tmp_path / "sweeps/s/sweep.json").read_text())["trials"])
