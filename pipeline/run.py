@@ -325,9 +325,10 @@ def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -
         run.record["evaluations"] = evaluations
         run.save()
         names = [m.name for m in models]
-        run.record["worst_case"] = verdict.worst_cases(names, run.experiment, run.root, evaluations)
+        judgements = verdict.Judgements(run.root, evaluations, run.experiment.evaluation.chunk_size)
+        run.record["worst_case"] = verdict.worst_cases(names, run.experiment, judgements)
         run.record["reliability"] = verdict.reliability(
-            models, test, run.experiment, run.root, evaluations, progress=bar.update
+            models, test, run.experiment, run.root, judgements, progress=bar.update
         )
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
     run.save()

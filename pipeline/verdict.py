@@ -66,16 +66,13 @@ def budgets(experiment: Experiment) -> list[tuple[str, float]]:
     return sorted(found)
 
 
-def worst_cases(
-    models: Iterable[str], experiment: Experiment, root: Storage, evaluations: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def worst_cases(models: Iterable[str], experiment: Experiment, judgements: Judgements) -> list[dict[str, Any]]:
     """Accuracy when, for every sample, the most harmful example of all attacks counts whose norm is within the budget.
 
     Returns:
         For each model and budget {model, threat_model, norm, eps, n, accuracy, accuracy_low, accuracy_high, attacks}: "white_box"
         over what was made on the model itself (with or without gradients), "any" over transferred examples too.
     """
-    judgements = Judgements(root, evaluations, experiment.evaluation.chunk_size)
     out = []
     for model in models:
         judged = judgements.of(model)
@@ -107,7 +104,7 @@ def reliability(
     test: shards.ShardSet,
     experiment: Experiment,
     root: Storage,
-    evaluations: Sequence[dict[str, Any]],
+    judgements: Judgements,
     *,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -119,7 +116,6 @@ def reliability(
     images = min(experiment.evaluation.reliability_images, test.num_rows)
     if not images:
         return {}
-    judgements = Judgements(root, evaluations, experiment.evaluation.chunk_size)
     jobs = {m.name: _jobs(m, test, experiment, root, judgements.of(m.name), images) for m in models}
     todo = {job["file"]: job for per_model in jobs.values() for job in per_model if not root.exists(job["file"])}
     total = done = len({job["file"] for per_model in jobs.values() for job in per_model})

@@ -141,9 +141,14 @@ def test_budgets_are_the_attacks_own_and_the_usual_of_minimal_norms(
     assert verdict.budgets(experiment_of(run[2])) == [("l2", 1.5), ("linf", 0.2)]
 
 
+def worst_cases(root: Storage, record: dict[str, Any]) -> list[dict[str, Any]]:
+    judgements = verdict.Judgements(root, record["evaluations"], fake_run.CHUNK)
+    return verdict.worst_cases(fake_run.MODELS, experiment_of(record), judgements)
+
+
 def test_worst_cases_come_from_the_records(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, _, record = run
-    found = verdict.worst_cases(fake_run.MODELS, experiment_of(record), root, record["evaluations"])
+    found = worst_cases(root, record)
     by_key = {(w["model"], w["threat_model"], w["norm"], w["eps"]): w for w in found}
     for e in record["evaluations"]:
         eps = None if e["attack"] == "none" else AttackSpec.parse(e["attack"]).eps
@@ -167,7 +172,7 @@ FLAG = {
 
 
 def with_verdict(root: Storage, directory: Storage, record: dict[str, Any]) -> dict[str, Any]:
-    record["worst_case"] = verdict.worst_cases(fake_run.MODELS, experiment_of(record), root, record["evaluations"])
+    record["worst_case"] = worst_cases(root, record)
     active = {"n": 20, "found": 3, "share": 0.15, "random_found": 1, "passed": False}
     record["reliability"] = {
         "defend": {
