@@ -662,7 +662,8 @@ def evaluation(
     clean[list(clean_wrong)] = 1
     adversarial[list(broken)] = 1
     # as far above eps as verify_examples allows
-    at = np.full(n, spec.eps * (1 + 9e-6) + 9e-7 if norms is None and spec.eps else norms or 0.0)
+    above = {"linf": lambda eps: eps + 9e-7, "l2": lambda eps: eps * (1 + 9e-6)}[str(spec.norm)]
+    at = np.full(n, above(spec.eps) if norms is None and spec.eps else norms or 0.0)
     columns = {
         "label": np.zeros(n, np.int32),
         "clean_prediction": clean,

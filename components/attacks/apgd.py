@@ -20,7 +20,7 @@ from components.attacks.common import (
     lead,
     loss_gradient,
     margin,
-    norms,
+    random_direction,
     stronger,
 )
 from components.attacks.projections import Norm, per_sample, project, steepest
@@ -203,12 +203,7 @@ def _strongest(
 
 
 def _start(inputs: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
-    if norm == "linf":
-        direction = torch.rand(inputs.shape, generator=generator).mul_(2).sub_(1)
-    else:
-        direction = torch.randn(inputs.shape, generator=generator)
-    direction /= per_sample(norms(direction, norm).clamp_min(_TINY))
-    return project(inputs + eps * direction.to(inputs.device), inputs, eps, norm)
+    return project(inputs + eps * random_direction(inputs, norm, generator), inputs, eps, norm)
 
 
 @dataclass

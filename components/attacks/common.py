@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.attacks.projections import Norm, l2_norms
+from components.attacks.projections import Norm, l2_norms, per_sample
+
+_TINY = 1e-12
 
 Auxiliary = Callable[[Tensor, Tensor], Tensor]
 """``auxiliary(x, rows)``: what an adaptive attacker maximises beside the loss on the logits. x [n,C,H,W] are the present
@@ -68,6 +70,15 @@ def stronger(adversarial: Tensor, loss: Tensor, than_adversarial: Tensor, than_l
 def norms(delta: Tensor, norm: Norm) -> Tensor:
     """Norm of each perturbation [N,C,H,W]: [N]."""
     return delta.flatten(1).abs().amax(dim=1) if norm == "linf" else l2_norms(delta)
+
+
+def random_direction(inputs: Tensor, norm: Norm, generator: torch.Generator | None) -> Tensor:
+    """As ``inputs``: noise of norm 1 per sample, drawn on the CPU, so that every device gets the same."""
+    if norm == "linf":
+        direction = torch.rand(inputs.shape, generator=generator).mul_(2).sub_(1)
+    else:
+        direction = torch.randn(inputs.shape, generator=generator)
+    return direction.div_(per_sample(norms(direction, norm).clamp_min(_TINY))).to(inputs.device)
 
 
 def auxiliary_values(auxiliary: Auxiliary, x: Tensor, rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from components.attacks.common import check_batch, is_adversarial, lead, loss_gradient, norms
+from components.attacks.common import check_batch, is_adversarial, lead, loss_gradient, norms, random_direction
 from components.attacks.projections import Norm, per_sample
 from components.attacks.targets import likeliest_others
 
@@ -80,12 +80,7 @@ def fab_t(
 
 
 def _nearby(inputs: Tensor, radius: Tensor, norm: Norm, generator: torch.Generator | None) -> Tensor:
-    if norm == "linf":
-        direction = torch.rand(inputs.shape, generator=generator).mul_(2).sub_(1)
-    else:
-        direction = torch.randn(inputs.shape, generator=generator)
-    direction /= per_sample(norms(direction, norm).clamp_min(_TINY))
-    return (inputs + per_sample(radius) * direction.to(inputs.device)).clamp_(0, 1)
+    return (inputs + per_sample(radius) * random_direction(inputs, norm, generator)).clamp_(0, 1)
 
 
 def _run(
