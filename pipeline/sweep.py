@@ -407,7 +407,8 @@ def _announce(sweep: Sweep, left: int) -> None:
     say(f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them")
     s = e.scaling
     each = " and ".join(f"{v:g} {k}" for k, v in cluster.train_bundle(s).items())
-    say(f"  at once: {tuner.runs_at_once(sweep, left)} models, each on {s.workers} worker(s) of {each}")
+    runs = tuner.runs_at_once(sweep, left)
+    say(f"  at once: {runs} model{'s' if runs > 1 else ''}, each on {s.workers} worker(s) of {each}")
 
 
 # -- what came of it -------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ import pytest
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-ONE_MODEL = [
-    *("mnist-smoke", "--models", "no_defense:defense=none", "--evaluation.threat-models", "white_box"),
+SMALL = [
+    *("mnist-smoke", "--evaluation.threat-models", "white_box", "--evaluation.reliability-images", "0"),
     *("--data.train-limit", "200", "--data.test-limit", "10", "--train.epochs", "1"),
     *("--evaluation.attacks", "fgsm:eps=0.2", "--evaluation.test-images", "10"),
 ]
@@ -32,8 +32,8 @@ def free_ports(n: int) -> list[int]:
     return ports
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     ports = free_ports(4)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -49,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     }
     script = str(ROOT / "infra" / "local-cluster.sh")
     # to a file: the head inherits the descriptors, and a pipe would stay open as long as it lives
-    with open(tmp_path_factory.mktemp("head") / "head.log", "w") as log:
+    with open(tmp_path / "head.log", "w") as log:
         subprocess.run([script, "start"], env=environment, check=True, stdout=log, stderr=log, timeout=180)
     yield environment
     subprocess.run([script, "stop"], env=environment, check=True, capture_output=True, timeout=120)
@@ -62,13 +62,23 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
     )
 
 
-def test_a_job_runs_the_whole_pipeline_and_a_bad_one_fails_clearly(cluster: dict[str, str], tmp_path: Path) -> None:
-    done = submit(cluster, "run", *ONE_MODEL, "--storage", str(tmp_path / "s"))
+def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_fails_clearly(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2")
+    done = submit(cluster, "sweep", *SMALL, *space, "--storage", str(tmp_path / "s"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = (tmp_path / "s").glob("sweeps/*/sweep.json")
+    record = json.loads(file.read_text())
+    assert record["finished"]
+    assert [t["state"] for t in record["trials"]] == ["finished", "finished"]
+    assert "2 of 2 trials ended" in done.stdout
+    assert "choice: trial" in done.stdout
+
     (file,) = (tmp_path / "s").glob("runs/*/run.json")
     record = json.loads(file.read_text())
     assert record["finished"]
@@ -77,19 +87,6 @@ def test_a_job_runs_the_whole_pipeline_and_a_bad_one_fails_clearly(cluster: dict
     assert (tmp_path / "s" / "mlflow.db").exists()
 
     # "here" would be a temporary copy on the head node
-    bad = submit(cluster, "run", *ONE_MODEL, "--storage", "here")
+    bad = submit(cluster, "run", *SMALL, "--storage", "here")
     assert bad.returncode != 0
     assert "storage='here'" in bad.stdout + bad.stderr
-
-
-def test_a_job_sweeps(cluster: dict[str, str], tmp_path: Path) -> None:
-    asked = ("mnist-smoke", "--data.train-limit", "200", "--data.test-limit", "10", "--train.epochs", "1")
-    space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2", "--no-evaluate")
-    done = submit(cluster, "sweep", *asked, *space, "--storage", str(tmp_path / "s"))
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    (file,) = (tmp_path / "s").glob("sweeps/*/sweep.json")
-    record = json.loads(file.read_text())
-    assert record["finished"]
-    assert [t["state"] for t in record["trials"]] == ["finished", "finished"]
-    assert "2 of 2 trials ended" in done.stdout
-    assert "choice: trial" in done.stdout
