@@ -33,6 +33,7 @@ SMALL = [
     "mnist-smoke",
     *("--data.train-limit", "400", "--data.test-limit", "20"),
     *("--scaling.workers", "2", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
+    *("--scaling.parallel-models", "2"),  # side by side, but not all three: each Train run starts five processes
 ]
 
 
