@@ -14,21 +14,30 @@ from pipeline.tracking import Tracker
 
 def start_run(tracker: Tracker, record: Mapping[str, Any]) -> None:
     """The parent run, alias "run", out of what ``run.json`` holds from its first stage on."""
-    git, hardware = record.get("git") or {}, record.get("hardware") or {}
-    experiment = record["experiment"]
-    tags = {
-        "kind": "run",
+    tracker.start(
+        "run",
+        record["name"],
+        tags=_made_with(tracker, record, "run"),
+        params=flatten(record["experiment"]),
+        time=_unix(record.get("created")),
+    )
+    _datasets(tracker, "run", record, ("train", "validation", "test"))
+
+
+def _made_with(tracker: Tracker, record: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Tags of a parent run: what it is, where its records lie, and what they were made with."""
+    git = record.get("git") or {}
+    return {
+        "kind": kind,
         "recipe": record["name"],
         "records": tracker.storage.uri,
         "command": record.get("command"),
         "git_dirty": git.get("dirty"),
         "mlflow.source.git.commit": git.get("revision"),
         "mlflow.source.type": "LOCAL",
-        "hardware": hardware,
+        "hardware": record.get("hardware") or {},
         "versions": record.get("versions"),
     }
-    tracker.start("run", record["name"], tags=tags, params=flatten(experiment), time=_unix(record.get("created")))
-    _datasets(tracker, "run", record, ("train", "validation", "test"))
 
 
 def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: float | None = None) -> None:
@@ -211,19 +220,7 @@ def _metric_name(text: str) -> str:
 
 def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
     """The parent run of a sweep, alias "run", out of what ``sweep.json`` holds from its beginning on."""
-    git = record.get("git") or {}
-    tags = {
-        "kind": "sweep",
-        "recipe": record["name"],
-        "space": record["space_name"],
-        "records": tracker.storage.uri,
-        "command": record.get("command"),
-        "git_dirty": git.get("dirty"),
-        "mlflow.source.git.commit": git.get("revision"),
-        "mlflow.source.type": "LOCAL",
-        "hardware": record.get("hardware"),
-        "versions": record.get("versions"),
-    }
+    tags = {**_made_with(tracker, record, "sweep"), "space": record["space_name"]}
     # not how many trials: more of them go on with the same sweep, and a param cannot change
     space = {k: v for k, v in record["space"].items() if k != "trials"}
     params = {**flatten(record["experiment"]), **flatten({"space": space}), "sweep.seed": record["seed"]}

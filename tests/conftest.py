@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ TESTS = Path(__file__).resolve().parent
 SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 
+@functools.cache  # asked for each of two thousand tests
 def _starts_ray(file: Path) -> bool:
     text = file.read_text()
     return "ray_cluster" in text or "mark.cluster" in text
@@ -31,8 +33,7 @@ def _starts_ray(file: Path) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray takes longest, so it goes first."""
-    first = {path: _starts_ray(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: not first[item.path])
+    items.sort(key=lambda item: not _starts_ray(item.path))
 
 
 class OneRay(LoadScopeScheduling):
