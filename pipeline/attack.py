@@ -23,7 +23,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from components.attacks.registry import run_attack
+from components.attacks.search import Precision, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
@@ -34,7 +34,7 @@ from pipeline.cluster import attack_bundle, room_for, unwrap
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
 TASKS_IN_FLIGHT = 64
 """Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
@@ -44,6 +44,8 @@ STRAGGLER_S = 30.0
 """... once it has taken so many seconds."""
 LOOK_S = 5.0
 """Between two looks at tasks of which none ends."""
+STAND_IN_IMAGES = 8
+"""Random images on which a network and its faster stand-in must agree."""
 TASK_RETRIES = 3
 
 RANDOM = "random"
@@ -172,9 +174,8 @@ def _example_sets(
         made_on = e.source.identity if e.source else None
         if e.source and AttackSpec.parse(e.attack).name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
-        key = content_hash(
-            CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
-        )
+        said = [made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed]
+        key = content_hash(CODE_VERSION, *said, evaluation.search_precision)
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
             key,
@@ -255,6 +256,7 @@ def attack(
         "root": root.uri,
         "test": test.address,
         "seed": config.seed,
+        "precision": config.search_precision,
         "device": "cuda" if scaling.gpus_per_attack else "cpu",
         "threads": scaling.threads_per_worker,
     }
@@ -504,6 +506,12 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         )
 
 
+@functools.lru_cache(maxsize=8)
+def _stand_in(root: str, address: str, device: str, precision: Precision, shape: tuple[int, ...]) -> nn.Module:
+    images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return stand_in(load_model(root, address, device), images, precision)
+
+
 @functools.lru_cache(maxsize=2)
 def _autoencoder(root: str, address: str, device: str) -> nn.Module:
     return checkpoints.load_autoencoder(f"{root}/{address}", device)
@@ -516,8 +524,11 @@ def _make_examples(
     model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
     begin = time.perf_counter()
     autoencoder = _autoencoder(job["root"], job["source"], job["device"]) if spec.name == "adaptive" else None
+    fast = model
+    if job["source"] and spec.name != "noise":
+        fast = _stand_in(job["root"], job["source"], job["device"], job["precision"], tuple(clean.shape[1:]))
     adversarial, micro_batch = _craft(
-        spec, model, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
+        spec, model, fast, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
     )
     seconds = time.perf_counter() - begin
     verify_examples(clean, adversarial, rows["index"], spec)
@@ -539,6 +550,7 @@ def _knowledge(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Calla
 def _craft(
     spec: AttackSpec,
     model: nn.Module,
+    fast: nn.Module,
     autoencoder: nn.Module | None,
     clean: Tensor,
     labels: Tensor,
@@ -556,9 +568,10 @@ def _craft(
                 part = clean[start : start + size]
                 knows = None if autoencoder is None else _knowledge(autoencoder, part, spec)
                 parts.append(
-                    run_attack(
+                    search(
                         spec,
                         model,
+                        fast,
                         part,
                         labels[start : start + size],
                         early_leaving=early,

@@ -1,0 +1,209 @@
+"""Attacks that search on a faster stand-in: the same network, and nothing that it finds is lost to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from components.attacks import search as search_module
+from components.attacks.registry import run_attack
+from components.attacks.search import search, stand_in
+from components.attacks.spec import AttackSpec
+from components.models.adapter import attach
+from components.models.classifiers import VGG16, ResNet18, ResNet50
+from components.models.comdefend import ComDefend, Reformed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def lived_in(net: nn.Module) -> nn.Module:
+    """With the statistics of a trained network: a fresh one's batch norm is the identity, and folding it proves nothing."""
+    generator = seeded(1)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            n = module.num_features
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.copy_(0.1 * torch.randn(n, generator=generator))
+            module.running_var.copy_(0.5 + torch.rand(n, generator=generator))
+            module.weight.data.copy_(0.5 + torch.rand(n, generator=generator))
+            module.bias.data.copy_(0.1 * torch.randn(n, generator=generator))
+    return net.eval()
+
+
+def batch_norms(net: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+NETWORKS: dict[str, Any] = {
+    "resnet18, 28": lambda: (ResNet18(10, channels=1, width=4, small=True), (1, 28)),
+    "resnet18 that normalises, 32": lambda: (ResNet18(10, width=4, small=True, mean=[0.5] * 3, std=[0.2] * 3), (3, 32)),
+    "resnet50, 64": lambda: (ResNet50(10, width=4), (3, 64)),
+    "vgg16 with batch norm, 32": lambda: (VGG16(10, width=4, small=True, batch_norm=True), (3, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_stand_in_has_the_same_logits_and_gradients_without_batch_norm(name: str) -> None:
+    net, (channels, size) = NETWORKS[name]()
+    net = lived_in(net)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    images = torch.rand(6, channels, size, size, generator=seeded())
+    fast = stand_in(net, images)
+    assert batch_norms(net)
+    assert not batch_norms(fast)
+    assert not any(p.requires_grad for p in fast.parameters())
+
+    def passes(model: nn.Module) -> tuple[Tensor, Tensor]:
+        x = images.clone().requires_grad_()
+        logits = model(x)
+        (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.arange(6)), x)
+        return logits.detach(), gradient
+
+    (wanted, slope), (found, slope_found) = passes(net), passes(fast)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    # a ReLU within rounding of 0 may open in one and not in the other, so not every pixel agrees
+    off = (slope - slope_found).abs() > 1e-3 * slope.abs().max()
+    assert off.float().mean() < 0.02
+    # and the network is as it was
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_hook_that_normalises_is_part_of_the_stand_in() -> None:
+    net = lived_in(ResNet18(10, width=4, small=True))
+    bare = net(torch.full((1, 3, 32, 32), 0.9))
+    attach(net, None, mean=[0.4] * 3, std=[0.2] * 3)
+    images = torch.rand(4, 3, 32, 32, generator=seeded())
+    fast = stand_in(net, images)
+    assert not batch_norms(fast)
+    assert not torch.allclose(net(torch.full((1, 3, 32, 32), 0.9)), bare, rtol=1e-2)
+    torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = lived_in(ResNet18(10, channels=1, width=4, small=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.mean() > 0.3 else self.net(1 - x)
+
+
+class Noisy(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x + 0.1 * torch.randn(1))
+
+
+def test_what_cannot_be_folded_stands_for_itself() -> None:
+    images = torch.rand(4, 1, 28, 28, generator=seeded())
+    reformed = Reformed(ComDefend(channels=1), lived_in(ResNet18(10, channels=1, width=4, small=True))).eval()
+    for net in (Branching().eval(), Noisy().eval(), reformed):
+        assert stand_in(net, images) is net, type(net)
+
+
+class Shifted(nn.Module):
+    """A network whose boundary lies elsewhere by more than rounding: what is found on it may be worth nothing."""
+
+    def __init__(self, net: nn.Module, by: float) -> None:
+        super().__init__()
+        self.net, self.by = net, by
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        logits = self.net(x)
+        return logits - self.by * nn.functional.one_hot(logits.argmax(1), logits.shape[1])
+
+
+@pytest.fixture(scope="module")
+def judged() -> tuple[nn.Module, Tensor, Tensor]:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.ReLU(), nn.Linear(24, 5))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for p in net.parameters():
+            nn.init.normal_(p, std=0.6)
+    net.eval().requires_grad_(False)
+    images = torch.rand(40, 1, 6, 6, generator=seeded(5))
+    return net, images, net(images).argmax(1)
+
+
+@pytest.mark.parametrize("attack", ["ddn:steps=30", "fab-t:steps=20", "cw:steps=20", "pgd:eps=0.3,steps=10"])
+def test_nothing_is_lost_where_the_stand_in_sees_another_boundary(
+    judged: tuple[nn.Module, Tensor, Tensor], attack: str
+) -> None:
+    net, images, labels = judged
+    spec = AttackSpec.parse(attack)
+    alone = run_attack(spec, net, images, labels, generator=seeded(7))
+    broken_alone = net(alone).argmax(1) != labels
+    fast = Shifted(net, 0.5)
+    naive = run_attack(spec, fast, images, labels, generator=seeded(7))
+    found = search(spec, net, fast, images, labels, generator=seeded(7))
+    broken = net(found).argmax(1) != labels
+    assert broken_alone.sum() >= 30
+    assert (broken >= (net(naive).argmax(1) != labels)).all()
+    assert broken.sum() >= broken_alone.sum()
+    if spec.kind != "budget":
+        assert (net(naive).argmax(1) != labels).sum() < broken.sum(), "the stand-in's own examples fall short"
+
+
+def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
+    judged: tuple[nn.Module, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, images, labels = judged
+    slips = torch.zeros(40, dtype=torch.bool)
+    slips[[3, 17, 30]] = True
+    calls: list[tuple[nn.Module, Tensor, Any]] = []
+    wrong = images.clone()
+
+    def fake(spec: AttackSpec, model: nn.Module, inputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        calls.append((model, inputs, options["auxiliary"]))
+        return wrong.clone() if model is not net else inputs + 1
+
+    class Fooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = net(x)
+            return logits - 1e6 * (slips[:, None] & nn.functional.one_hot(labels, 5).bool())
+
+    monkeypatch.setattr(search_module, "run_attack", fake)
+    asked: list[Tensor] = []
+
+    def knows(x: Tensor, rows: Tensor) -> Tensor:
+        asked.append(rows)
+        return torch.zeros(len(x))
+
+    fast = Fooled()
+    found = search(AttackSpec.parse("pgd:eps=0.1"), net, fast, images, labels, auxiliary=knows)
+    (first, _, given), (second, again, remapped) = calls
+    assert first is fast
+    assert given is knows
+    assert second is net
+    assert torch.equal(again, images[slips])
+    assert torch.equal(found[slips], images[slips] + 1)
+    assert torch.equal(found[~slips], wrong[~slips])
+    remapped(again[1:], torch.tensor([1, 2]))
+    assert asked[0].tolist() == [17, 30]
+
+
+def test_in_bfloat16_as_many_are_broken_and_examples_are_float32(judged: tuple[nn.Module, Tensor, Tensor]) -> None:
+    net, images, labels = judged
+    fast = stand_in(net, images, "bfloat16")
+    assert fast is not net
+    assert fast(images).dtype == torch.float32
+    assert not torch.equal(fast(images), net(images))
+    for attack in ("pgd:eps=0.1,steps=10", "ddn:steps=30"):
+        spec = AttackSpec.parse(attack)
+        found = search(spec, net, fast, images, labels, generator=seeded(7))
+        alone = run_attack(spec, net, images, labels, generator=seeded(7))
+        assert found.dtype == torch.float32
+        broken, broken_alone = ((net(x).argmax(1) != labels).sum() for x in (found, alone))
+        assert broken >= broken_alone - 1
