@@ -417,9 +417,6 @@ class EvaluationConfig:
     """Images per chunk: the unit of random stream, record and resumption. Another value is another result."""
     seed: int = 0
     """Seed of the attacks' random streams."""
-    search_precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: attacks search with it, on a GPU that has its arithmetic in half the time; every verdict is float32 all the same, and
-    what it takes back is searched for again in float32. Another value is another result."""
     reliability_images: int = 32
     """How many of the attacked images the reliability probe and the active test of each attack use (docs/reliability.md). 0: neither
     is done."""

@@ -23,7 +23,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from components.attacks.search import Precision, search, stand_in
+from components.attacks.search import search, stand_in
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
@@ -174,8 +174,9 @@ def _example_sets(
         made_on = e.source.identity if e.source else None
         if e.source and AttackSpec.parse(e.attack).name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
-        said = [made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed]
-        key = content_hash(CODE_VERSION, *said, evaluation.search_precision)
+        key = content_hash(
+            CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
+        )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
             key,
@@ -256,7 +257,6 @@ def attack(
         "root": root.uri,
         "test": test.address,
         "seed": config.seed,
-        "precision": config.search_precision,
         "device": "cuda" if scaling.gpus_per_attack else "cpu",
         "threads": scaling.threads_per_worker,
     }
@@ -507,9 +507,10 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _stand_in(root: str, address: str, device: str, precision: Precision, shape: tuple[int, ...]) -> nn.Module:
+def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...]) -> nn.Module | None:
+    """The faster copy on which attacks search, if the network at ``address`` has one."""
     images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return stand_in(load_model(root, address, device), images, precision)
+    return stand_in(load_model(root, address, device), images)
 
 
 @functools.lru_cache(maxsize=2)
@@ -524,11 +525,12 @@ def _make_examples(
     model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
     begin = time.perf_counter()
     autoencoder = _autoencoder(job["root"], job["source"], job["device"]) if spec.name == "adaptive" else None
-    fast = model
-    if job["source"] and spec.name != "noise":
-        fast = _stand_in(job["root"], job["source"], job["device"], job["precision"], tuple(clean.shape[1:]))
+
+    def copied() -> nn.Module | None:
+        return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:]) if job["source"] else None
+
     adversarial, micro_batch = _craft(
-        spec, model, fast, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
+        spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
     )
     seconds = time.perf_counter() - begin
     verify_examples(clean, adversarial, rows["index"], spec)
@@ -550,7 +552,7 @@ def _knowledge(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Calla
 def _craft(
     spec: AttackSpec,
     model: nn.Module,
-    fast: nn.Module,
+    copied: Callable[[], nn.Module | None],
     autoencoder: nn.Module | None,
     clean: Tensor,
     labels: Tensor,
@@ -564,6 +566,7 @@ def _craft(
         generator = torch.Generator().manual_seed(seed)
         try:
             parts = []
+            fast = copied()
             for start in range(0, len(clean), size):
                 part = clean[start : start + size]
                 knows = None if autoencoder is None else _knowledge(autoencoder, part, spec)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.optimization
 from torch import Tensor, nn
 
 from components.attacks import search as search_module
@@ -57,6 +58,7 @@ def test_a_stand_in_has_the_same_logits_and_gradients_without_batch_norm(name: s
     state = {k: v.clone() for k, v in net.state_dict().items()}
     images = torch.rand(6, channels, size, size, generator=seeded())
     fast = stand_in(net, images)
+    assert fast is not None
     assert batch_norms(net)
     assert not batch_norms(fast)
     assert not any(p.requires_grad for p in fast.parameters())
@@ -83,6 +85,7 @@ def test_a_hook_that_normalises_is_part_of_the_stand_in() -> None:
     attach(net, None, mean=[0.4] * 3, std=[0.2] * 3)
     images = torch.rand(4, 3, 32, 32, generator=seeded())
     fast = stand_in(net, images)
+    assert fast is not None
     assert not batch_norms(fast)
     assert not torch.allclose(net(torch.full((1, 3, 32, 32), 0.9)), bare, rtol=1e-2)
     torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
@@ -104,11 +107,42 @@ class Noisy(Branching):
         return self.net(x + 0.1 * torch.randn(1))
 
 
-def test_what_cannot_be_folded_stands_for_itself() -> None:
+class Either(Branching):
+    """One of two networks by chance, which tracing settles once and for all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if torch.rand(()) < 0.5 else self.net(1 - x)
+
+
+def test_what_cannot_be_folded_has_no_stand_in() -> None:
     images = torch.rand(4, 1, 28, 28, generator=seeded())
-    reformed = Reformed(ComDefend(channels=1), lived_in(ResNet18(10, channels=1, width=4, small=True))).eval()
-    for net in (Branching().eval(), Noisy().eval(), reformed):
-        assert stand_in(net, images) is net, type(net)
+    for net in (Branching().eval(), Noisy().eval()):
+        assert stand_in(net, images) is None, type(net)
+    either = Either().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert [stand_in(either, images) for _ in range(10)] == [None] * 10
+
+
+@pytest.mark.parametrize("bias", [0.0, 200.0])
+def test_a_backward_pass_that_tracing_loses_is_noticed_however_confident_the_network(bias: float) -> None:
+    net = lived_in(ResNet18(10, channels=1, width=4, small=True))
+    net.fc.bias.data[0] += bias
+    images = torch.rand(4, 1, 28, 28, generator=seeded())
+    assert stand_in(Reformed(ComDefend(channels=1), net).eval(), images) is None
+    assert stand_in(net, images) is not None
+
+
+def test_without_room_for_the_copy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline then takes smaller batches; searching on the network instead, unrecorded, would be another result."""
+    net = lived_in(ResNet18(10, channels=1, width=4, small=True))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.fx.experimental.optimization, "fuse", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        stand_in(net, torch.rand(4, 1, 28, 28, generator=seeded()))
 
 
 class Shifted(nn.Module):
@@ -194,16 +228,25 @@ def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
     assert asked[0].tolist() == [17, 30]
 
 
-def test_in_bfloat16_as_many_are_broken_and_examples_are_float32(judged: tuple[nn.Module, Tensor, Tensor]) -> None:
+class Firm(nn.Module):
+    """Takes the images of some rows for what they are, whatever is done to them."""
+
+    def __init__(self, net: nn.Module, rows: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.net, self.rows, self.labels = net, rows, labels
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        if len(x) == len(self.rows):
+            logits = logits + 1e6 * (self.rows[:, None] & nn.functional.one_hot(self.labels, logits.shape[1]).bool())
+        return logits
+
+
+def test_what_the_network_gets_wrong_without_any_attack_is_not_lost(judged: tuple[nn.Module, Tensor, Tensor]) -> None:
     net, images, labels = judged
-    fast = stand_in(net, images, "bfloat16")
-    assert fast is not net
-    assert fast(images).dtype == torch.float32
-    assert not torch.equal(fast(images), net(images))
-    for attack in ("pgd:eps=0.1,steps=10", "ddn:steps=30"):
-        spec = AttackSpec.parse(attack)
-        found = search(spec, net, fast, images, labels, generator=seeded(7))
-        alone = run_attack(spec, net, images, labels, generator=seeded(7))
-        assert found.dtype == torch.float32
-        broken, broken_alone = ((net(x).argmax(1) != labels).sum() for x in (found, alone))
-        assert broken >= broken_alone - 1
+    labels = labels.clone()
+    labels[:3] = (labels[:3] + 1) % 5
+    wrong = torch.arange(40) < 3
+    spec = AttackSpec.parse("pgd:eps=0.01,steps=3")
+    found = search(spec, net, Firm(net, wrong, labels), images, labels, generator=seeded(7))
+    assert (net(found).argmax(1) != labels)[wrong].all()
