@@ -121,6 +121,7 @@ def to_plane(points: Tensor, slope: Tensor, value: Tensor, norm: Norm) -> Tensor
     """
     # Along the optimal way every pixel moves against the function at a speed of its own (linf: all alike, l2: as its
     # slope) until it meets its wall; what is gained is then a concave, piecewise linear function of the time taken.
+    # Newton's method from time 0 never passes its root and ends on it, after as many pieces as it enters: a handful.
     flat = points.flatten(1)
     size = slope.flatten(1).abs()
     scale = size.amax(dim=1, keepdim=True).clamp_min(_TINY)
@@ -129,14 +130,15 @@ def to_plane(points: Tensor, slope: Tensor, value: Tensor, norm: Norm) -> Tensor
     direction = -slope.flatten(1).sign() * value.sign()[:, None]
     room = torch.where(direction > 0, 1 - flat, flat).where(direction != 0, 0.0)
     speed = torch.ones_like(size) if norm == "linf" else size
-    until, order = (room / speed.clamp_min(_TINY)).sort(dim=1)
-    at_wall = (size * room).gather(1, order)
-    before = at_wall.cumsum(dim=1) - at_wall
-    moving = (size * speed).gather(1, order).flip(1).cumsum(dim=1).flip(1)
-    short = (before + until * moving < needed).sum(dim=1, keepdim=True)
-    meets = short.clamp_max(size.shape[1] - 1)
-    last = until.gather(1, meets)
-    time = (needed - before.gather(1, meets)) / moving.gather(1, meets).clamp_min(_TINY)
-    # fmin: where nothing moves the quotient may be inf or NaN
-    time = torch.where(short > meets, last, torch.fmin(time, last).clamp_min(0))
-    return (direction * torch.minimum(time * speed, room)).view_as(points)
+    until, at_wall, rate = room / speed.clamp_min(_TINY), size * room, size * speed
+    last, time = until.amax(dim=1, keepdim=True), torch.zeros_like(scale)
+    free = until > time
+    while True:
+        needs = needed - at_wall.masked_fill(free, 0).sum(dim=1, keepdim=True)
+        moving = rate.where(free, 0).sum(dim=1, keepdim=True)
+        # fmin: where nothing moves the quotient may be inf or NaN; never back, whatever rounding says, so that it ends
+        time = torch.fmin(needs / moving.clamp_min(_TINY), last).maximum(time)
+        still = until > time
+        if torch.equal(still, free):
+            return (direction * torch.minimum(time * speed, room)).view_as(points)
+        free = still
