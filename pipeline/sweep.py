@@ -345,7 +345,9 @@ def execute(experiment: Experiment, options: Options) -> None:
             _evaluate(sweep)
         sweep.record["finished"] = run._now()
         sweep.save()
-        _report(sweep)
+        with stage("report"):
+            _report(sweep)
+            sweep.tracker.flush()
         say(f"sweep: {sweep.storage.uri}")
         say(f"MLflow: {tracking.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
     except BaseException as e:
@@ -444,10 +446,8 @@ def _conclude(sweep: Sweep) -> None:
 
 
 def _report(sweep: Sweep) -> None:
-    with stage("report"):
-        sweep_report.build(sweep.record, sweep.storage)
-        sweep.publish()
-        sweep.tracker.flush()
+    sweep_report.build(sweep.record, sweep.storage)
+    sweep.publish()
 
 
 def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:

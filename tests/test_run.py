@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from mlflow_server import MlflowServer
 from safetensors.torch import load_file
 
 from pipeline.checkpoints import load_autoencoder, load_classifier
@@ -144,34 +144,13 @@ def test_the_report_stands_alone(finished: tuple[Path, str]) -> None:
         assert remote not in html
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture
-def mlflow_server(finished: tuple[Path, str]) -> Iterator[str]:
+def mlflow_server(finished: tuple[Path, str], tmp_path: Path) -> Iterator[str]:
     storage, _ = finished
-    port = free_port()
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{storage}/mlflow.db"),
-        ],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        with socket.socket() as s:
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(server.pid, signal.SIGKILL)
+    server = MlflowServer(f"sqlite:///{storage}/mlflow.db", tmp_path)
+    server.start()
+    yield server.uri
+    server.kill()
 
 
 def test_mlflow_read_back_through_rest_has_the_tables_numbers(finished: tuple[Path, str], mlflow_server: str) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from mlflow_server import MlflowServer
 
 from components.config import Experiment, Shapes, TrainConfig, to_dict
 from components.errors import ConfigError
@@ -593,6 +595,60 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice(
     assert evaluated["models"]["best"]["path"] == best["models"][0]["path"]
     attacked = {e["attack"].partition(":")[0] for e in evaluated["evaluations"]}
     assert attacked == {"none", "noise", "fgsm", "bim", "ddn"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(f"sqlite:///{tmp_path}/server.db", tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+EARLY = """SPACE = Space(parameters={"lr": Choice([0.05, 1e-9])}, search="grid", trials=0,
+    asha=Asha(grace_epochs=2, reduction=2), attack="fgsm:eps=0.001", images=100)"""
+
+
+@pytest.mark.cluster
+def test_the_worse_is_stopped_and_a_tracking_server_killed_on_the_way_gets_everything(
+    ray_cluster: str, tmp_path: Path, server: MlflowServer
+) -> None:
+    """With two workers per model, which must agree on when to stop."""
+    from mlflow import MlflowClient
+
+    # enough steps for the better of the two to be better
+    many = ("--data.train-limit", "640", "--train.batch-size", "16", "--train.epochs", "4", "--scaling.workers", "2")
+    space = write_space(tmp_path / "early.py", EARLY)
+    asked = command(space, tmp_path, *many, "--no-evaluate", "--tracking-uri", server.uri)
+    process = start(asked, ray_cluster)
+    wait_for(lambda: list(tmp_path.glob("models/*/history/epoch-00000.json")), process)
+    server.kill()
+    wait_for(lambda: [t["state"] for t in record_of(tmp_path)["trials"]] == ["finished", "stopped"], process)
+    server.start()
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err
+    for part in ("cannot be used", "answers again", "all published"):
+        assert part in out
+    record = record_of(tmp_path)
+    assert [e["epoch"] for e in record["trials"][1]["epochs"]] == [1, 2]
+    assert "epoch 2" in record["trials"][1]["reason"]
+    assert record["choice"]["trial"] == 1
+    home = tmp_path / record["trials"][1]["models"][0]["path"]
+    assert not (home / "model.json").exists()
+    trained = {f.name for f in home.glob("history/*.json")}
+    assert trained < {f"epoch-{i:05d}.json" for i in range(4)}, "its workers left it"
+
+    client = MlflowClient(server.uri, server.uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "defendpp"]
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.data.tags["kind"] == "sweep"]
+    assert parent.info.status == "FINISHED"
+    trials = {r.data.tags["trial"]: r for r in runs if r.data.tags["kind"] == "trial"}
+    assert [trials[number].data.tags["state"] for number in "12"] == ["finished", "stopped"]
+    history = client.get_metric_history(trials["1"].info.run_id, "validation/robust")
+    assert [m.value for m in history] == [e["robust"] for e in record["trials"][0]["epochs"]]
+    assert client.get_model_version_by_alias("mnist-smoke-early", "best")
 
 
 @pytest.mark.cluster

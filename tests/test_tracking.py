@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow_server import MlflowServer, free_port
 
 from components.errors import UserError
 from components.models.classifiers import build_classifier
@@ -309,7 +305,7 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     said: list[str] = []
     run = root / "runs/x"
-    tracker = tracking.Tracker(f"http://me:secret@127.0.0.1:{_free_port()}", run, echo=said.append)
+    tracker = tracking.Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
     tracker.start("run", "x")
     assert not tracker.flush(timeout_s=0)
     assert "***@127.0.0.1" in said[0]
@@ -350,14 +346,8 @@ def test_registered_model_is_a_module_with_gradients(root: Storage, database: Da
 # -- before a run ----------------------------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def test_a_dead_server_is_refused_quickly() -> None:
-    uri = f"http://127.0.0.1:{_free_port()}"
+    uri = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(UserError, match=rf"{uri} cannot be used: connection refused.*--tracking-uri"):
         tracking.check_reachable(uri)
@@ -413,7 +403,7 @@ def test_ui_command_names_the_run() -> None:
 
 def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
     said: list[str] = []
-    tracker = tracking.Tracker(f"http://127.0.0.1:{_free_port()}", root / "runs/x", echo=said.append)
+    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
     begin = time.monotonic()
     tracker.start("run", "x")
     for step in range(200):
@@ -429,52 +419,16 @@ def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
     ]
 
 
-class _Server:
-    """A real ``mlflow server`` in its own process group."""
-
-    def __init__(self, uri: str, artifacts: Path, log: Path) -> None:
-        self.port = _free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._log = log
-        self._command = [
-            *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1"),
-            *("--port", str(self.port), "--backend-store-uri", uri, "--artifacts-destination", str(artifacts)),
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + 240  # a busy machine takes more than a minute
-        while time.monotonic() < deadline:
-            assert self._process.poll() is None, self._log.read_text()
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
-                return
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError(self._log.read_text())
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture
-def server(database: DatabaseMaker, tmp_path: Path) -> Iterator[_Server]:
-    server = _Server(database(tmp_path), tmp_path / "artifacts", tmp_path / "server.log")
+def server(database: DatabaseMaker, tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(database(tmp_path), tmp_path)
     server.start()
     yield server
     server.kill()
 
 
 @pytest.mark.cluster
-def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage, server: _Server) -> None:
+def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage, server: MlflowServer) -> None:
     record = run.read_json("run.json")
     tracking.check_reachable(server.uri)
     said: list[str] = []
