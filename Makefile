@@ -4,16 +4,17 @@ BIN := .venv/bin
 RUNS ?= $(CURDIR)/runs
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+# uv compiles nothing at installation: where this is set, each of the dozens of processes that Ray starts would compile torch again
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint bench clean
 
-# uv resolves and links the whole stack in seconds where pip takes minutes. It compiles only if asked; where nothing else does
-# (PYTHONDONTWRITEBYTECODE), each of the dozens of processes that Ray starts would compile torch and Ray again: docs/LOG.md
+# uv resolves and links the whole stack in seconds where pip takes minutes
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed
