@@ -31,7 +31,7 @@ class Bar:
         self._task = live.add_task(title, total=None, note="") if live else None
         self._start = time.monotonic()
         self._said = self._start
-        self._first: tuple[float, int] | None = None
+        self._first: tuple[float, int, int] | None = None
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """``done`` of ``total`` units; ``note`` says what they are or how it goes."""
@@ -39,13 +39,13 @@ class Bar:
             self._live.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if self._first is None:
-            self._first = now, done
+        if self._first is None or self._first[2] != total:  # after chunks come reliability tests, with a pace of their own
+            self._first = now, done, total
         if now - self._said < PLAIN_INTERVAL_S:
             return
         self._said = now
         # counted from the first sign of life: starting workers, and what an earlier run had done, is no measure of the rest
-        since, before = self._first
+        since, before, _ = self._first
         left = f", about {(now - since) * (total - done) / (done - before):.0f} s left" if before < done < total else ""
         say(f"{self.title}: {done}/{total} {note} ({now - self._start:.0f} s{left})")
 
