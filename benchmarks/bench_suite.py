@@ -165,10 +165,6 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
         peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
     }
     fast = stand_in(model, x[:8])
-    each = {
-        kind: statistics.median(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) for _ in range(5)) / len(x)
-        for kind, (b, f) in {"backward": (1, 0), "forward": (0, 1)}.items()
-    }
     for attack, spec in specs(args).items():
         calls: dict[str, Attack] = {
             "ours": lambda spec=spec: _ours(spec, model, x, y, args),
@@ -177,15 +173,19 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
         calls |= {peer: attacks[attack] for peer, attacks in available.items() if attack in attacks}
         results: dict[str, Tensor] = {}
         times: dict[str, list[float]] = {who: [] for who in calls}
+        each: dict[str, list[float]] = {"backward": [], "forward": []}
         order = list(calls)
         for _ in range(args.repetitions):
             for who in order:
                 torch.manual_seed(args.seed)
                 times[who].append(seconds(_kept(calls[who], results, who), args))
             order.append(order.pop(0))  # none always runs on the warmer machine
+            for _ in range(5):  # beside the attacks: a shared machine is not as fast at all times
+                for kind, (b, f) in {"backward": (1, 0), "forward": (0, 1)}.items():
+                    each[kind].append(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) / len(x))
         with counted(model) as seen:
             calls["ours"]()
-        floor = seen.backward * each["backward"] + seen.forward * each["forward"]
+        floor = seen.backward * statistics.median(each["backward"]) + seen.forward * statistics.median(each["forward"])
         ours = statistics.median(times["ours"])
         print(
             f"| {name} | {attack} | ours | {_success(spec, model, x, y, results['ours'])} | {ours:.2f} | | "

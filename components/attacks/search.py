@@ -52,14 +52,14 @@ def search(
     """:func:`run_attack` on ``fast``; where ``model`` does not fall for what it should, again on ``model``.
 
     An example may lie so close to the boundary (C&W, DDN and FAB end there) that rounding decides. Without the second
-    run such a sample would count as one that withstood.
+    run such a sample would count as one that withstood. FGSM, a single pass, gains nothing and runs on ``model``.
 
     Args:
         fast: what :func:`stand_in` made of ``model``; None: the attack runs on ``model`` alone.
         others: as for :func:`run_attack`.
     """
     options: dict[str, Any] = {"early_leaving": early_leaving, "generator": generator}
-    if fast is None:
+    if fast is None or spec.name == "fgsm":
         return run_attack(spec, model, inputs, labels, auxiliary=auxiliary, **options)
     found = run_attack(spec, fast, inputs, labels, auxiliary=auxiliary, **options)
     if not len(inputs):
