@@ -27,7 +27,6 @@ import torch
 from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, passes, seconds, train
 from torch import Tensor, nn
 
-from components.attacks.registry import run_attack
 from components.attacks.search import search, stand_in
 from components.attacks.spec import AttackSpec
 from components.robustness import judge, summarize, verify_examples
@@ -209,8 +208,6 @@ def _ours(
     spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, fast: nn.Module | None = None
 ) -> Tensor:
     generator = torch.Generator().manual_seed(args.seed)
-    if fast is None:
-        return run_attack(spec, model, x, y, early_leaving=spec.can_leave_early, generator=generator)
     return search(spec, model, fast, x, y, early_leaving=spec.can_leave_early, generator=generator)
 
 
@@ -220,7 +217,7 @@ def _success(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, examples:
     verify_examples(x, bounded, range(len(x)), spec)
     columns = judge(model, x, bounded, y)
     found = summarize(columns, spec, 0.0)
-    if spec.kind == "budget":
+    if spec.kind == "budget" or not found["success_rate"]:  # without an example there is no median
         return f"{found['success_rate']:.3f}"
     return f"{found['success_rate']:.3f}, {spec.norm} {found[f'{spec.norm}_median']:.4f}"
 

@@ -39,9 +39,8 @@ class Bar:
             self._live.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if (
-            self._first is None or self._first[2] != total
-        ):  # after chunks come reliability tests, with a pace of their own
+        # another total is another kind of unit with a pace of its own: reliability tests come after chunks
+        if self._first is None or self._first[2] != total:
             self._first = now, done, total
         if now - self._said < PLAIN_INTERVAL_S:
             return

@@ -151,10 +151,8 @@ class Shifted(nn.Module):
     def __init__(self, net: nn.Module, by: float) -> None:
         super().__init__()
         self.net, self.by = net, by
-        self.seen = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen += len(x)
         logits = self.net(x)
         return logits - self.by * nn.functional.one_hot(logits.argmax(1), logits.shape[1])
 

@@ -64,11 +64,12 @@ def search(
     found = run_attack(spec, fast, inputs, labels, auxiliary=auxiliary, **options)
     if not len(inputs):
         return found
-    with torch.no_grad():
-        should = is_adversarial(fast(found), labels, targeted=False) | is_adversarial(
-            model(inputs), labels, targeted=False
-        )
-        slipped = should & ~is_adversarial(model(found), labels, targeted=False)
+
+    def falls(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return is_adversarial(net(x), labels, targeted=False)
+
+    slipped = (falls(fast, found) | falls(model, inputs)) & ~falls(model, found)
     rows = slipped.nonzero().squeeze(1)
     if len(rows):
         knows = None if auxiliary is None else lambda x, within: auxiliary(x, rows[within])
@@ -114,13 +115,13 @@ def _folded(model: nn.Module) -> nn.Module | None:
 def _agree(model: nn.Module, fast: nn.Module, images: Tensor) -> bool:
     """In logits and in gradients: a backward pass of its own (ComDefend's binarisation has one) is lost in tracing, and an attack
     without gradients finds nothing."""
-    with torch.no_grad():
-        classes = model(images[:1]).shape[1]
-    # no loss that a confident network saturates
-    weight = torch.randn(classes, generator=torch.Generator().manual_seed(0)).to(images.device)
+
+    def weighted(logits: Tensor, _: Tensor) -> Tensor:
+        """No loss that a confident network saturates."""
+        return logits @ torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits.device)
 
     def passes(net: nn.Module) -> tuple[Tensor, Tensor]:
-        gradient, logits, _ = loss_gradient(net, images, lambda logits, x: logits @ weight)
+        gradient, logits, _ = loss_gradient(net, images, weighted)
         return logits, gradient.flatten(1)
 
     try:
