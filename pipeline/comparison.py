@@ -59,7 +59,8 @@ def over_seeds(record: Mapping[str, Any]) -> list[Row]:
 
 
 def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
-    """Accuracy of every other model less the reference's, paired by replicate, with a 95 % interval over the seeds.
+    """Accuracy of every other model of its architecture less the reference's, paired by replicate, with a 95 % interval over
+    the seeds.
 
     ``resolved`` says whether the interval leaves out 0: the difference is larger than what seeds alone make (Student's t over
     the paired differences; with three seeds that takes 2.5 standard deviations of them). Not corrected for the number of
@@ -68,9 +69,11 @@ def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
     experiment = experiment_of(record)
     if experiment.seeds < 2:
         return []
-    cells = by_seed(record)
+    cells, firsts = by_seed(record), experiment.firsts()
     out = []
     for (model, threat, attack), mine in cells.items():
+        if firsts[model].arch != firsts[reference].arch:
+            continue
         theirs = cells.get((reference, threat, attack), {})
         common = sorted(mine.keys() & theirs.keys())
         if model == reference or len(common) < 2:
@@ -95,13 +98,20 @@ def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
 
 
 def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
-    """Models that others are compared with: the first control and the first defended model, as named in the recipe."""
-    replicates = experiment_of(record).replicates()
+    """Models that others of their architecture are compared with, as named in the recipe: of each architecture the first
+    control, and what the paper calls ours (``defend``, or ``defend-ARCH`` where a table has several); where no model is named
+    so, the first Defend++, or the first defended one."""
+    experiment = experiment_of(record)
+    role = {base: roles[name] for name, base in experiment.bases().items()}
+    firsts = experiment.firsts()
     out = []
-    for wanted in ("control", "defended"):
-        found = next((replicates[name][0] for name, role in roles.items() if role == wanted), None)
-        if found:
-            out.append(found)
+    for arch in dict.fromkeys(config.arch for config in firsts.values()):
+        here = [base for base, config in firsts.items() if config.arch == arch]
+        defended = [base for base in here if role[base] == "defended"]
+        ours = [base for base in defended if firsts[base].defense == "defend++"]
+        named = [base for base in ours if base.partition("-")[0] == "defend"]
+        out += [base for base in here if role[base] == "control"][:1]
+        out += (named or ours or defended)[:1]
     return out
 
 
@@ -113,14 +123,13 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
-        {threat_model, attack, n, accuracy, low, high, seeds, sd}; ``ours`` is empty where the run has nothing.
+        {arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the run has nothing.
     """
     experiment = experiment_of(record)
     if not experiment.paper:
         return []
-    variants, replicates = experiment.variants(), experiment.replicates()
-    first = {base: name for name, (base, _) in reversed(list(replicates.items()))}
-    archs = {base: variants[name].arch.removesuffix("_bn") for base, name in first.items()}
+    built = {base: config.arch for base, config in experiment.firsts().items()}
+    archs = {base: arch.removesuffix("_bn") for base, arch in built.items()}
     cells = by_seed(record)
     out = []
     for printed in paper.printed(experiment.paper):
@@ -148,6 +157,7 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
             metrics = [e["metrics"] for e in ours]
             entry["ours"].append(
                 {
+                    "arch": built[base],
                     "threat_model": threat,
                     "attack": attack,
                     "n": ours[0]["n"],

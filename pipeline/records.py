@@ -374,7 +374,10 @@ def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], l
 
 def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
-    found = [d for r in comparison.references(record, roles(record)) for d in comparison.differences(record, r)]
+    found: list[Row] = []
+    compared = comparison.references(record, roles(record))
+    for i, reference in enumerate(compared):
+        found += [d for d in comparison.differences(record, reference) if d["model"] not in compared[:i]]
     rows = {
         "over_seeds": comparison.over_seeds(record),
         "differences": found,

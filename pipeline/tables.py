@@ -78,18 +78,32 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
             )
         out.append(seeds)
     if together["paper"]:
-        scale = f", scale {record['experiment']['scale']}" if record["experiment"].get("scale") else ""
-        beside = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, title=f"beside the paper's {record['experiment']['paper']}{scale}"
-        )
+        beside = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_beside_title(record))
         for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
             beside.add_column(head, justify="right" if head == "paper" else "left")
         for row in together["paper"]:
-            ours = "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in row["ours"])
             made_on = f" on {row['made_on']}" if row["made_on"] else ""
-            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours or "-")
+            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], _ours(row))
         out.append(beside)
     return out
+
+
+def _beside_title(record: Mapping[str, Any]) -> str:
+    """What stands beside the paper's numbers: which table, at what scale, and what the brackets hold."""
+    experiment = record["experiment"]
+    scale = f", scale {experiment['scale']}" if experiment.get("scale") else ""
+    over = ": least to greatest bound over the seeds" if experiment["seeds"] > 1 else ""
+    return f"Beside the paper's {experiment['paper']}{scale}: accuracy in % (95 % interval{over}; n)"
+
+
+def _ours(row: Row) -> str:
+    """What a run has for one cell of the paper: value, interval and n by threat model; the network where it is another."""
+    said = []
+    for o in row["ours"]:
+        network = f", {o['arch']}" if o["arch"] != row["arch"] else ""
+        interval = f"{records.percent(o['low'])} – {records.percent(o['high'])}; {o['n']:,}{network}"
+        said.append(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])} ({interval})")
+    return "; ".join(said) or "-"
 
 
 def verdict_table(record: Mapping[str, Any]) -> Table | None:
@@ -208,7 +222,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         *records.explanation(record),
     ]
-    together = _markdown_across(records.across(record))
+    together = _markdown_across(record)
     return "\n".join([*lines, *_markdown_verdict(record), *together, *_markdown_models(record)]).strip()
 
 
@@ -272,8 +286,9 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
+def _markdown_across(record: Mapping[str, Any]) -> list[str]:
     """What several evaluations say together, as Markdown tables; none where there is nothing to say."""
+    together = records.across(record)
     lines: list[str] = []
 
     def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -317,7 +332,7 @@ def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
         )
     if printed := together["paper"]:
         add(
-            "Beside the paper",
+            _beside_title(record),
             ("the paper's row", "network", "attack", "paper", "ours, by threat model"),
             [
                 (
@@ -325,8 +340,7 @@ def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
                     r["arch"],
                     r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
                     r["paper"],
-                    "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in r["ours"])
-                    or "-",
+                    _ours(r),
                 )
                 for r in printed
             ],

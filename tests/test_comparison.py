@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
-from pipeline import comparison, paper, records
+from pipeline import comparison, paper, records, tables
 from pipeline.attack import Model, plan
 from pipeline.recipes import PAPER, RECIPES
+from pipeline.storage import Storage
 
 
 def subjects(experiment: Experiment) -> list[Model]:
@@ -179,9 +182,50 @@ def test_roles_and_titles() -> None:
         "comdefend": "defended",
         "defend": "defended",
     }
-    assert comparison.references(record, records.roles(record)) == ["control", "comdefend"]
+    assert comparison.references(record, records.roles(record)) == ["control", "defend"]
     assert records.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
     assert records.threat_title("grey_box") == "grey-box"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        # the paper sets each ablation and each baseline beside ours, not beside the first row of the table
+        ("table1-slim", ["control", "defend"]),
+        ("table3-smoke", ["control", "defend"]),
+        ("table5-smoke", ["control-vgg16", "defend-vgg16", "control-resnet50", "defend-resnet50"]),
+    ],
+)
+def test_models_are_compared_with_the_control_and_with_ours(recipe: str, wanted: list[str]) -> None:
+    record = record_of(RECIPES[recipe].make())
+    assert comparison.references(record, records.roles(record)) == wanted
+
+
+def test_differences_are_told_once_and_within_an_architecture() -> None:
+    record = record_of(dataclasses.replace(RECIPES["table5-smoke"].make(), seeds=2))
+    rows = records.across(record)["differences"]
+    pairs = {(d["model"], d["reference"]) for d in rows}
+    assert pairs == {
+        (model, reference)
+        for arch in ("vgg16", "resnet50")
+        for model, reference in (
+            (f"no_defense-{arch}", f"control-{arch}"),
+            (f"defend-{arch}", f"control-{arch}"),
+            (f"no_defense-{arch}", f"defend-{arch}"),
+        )
+    }
+
+
+def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_another(tmp_path: Path) -> None:
+    run = Storage(str(tmp_path))
+    run.write_json("run.json", {"schema": 1, "name": "table5", **record_of(RECIPES["table5-smoke"].make())})
+    lines = tables.markdown(records.read_run(run)).splitlines()
+    assert any(line.startswith("### Beside the paper's table5, scale smoke") for line in lines)
+    (row,) = [line for line in lines if line.startswith("| ours (VGG16) | vgg16 | fgsm |")]
+    # another network than the paper's: with batch norm
+    assert re.search(r"white-box (\d+\.\d) \(\1 – \d+\.\d; 100, vgg16_bn\)", row)
+    (row,) = [line for line in lines if line.startswith("| ours (ResNet-50) | resnet50 | fgsm |")]
+    assert re.search(r"white-box (\d+\.\d) \(\1 – \d+\.\d; 100\)", row)
 
 
 def test_tables_share_the_models_that_they_have_in_common() -> None:
