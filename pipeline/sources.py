@@ -518,10 +518,12 @@ class FolderSource(Source):
         return dataclasses.replace(self, num_rows=rows, names=self.names[:rows])
 
     def check_labels(self) -> None:
-        if len(self.class_names) > self.data.num_classes:
+        # fewer, too: labels are positions, so with weights of more classes each would mean another class
+        if len(self.class_names) != self.data.num_classes:
             raise DataError(
-                f"{self.directory} has {len(self.class_names)} class folders, but data.num_classes is "
-                f"{self.data.num_classes}; set data.num_classes"
+                f"{Path(self.directory).parent}/train has {len(self.class_names)} class folders, but data.num_classes is "
+                f"{self.data.num_classes}; set data.num_classes={len(self.class_names)} (weights of another number of classes "
+                "then need train.replace_head), or add the folders that lack: a label is the position of its folder"
             )
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:

@@ -377,9 +377,10 @@ def test_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no folder for the test split \(test or "):
         open_source(data(), "test")
     with pytest.raises(DataError, match=r"d/train/a/1\.png \(row 0\): the image cannot be decoded"):
-        open_source(data(), "train").read(np.array([0]))
-    with pytest.raises(DataError, match=r"3 class folders, but data\.num_classes is 2"):
-        open_source(data(num_classes=2), "train").check_labels()
+        open_source(data(num_classes=3), "train").read(np.array([0]))
+    for classes in (2, 10):  # too few folders, too: with weights of 10 classes label 1 need not be folder "b"
+        with pytest.raises(DataError, match=rf"3 class folders, but data\.num_classes is {classes}; set .*=3"):
+            open_source(data(num_classes=classes), "train").check_labels()
     (tmp_path / "d" / "test" / "zebra").mkdir(parents=True)
     with pytest.raises(DataError, match="'zebra' is not in train"):
         open_source(data(), "test")
