@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # uv compiles nothing at installation: where this is set, each of the dozens of processes that Ray starts would compile torch again
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint smoke bench clean
 
 # uv resolves and links the whole stack in seconds where pip takes minutes
 .venv/installed: pyproject.toml constraints.txt
@@ -29,6 +29,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+# every table and figure of the paper on a few images, a quarter of an hour; the tests run some of them
+smoke: .venv/installed
+	for r in $$($(BIN)/python -c 'from pipeline.recipes import PAPER; print(*PAPER)'); do \
+	  RAY_ADDRESS=local $(BIN)/python pipeline/main.py run $$r-smoke --storage $(RUNS)/smoke || exit 1; done
 
 bench: .venv/installed
 	for b in benchmarks/bench_*.py; do $(BIN)/python $$b || exit 1; done

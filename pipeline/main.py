@@ -128,12 +128,25 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
 
 
 def list_recipes() -> None:
-    """Print each recipe, what it shows and what it costs."""
-    from pipeline.recipes import RECIPES
+    """Print what each recipe shows, the scales it comes at, its models and what it costs."""
+    from pipeline.recipes import PAPER, RECIPES, SCALES
 
+    lines = ["Scales of the paper's tables and figures (NAME-SCALE; NAME alone is NAME-fast):", ""]
+    lines += [f"  {scale:<6} {meaning}" for scale, meaning in SCALES.items()]
+    lines += ["", "Recipes:"]
     for name, recipe in RECIPES.items():
+        base, _, scale = name.rpartition("-")
+        if name in PAPER or (base in PAPER and scale != PAPER[base][1][0]):
+            continue
         experiment = recipe.make()
-        print(f"{name}\n    {experiment.description}\n    models: {', '.join(experiment.variants())}; {recipe.cost}")
+        models = f"    models: {', '.join(experiment.firsts())}"
+        if base not in PAPER:
+            lines += ["", name, f"    {experiment.description}", models, f"    {recipe.cost}"]
+            continue
+        costs = [f"{s} {RECIPES[f'{base}-{s}'].cost}" for s in PAPER[base][1] if RECIPES[f"{base}-{s}"].cost != SCALES[s]]
+        lines += ["", f"{base}   {' | '.join(PAPER[base][1])}", f"    {PAPER[base][0].__doc__}", models]
+        lines += [f"    measured: {'; '.join(costs)}"] if costs else []
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,11 @@ def test_a_script_needs_no_installation() -> None:
         text=True,
         check=True,
     )
-    assert "mnist-demo" in done.stdout
+    lines = done.stdout.splitlines()
+    # each table once, with its scales, not once for each of them
+    assert [line for line in lines if line.startswith("table1")] == ["table1   smoke | slim | fast | paper"]
+    assert "mnist-demo" in lines
+    assert {name for name in RECIPES if name in lines} == {n for n in RECIPES if n.startswith("mnist")}
 
 
 def test_fields_are_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
