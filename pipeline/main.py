@@ -143,7 +143,9 @@ def list_recipes() -> None:
         if base not in PAPER:
             lines += ["", name, f"    {experiment.description}", models, f"    {recipe.cost}"]
             continue
-        costs = [f"{s} {RECIPES[f'{base}-{s}'].cost}" for s in PAPER[base][1] if RECIPES[f"{base}-{s}"].cost != SCALES[s]]
+        costs = [
+            f"{s} {RECIPES[f'{base}-{s}'].cost}" for s in PAPER[base][1] if RECIPES[f"{base}-{s}"].cost != SCALES[s]
+        ]
         lines += ["", f"{base}   {' | '.join(PAPER[base][1])}", f"    {PAPER[base][0].__doc__}", models]
         lines += [f"    measured: {'; '.join(costs)}"] if costs else []
     print("\n".join(lines))
