@@ -47,7 +47,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
         console.print(Text(said, style="yellow"))
     role = records.roles(record)
     notes = [
-        f"Accuracy in % of {records.counted(record)}, ± half the 95 % Wilson interval (sampling of images only, not of seeds).",
+        f"Accuracy in % of {records.counted(record)}, below it the 95 % Wilson interval (sampling of images only, not of seeds).",
         *records.explanation(record),
         *filter(None, [records.reliability_in_short(record)]),
     ]
@@ -81,9 +81,13 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
         beside = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_beside_title(record))
         for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
             beside.add_column(head, justify="right" if head == "paper" else "left")
-        for row in together["paper"]:
+        here = [row for row in together["paper"] if row["ours"]]
+        for row in here:
             made_on = f" on {row['made_on']}" if row["made_on"] else ""
-            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], _ours(row))
+            ours = "\n".join(_ours(row))
+            beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours)
+        if lacking := len(together["paper"]) - len(here):
+            beside.caption = f"{lacking} more numbers of the paper have nothing of this run beside them."
         out.append(beside)
     return out
 
@@ -96,14 +100,14 @@ def _beside_title(record: Mapping[str, Any]) -> str:
     return f"Beside the paper's {experiment['paper']}{scale}: accuracy in % (95 % interval{over}; n)"
 
 
-def _ours(row: Row) -> str:
+def _ours(row: Row) -> list[str]:
     """What a run has for one cell of the paper: value, interval and n by threat model; the network where it is another."""
     said = []
     for o in row["ours"]:
         network = f", {o['arch']}" if o["arch"] != row["arch"] else ""
-        interval = f"{records.percent(o['low'])} – {records.percent(o['high'])}; {o['n']:,}{network}"
+        interval = f"{records.percent(o['low'])}–{records.percent(o['high'])}; {o['n']:,}{network}"
         said.append(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])} ({interval})")
-    return "; ".join(said) or "-"
+    return said
 
 
 def verdict_table(record: Mapping[str, Any]) -> Table | None:
@@ -124,7 +128,7 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
     for model in dict.fromkeys(w["model"] for w in rows):
         found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
         cells = [
-            f"{records.percent(w['accuracy'])} ±{50 * (w['accuracy_high'] - w['accuracy_low']):.1f}"
+            f"{records.percent(w['accuracy'])}\n{_interval(w)}"
             if (w := found.get(h))
             else "-"
             for h in heads
@@ -186,12 +190,16 @@ def _cell(column: Row, row: Row) -> list[str]:
     cell = row["cells"].get(column["key"])
     if cell is None:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
-    half = (cell["accuracy_high"] - cell["accuracy_low"]) / 2
-    lines = [f"{records.percent(cell['accuracy'])} ±{100 * half:.1f}"]
+    lines = [records.percent(cell["accuracy"]), _interval(cell)]
     if column["minimal_norm"]:
         median = cell.get("l2_median")
         lines.append("unbroken" if median is None else f"L2 {median:.2f}")
     return lines
+
+
+def _interval(cell: Row) -> str:
+    """Both ends: near 0 and 100 % half the width would say too little on one side and too much on the other."""
+    return f"{records.percent(cell['accuracy_low'])}–{records.percent(cell['accuracy_high'])}"
 
 
 def _column_width(column: Row, rows: Sequence[Row]) -> int:
@@ -210,15 +218,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     ]
     lines += ["| " + " | ".join(["model", *heads]) + " |", "| --- " * (len(heads) + 1) + "|"]
     for row in data["rows"]:
-        cells = ["<br>".join(_cell(c, row)) if c["minimal_norm"] else _cell(c, row)[0] for c in data["columns"]]
-        lines.append(
-            "| "
-            + " | ".join([f"{row['model']} ({_row_head(row)[1]})", *(c.replace("<br>", ", ") for c in cells)])
-            + " |"
-        )
+        cells = [_in_one_line(_cell(c, row)) for c in data["columns"]]
+        lines.append(_markdown_row([f"{row['model']} ({_row_head(row)[1]})", *cells]))
     lines += [
         "",
-        f"Accuracy in %, {records.counted(record)}, ± half the 95 % Wilson interval.",
+        f"Accuracy in % (95 % Wilson interval), {records.counted(record)}.",
         "",
         *records.explanation(record),
     ]
@@ -340,12 +344,18 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
                     r["arch"],
                     r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
                     r["paper"],
-                    _ours(r),
+                    "; ".join(_ours(r)) or "-",
                 )
                 for r in printed
             ],
         )
     return lines
+
+
+def _in_one_line(cell: Sequence[str]) -> str:
+    """Accuracy, its interval in brackets, and what else a cell says."""
+    first, *rest = cell
+    return ", ".join([f"{first} ({rest[0]})", *rest[1:]]) if rest else first
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

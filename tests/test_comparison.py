@@ -223,9 +223,9 @@ def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_an
     assert any(line.startswith("### Beside the paper's table5, scale smoke") for line in lines)
     (row,) = [line for line in lines if line.startswith("| ours (VGG16) | vgg16 | fgsm |")]
     # another network than the paper's: with batch norm
-    assert re.search(r"white-box (\d+\.\d) \(\1 – \d+\.\d; 100, vgg16_bn\)", row)
+    assert re.search(r"white-box (\d+\.\d) \(\1–\d+\.\d; 100, vgg16_bn\)", row)
     (row,) = [line for line in lines if line.startswith("| ours (ResNet-50) | resnet50 | fgsm |")]
-    assert re.search(r"white-box (\d+\.\d) \(\1 – \d+\.\d; 100\)", row)
+    assert re.search(r"white-box (\d+\.\d) \(\1–\d+\.\d; 100\)", row)
 
 
 def test_tables_share_the_models_that_they_have_in_common() -> None:
