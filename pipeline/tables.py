@@ -127,12 +127,7 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
         out.add_column(f"{budget}\n{threat}", justify="right")
     for model in dict.fromkeys(w["model"] for w in rows):
         found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
-        cells = [
-            f"{records.percent(w['accuracy'])}\n{_interval(w)}"
-            if (w := found.get(h))
-            else "-"
-            for h in heads
-        ]
+        cells = [f"{records.percent(w['accuracy'])}\n{_interval(w)}" if (w := found.get(h)) else "-" for h in heads]
         out.add_row(model, *cells)
     return out
 
