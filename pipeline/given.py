@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
-from components.errors import ConfigError, DataError
+import torch
+from safetensors.torch import load as safetensors_load
+from torch import Tensor
+
+from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
+from components.errors import ConfigError, DataError, UserError
+from components.models.defend import DefendNet
 from components.robustness import usual_budgets
 from pipeline import checkpoints, pretrained
 from pipeline.recipes import full_suite
-from pipeline.train_step import Shapes
+from pipeline.storage import Storage
+from pipeline.train_step import Shapes, build_net
 
 USAGE = """\
 main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
 
   --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS
   --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module (docs/networks.md).
-           A file that this project exported knows its own
+           A file that this project exported knows its own; the adaptive attack takes the autoencoder.safetensors beside it
   --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
   --eps    budget of the attacks; without it the field's usual one: 0.3 for grey images, 8/255 up to 64 pixels, 4/255 above
   --norm   of that budget
@@ -49,10 +57,11 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     known, rest = parser.parse_known_args(arguments)
     base = _described(known.model, _tracking_uri(rest))
     experiment = _experiment(known, base)
-    # the budget follows from the images, and what the images are may be among the rest
-    data = _with(experiment, rest).data if not known.eps else experiment.data
-    eps = known.eps or _usual_eps(data, known.norm or "linf")
-    evaluation = replace(experiment.evaluation, attacks=full_suite(eps, known.norm or "linf"))
+    # budget and step sizes follow from the images, and what the images are may be among the rest
+    data = _with(experiment, rest).data
+    norm = known.norm or "linf"
+    suite = full_suite(known.eps or _usual_eps(data, norm), norm, data.channels)
+    evaluation = replace(experiment.evaluation, attacks=suite)
     return replace(experiment, evaluation=evaluation), rest
 
 
@@ -76,7 +85,7 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
             "",
             "the network that the weights are of: the file was not exported by this project and does not say",
         )
-    train, data = TrainConfig(), DataConfig()
+    train, data, pyramids = TrainConfig(), DataConfig(), PyramidConfig()
     if base is not None:
         config, shapes = base
         train = replace(
@@ -89,6 +98,8 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
         data = replace(
             data, image_size=shapes.image_size, channels=shapes.channels, num_classes=shapes.num_classes, resize="none"
         )
+        if shapes.sizes != level_sizes(shapes.image_size):
+            pyramids = replace(pyramids, levels=len(shapes.sizes))  # those that its auto-encoder reconstructs
     name = known.name or _name(known.model)
     train = replace(
         train,
@@ -103,6 +114,7 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
         name=f"attack-{name}",
         description=f"{known.model}, not trained here, under the full suite of attacks",
         data=replace(data, source=known.data or data.source, download=known.data.startswith("torchvision:")),
+        pyramids=pyramids,
         train=train,
         models=(name,),
         evaluation=EvaluationConfig(attacks=(), threat_models=("white_box", "black_box"), test_images=1000),
@@ -138,3 +150,82 @@ def _described(model: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | No
         return checkpoints.described(data)
     except ValueError as e:
         raise DataError(f"{text} is not a whole safetensors file ({e}); copy it again") from e
+
+
+# -- the auto-encoder of a Defend++ export, which the adaptive attack knows --------------------------------------------------
+
+AUTOENCODER = "autoencoder.safetensors"
+
+
+def copy_autoencoder(
+    config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], root: Storage, tracking_uri: str
+) -> tuple[str, str]:
+    """Copy the auto-encoder that lies beside a given classifier to ``weights/<hash>.safetensors`` of the storage.
+
+    Args:
+        config: of the classifier; its ``pretrained`` says where that lies.
+        weights: the classifier's.
+        tracking_uri: the MLflow that mlflow:... is looked up in.
+
+    Returns:
+        Its address below the storage's root and "", or "" and why there is none.
+
+    Raises:
+        StorageError: the storage cannot be read or written.
+    """
+    data, why = _beside(config.pretrained, tracking_uri)
+    if data is not None:
+        why = why or _why_not_of(config, shapes, weights, data)
+    if data is None or why:
+        return "", why
+    address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    if not root.exists(address):
+        root.write_bytes(address, data)
+    return address, ""
+
+
+def _beside(where: str, tracking_uri: str) -> tuple[bytes | None, str]:
+    """The bytes of the auto-encoder's file in the directory, or in the MLflow run, of a classifier's; or why there are none."""
+    if where.startswith("torchvision:"):
+        return None, "torchvision's weights come without an auto-encoder"
+    if where.startswith(pretrained.MLFLOW):
+        where, _ = pretrained.read_file(where, tracking_uri)  # a model's name as the run and path that it stands for
+        try:
+            return pretrained.read_file(f"{where.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""
+        except UserError as e:
+            return None, str(e)
+    directory = Storage(pretrained.whole_path(where).rpartition("/")[0] or "/")
+    if not directory.exists(AUTOENCODER):
+        return None, f"there is no {AUTOENCODER} in {directory.uri}, where the classifier lies"
+    return directory.read_bytes(AUTOENCODER), ""
+
+
+def _why_not_of(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], data: bytes) -> str:
+    """Why a file is not the auto-encoder of this very classifier; empty if it is."""
+    other = f"the {AUTOENCODER} beside it is not of this classifier"
+    try:
+        found, tensors = checkpoints.described(data), safetensors_load(data)
+    except Exception as e:  # the format's own errors are of several kinds
+        return f"the {AUTOENCODER} beside it cannot be read ({type(e).__name__}: {e})"
+    if found is None:
+        return f"the {AUTOENCODER} beside it was not exported by this project"
+    its, its_shapes = found
+    for mine, theirs, names in (
+        (config, its, ("arch", "width", "normalize_mean", "normalize_std")),
+        (shapes, its_shapes, ("image_size", "channels", "num_classes")),
+    ):
+        for name in names:
+            if getattr(mine, name) != getattr(theirs, name):
+                return f"{other}: its {name} is {getattr(theirs, name)!r}, here it is {getattr(mine, name)!r}"
+    net = build_net(replace(its, replace_head=False), its_shapes, weights)
+    if not isinstance(net, DefendNet):
+        return f"{other}: it was exported without one"
+    before = {name: tensor.clone() for name, tensor in net.classifier.state_dict().items()}
+    try:
+        net.autoencoder.load_state_dict(tensors, strict=True)
+    except RuntimeError as e:
+        return f"{other}: {e}"
+    # the shared blocks are one set of weights, so loading the auto-encoder's has overwritten the classifier's
+    if not all(torch.equal(before[name], tensor) for name, tensor in net.classifier.state_dict().items()):
+        return f"{other}: their shared blocks differ"
+    return ""

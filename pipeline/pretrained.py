@@ -53,9 +53,14 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes]:
         from pipeline import tracking  # MLflow is imported only by who asks for it
 
         return tracking.download_weights(tracking_uri, where.removeprefix(MLFLOW))
-    text = where if "://" in where else str(Path(where).expanduser().absolute())
+    text = whole_path(where)
     parent, _, name = text.rpartition("/")
     return text, Storage(parent or "/").read_bytes(name)
+
+
+def whole_path(where: str) -> str:
+    """A URI as it is, a path from the root on."""
+    return where if "://" in where else str(Path(where).expanduser().absolute())
 
 
 def _torchvision(arch: str, name: str) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.schedule import Phase, learning_rate, phase_at_epoch
 from pipeline import checkpoints, pretrained
+from pipeline.given import AUTOENCODER, copy_autoencoder
 from pipeline.jobs import NOT_FINITE, Job, TrainingData, model_address
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import (
@@ -68,9 +69,16 @@ def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: St
     for name, given in experiment.variants().items():
         config = given.canonical()
         weights = pretrained.fetch(config, root, _tracking_uri(experiment)) if config.pretrained else ""
+        autoencoder, without = "", ""
+        if not config.epochs:
+            tensors = pretrained.load(root, weights)
+            autoencoder, without = copy_autoencoder(config, shapes, tensors, root, _tracking_uri(experiment))
         reads, identity = data.for_model(config)
-        address = model_address(config, shapes, identity, experiment.scaling.workers, weights)
-        jobs.append(Job(name=name, config=config, pyramids=reads, weights=weights, address=address))
+        address = model_address(
+            config, shapes, identity, experiment.scaling.workers, "+".join(filter(None, (weights, autoencoder)))
+        )
+        job = Job(name=name, config=config, pyramids=reads, weights=weights, address=address)
+        jobs.append(dataclasses.replace(job, autoencoder=autoencoder, without=without))
     return jobs
 
 
@@ -386,7 +394,9 @@ def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, 
         "seconds": seconds,
         "images_per_second": rate,
     }
-    _write_model(home, loop.net, loop.config, loop.shapes, job["pyramids"], job["weights"], measured)
+    files = checkpoints.export(home, loop.net, loop.config, loop.shapes)
+    parts = checkpoints.parts_of(loop.net)
+    _write_model(home, files, parts, loop.config, loop.shapes, job["pyramids"], job["weights"], measured)
     # what it takes to continue is not needed any more, and is three times as large as the model
     for name in checkpoints.list_checkpoints(home / "checkpoints"):
         home.delete(f"checkpoints/{name}")
@@ -394,16 +404,15 @@ def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, 
 
 def _write_model(
     home: Storage,
-    net: nn.Module,
+    files: Sequence[str],
+    parts: Mapping[str, nn.Module],
     config: TrainConfig,
     shapes: Shapes,
     pyramids: Mapping[str, str],
     weights: str,
     measured: Mapping[str, Any],
 ) -> None:
-    """Export a network, then write its model.json, which says that it is finished (docs/records.md)."""
-    files = checkpoints.export(home, net, config, shapes)
-    parts = checkpoints.parts_of(net)
+    """Write the model.json of exported files, which says that the model is finished (docs/records.md)."""
     home.write_json(
         "model.json",
         {
@@ -420,10 +429,15 @@ def _write_model(
 
 
 def _take_as_given(job: Job, shapes: Shapes, root: Storage) -> None:
-    """A model that is not trained but evaluated as it is (``epochs=0``)."""
+    """A model that is not trained but evaluated as it is (``epochs=0``), with its auto-encoder if it has one."""
+    home = root / job.address
     net = build_net(job.config, shapes, pretrained.load(root, job.weights))
+    files, parts = checkpoints.export(home, net, job.config, shapes), checkpoints.parts_of(net)
+    if job.autoencoder:
+        home.write_bytes(AUTOENCODER, root.read_bytes(job.autoencoder))
+        files, parts = [*files, AUTOENCODER], {**parts, "autoencoder": checkpoints.load_autoencoder(home.uri)}
     measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
-    _write_model(root / job.address, net, job.config, shapes, job.pyramids, job.weights, measured)
+    _write_model(home, files, parts, job.config, shapes, job.pyramids, job.weights, measured)
 
 
 def _tracking_uri(experiment: Experiment) -> str:
@@ -459,6 +473,9 @@ class Progress:
     def on_live(self, done: int, total: int, note: str) -> None:
         """About once a second: steps done and in all, over all models."""
 
+    def on_given(self, name: str, without: str) -> None:
+        """A model that is given, not trained, has no auto-encoder, and why."""
+
     def on_model(self, name: str, model: dict[str, Any]) -> None:
         """A model is finished: its model.json, with "path"."""
 
@@ -485,6 +502,8 @@ def train(
     jobs = jobs_of(experiment, shapes, data, root)
     watch = _Watch(root, jobs, progress)
     for job in jobs:
+        if job.without:
+            progress.on_given(job.name, job.without)
         if not job.config.epochs and not (root / job.address).exists("model.json"):
             _take_as_given(job, shapes, root)
     watch.look()
