@@ -17,6 +17,7 @@ from components.config import TrainConfig, from_dict, to_dict
 from components.errors import DataError
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
+from pipeline.jobs import source_hash
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import Shapes, build_net, classifier_of
 
@@ -113,9 +114,12 @@ def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes
     Each file says in its metadata how to build its network, so that it can be loaded alone.
     Returns the names of the files written.
     """
+    said = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
+    if source := source_hash(config.arch):
+        said["source"] = source  # the same weights in another forward() are another network
     # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
     # which names all that is computed from it, would change with it
-    metadata = {"defendpp": json.dumps({"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)})}
+    metadata = {"defendpp": json.dumps(said)}
     parts = parts_of(net)
     for name, module in parts.items():
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}

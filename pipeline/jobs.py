@@ -5,18 +5,23 @@ No torch here: a trial of a sweep is a process that only asks and reports, and m
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from components.config import SEED_STRIDE, Shapes, TrainConfig, content_hash, replace_typed, stored_levels, to_dict
+from components.errors import ConfigError
 from components.search import Point
 
 CODE_VERSION = 1
 """Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
 NOT_FINITE = "not-finite.json"
 """In a model's directory: the step at which its loss was not finite."""
+LIBRARIES = ("torchvision", "timm")
+"""Whose networks are named LIBRARY:NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,10 @@ class Job:
     """Pretrained weights below the storage's root, or empty."""
     address: str
     """``models/<kind>-<hash>`` below the storage's root."""
+    autoencoder: str = ""
+    """Of a model that is given, not trained: its auto-encoder below the storage's root, or empty."""
+    without: str = ""
+    """Why a model that is given has no auto-encoder."""
 
     def order(self) -> dict[str, Any]:
         """What a worker must know of it, as plain JSON types."""
@@ -66,7 +75,10 @@ class TrainingData:
 def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
     """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
 
-    Batch norm is per worker, so their number counts.
+    Batch norm is per worker, so their number counts; so does the source of a network of the user's own.
+
+    Raises:
+        ConfigError: as :func:`source_hash`.
     """
     said = to_dict(shapes)
     if config.defense != "defend++":
@@ -74,8 +86,31 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     # without the settings at their default: a setting that is added later does not rename the models there are
     defaults = to_dict(TrainConfig())
     settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
-    parts = [CODE_VERSION, settings, said, dict(identity), workers, weights]
+    parts: list[Any] = [CODE_VERSION, settings, said, dict(identity), workers, weights]
+    if source := source_hash(config.arch):
+        parts.append(source)
     return f"models/{config.kind}-{content_hash(*parts)}"
+
+
+def source_hash(arch: str) -> str:
+    """SHA-256 of the file of the module in ``MODULE:FUNCTION``, which is not imported; empty for a network of ours or a library's.
+
+    Raises:
+        ConfigError: there is no such module, or it has no file.
+    """
+    module, colon, _ = arch.partition(":")
+    if not colon or module in LIBRARIES:
+        return ""
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a package above it that is not there; a module without a spec
+        spec = None
+    if spec is None or not spec.has_location or spec.origin is None:
+        raise ConfigError.of(
+            "train.arch", arch, f"a module with a file of its own on the Python path; {module!r} has none"
+        )
+    loader: Any = spec.loader  # that of a zip archive reads out of it
+    return hashlib.sha256(loader.get_data(spec.origin)).hexdigest()
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------------------------

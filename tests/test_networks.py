@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import pickle
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,9 @@ from test_models import convolutions
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.config import level_sizes
+from components.config import Shapes, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
+from components.models import classifiers
 from components.models.adapter import Adapter, Normalize, apply_head, check_adapter, encoder_blocks, encoder_units
 from components.models.classifiers import ARCHITECTURES, build_classifier, load_weights
 from components.models.decoders import (
@@ -30,6 +34,9 @@ from components.models.decoders import (
     stages_of,
 )
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
+from pipeline import checkpoints
+from pipeline.jobs import LIBRARIES, model_address
+from pipeline.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -670,3 +677,71 @@ def test_maps_that_are_not_square_maps() -> None:
     check_adapter(net, 3, 8, 10)
     with pytest.raises(ConfigError, match=r"adapter\.blocks\[0\], unit 0 of Sequential gives \[1, 3, 4\]"):
         DefendNet(net, shared_blocks=1, sizes=(8,), channels=3)
+
+
+def test_the_documented_network_is_the_tested_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "networks.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if b.startswith("# own.py"))
+    (tmp_path / "own.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own")
+    monkeypatch.delitem(sys.modules, "own")
+    for channels in (1, 3):
+        sizes = {"num_classes": 7, "channels": channels, "image_size": 32, "width": 16}
+        (theirs, adapter), (tested, same) = own.mobilenet(**sizes), mobilenet(**sizes)
+        assert adapter == same
+        assert repr(theirs) == repr(tested)
+
+
+# --- what names a trained network
+
+DATA = {"train": "pyramids/0123"}
+
+
+def address(arch: str, **settings: Any) -> str:
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(**{"arch": arch, "width": 4, "epochs": 2, **settings}).canonical()
+    return model_address(config, shapes, DATA, 1, "")
+
+
+def test_addresses_of_our_networks_stay_as_they_are() -> None:
+    """Models that were trained before are found again."""
+    assert address("resnet18") == "models/defended-58f8f309fa956334"
+    given = {"defense": "none", "epochs": 0, "pretrained": "x.pth"}
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(arch="torchvision:resnet18", **given).canonical()
+    assert model_address(config, shapes, {}, 1, "weights/0.safetensors") == "models/undefended-d572f4398ccde87f"
+    assert set(LIBRARIES) == set(classifiers._LIBRARIES)
+
+
+def test_an_edited_network_of_ones_own_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edited.py"
+    file.write_text("ONE = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    first = address("edited:make", defense="none")
+    assert address("edited:make", defense="none") == first
+    assert "edited" not in sys.modules, "not imported for that"
+    file.write_text("ONE = 2\n")
+    assert address("edited:make", defense="none") != first
+    # a reformer stands in front of any network
+    assert address("edited:make", defense="comdefend") == address("resnet18", defense="comdefend")
+    for arch in ("nosuchmodule:make", "nosuchpackage.module:make", "sys:make"):
+        with pytest.raises(ConfigError, match=r"train\.arch=.*a module with a file of its own"):
+            address(arch)
+
+
+def test_an_edited_network_with_the_same_weights_is_attacked_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Examples and verdicts are named by the checksum of the exported file."""
+    file = tmp_path / "forward_edited.py"
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(arch="forward_edited:make", defense="none")
+    monkeypatch.syspath_prepend(tmp_path)
+    exported = []
+    for text in ("a = 1\n", "a = 2\n", "a = 2\n"):
+        file.write_text(text)
+        checkpoints.export(Storage(str(tmp_path / "model")), nn.Flatten(), config, shapes)
+        exported.append((tmp_path / "model" / "classifier.safetensors").read_bytes())
+    assert exported[0] != exported[1] == exported[2]
+    assert checkpoints.described(exported[0]) == (config, shapes)
