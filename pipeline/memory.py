@@ -7,6 +7,7 @@ its libraries, its allocator and the images themselves take comes on top, so a m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import ray
 import torch
@@ -60,27 +61,37 @@ def _kept_for_backward(module: PhaseModule, parameters: list[nn.Parameter], conf
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
 
-def check_gpu_memory(experiment: Experiment, shapes: Shapes) -> None:
-    """Refuse a run with a model that cannot fit one of its GPUs. Needs a running Ray; does nothing for training on CPUs.
+def check_gpu_memory(
+    experiment: Experiment, shapes: Shapes, is_trained: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Refuse a run that would train a model which cannot fit one of its GPUs. Needs a running Ray; does nothing for training on
+    CPUs, nor for models that are given.
+
+    Args:
+        is_trained: whether the model of that name is finished already; asked only of one that does not fit.
 
     Raises:
         ResourceError: naming the model, what it takes, what the GPU has and which settings to change.
     """
-    if not experiment.scaling.gpu:
+    if not experiment.scaling.gpu or not any(c.epochs for c in experiment.variants().values()):
         return
     has = _gpu_bytes()
     if has is not None:
-        refuse_what_does_not_fit(experiment, shapes, has)
+        refuse_what_does_not_fit(experiment, shapes, has, is_trained)
 
 
-def refuse_what_does_not_fit(experiment: Experiment, shapes: Shapes, gpu_bytes: int) -> None:
+def refuse_what_does_not_fit(
+    experiment: Experiment, shapes: Shapes, gpu_bytes: int, is_trained: Callable[[str], bool] = lambda name: False
+) -> None:
     """As :func:`check_gpu_memory`, for a GPU of so many bytes."""
     takes: dict[TrainConfig, int] = {}
     for name, given in experiment.variants().items():
+        if not given.epochs:
+            continue
         config = dataclasses.replace(given.canonical(), seed=0)
         if config not in takes:
             takes[config] = training_bytes(config, shapes, config.batch_size // experiment.scaling.workers)
-        if takes[config] > gpu_bytes:
+        if takes[config] > gpu_bytes and not is_trained(name):
             raise ResourceError(
                 f"model {name} does not fit the GPU: a step of {config.batch_size} images on {experiment.scaling.workers} worker(s) "
                 f"takes at least {takes[config] / 2**30:.1f} GiB, the GPU has {gpu_bytes / 2**30:.1f} GiB. Lower train.batch_size or "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
 from pipeline import (
@@ -99,11 +100,12 @@ def run_address(experiment: Experiment) -> str:
     return f"runs/{experiment.name}-{content_hash(config)}"
 
 
-def open_run(experiment: Experiment, *, records_only: bool = False) -> Run:
+def open_run(experiment: Experiment, *, records_only: bool = False, will_train: bool = False) -> Run:
     """Check all that can be checked before compute is spent, join Ray, and open the run's record.
 
     Args:
         records_only: no sources, networks or cluster are needed (the report).
+        will_train: the models that are not trained yet must fit the GPUs.
 
     Raises:
         UserError: one of its kinds, naming what, where and what to do.
@@ -127,7 +129,8 @@ def open_run(experiment: Experiment, *, records_only: bool = False) -> Run:
         with stage("Ray"):
             cluster.connect()
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
-        memory.check_gpu_memory(experiment, shapes)
+        if will_train:
+            memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     if storage.exists("run.json"):
         record = storage.read_json("run.json")
         if record.get("schema") != SCHEMA:
@@ -167,6 +170,21 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str) -> bool:
+    """Whether a model of the experiment lies finished on the storage. Reads the source's files to hash them."""
+
+    def address(split: sources.Split, targets: pyramids.Targets) -> str:
+        return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
+
+    data = train.TrainingData(
+        train={targets: address("train", targets) for targets in _kinds_of_targets(experiment)},
+        bare=address("train", "none"),
+        validation=address("validation", "none") if experiment.data.validation_fraction else "",
+    )
+    (job,) = (job for job in train.jobs_of(experiment, shapes, data, root) if job.name == name)
+    return (root / job.address).exists("model.json")
 
 
 def make_pyramids(run: Run) -> Sets:
@@ -257,6 +275,10 @@ class _TrainProgress(train.Progress):
     def on_epoch(self, name: str, record: dict[str, Any]) -> None:
         publish.start_model(self.run.tracker, self.run.record, name, record["steps"][0]["time"])
         self.run.tracker.history(f"model/{name}", record)
+
+    def on_given(self, name: str, without: str) -> None:
+        if any(AttackSpec.parse(a).name == "adaptive" for a in self.run.experiment.evaluation.attacks):
+            say(f"  {name}: the adaptive attack cannot run, it needs the model's auto-encoder: {without}")
 
     def on_model(self, name: str, model: dict[str, Any]) -> None:
         run = self.run
@@ -387,7 +409,7 @@ def finish(run: Run) -> None:
 
 def execute(command: str, experiment: Experiment) -> None:
     """Run one stage, or all of them (``run``)."""
-    run = open_run(experiment, records_only=command == "report")
+    run = open_run(experiment, records_only=command == "report", will_train=command in ("run", "train"))
     publish.start_run(run.tracker, run.record)
     try:
         if command == "report":

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from components.config import DataConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
+from pipeline import cluster, memory, pyramids, run, train
 from pipeline.cluster import ResourceError
+from pipeline.jobs import TrainingData
+from pipeline.main import main
 from pipeline.memory import refuse_what_does_not_fit, training_bytes
+from pipeline.recipes import RECIPES
+from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
@@ -69,6 +76,54 @@ def test_what_cannot_fit_is_named_with_what_to_change() -> None:
     refuse_what_does_not_fit(experiment, SHAPES, big)  # exactly as much is enough
     with pytest.raises(ResourceError, match=r"model big does not fit.*64 images.*train\.batch_size"):
         refuse_what_does_not_fit(experiment, SHAPES, big - 1)
+    # what is trained already, or given, needs no room
+    refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda name: name == "big")
+    with pytest.raises(ResourceError, match="model big"):
+        refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda name: name == "small")
+    given = replace(experiment, models=("big:defense=none,width=32,epochs=0,pretrained=x.pth",))
+    refuse_what_does_not_fit(given, SHAPES, 1)
     # more workers share the batch
     spread = replace(experiment, scaling=ScalingConfig(gpu=True, workers=4))
     refuse_what_does_not_fit(spread, SHAPES, big - 1)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of GPUs of one kilobyte."""
+    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "check_resources", lambda *_: None)
+    monkeypatch.setattr(memory, "_gpu_bytes", lambda: 1024)
+
+
+def test_a_run_is_refused_before_anything_is_computed(
+    gpus: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ["--models", "no_defense:defense=none", "--evaluation.threat-models", "white_box"]
+    command = ["mnist-smoke", "--scaling.gpu", "--storage", str(tmp_path), *one]
+    for stage in ("run", "train"):
+        assert main([stage, *command]) == 1
+        assert "model no_defense does not fit the GPU" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "pyramids").exists()
+    assert not (tmp_path / "runs").exists()
+    # the other stages train nothing: this one lacks what an earlier stage makes
+    assert main(["attack", *command]) == 1
+    assert "has no shards yet" in capsys.readouterr().err
+
+
+def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> None:
+    experiment = replace(RECIPES["mnist-smoke"].make(), scaling=ScalingConfig(gpu=True))
+    root = Storage(str(tmp_path))
+    trained = partial(run.is_trained, experiment, SHAPES, root)
+    with pytest.raises(ResourceError, match="model no_defense"):
+        memory.check_gpu_memory(experiment, SHAPES, trained)
+    address = partial(pyramids.address_of, experiment.data, experiment.pyramids)
+    data = TrainingData(
+        train={"lowpass": address("train")},
+        bare=address("train", targets="none"),
+        validation=address("validation", targets="none"),
+    )
+    for job in train.jobs_of(experiment, SHAPES, data, root):
+        assert not trained(job.name)
+        (root / job.address).write_json("model.json", {})
+        assert trained(job.name)
+    memory.check_gpu_memory(experiment, SHAPES, trained)
