@@ -52,10 +52,23 @@ def over_seeds(record: Mapping[str, Any]) -> list[Row]:
         metrics = [e["metrics"] for e in replicates.values()]
         row = {"model": model, "threat_model": threat, "attack": attack, "n": sum(e["n"] for e in replicates.values())}
         row |= {f"accuracy_{k}" if k != "seeds" else k: v for k, v in spread([m["accuracy"] for m in metrics]).items()}
-        norms = [m["l2_median"] for m in metrics if m.get("curve") and m.get("l2_median") is not None]
-        row["l2_median_mean"] = statistics.fmean(norms) if norms else None
-        out.append(row)
+        found = [norm_median(m) for m in metrics]
+        norms = [median for _, median in found if median is not None]
+        out.append({**row, "norm": found[0][0], "norm_median_mean": statistics.fmean(norms) if norms else None})
     return out
+
+
+def norm_median(metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Which norm an attack makes small, "l2" or "linf", and the median of it over the samples that it broke.
+
+    Args:
+        metrics: of an evaluation in run.json, or a cell of the table.
+
+    Returns:
+        (None, None) for an attack within a budget; (norm, None) where nothing was broken.
+    """
+    norm = metrics.get("norm") or (metrics.get("curve") or {}).get("norm")
+    return norm, metrics.get(f"{norm}_median") if norm else None
 
 
 def differences(record: Mapping[str, Any], reference: str) -> list[Row]:

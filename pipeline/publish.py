@@ -167,8 +167,9 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
             continue
         key = f"{evaluation['threat_model']}/{labels[evaluation['attack']]}"
         found[key] = metrics["accuracy"]
-        if metrics.get("curve") and metrics.get("l2_median") is not None:
-            found[f"{key}/l2_median"] = metrics["l2_median"]
+        norm, median = comparison.norm_median(metrics)
+        if median is not None:
+            found[f"{key}/{norm}_median"] = median
     for worst in record.get("worst_case") or []:
         if worst["model"] == model:
             found[f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"] = worst["accuracy"]

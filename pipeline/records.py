@@ -215,6 +215,16 @@ def attack_title(spec: str) -> tuple[str, str]:
     return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "random noise", ", ".join(said)
 
 
+def median_norm(metrics: Mapping[str, Any]) -> str:
+    """``L2 1.23``: the norm that an attack makes small and its median; empty where it broke nothing or has a budget."""
+    return norm_value(*comparison.norm_median(metrics))
+
+
+def norm_value(norm: str | None, value: float | None) -> str:
+    """``L2 1.23`` or ``Linf 0.031``; empty where there is none."""
+    return "" if value is None else f"{norm_text(norm)} {value:.{3 if norm == 'linf' else 2}f}"
+
+
 def norm_text(name: str | None) -> str:
     return {"l2": "L2", "linf": "Linf"}.get(name or "", name or "")
 
@@ -258,7 +268,8 @@ def table(record: Mapping[str, Any]) -> dict[str, Any]:
                     c["key"] for c in columns if (c["threat_model"], c["attack"]) == (e["threat_model"], e["attack"])
                 )
                 metrics = {k: v for k, v in e["metrics"].items() if k != "curve"}
-                cells[key] = {"source": e.get("source"), "n": e["n"], **metrics}
+                norm = comparison.norm_median(e["metrics"])[0]
+                cells[key] = {"source": e.get("source"), "n": e["n"], "norm": norm, **metrics}
         if cells or model in record["models"]:
             rows.append({"model": model, "role": role, "cells": cells})
     return {"schema": 1, "recipe": record["name"], "columns": columns, "rows": rows}
@@ -307,6 +318,11 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
     """How to read the numbers, in plain sentences."""
     sources = dict.fromkeys(e["source"] for e in record["evaluations"] if e["threat_model"] == "transfer")
     source = ", ".join(sources) or "an undefended model"
+    split = [
+        f"{e['model']} under {e['threat_model']}, {attack_text(e['attack'])}"
+        for e in record["evaluations"]
+        if e.get("chunks_split_for_memory")
+    ]
     return [
         "White-box: the examples were made on the very model under test. This is the number that says how much a model "
         "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
@@ -314,6 +330,11 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
         "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
         "attacker. Only what a defended model does better than the controls can be owed to its defense.",
+        *(
+            [f"In smaller batches, where memory was short, so with other random starts: {'; '.join(split)}."]
+            if split
+            else []
+        ),
     ]
 
 

@@ -205,7 +205,9 @@ def _html(
         lstrip_blocks=True,
     )
     environment.filters.update(percent=records.percent, duration=records.duration, when=records.when)
-    environment.globals["mean_and_sd"] = records.mean_and_sd
+    environment.globals.update(
+        mean_and_sd=records.mean_and_sd, median_norm=records.median_norm, norm_value=records.norm_value
+    )
     groups: dict[str, int] = {}
     for column in data["columns"]:
         groups[column["threat_title"]] = groups.get(column["threat_title"], 0) + 1

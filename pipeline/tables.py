@@ -64,17 +64,16 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
         seeds = Table(
             box=box.SIMPLE_HEAD, pad_edge=False, title="accuracy in %: mean ± standard deviation over the seeds"
         )
-        for head in ("model", "threat model", "attack", "seeds", "accuracy", "median L2"):
-            seeds.add_column(head, justify="right" if head in ("seeds", "accuracy", "median L2") else "left")
+        for head in ("model", "threat model", "attack", "seeds", "accuracy", "median norm"):
+            seeds.add_column(head, justify="right" if head in ("seeds", "accuracy", "median norm") else "left")
         for row in together["over_seeds"]:
-            norm = row["l2_median_mean"]
             seeds.add_row(
                 row["model"],
                 row["threat_title"],
                 "" if row["threat_model"] == "clean" else row["attack_title"],
                 str(row["seeds"]),
                 records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]),
-                "" if norm is None else f"{norm:.2f}",
+                records.norm_value(row["norm"], row["norm_median_mean"]),
             )
         out.append(seeds)
     if together["paper"]:
@@ -187,8 +186,7 @@ def _cell(column: Row, row: Row) -> list[str]:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
     lines = [records.percent(cell["accuracy"]), _interval(cell)]
     if column["minimal_norm"]:
-        median = cell.get("l2_median")
-        lines.append("unbroken" if median is None else f"L2 {median:.2f}")
+        lines.append(records.median_norm(cell) or "unbroken")
     return lines
 
 

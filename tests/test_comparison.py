@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
-from pipeline import comparison, paper, records, tables
+from pipeline import comparison, paper, publish, records, tables
 from pipeline.attack import Model, plan
 from pipeline.recipes import PAPER, RECIPES
 from pipeline.storage import Storage
@@ -244,3 +244,31 @@ def test_figure_7_has_the_papers_eps() -> None:
     assert attacks == tuple(
         f"fgsm:eps={e}" for e in ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "1")
     )
+
+
+def test_a_median_is_of_the_norm_that_the_attack_makes_small() -> None:
+    evaluation = EvaluationConfig(
+        attacks=("fab-t:norm=linf", "ddn", "pgd:eps=0.2"), threat_models=("white_box",), test_images=100
+    )
+    one = dataclasses.replace(SMALL, models=("no_defense:defense=none",), evaluation=evaluation, seeds=2)
+    record = record_of(one)
+    for e in record["evaluations"]:
+        norm = {"fab-t": "linf", "ddn": "l2"}.get(e["attack"].partition(":")[0])
+        e["metrics"] |= {"l2_median": 1.25, "linf_median": 0.03125 if e["model"].endswith("s0") else 0.0625}
+        if norm:
+            e["metrics"]["curve"] = {"norm": norm, "eps": [0.0], "accuracy": [1.0]}
+    data = records.table({**record, "name": "x"})
+    cells = {c["attack"].partition(":")[0]: tables._cell(c, data["rows"][0]) for c in data["columns"]}
+    assert cells["fab-t"][2:] == ["Linf 0.031"]
+    assert cells["ddn"][2:] == ["L2 1.25"]
+    assert cells["pgd"][2:] == []
+    over = {
+        r["attack"].partition(":")[0]: records.norm_value(r["norm"], r["norm_median_mean"])
+        for r in comparison.over_seeds(record)
+    }
+    assert over == {"none": "", "fab-t": "Linf 0.047", "ddn": "L2 1.25", "pgd": ""}
+    published = publish.table_metrics(record, "no_defense-s1")
+    medians = {name: value for name, value in published.items() if "median" in name}
+    assert medians == {"white_box/fab-t/linf_median": 0.0625, "white_box/ddn/l2_median": 1.25}
+    broken = {"curve": {"norm": "linf"}, "linf_median": None}
+    assert records.median_norm(broken) == ""

@@ -92,7 +92,13 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
     for name in names:
         assert {(name, "white_box", "autoattack"), (name, "black_box", "square")} <= by_attack
         tested = whole["reliability"][name]
-        assert {attack.partition(":")[0] for attack in tested["active"]} == {"pgd", "autoattack", "square", "ddn"}
+        assert {attack.partition(":")[0] for attack in tested["active"]} == {
+            "pgd",
+            "autoattack",
+            "square",
+            "ddn",
+            "fab-t",
+        }
         assert len(tested["flags"]) == len({f["name"] for f in tested["flags"]}) > 5
     worst = {(w["model"], w["threat_model"]): w["accuracy"] for w in table["worst_case"] if w["norm"] == "linf"}
     for e in whole["evaluations"]:
