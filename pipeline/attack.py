@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,9 +29,9 @@ from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
 from components.models.defend import adaptive_objective
-from components.robustness import judge, summarize, usual_budgets, verify_examples
+from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
-from pipeline.cluster import attack_bundle, room_for, unwrap
+from pipeline.cluster import ResourceError, attack_bundle, room_for, unwrap
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
@@ -43,7 +44,7 @@ STRAGGLER = 3.0
 STRAGGLER_S = 30.0
 """... once it has taken so many seconds."""
 LOOK_S = 5.0
-"""Between two looks at tasks of which none ends."""
+"""Between two looks for such a task, whether others end meanwhile or not."""
 STAND_IN_IMAGES = 8
 """Random images on which a network and its faster stand-in must agree."""
 TASK_RETRIES = 3
@@ -276,12 +277,26 @@ def attack(
         for one, batch in todo
     )
 
-    def still(note: str) -> None:
-        tell(total - sum(left.values()), total, f"chunks{note}")
+    def named(tag: tuple[_Examples, list[tuple[int, int, int]]]) -> str:
+        one, _ = tag
+        return f", {one.attack} on {one.source.name if one.source else 'no model'}"
 
-    for one, batch in run_tasks(_attack_chunks, jobs, attack_bundle(scaling), name="attack", on_straggler=still):
+    slow = ""
+
+    def still(note: str) -> None:
+        tell(total - sum(left.values()), total, f"chunks{note}{slow}")
+
+    def straggler(note: str) -> None:
+        nonlocal slow
+        slow = note  # until the next look: it is not to vanish with the next chunk of another task
+        still("")
+
+    running = run_tasks(
+        _attack_chunks, jobs, attack_bundle(scaling), name="attack", named=named, on_straggler=straggler
+    )
+    for one, batch in running:
         left[one.address] -= len(batch)
-        still(f", {one.attack} on {one.source.name if one.source else 'no model'}")
+        still(named((one, batch)))
         if left[one.address] == 0:
             finish_ready()
     return [entries[e] for e in evaluations]
@@ -297,14 +312,18 @@ def run_tasks(
     *,
     name: str,
     on_straggler: Callable[[str], None],
+    named: Callable[[T], str] = str,
 ) -> Iterator[T]:
     """Run Ray tasks, a bounded number of them at a time, and give back what each job was tagged with as it ends.
 
     Args:
         function: called with a job; what it returns is not looked at.
+        jobs: (job, tag); read only as far as there is room for.
         bundle: what Ray reserves for each.
         name: of the tasks, in Ray's own displays.
-        on_straggler: told every few seconds where one task takes much longer than the others.
+        on_straggler: told at most every LOOK_S seconds which task takes much longer than the others; once with "" when none does
+            any more.
+        named: what a task is called there, by its tag: ", ATTACK on MODEL".
 
     Raises:
         UserError: what a task raised; the others are cancelled.
@@ -314,7 +333,7 @@ def run_tasks(
     )
     slots = max(1, room_for(bundle))
     waiting: dict[Any, T] = {}
-    watch = _Stragglers()
+    watch = _Stragglers(on_straggler)
     queue = iter(jobs)
     try:
         while True:
@@ -322,15 +341,15 @@ def run_tasks(
                 waiting[task.remote(item[0])] = item[1]
             if not waiting:
                 return
-            watch.running(list(waiting)[:slots])  # Ray starts tasks in the order in which they are submitted
+            # Ray starts tasks in the order in which they are submitted
+            watch.running({ref: named(tag) for ref, tag in itertools.islice(waiting.items(), slots)})
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
             for ref in ready:
                 tag = waiting.pop(ref)
                 ray.get(ref)
                 watch.ended(ref)
                 yield tag
-            if not ready and (note := watch.slowest()):
-                on_straggler(note)
+            watch.look()
     except Exception as e:
         for ref in waiting:
             ray.cancel(ref)
@@ -341,29 +360,47 @@ def run_tasks(
 
 
 class _Stragglers:
-    """Which task takes much longer than the others."""
+    """Which task takes much longer than the others.
 
-    def __init__(self) -> None:
-        self.started: dict[Any, float] = {}
+    Args:
+        tell: told of it, at most every LOOK_S seconds.
+        clock: seconds from any moment on.
+    """
+
+    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.tell, self.clock = tell, clock
+        self.started: dict[Any, tuple[float, str]] = {}
         self.seconds: list[float] = []
+        self.looked = clock()
+        self.told = ""
 
-    def running(self, refs: Sequence[Any]) -> None:
-        for ref in refs:
-            self.started.setdefault(ref, time.monotonic())
+    def running(self, tasks: Mapping[Any, str]) -> None:
+        """These tasks, each with its name, run by now."""
+        for ref, name in tasks.items():
+            self.started.setdefault(ref, (self.clock(), name))
 
     def ended(self, ref: Any) -> None:
-        now = time.monotonic()
-        self.seconds.append(now - self.started.pop(ref, now))
+        now = self.clock()
+        self.seconds.append(now - self.started.pop(ref, (now, ""))[0])
 
-    def slowest(self) -> str:
-        """What to tell of the one that has run longest, or nothing."""
+    def look(self) -> None:
+        """Tell what there is to tell, unless that was just done."""
+        if self.clock() - self.looked < LOOK_S:
+            return
+        self.looked = self.clock()
+        note = self._slowest()
+        if note or self.told:
+            self.tell(note)
+        self.told = note
+
+    def _slowest(self) -> str:
         if not self.started or not self.seconds:
             return ""
-        longest = time.monotonic() - min(self.started.values())
-        usual = statistics.median(self.seconds)
+        begin, name = min(self.started.values())
+        longest, usual = self.clock() - begin, statistics.median(self.seconds)
         if longest < max(STRAGGLER * usual, STRAGGLER_S):
             return ""
-        return f"; the slowest of {len(self.started)} tasks has run for {longest:.0f} s, {usual:.0f} s is usual"
+        return f"; the slowest of {len(self.started)} tasks{name}, has run for {longest:.0f} s, {usual:.0f} s is usual"
 
 
 def _once(root: Storage, name: str, value: Any) -> None:
@@ -500,7 +537,7 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         directory = root / judged
         if directory.exists(_chunk(i)):
             continue
-        columns = judge(load_model(job["root"], path, device), clean, adversarial, labels)
+        columns = _judge(load_model(job["root"], path, device), clean, adversarial, labels)
         _write_table(
             directory, i, {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}, {}
         )
@@ -561,31 +598,59 @@ def _craft(
     seed: int,
 ) -> tuple[Tensor, int]:
     """The examples of a chunk, and 0, or the size of the micro-batches that memory allowed (recorded: another result)."""
-    size = len(clean)
-    while True:
+
+    def attempt(micro_batches: list[slice]) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        try:
-            parts = []
-            fast = copied()
-            for start in range(0, len(clean), size):
-                part = clean[start : start + size]
-                knows = None if autoencoder is None else _knowledge(autoencoder, part, spec)
-                parts.append(
-                    search(
-                        spec,
-                        model,
-                        fast,
-                        part,
-                        labels[start : start + size],
-                        early_leaving=early,
-                        generator=generator,
-                        auxiliary=knows,
-                    )
+        fast = copied()
+        parts = []
+        for rows in micro_batches:
+            knows = None if autoencoder is None else _knowledge(autoencoder, clean[rows], spec)
+            parts.append(
+                search(
+                    spec,
+                    model,
+                    fast,
+                    clean[rows],
+                    labels[rows],
+                    early_leaving=early,
+                    generator=generator,
+                    auxiliary=knows,
                 )
-        except torch.OutOfMemoryError:
+            )
+        return torch.cat(parts)
+
+    return _as_memory_allows(len(clean), attempt, f"{spec} on")
+
+
+def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> Columns:
+    """:func:`judge`, in smaller batches where memory is short: in eval mode a verdict does not depend on them."""
+
+    def attempt(micro_batches: list[slice]) -> Columns:
+        parts = [judge(model, clean[rows], adversarial[rows], labels[rows]) for rows in micro_batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return _as_memory_allows(len(clean), attempt, "judging")[0]
+
+
+def _as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> tuple[T, int]:
+    """``attempt`` on all of n samples at once, else on half as many at a time, and so on.
+
+    Returns:
+        Its result, and 0, or how many samples at a time it came from.
+
+    Raises:
+        ResourceError: there is no room for a single one.
+    """
+    size = n
+    while True:
+        try:
+            return attempt([slice(start, start + size) for start in range(0, n, size)]), 0 if size == n else size
+        except torch.OutOfMemoryError as e:
             if size == 1:
-                raise
-            size = (size + 1) // 2
-            torch.cuda.empty_cache()
-            continue
-        return torch.cat(parts), 0 if size == len(clean) else size
+                raise ResourceError(
+                    f"{what} a single image does not fit the memory ({e}). Raise scaling.gpus_per_attack, so that fewer tasks share a "
+                    "GPU, or attack on the CPU with scaling.gpus_per_attack=0"
+                ) from e
+        # here, where the error is gone, and with it all that it held
+        size = (size + 1) // 2
+        torch.cuda.empty_cache()
