@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import pickle
@@ -28,9 +29,12 @@ from components.attacks.registry import ATTACKS, run_attack
 from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.attacks.square import square
 from components.attacks.targets import choose_targets
-from components.config import from_dict, to_dict
+from components.config import TrainConfig, from_dict, level_sizes, to_dict
 from components.errors import ConfigError
+from components.models.defend import DefendNet, adaptive_objective
 from components.robustness import verify_examples
+from pipeline.attack import _craft
+from pipeline.train_step import Shapes, build_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -832,6 +836,127 @@ def test_adaptive_is_pgd_with_an_auxiliary_that_the_caller_weights() -> None:
     # what adds nothing changes nothing, to the bit
     out = run_attack(spec, model, x, y, auxiliary=lambda now, rows: 0 * now.flatten(1).sum(1), generator=seeded(0))
     assert torch.equal(out, plain)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def known(request: pytest.FixtureRequest) -> tuple[DefendNet, Tensor]:
+    """An untrained Defend++ network, whose auto-encoder shares two of its four blocks or all, in eval mode, and six images."""
+    sizes = level_sizes(28)
+    config = TrainConfig(width=4, shared_blocks=request.param)
+    net = build_net(config, Shapes(image_size=28, channels=1, num_classes=10, sizes=sizes))
+    assert isinstance(net, DefendNet)
+    images = torch.rand(6, 1, 28, 28, generator=seeded(3))
+    net.train()
+    with torch.no_grad():  # statistics of these images, not of none
+        net.joint(images)
+        net.classifier(images)
+    return net.eval(), images
+
+
+def far(net: DefendNet, x: Tensor, clean: Tensor, objective: str) -> Tensor:
+    """What the adaptive attacker adds, by its definition, sample by sample."""
+
+    def seen(image: Tensor) -> Tensor:
+        if objective == "reconstruction":
+            return net.autoencoder(image[None])[0]
+        for block in net.autoencoder.encoder:
+            image = block(image if image.ndim == 4 else image[None])
+        return image
+
+    pairs = [(seen(a), seen(b)) for a, b in zip(x, clean, strict=True)]
+    return torch.stack([((a - b) ** 2).sum() / (b**2).sum() for a, b in pairs])
+
+
+OBJECTIVES = ("latent", "reconstruction")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_the_adaptive_attacker_adds(objective: str, known: tuple[DefendNet, Tensor]) -> None:
+    net, clean = known
+    x = (clean + 0.1 * torch.randn(clean.shape, generator=seeded(4))).clamp(0, 1)
+    term = adaptive_objective(net.autoencoder, clean, objective, 3.0)
+    with torch.no_grad():
+        wanted = 3 * far(net, x, clean, objective)
+        assert (wanted > 1e-4).all()
+        torch.testing.assert_close(term(x, torch.arange(6)), wanted, rtol=1e-4, atol=1e-7)
+        assert (term(clean, torch.arange(6)) < 1e-9).all()
+        # who is left, in any order, is measured against its own clean image
+        left = torch.tensor([4, 1, 3])
+        torch.testing.assert_close(term(x[left], left), wanted[left], rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(term(x[left], torch.arange(3)), wanted[left], rtol=0.01)
+
+
+def test_with_all_blocks_shared_the_latent_is_the_classifiers_last_map(known: tuple[DefendNet, Tensor]) -> None:
+    net, clean = known
+    maps: list[Tensor] = []
+    hook = net.classifier.layer4.register_forward_hook(lambda module, args, output: maps.append(output.detach()))
+    x = 1 - clean
+    with torch.no_grad():
+        net.classifier(clean)
+        net.classifier(x)
+        hook.remove()
+        found = adaptive_objective(net.autoencoder, clean, "latent", 1.0)(x, torch.arange(6))
+    wanted = (maps[1] - maps[0]).flatten(1).square().sum(1) / maps[0].flatten(1).square().sum(1)
+    assert torch.allclose(found, wanted, rtol=1e-4) == (net.shared_blocks == 4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gradient_of_what_the_adaptive_attacker_adds(objective: str, known: tuple[DefendNet, Tensor]) -> None:
+    net, clean = copy.deepcopy(known[0].autoencoder).double(), known[1].double()
+    term, rows = adaptive_objective(net, clean, objective, 1.0), torch.tensor([5, 0])
+    x = (clean[rows] + 0.1 * torch.randn(2, 1, 28, 28, generator=seeded(5), dtype=torch.float64)).requires_grad_()
+    (slope,) = torch.autograd.grad(term(x, rows).sum(), x)
+    for i in range(2):
+        way = torch.randn(1, 28, 28, generator=seeded(6 + i), dtype=torch.float64)
+        ahead, behind = x.detach().clone(), x.detach().clone()
+        ahead[i] += 1e-7 * way
+        behind[i] -= 1e-7 * way
+        with torch.no_grad():
+            risen = (term(ahead, rows) - term(behind, rows)) / 2e-7
+        assert risen[i].item() == pytest.approx((slope[i] * way).sum().item(), rel=1e-4)
+        assert risen[1 - i] == 0
+    assert (slope.flatten(1).norm(dim=1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_adaptive_attack_moves_what_the_auto_encoder_sees(
+    objective: str, known: tuple[DefendNet, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the pipeline runs it, beside PGD of the same steps and starts; who leaves early leaves the others' reference alone."""
+    net, clean = known
+    labels = predict(net.classifier, clean)
+    labels[2] = (labels[2] + 1) % 10  # wrong from the start, so it leaves at once
+    settings = "eps=0.05,steps=3,restarts=2"
+
+    def crafted(text: str, autoencoder: nn.Module | None, early: bool) -> Tensor:
+        spec = AttackSpec.parse(text)
+        found, _ = _craft(spec, net.classifier, lambda: None, autoencoder, clean, labels, early=early, seed=0)
+        verify_examples(clean, found, range(6), spec)
+        return found
+
+    adaptive = f"adaptive:{settings},weight=10,objective={objective}"
+    plain, knowing = crafted(f"pgd:{settings}", None, False), crafted(adaptive, net.autoencoder, False)
+    with torch.no_grad():
+        assert (far(net, knowing, clean, objective) > 1.1 * far(net, plain, clean, objective)).all()
+    calls: list[int] = []
+
+    def watched(*given: object) -> Callable[[Tensor, Tensor], Tensor]:
+        term = adaptive_objective(*given)
+
+        def checked(x: Tensor, rows: Tensor) -> Tensor:
+            nearest = torch.cdist(x.detach().flatten(1), clean.flatten(1)).argmin(1)
+            values = term(x, rows)
+            with torch.no_grad():
+                torch.testing.assert_close(values, 10 * far(net, x, clean[nearest], objective), rtol=1e-3, atol=1e-6)
+            calls.append(len(x))
+            return values
+
+        return checked
+
+    monkeypatch.setattr("pipeline.attack.adaptive_objective", watched)
+    crafted(adaptive, net.autoencoder, True)
+    assert calls[0] == 6
+    assert 0 < min(calls) < 6, "of no use unless one leaves"
 
 
 def test_an_auxiliary_of_the_wrong_shape_is_refused() -> None:
