@@ -13,14 +13,19 @@ from own_network import Net
 from safetensors.torch import save_file
 from torch import nn
 
+from components.attacks.spec import AttackSpec
 from components.config import Experiment, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
-from pipeline import attack, checkpoints
+from pipeline import attack, checkpoints, train
+from pipeline.given import AUTOENCODER
+from pipeline.jobs import TrainingData
 from pipeline.main import main, parse
-from pipeline.recipes import full_suite
-from pipeline.run import trains
+from pipeline.recipes import RECIPES, full_suite
+from pipeline.run import _as_subjects, trains
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
+
+GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 
 
 @pytest.fixture
@@ -63,18 +68,51 @@ def test_our_own_file_knows_what_it_is(exported: Path) -> None:
     assert (config.arch, config.width, config.normalize_mean) == ("resnet18", 4, (0.5, 0.5, 0.5))
     data = experiment.data
     assert (data.image_size, data.channels, data.num_classes) == (32, 3, 7)
-    assert experiment.evaluation.attacks == full_suite(f"{8 / 255:.6g}")
+    assert experiment.evaluation.attacks == full_suite(f"{8 / 255:.6g}", channels=3)
 
 
 def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None:
     base = ("--model", str(stranger), "--arch", "own_network:make")
     large = asked(*base, "--data.image-size", "224", "--data.channels", "3", "--data.num-classes", "5")
-    assert large.evaluation.attacks == full_suite(f"{4 / 255:.6g}")
+    assert large.evaluation.attacks == full_suite(f"{4 / 255:.6g}", channels=3)
+    assert asked(*base, "--eps", "0.1", "--data.channels", "3").evaluation.attacks == full_suite("0.1", channels=3)
     assert large.data.num_classes == 5
     assert asked(*base, "--eps", "0.1").evaluation.attacks == full_suite("0.1")
     assert asked(*base, "--norm", "l2").evaluation.attacks == full_suite("1.5", "l2")
     few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
     assert few.evaluation.attacks == ("fgsm:eps=0.2",)
+
+
+def test_the_suite() -> None:
+    """What it must hold, whatever else: see docs/evaluation.md."""
+    grey = full_suite("0.3")
+    assert {"pgd:eps=0.3,steps=40,restarts=3", "autoattack:eps=0.3", "square:eps=0.3"} < set(grey)
+    assert {
+        "adaptive:eps=0.3,steps=40,restarts=3",
+        "adaptive:eps=0.3,objective=reconstruction,steps=40,restarts=3",
+        "fab-t:norm=linf,steps=20",  # the accuracy at every Linf norm
+        "cw:steps=20,binary_search_steps=5",
+    } < set(grey)
+    assert not any("linf" in a for a in full_suite("1.5", "l2"))
+    assert {a.partition(":")[0] for a in full_suite("1.5", "l2")} == {a.partition(":")[0] for a in grey} - {
+        "fgsm",
+        "fab-t",
+    }
+    smoke = RECIPES["robustness-smoke"].make().evaluation.attacks
+    specs = [AttackSpec.parse(a) for a in smoke]
+    assert {s.objective for s in specs} == {None, "latent", "reconstruction"}
+    assert {s.name for s in specs} >= {s.name for s in map(AttackSpec.parse, grey)} - {"bim", "cw"}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "a stranger's"])
+def test_the_step_size_of_cw_goes_by_the_images(name: str, stranger: Path) -> None:
+    """In 5 x 20 steps, 0.01 hardly moves the black and white pixels of MNIST, and 0.5 jumps over what natural images have."""
+    colour = ("--model", str(stranger), "--arch", "own_network:make", "--data.channels", "3")
+    experiment = RECIPES[name].make() if name in RECIPES else asked(*colour)
+    specs = [AttackSpec.parse(a) for a in experiment.evaluation.attacks]
+    assert {s.lr for s in specs if s.name == "cw"} <= {0.01 if experiment.data.channels == 3 else 0.5}
+    if experiment.paper in ("table1", "table3", "table4", "table6") or name == "a stranger's":
+        assert any(s.name == "cw" for s in specs)
 
 
 def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,6 +201,143 @@ def verdict(storage: Path, name: str) -> tuple[Path, dict[str, Any]]:
     return directory, json.loads((directory / "run.json").read_text())
 
 
+# -- the auto-encoder beside the classifier --------------------------------------------------------------------------------
+
+
+def defended(directory: Path, shapes: Shapes = GREY, **settings: Any) -> Path:
+    """A Defend++ export of few channels; its classifier's file."""
+    config = TrainConfig(**{"width": 4, "shared_blocks": 2, **settings})
+    checkpoints.export(Storage(str(directory)), build_net(config, shapes), config, shapes)
+    return directory / "classifier.safetensors"
+
+
+class Told(train.Progress):
+    def __init__(self) -> None:
+        self.without: list[str] = []
+
+    def on_given(self, name: str, without: str) -> None:
+        self.without.append(without)
+
+
+def taken(storage: Path, *arguments: str) -> tuple[attack.Model, list[str]]:
+    """The model that an ``attack --model`` attacks, and what it said of its auto-encoder."""
+    experiment, told = asked(*arguments, "--storage", str(storage)), Told()
+    data = experiment.data
+    sizes = level_sizes(data.image_size, experiment.pyramids.levels)
+    shapes = Shapes(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, sizes=sizes)
+    models = train.train(experiment, shapes, TrainingData(train={}, bare=""), Storage(str(storage)), told)
+    (model,) = _as_subjects(experiment, models)
+    return model, told.without
+
+
+def test_the_auto_encoder_beside_our_own_file_comes_with_it(tmp_path: Path) -> None:
+    file = defended(tmp_path / "ours")
+    model, said = taken(tmp_path / "storage", "--model", str(file))
+    assert said == []
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    copied, original = (
+        checkpoints.load_autoencoder(path)(images) for path in (tmp_path / "storage" / model.path, file.parent)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(copied, original, strict=True))
+    described = json.loads((tmp_path / "storage" / model.path / "model.json").read_text())
+    assert described["files"]["autoencoder.safetensors"] == model.autoencoder
+    assert set(described["parameters"]) == {"classifier", "autoencoder"}
+    planned = attack.plan([model], asked("--model", str(file)))
+    assert {e.attack.partition(":")[0] for e in planned if e.threat_model == "white_box"} >= {"pgd", "adaptive"}
+    # taken again, it is the same model; without its auto-encoder another
+    assert taken(tmp_path / "storage", "--model", str(file))[0] == model
+    (tmp_path / "ours" / "autoencoder.safetensors").unlink()
+    bare, said = taken(tmp_path / "storage", "--model", str(file))
+    assert (bare.path != model.path, bare.autoencoder) == (True, "")
+    assert said == [f"there is no autoencoder.safetensors in {tmp_path / 'ours'}, where the classifier lies"]
+
+
+def test_its_levels_are_those_that_it_was_trained_with(tmp_path: Path) -> None:
+    file = defended(tmp_path / "two", Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14)))
+    assert asked("--model", str(file)).pyramids.levels == 2
+    assert taken(tmp_path / "storage", "--model", str(file))[0].autoencoder
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"seed": 1}, "their shared blocks differ"),
+        ({"width": 8}, "its width is 8, here it is 4"),
+        ({"arch": "resnet50"}, "its arch is 'resnet50', here it is 'resnet18'"),
+        ({"normalize_mean": (0.1,), "normalize_std": (0.3,)}, r"its normalize_mean is \(0.1,\), here it is \(\)"),
+        ("cut", "cannot be read"),
+        ("foreign", "was not exported by this project"),
+    ],
+)
+def test_an_auto_encoder_of_another_classifier_is_left_alone(tmp_path: Path, settings: Any, said: str) -> None:
+    file = defended(tmp_path / "ours")
+    beside = file.with_name("autoencoder.safetensors")
+    if settings == "cut":
+        beside.write_bytes(beside.read_bytes()[:-20])
+    elif settings == "foreign":
+        save_file({"x": torch.zeros(1)}, beside)
+    else:
+        beside.write_bytes((defended(tmp_path / "other", **settings).parent / beside.name).read_bytes())
+    model, why = taken(tmp_path / "storage", "--model", str(file))
+    assert model.autoencoder == ""
+    with pytest.raises(AssertionError, match=said):
+        raise AssertionError(*why)
+
+
+@pytest.mark.cluster
+def test_our_own_export_meets_the_attacker_who_knows_its_auto_encoder(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage, file = tmp_path / "storage", defended(tmp_path / "ours")
+    specs = ("pgd:eps=0.3,steps=2", "adaptive:eps=0.3,steps=2", "adaptive:eps=0.3,objective=reconstruction,steps=2")
+    few = ["--evaluation.test-images", "4", "--evaluation.chunk-size", "4", "--evaluation.reliability-images", "0"]
+    common = ["--storage", str(storage), *few]
+    assert main(["attack", "--model", str(file), "--evaluation.attacks", *specs, *common]) == 0
+    assert "the adaptive attack cannot run" not in capsys.readouterr().out
+    _, record = verdict(storage, "attack-ours")
+    assert record["models"]["ours"]["autoencoder"]
+    found = {e["attack"]: e for e in record["evaluations"] if e["threat_model"] == "white_box"}
+    assert found.keys() == {str(AttackSpec.parse(text)) for text in specs}
+    assert len({e["examples"] for e in found.values()}) == 3
+
+    registered = ("--model", "mlflow:models:/attack-ours-ours@newest", "--name", "again")
+    again, said = taken(storage, *registered)
+    assert said == []
+    assert again.autoencoder == json.loads((storage / again.path / "model.json").read_text())["files"][AUTOENCODER]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("arch", ["torchvision:squeezenet1_1", "timm:test_resnet"])
+def test_a_librarys_network_from_a_local_file(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str
+) -> None:
+    """Its state_dict through the command; what is attacked has the logits of the library's own network."""
+    library, _, name = arch.partition(":")
+    module = pytest.importorskip("torchvision.models" if library == "torchvision" else library)
+    make = module.get_model if library == "torchvision" else module.create_model
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = make(name, num_classes=10).eval()
+    file, storage = tmp_path / "net.pth", tmp_path / "storage"
+    torch.save(theirs.state_dict(), file)
+    images = ["--data.image-size", "64", "--data.channels", "3", "--data.resize", "crop"]
+    few = ["--evaluation.test-images", "4", "--evaluation.chunk-size", "4", "--evaluation.reliability-images", "0"]
+    specs = ("pgd:eps=0.1,steps=2", "fab-t:norm=linf,steps=2,targets=2", "adaptive:eps=0.1,steps=2")
+    command = ["attack", "--model", str(file), "--arch", arch, *images, *few, "--evaluation.attacks", *specs]
+    assert main([*command, "--storage", str(storage)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"net: the adaptive attack cannot run, it needs the model's auto-encoder: there is no {AUTOENCODER}" in said
+    _, record = verdict(storage, "attack-net")
+    found = {e["attack"].partition(":")[0]: e for e in record["evaluations"] if e["threat_model"] == "white_box"}
+    assert set(found) == {"pgd", "fab-t"}
+    root = Storage(str(storage))
+    for e in found.values():
+        examples = torch.from_numpy(attack.read_examples(root / e["examples"], 0))
+        with torch.no_grad():
+            predicted = theirs(examples).argmax(1)
+        assert predicted.tolist() == attack.read_chunks(root / e["path"], 1)["adversarial_prediction"].tolist()
+
+
 @pytest.mark.cluster
 def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     ray_cluster: str, stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -180,7 +355,9 @@ def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     common += ["--evaluation.test-images", "12", "--evaluation.chunk-size", "6", "--evaluation.reliability-images", "4"]
     assert main(["attack", "--model", str(stranger), *common]) == 0
     directory, record = verdict(storage, "attack-net")
-    assert "taken as it is" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "taken as it is" in said
+    assert "adaptive" not in said  # not asked for
     assert {(e["threat_model"], e["attack"].partition(":")[0]) for e in record["evaluations"]} == {
         ("clean", "none"),
         ("random", "noise"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_networks import OWN
 from torch import Tensor
 
 from components.attacks.registry import run_attack
@@ -63,6 +64,18 @@ def _pair(names: list[str], row: dict[str, Any], name: str, value: Any, other: s
 
 
 ROWS = all_pairs(FACTORS)
+_PLAIN = {name: values[0] for name, values in FACTORS.items()}
+BEYOND: tuple[dict[str, Any], ...] = (
+    # the network of docs/networks.md, with its own copies of its last blocks and with none; every decoder needs its mirrors
+    _PLAIN
+    | {"arch": OWN, "decoder": "hourglass_concat", "schedule": "alternating", "data": (32, 3), "shared_blocks": 3},
+    _PLAIN | {"arch": OWN, "targets": "linear", "noise_location": "latent", "shared_blocks": 5},
+    # the fifth block, which ResNets do not have
+    _PLAIN | {"arch": "vgg16_bn", "decoder": "hourglass_add", "schedule": "alternating", "shared_blocks": 5},
+    # the size of the paper's ImageNet
+    _PLAIN | {"decoder": "hourglass", "data": (224, 3), "shared_blocks": 3, "augment": "flip"},
+)
+"""What no pair reaches."""
 
 
 def test_all_pairs_meet() -> None:
@@ -111,7 +124,7 @@ def attacked(model: torch.nn.Module, batch: Batch) -> None:
         assert len(judge(model, images, examples, labels)["adversarial_prediction"]) == len(images)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(map(str, r.values())).replace(" ", ""))
+@pytest.mark.parametrize("row", [*ROWS, *BEYOND], ids=lambda r: "-".join(map(str, r.values())).replace(" ", ""))
 def test_pair(row: dict[str, Any], tmp_path: Path) -> None:
     size, channels = row["data"]
     phases = {"epochs": 3, "cycles": 1, "autoencoder_epochs": 1, "classifier_epochs": 1}
