@@ -332,7 +332,7 @@ def test_a_librarys_network_from_a_local_file(
     assert set(found) == {"pgd", "fab-t"}
     root = Storage(str(storage))
     for e in found.values():
-        examples = torch.from_numpy(attack.read_examples(root / e["examples"], 0))
+        examples = torch.tensor(attack.read_examples(root / e["examples"], 0))
         with torch.no_grad():
             predicted = theirs(examples).argmax(1)
         assert predicted.tolist() == attack.read_chunks(root / e["path"], 1)["adversarial_prediction"].tolist()
