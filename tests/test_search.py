@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from components.config import TrainConfig
 from components.errors import ConfigError
+from components.schedule import learning_rate
 from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform, choose, pareto_front
 
 SPACES = sorted((Path(__file__).resolve().parent.parent / "tune_spaces").glob("[a-z]*.py"))
@@ -26,6 +27,14 @@ def test_each_space_of_the_project_is_one(path: Path) -> None:
     assert set(space.to_dict()["parameters"]) == set(space.parameters)
     for point in space.points(0):
         TrainConfig(**point)  # type: ignore[arg-type]
+
+
+def test_the_schedules_of_the_space_are_two_in_a_recipe_of_any_length() -> None:
+    space = runpy.run_path(str(SPACES[0].parent / "learning_rate.py"))["SPACE"]
+    fixed = {name: domain.values[0] for name, domain in space.parameters.items() if name.startswith("lr_step")}
+    for epochs in (2, 3, 4, 25, 300):
+        config = TrainConfig(epochs=epochs, lr_schedule="step", **fixed)
+        assert learning_rate(epochs - 1, 1, config) < config.lr, "step, and not a constant rate"
 
 
 @pytest.mark.parametrize(
