@@ -270,7 +270,7 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
         tags = {
             "mlflow.note.content": sweep_report.markdown(record),
             "best_trial": record["choice"]["trial"],
-            "evaluation": record["evaluation"],
+            "evaluation": record["evaluation"] or "",  # of an earlier choice no more
         }
         tracker.start("run", "sweep", tags=tags)
         for name in ("best.json", *(f"report/{name}" for name in sweep.list("report"))):
