@@ -209,7 +209,7 @@ class TrainConfig:
     lr_schedule: Literal["one_cycle", "step"] = "one_cycle"
     """one_cycle: linear warm-up over 30 % of the steps, then cosine to zero. step: x lr_gamma every lr_step_epochs."""
     lr_step_epochs: int = 100
-    """step only: epochs between two drops."""
+    """step only: epochs between two drops. 0: a third of ``epochs``, rounded up, as the paper's 100 of 300."""
     lr_gamma: float = 0.1
     """step only: factor of a drop."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -344,7 +344,13 @@ class TrainConfig:
                 "and without train.replace_head",
             )
         _check(self.epochs >= 0, "train.epochs", self.epochs, "0 or more")
-        for name in ("batch_size", "lr_step_epochs", "checkpoint_every_epochs"):
+        _check(
+            self.lr_step_epochs >= 0,
+            "train.lr_step_epochs",
+            self.lr_step_epochs,
+            "at least 0 (0: a third of the epochs)",
+        )
+        for name in ("batch_size", "checkpoint_every_epochs"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _check(
             all(math.isfinite(m) for m in self.normalize_mean),

@@ -40,11 +40,12 @@ def phase_at(step: int, steps_per_epoch: int, config: TrainConfig) -> Phase:
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """Learning rate of an optimisation step (0-based); it goes on over changes of phase.
 
-    ``step``: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1). ``one_cycle``: linear from lr/25 to lr over the
+    ``step``: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1; 0: of a third of the epochs). ``one_cycle``: linear from lr/25 to lr over the
     first 30 % of all steps, then half a cosine to zero (Smith & Topin 2018, as a cosine).
     """
     if config.lr_schedule == "step":
-        return float(config.lr * config.lr_gamma ** (step // steps_per_epoch // config.lr_step_epochs))
+        between = config.lr_step_epochs or math.ceil(config.epochs / 3)
+        return float(config.lr * config.lr_gamma ** (step // steps_per_epoch // between))
     total = config.epochs * steps_per_epoch
     peak = 0.3 * total
     if step < peak:

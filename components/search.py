@@ -26,7 +26,8 @@ NOT_SWEPT = {
     "pretrained": "a sweep for each file of weights",
 }
 DRAWS_PER_TRIAL = 100
-"""How often a random point is drawn anew that was drawn before, until a space of few points counts as exhausted."""
+"""How often a point is drawn anew that was drawn before, until random search counts a space of few points as exhausted and TPE
+takes the next of the grid."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Space:
     search: Literal["grid", "random", "tpe"] = "random"
     """grid: every combination. random: draws that spread evenly from the first on. tpe: Optuna's multi-objective TPE, which learns from the trials before."""
     trials: int = 24
-    """Configurations in all. A grid has no more than it has points; 0: all of them."""
+    """Configurations in all, none of them twice: no more than the space has points. 0, of a grid: all of them."""
     asha: Asha | None = None
     """Early stopping; None: every trial is trained to its end."""
     attack: str = "pgd:eps=0.1,steps=10"
@@ -209,6 +210,24 @@ class Space:
         _check(self.images >= 1, "space.images", self.images, "at least 1")
         _check(0 <= self.clean_tolerance <= 1, "space.clean_tolerance", self.clean_tolerance, "in [0, 1]")
 
+    @property
+    def size(self) -> int | None:
+        """How many points it has; None with a range of real numbers, which has no end of them."""
+        sizes = [len(values) for domain in self.parameters.values() if (values := listed(domain)) is not None]
+        return math.prod(sizes) if len(sizes) == len(self.parameters) else None
+
+    @property
+    def count(self) -> int:
+        """How many configurations there will be: none is tried twice."""
+        size = self.size
+        return self.trials if size is None else min(size, self.trials or size)
+
+    def grid(self) -> Iterator[Point]:
+        """Every combination, in order; with a range of real numbers none can be listed."""
+        axes = [listed(domain) or () for domain in self.parameters.values()]
+        for values in itertools.product(*axes):
+            yield dict(zip(self.parameters, values, strict=True))
+
     def points(self, seed: int) -> list[Point]:
         """The points of a grid, or the first ``trials`` draws that differ (fewer where the space has no more).
 
@@ -217,9 +236,7 @@ class Space:
         if self.search == "tpe":
             return []
         if self.search == "grid":
-            axes = [listed(domain) or () for domain in self.parameters.values()]
-            whole = [dict(zip(self.parameters, values, strict=True)) for values in itertools.product(*axes)]
-            return whole[: self.trials or None]
+            return list(itertools.islice(self.grid(), self.count))
         draws = spread(len(self.parameters), seed)
         points: dict[tuple[Value, ...], Point] = {}
         for _ in range(self.trials * DRAWS_PER_TRIAL):

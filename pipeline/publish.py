@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -97,21 +98,24 @@ def _publish_model(
     begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
     start_model(tracker, record, name, begin)
     for file in history:
-        epoch = int(re.sub(r"\D", "", file.rpartition("/")[2]))
-        if not tracker.has_history(alias, epoch):
+        if not tracker.has_history(alias, _epoch_of(file)):
             tracker.history(alias, records.read_epoch(root, file))
-    numbers = {
-        "clean/validation": model.get("clean_validation"),
-        "train/total_seconds": model.get("seconds"),
-        "train/mean_images_per_second": model.get("images_per_second"),
-        **{f"parameters/{part}": count for part, count in (model.get("parameters") or {}).items()},
-    }
-    tracker.metrics(alias, {**numbers, **table_metrics(record, name)})
+    tracker.metrics(alias, {**_model_metrics(model), **table_metrics(record, name)})
     _datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
         if root.exists(f"{model['path']}/{file}"):
             tracker.artifact(alias, root, f"{model['path']}/{file}", "weights")
     tracker.finish(alias, time=None if begin is None else begin + float(model.get("seconds") or 0.0))
+
+
+def _model_metrics(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """What one number says of a trained model. ``model``: as in ``run.json``, or what is known of it."""
+    return {
+        "clean/validation": model.get("clean_validation"),
+        "train/total_seconds": model.get("seconds"),
+        "train/mean_images_per_second": model.get("images_per_second"),
+        **{f"parameters/{part}": count for part, count in (model.get("parameters") or {}).items()},
+    }
 
 
 def _publish_evaluation(
@@ -186,7 +190,7 @@ def _datasets(tracker: Tracker, alias: str, record: Mapping[str, Any], splits: S
     data = record.get("data") or {}
     for split in splits:
         rows = (data.get("rows") or {}).get(split)
-        if rows:
+        if rows and "hash" in data:  # without: stopped between two splits
             splits = data.get("splits") or {}
             source = splits.get(split) or next(
                 (a for s, a in splits.items() if s.startswith(f"{split}/")), data["source"]
@@ -219,6 +223,12 @@ def _metric_name(text: str) -> str:
 # -- sweeps ----------------------------------------------------------------------------------------------------------------
 
 
+ENDS = ("finished", "stopped", "diverged", "failed")
+"""States of a trial that is over, though a failed one is tried again by the next command."""
+JUDGED_BY = ("train", "validation")
+"""Splits that a sweep reads; the evaluation of its choice is a run of its own, and names the test images."""
+
+
 def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
     """The parent run of a sweep, alias "run", out of what ``sweep.json`` holds from its beginning on."""
     tags = {**_made_with(tracker, record, "sweep"), "space": record["space_name"]}
@@ -227,6 +237,7 @@ def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
     params = {**flatten(record["experiment"]), **flatten({"space": space}), "sweep.seed": record["seed"]}
     name = f"sweep {record['name']} {record['space_name']}"
     tracker.start("run", name, tags=tags, params=params, time=_unix(record.get("created")))
+    _datasets(tracker, "run", record, JUDGED_BY)
 
 
 def trial_alias(trial: Mapping[str, Any]) -> str:
@@ -237,8 +248,8 @@ def trial_alias(trial: Mapping[str, Any]) -> str:
 def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, root: Storage) -> None:
     """Publish all that ``sweep.json`` holds by now; what is published already is skipped, so call it as often as you like.
 
-    A parent run with settings, report and best.json; below it a run per trial, with the metric names of a model's run; below
-    that, where a trial has several seeds, a run for each.
+    A parent run with settings, report and best.json; below it a run per trial, with the metric names of a model's run (means
+    over its seeds) and ``validation/robust``; below that, where a trial has several seeds, a run for each.
 
     Args:
         sweep: the sweep's directory. root: the storage it lies in.
@@ -249,15 +260,18 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
             _publish_trial(tracker, record, trial, root)
     if record["choice"]:
         states = [t["state"] for t in record["trials"]]
-        numbers = {f"trials/{state}": float(states.count(state)) for state in dict.fromkeys(states)}
+        numbers = {f"trials/{state}": float(states.count(state)) for state in ENDS}
         for name, found in sweep_report.references(record).items():
             numbers |= {f"reference/{name}/{k}": v for k, v in found.items()}
         numbers |= {"best/clean": record["choice"]["clean"], "best/robust": record["choice"]["robust"]}
-        tracker.metrics("run", {**numbers, "front/size": float(len(record["front"]))})
+        numbers["front/size"] = float(len(record["front"]))
+        # of a sweep that went on, MLflow shows the latest step
+        ended = sum(state in ENDS for state in states)
+        tracker.metrics("run", numbers, step=ended, time=sweep_report.concluded_at(record))
         tags = {
             "mlflow.note.content": sweep_report.markdown(record),
             "best_trial": record["choice"]["trial"],
-            "evaluation": record["evaluation"],
+            "evaluation": record["evaluation"] or "",  # of an earlier choice no more
         }
         tracker.start("run", "sweep", tags=tags)
         for name in ("best.json", *(f"report/{name}" for name in sweep.list("report"))):
@@ -268,48 +282,118 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
         tracker.finish("run", time=_unix(record["finished"]))
 
 
+def choice_version(record: Mapping[str, Any], sweep: Storage) -> dict[str, Any]:
+    """Arguments of :meth:`Tracker.register_model` that say of which sweep the chosen model is.
+
+    ``<recipe>-<space>@best`` is the choice of whichever sweep of that recipe and space came to its conclusion last;
+    ``@best-<hash>`` is this sweep's own, which no other takes over.
+    """
+    name = sweep.uri.rpartition("/")[2]
+    return {
+        "name": f"{record['name']}-{record['space_name']}",
+        "version_alias": "best",
+        "own_alias": f"best-{name.rpartition('-')[2]}",
+        "concluded": sweep_report.concluded_at(record),
+        "tags": {"sweep": name, "records": sweep.uri, "trial": record["choice"]["trial"]},
+    }
+
+
 def _status_of(trial: Mapping[str, Any]) -> str:
     return "FAILED" if trial["state"] in ("diverged", "failed") else "FINISHED"
 
 
 def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[str, Any], root: Storage) -> None:
     alias = trial_alias(trial)
-    ended = trial["state"] not in ("pending", "running")
+    ended = trial["state"] in ENDS
     tags = {
         "kind": "trial",
         "recipe": record["name"],
         "model": record["model"],
         "trial": trial["number"],
         "records": " ".join(m["path"] for m in trial["models"]),
-        **({"state": trial["state"], "reason": trial["reason"] or None} if ended else {}),
+        # of a failed trial that is tried again too: tags that were sent once are not sent again, but each try has its time
+        "state": trial["state"],
+        "reason": trial["reason"],
+        "started": trial["started"],
     }
     train = {**record["base"], **trial["parameters"]}
     name = f"trial {trial['number']}: {sweep_report.parameters_text(trial['parameters'])}"
     tracker.start(alias, name, parent="run", tags=tags, params=flatten(train), time=_unix(trial["started"]))
-    steps: dict[int, tuple[int, float]] = {}
-    for i, model in enumerate(trial["models"]):
-        one = alias
-        if len(trial["models"]) > 1:
-            one = f"{alias}/seed-{model['seed']}"
-            tracker.start(one, f"seed {model['seed']}", parent=alias, tags={"kind": "replicate"})
-        for file in records.history_files(root, model):
-            epoch = records.read_epoch(root, file)
-            if not tracker.has_history(one, epoch["epoch"]):
-                tracker.history(one, epoch)
-            if i == 0:
-                steps[epoch["epoch"] + 1] = epoch["steps"][-1]["step"], epoch["steps"][-1]["time"]
-        if one != alias and ended:
-            tracker.finish(one, _status_of(trial))
-    for epoch in trial["epochs"]:
-        step, at = steps.get(epoch["epoch"], (0, _unix(trial["started"])))
-        tracker.metrics(
-            alias, {"validation/robust": epoch["robust"], "objective/clean": epoch["clean"]}, step=step, time=at
-        )
+    _datasets(tracker, alias, record, JUDGED_BY)
+    if len(trial["models"]) > 1:
+        for model in trial["models"]:
+            _publish_replicate(tracker, record, trial, model, root)
+    _publish_means(tracker, alias, trial, root)
     if ended:
-        if trial["epochs"]:
-            last = trial["epochs"][-1]
-            tracker.metrics(alias, {"clean/validation": last["clean"], "robust/validation": last["robust"]})
-        tracker.metrics(
-            alias, {"train/total_seconds": trial["training_seconds"], "epochs": float(len(trial["epochs"]))}
-        )
-        tracker.finish(alias, _status_of(trial))
+        exported = [_exported(root, model) for model in trial["models"]]
+        if exported and all(exported):
+            numbers: Mapping[str, float | None] = _means([_model_metrics(model) for model in exported])
+        else:
+            clean = trial["epochs"][-1]["clean"] if trial["epochs"] else None
+            seconds = trial["training_seconds"] / max(1, len(exported))
+            numbers = _model_metrics({"clean_validation": clean, "seconds": seconds})
+        # at the end of this try: of one step MLflow shows the latest
+        end = sweep_report.ended_at(trial)
+        tracker.metrics(alias, {**numbers, "epochs": float(len(trial["epochs"]))}, time=end)
+        tracker.finish(alias, _status_of(trial), time=end)
+
+
+def _publish_replicate(
+    tracker: Tracker, record: Mapping[str, Any], trial: Mapping[str, Any], model: Mapping[str, Any], root: Storage
+) -> None:
+    """The run of one seed of a trial: as that of any other model."""
+    alias = f"{trial_alias(trial)}/seed-{model['seed']}"
+    tags = {"kind": "replicate", "recipe": record["name"], "model": record["model"], "records": model["path"]}
+    train = {**record["base"], **trial["parameters"], "seed": model["seed"]}
+    begin = _unix(trial["started"])
+    tracker.start(
+        alias, f"seed {model['seed']}", parent=trial_alias(trial), tags=tags, params=flatten(train), time=begin
+    )
+    _datasets(tracker, alias, record, JUDGED_BY)
+    for file in records.history_files(root, model):
+        if not tracker.has_history(alias, _epoch_of(file)):
+            tracker.history(alias, records.read_epoch(root, file))
+    if exported := _exported(root, model):
+        tracker.metrics(alias, _model_metrics(exported))
+    if trial["state"] in ENDS:
+        tracker.finish(alias, _status_of(trial), time=sweep_report.ended_at(trial))
+
+
+def _publish_means(tracker: Tracker, alias: str, trial: Mapping[str, Any], root: Storage) -> None:
+    """The history of a trial: of each epoch that all its models have, the means; with its robust accuracy, if that was measured."""
+    robust = {e["epoch"] - 1: e["robust"] for e in trial["epochs"]}
+    files = [{_epoch_of(f): f for f in records.history_files(root, model)} for model in trial["models"]]
+    for epoch in sorted(set.intersection(*map(set, files))) if files else []:
+        # measured a little later than trained; published together, once
+        settled = epoch <= max(robust, default=-1) or trial["state"] in ("finished", "stopped", "diverged")
+        if settled and not tracker.has_history(alias, epoch):
+            tracker.history(alias, _mean_epoch([records.read_epoch(root, f[epoch]) for f in files], robust.get(epoch)))
+
+
+def _mean_epoch(several: Sequence[Mapping[str, Any]], robust: float | None) -> dict[str, Any]:
+    """The record of one epoch, of models alike but for their seed, as that of one model: means at each step that all have, at the latest time."""
+    steps = [
+        {**_means(found), "step": found[0]["step"], "time": max(s["time"] for s in found)}
+        for found in zip(*(e["steps"] for e in several), strict=False)
+    ]
+    validation = {**_means([e.get("validation") or {} for e in several]), "robust": robust}
+    return {**several[0], "steps": steps, "validation": validation}
+
+
+def _means(several: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Of the numbers that all have."""
+    found = {name: [x for one in several if (x := one.get(name)) is not None] for name in several[0]}
+    return {name: statistics.fmean(values) for name, values in found.items() if len(values) == len(several)}
+
+
+def _exported(root: Storage, model: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``model.json`` says of a model, in the words of ``run.json``; empty where it is not trained to its end."""
+    if not root.exists(f"{model['path']}/model.json"):
+        return {}
+    found: dict[str, Any] = root.read_json(f"{model['path']}/model.json")
+    return {**found, "clean_validation": found["validation"].get("accuracy")}
+
+
+def _epoch_of(file: str) -> int:
+    """``.../history/epoch-00003.json`` is 3."""
+    return int(re.sub(r"\D", "", file.rpartition("/")[2]))

@@ -389,7 +389,7 @@ def _pending(sweep: Sweep) -> list[dict[str, Any]]:
     """The trials that are to be run (again), as entries of the record; TPE's new ones are not known yet and come as {}."""
     trials = sweep.trials
     if sweep.space.search == "tpe":
-        new: list[dict[str, Any]] = [{}] * max(0, sweep.space.trials - len(trials))
+        new: list[dict[str, Any]] = [{}] * max(0, sweep.space.count - len(trials))
     else:
         points = sweep.space.points(sweep.options.seed)
         trials += [new_entry(i + 1, point) for i, point in enumerate(points) if i >= len(trials)]
@@ -451,16 +451,15 @@ def _report(sweep: Sweep) -> None:
 
 
 def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
-    """The chosen model (of several seeds the first) in MLflow's registry, as ``<recipe>-<space>@best``."""
+    """The chosen model (of several seeds the first) in MLflow's registry (:func:`publish.choice_version`)."""
     path = chosen["models"][0]["path"]
     data = sweep.experiment.data
     sweep.tracker.register_model(
         publish.trial_alias(chosen),
         checkpoints.load_classifier(f"{sweep.root.uri}/{path}"),
         run._example(data.channels, data.image_size),
-        f"{sweep.record['name']}-{sweep.record['space_name']}",
         metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
-        version_alias="best",
+        **publish.choice_version(sweep.record, sweep.storage),
     )
 
 

@@ -9,13 +9,14 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import jinja2
 import numpy as np
 
 from components.robustness import wilson_interval
-from pipeline import plots
+from pipeline import plots, records
 from pipeline.storage import Storage
 
 Trial = Mapping[str, Any]
@@ -47,6 +48,16 @@ def robust_of(trial: Trial) -> float:
 def best_so_far(trials: Sequence[Trial]) -> Trial | None:
     """The most robust of those finished."""
     return max((t for t in trials if t["state"] == "finished"), key=robust_of, default=None)
+
+
+def ended_at(trial: Trial) -> float:
+    """When a trial that is over ended, in unix seconds."""
+    return datetime.fromisoformat(trial["started"]).timestamp() + float(trial["seconds"])
+
+
+def concluded_at(record: Mapping[str, Any]) -> float:
+    """When the last of the trials ended from which the choice was made, in unix seconds: the same whenever it is asked."""
+    return max(ended_at(t) for t in record["trials"] if t["state"] not in ("pending", "running"))
 
 
 def value_text(value: Any) -> str:
@@ -100,10 +111,19 @@ def rule(clean_tolerance: float) -> str:
 
 
 def interval(trial: Trial) -> tuple[float, float]:
-    """95 % interval of a trial's robust accuracy, from how many images were attacked (over all of its seeds)."""
+    """95 % interval of a trial's robust accuracy, from how many images were attacked.
+
+    More seeds do not narrow it: their models are attacked on the same images, and mostly fail on the same ones. What seeds
+    tell is how far they lie apart (:func:`spread`).
+    """
     last = trial["epochs"][-1]
-    n = last["n"] * len(last["each"])
-    return wilson_interval(round(last["robust"] * n), n)
+    return wilson_interval(round(last["robust"] * last["n"]), last["n"])
+
+
+def spread(trial: Trial) -> float | None:
+    """Standard deviation of a trial's robust accuracy over its seeds; None where it has one."""
+    each = [robust for _, robust in trial["epochs"][-1]["each"]]
+    return statistics.stdev(each) if len(each) > 1 else None
 
 
 def indistinct(record: Mapping[str, Any]) -> list[int]:
@@ -125,11 +145,25 @@ def conclusion(record: Mapping[str, Any]) -> str:
     low, high = interval(record["trials"][choice["trial"] - 1])
     same, others = len(indistinct(record)), len(finished(record)) - 1
     apart = f"{same} of {others} other trials cannot be told from it by {last['n']} images" if others else ""
+    sd = spread(record["trials"][choice["trial"] - 1])
+    seeds = "" if sd is None else f", sd over {len(last['each'])} seeds {100 * sd:.1f}"
     return (
         f"choice: trial {choice['trial']}: {parameters_text(choice['parameters'])} ({choice['rule']}): clean "
-        f"{100 * choice['clean']:.1f} %, robust {100 * choice['robust']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+        f"{100 * choice['clean']:.1f} %, robust {100 * choice['robust']:.1f} % ({100 * low:.1f} to {100 * high:.1f}{seeds})"
         + (f"; {apart}" if apart else "")
     )
+
+
+def earlier(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each earlier choice that the test images were used for before a later conclusion changed it."""
+    said = []
+    for number, one in enumerate(record.get("earlier_evaluations") or [], 1):
+        when = f" on {records.when(one['date'])}" if one.get("date") else ""
+        said.append(
+            f"Choice no. {number} was tested on the test images{when}, before the sweep went on: trial {one['trial']}: "
+            f"{parameters_text(one['parameters'])}: {one['evaluation']}"
+        )
+    return said
 
 
 def table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,7 +171,7 @@ def table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for trial in record["trials"]:
         last = trial["epochs"][-1] if trial["epochs"] else None
-        each = [robust for _, robust in last["each"]] if last else []
+        sd = spread(trial) if last else None
         low, high = interval(trial) if last else (math.nan, math.nan)
         rows.append(
             {
@@ -146,11 +180,7 @@ def table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "clean %": f"{100 * last['clean']:.1f}" if last else "",
                 "robust %": f"{100 * last['robust']:.1f}" if last else "",
                 "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}" if last else "",
-                **(
-                    {"sd over seeds": f"{100 * statistics.stdev(each):.1f}" if len(each) > 1 else ""}
-                    if _seeds(record) > 1
-                    else {}
-                ),
+                **({"sd over seeds": "" if sd is None else f"{100 * sd:.1f}"} if _seeds(record) > 1 else {}),
                 "epochs": last["epoch"] if last else "",
                 "seconds": f"{trial['training_seconds'] + trial['objective_seconds']:.1f}",
                 "state": state_of(trial) + _mark(record, trial["number"]),
@@ -173,6 +203,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The table as Markdown, the conclusion above it."""
     rows = table(record)
     lines = [conclusion(record), ""] if record["choice"] else []
+    lines += [line for said in earlier(record) for line in (said, "")]
     if rows:
         lines += ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
         lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
@@ -180,10 +211,10 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
-    """Every trial with its full numbers: parameters, clean and robust accuracy as fractions, seconds, state."""
+    """Every trial with its full numbers: parameters, accuracies as fractions (means and spread over seeds), seconds, state."""
     out = io.StringIO()
     names = list(record["space"]["parameters"])
-    heads = ["clean", "robust", "n", "epochs", "training_seconds", "objective_seconds", "state", "reason"]
+    heads = ["clean", "robust", "robust_sd", "n", "epochs", "training_seconds", "objective_seconds", "state", "reason"]
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trial", *names, *heads, "models"])
     for t in record["trials"]:
@@ -192,7 +223,9 @@ def to_csv(record: Mapping[str, Any]) -> str:
             [
                 t["number"],
                 *(t["parameters"][name] for name in names),
-                *(last[k] for k in ("clean", "robust", "n", "epoch")),
+                *(last[k] for k in ("clean", "robust")),
+                (spread(t) if t["epochs"] else None),  # None is an empty field
+                *(last[k] for k in ("n", "epoch")),
                 *(t[k] for k in ("training_seconds", "objective_seconds", "state", "reason")),
                 " ".join(m["path"] for m in t["models"]),
             ]
@@ -295,14 +328,21 @@ def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[floa
     return [(v - low) / (high - low) for v in values], [((m - low) / (high - low), f"{m:g}") for m in marks]
 
 
-def heat_map(record: Mapping[str, Any]) -> bytes | None:
-    """Mean robust accuracy over the first two parameters; ranges of real numbers in bins. None: there is one parameter."""
+def mapped(record: Mapping[str, Any]) -> list[str]:
+    """The parameters along the axes of the heat map; what the paper has a claim of comes first."""
     names = list(record["space"]["parameters"])
+    return ["lam", "shared_blocks"] if {"lam", "shared_blocks"} <= set(names) else names[:2]
+
+
+def heat_map(record: Mapping[str, Any]) -> bytes | None:
+    """Mean robust accuracy over lambda and shared blocks, where the space has both, else over its first two parameters; ranges of
+    real numbers in bins. None: there is one parameter."""
+    names = mapped(record)
     if len(names) < 2:
         return None
     trials = finished(record)
     places, labels = [], []
-    for name in names[:2]:
+    for name in names:
         where, text = _cells(record["space"]["parameters"][name], [t["parameters"][name] for t in trials])
         places.append(where)
         labels.append(text)
@@ -389,6 +429,7 @@ def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
         paragraphs.append(
             f"The choice on test images, beside undefended and control: {record['evaluation']}/report/report.html"
         )
+    paragraphs += earlier(record)
     html = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     text = html.render(
         title=f"Sweep {record['name']}: {record['space_name']}",

@@ -402,6 +402,9 @@ class Tracker:
         *,
         metadata: Mapping[str, Any] | None = None,
         version_alias: str = "newest",
+        own_alias: str = "",
+        concluded: float | None = None,
+        tags: Mapping[str, Any] | None = None,
     ) -> None:
         """A network as a logged model of the run and as a version of the registered model ``name``.
 
@@ -414,10 +417,15 @@ class Tracker:
             example_input: a batch of images, float32 [B,C,H,W]; gives the signature.
             metadata: JSON types, kept in the model's MLmodel file.
             version_alias: registry alias that is moved to this version.
+            own_alias: another one, which nothing else moves.
+            concluded: when it was found to be the best (unix seconds). ``version_alias`` stays where it is if it stands for what
+                was concluded later; without, it is moved whenever other weights are registered.
+            tags: of the version.
         """
         with self._lock:
             self._require(alias)
             weights = _weights_digest(module)
+            said = {**(tags or {}), **({} if concluded is None else {"concluded": concluded})}
             done: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
 
             def send(client: MlflowClient) -> None:
@@ -430,12 +438,21 @@ class Tracker:
                         client.create_registered_model(name)
                     # with a database this looks the logged model up by mlflow's global URI
                     mlflow.set_tracking_uri(self.uri)
-                    tags = {"weights": weights, "alias": alias}
+                    own = {"weights": weights, "alias": alias}
                     source = f"models:/{model_id}"
-                    version = client.create_model_version(name, source, run_id, tags, model_id=model_id).version
-                client.set_registered_model_alias(name, version_alias, version)
+                    version = client.create_model_version(name, source, run_id, own, model_id=model_id).version
+                for key, value in said.items():
+                    client.set_model_version_tag(name, version, key, _text(value))
+                if own_alias:
+                    client.set_registered_model_alias(name, own_alias, version)
+                self._point(client, name, version_alias, str(version), concluded)
 
-            self._put(alias, f"register/{name}/{version_alias}/{weights}", send)
+            # a later conclusion may be the same weights again
+            self._put(
+                alias,
+                f"register/{name}/{version_alias}/{weights}" + ("" if concluded is None else f"/{concluded}"),
+                send,
+            )
             self._drain()
 
     def finish(self, alias: str, status: str = "FINISHED", *, time: float | None = None) -> None:
@@ -647,6 +664,18 @@ class Tracker:
         else:
             client.set_terminated(self._id(alias), status, end)
         self._state["status"][alias] = status
+
+    def _point(self, client: MlflowClient, name: str, alias: str, version: str, concluded: float | None) -> None:
+        """Move a registry alias to a version, unless it stands for what was concluded later."""
+        held = client.get_registered_model(name).aliases.get(alias)
+        if concluded is not None and held is not None and str(held) != version:
+            holder = client.get_model_version(name, str(held)).tags
+            whose = f"version {held}, which {holder.get('sweep') or holder.get('alias', 'another run')} chose"
+            if float(holder.get("concluded", "-inf")) > concluded:
+                self._echo(f"MLflow: {name}@{alias} stays with {whose} later")
+                return
+            self._echo(f"MLflow: {name}@{alias} is now version {version}; before, {whose}")
+        client.set_registered_model_alias(name, alias, version)
 
     def _log_model(
         self,

@@ -18,7 +18,7 @@ from components.config import content_hash
 from pipeline import run, sweep_report, train
 from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Plan
 from pipeline.pool import Pool
-from pipeline.progress import PLAIN_INTERVAL_S, say
+from pipeline.progress import say
 from pipeline.storage import StorageError
 from pipeline.trial import ENDED, FINISHED, RUNNING, Followed, new_entry, run_trial
 from pipeline.trial_table import TrialTable
@@ -103,9 +103,8 @@ def search_algorithm(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tupl
         points = [{"number": t["number"], "values": t["parameters"]} for t in pending]
         return {"listed": tune.grid_search(points)}, None
     import optuna
-    from ray.tune.search.optuna import OptunaSearch
 
-    from pipeline.optuna_space import distributions
+    from pipeline.optuna_space import UnrepeatedSearch, distributions
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     known = optuna.storages.InMemoryStorage()
@@ -121,8 +120,15 @@ def search_algorithm(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tupl
     # continued, it must not draw again what it drew
     seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
     sampler = optuna.samplers.TPESampler(seed=seed)
-    search = OptunaSearch(
-        space, metric=["clean", "robust"], mode=["max", "max"], sampler=sampler, storage=known, study_name="sweep"
+    asked = [trial["parameters"] for trial in sweep.trials]
+    search = UnrepeatedSearch(
+        sweep.space,
+        asked,
+        metric=["clean", "robust"],
+        mode=["max", "max"],
+        sampler=sampler,
+        storage=known,
+        study_name="sweep",
     )
     return {}, search
 
@@ -170,7 +176,7 @@ class Following:
         """What ended the thread that looks, if anything did."""
         self.live: dict[int, str] = {}
         """Trial number -> how far its models are."""
-        self.total = sweep.space.trials if sweep.space.search == "tpe" else len(sweep.trials)
+        self.total = sweep.space.count if sweep.space.search == "tpe" else len(sweep.trials)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # Tune writes its callbacks down for a restore of its own, which this does not use
@@ -235,14 +241,12 @@ class Following:
         table = TrialTable(self.sweep.record, self.live, self.total)
 
         def look() -> None:
-            said = published = time.monotonic()
+            published = time.monotonic()
             while not done.wait(LOOK_S):
                 with suppress(StorageError, OSError):  # a file being replaced, a storage out of reach: look again
                     self._look()
+                table.tell()
                 now = time.monotonic()
-                if not table.is_live and now - said >= PLAIN_INTERVAL_S:
-                    said = now
-                    say(table.line())
                 if now - published >= 2 * LOOK_S:
                     published = now
                     with suppress(StorageError, OSError):

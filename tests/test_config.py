@@ -67,7 +67,7 @@ def refused(make: typing.Callable[[], object], field: str, value: object, allowe
         ("momentum", -0.1, "[0, 1)"),
         ("epochs", 0, "at least 1"),
         ("batch_size", 0, "at least 1"),
-        ("lr_step_epochs", 0, "at least 1"),
+        ("lr_step_epochs", -1, "at least 0"),
         ("checkpoint_every_epochs", 0, "at least 1"),
     ],
 )

@@ -81,3 +81,7 @@ def test_step_drops() -> None:
     assert rates == pytest.approx([0.1] * 400 + [0.01] * 400 + [0.001] * 400, rel=1e-12)
     config = TrainConfig(epochs=6, lr=0.4, lr_schedule="step", lr_step_epochs=2, lr_gamma=0.5)
     assert [learning_rate(s, 1, config) for s in range(6)] == pytest.approx([0.4, 0.4, 0.2, 0.2, 0.1, 0.1])
+    for epochs, drops in ((2, [1]), (3, [1, 2]), (4, [2]), (25, [9, 18]), (300, [100, 200])):
+        config = TrainConfig(epochs=epochs, lr_schedule="step", lr_step_epochs=0)
+        rates = [learning_rate(s, 1, config) for s in range(epochs)]
+        assert [e for e in range(1, epochs) if rates[e] < rates[e - 1]] == drops, "thirds, as the paper's 300"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from components.config import TrainConfig
 from components.errors import ConfigError
+from components.schedule import learning_rate
 from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform, choose, pareto_front
 
 SPACES = sorted((Path(__file__).resolve().parent.parent / "tune_spaces").glob("[a-z]*.py"))
@@ -26,6 +27,14 @@ def test_each_space_of_the_project_is_one(path: Path) -> None:
     assert set(space.to_dict()["parameters"]) == set(space.parameters)
     for point in space.points(0):
         TrainConfig(**point)  # type: ignore[arg-type]
+
+
+def test_the_schedules_of_the_space_are_two_in_a_recipe_of_any_length() -> None:
+    space = runpy.run_path(str(SPACES[0].parent / "learning_rate.py"))["SPACE"]
+    fixed = {name: domain.values[0] for name, domain in space.parameters.items() if name.startswith("lr_step")}
+    for epochs in (2, 3, 4, 25, 300):
+        config = TrainConfig(epochs=epochs, lr_schedule="step", **fixed)
+        assert learning_rate(epochs - 1, 1, config) < config.lr, "step, and not a constant rate"
 
 
 @pytest.mark.parametrize(
@@ -119,3 +128,45 @@ def test_the_choice_is_the_most_robust_of_the_nearly_cleanest() -> None:
     assert choose([(0.5, 0.5), (0.5, 0.5)], 0.01) == 0
     with pytest.raises(ValueError, match="empty"):
         choose([], 0.01)
+
+
+def test_a_space_knows_how_many_points_it_has() -> None:
+    blocks = {"shared_blocks": IntRange(1, 4), "decoder": Choice(["pyramid", "hourglass"])}
+    assert Space(parameters=blocks, search="tpe", trials=24).count == 8
+    assert Space(parameters=blocks, search="tpe", trials=5).count == 5
+    assert Space(parameters=blocks, search="grid", trials=0).count == 8
+    assert Space(parameters={**LAM, **blocks}, trials=24).count == 24
+
+
+def test_tpe_proposes_no_point_twice_and_ends_when_there_is_none_left() -> None:
+    """Optuna's own does: after its random trials it comes back to what was best again and again."""
+    import optuna
+    from ray.tune.search import Searcher
+
+    from pipeline.optuna_space import UnrepeatedSearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = Space(parameters={"shared_blocks": IntRange(1, 4), "width": Choice([4, 8, 16, 32])}, search="tpe")
+    known = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=known, study_name="sweep", directions=["maximize", "maximize"])
+    unended, ended = {"shared_blocks": 4, "width": 32}, {"shared_blocks": 1, "width": 4}
+    study.enqueue_trial(unended)
+    search = UnrepeatedSearch(
+        space,
+        [unended, ended],
+        metric=["clean", "robust"],
+        mode=["max", "max"],
+        sampler=optuna.samplers.TPESampler(seed=0),
+        storage=known,
+        study_name="sweep",
+    )
+    points = []
+    for i in range(15):
+        point = search.suggest(f"t{i}")
+        assert isinstance(point, dict)
+        points.append((point["shared_blocks"], point["width"]))
+        score = -abs(point["shared_blocks"] - 2) - abs(point["width"] - 8)
+        search.on_trial_complete(f"t{i}", {"clean": score, "robust": score})
+    assert points[0] == (4, 32), "what had not ended comes first"
+    assert {*points, (1, 4)} == {(b, w) for b in range(1, 5) for w in (4, 8, 16, 32)}
+    assert search.suggest("t15") == Searcher.FINISHED

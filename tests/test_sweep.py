@@ -428,12 +428,14 @@ def test_plots_of_one_parameter(tmp_path: Path, domain: Any) -> None:
 
 
 def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     import torch
 
+    from components.attacks.registry import run_attack
+    from components.attacks.spec import AttackSpec
     from pipeline import objective, shards
-    from pipeline.train_step import build_net
+    from pipeline.train_step import build_net, stream_seed
 
     generator = np.random.default_rng(0)
     columns = {
@@ -449,10 +451,26 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     assert whole.rows == list(range(0, 230, 2)), "spread over a split that may be sorted by class"
     accuracy = whole.robust_accuracy(net.train())
     assert net.training, "the mode is as it was"
+    images = torch.from_numpy(columns["image"][::2]).float() / 255
+    labels = torch.from_numpy(columns["label"][::2]).long()
+
+    def right_under(attack: str) -> int:
+        """The attack itself, with early leaving as between model and judge, chunk by chunk from the chunks' own random streams."""
+        spec, found = AttackSpec.parse(attack), 0
+        for chunk, (x, y) in enumerate(zip(images.split(objective.CHUNK), labels.split(objective.CHUNK), strict=True)):
+            generator = torch.Generator().manual_seed(stream_seed(0, chunk))
+            examples = run_attack(spec, net, x, y, early_leaving=spec.can_leave_early, generator=generator)
+            found += int((net(examples).argmax(1) == y).sum())
+        return found
+
+    net.eval()
     with torch.no_grad():
-        images = torch.from_numpy(columns["image"][::2]).float() / 255
-        clean = (net.eval()(images).argmax(1).numpy() == columns["label"][::2]).mean()
-    assert 0 < accuracy <= clean
+        clean = int((net(images).argmax(1) == labels).sum())
+    assert accuracy == right_under(asked.attack) / 115
+    strong = replace(asked, attack="pgd:eps=0.1,steps=2")
+    left = right_under(strong.attack)
+    assert left < clean
+    assert objective.Meter(strong, root, 0, 1, torch.device("cpu")).robust_accuracy(net) == left / 115
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: sums.append(int(value)))
     for rank in range(2):
@@ -554,6 +572,9 @@ def test_one_pyramid_set_serves_all_trials(swept: tuple[Path, str, str]) -> None
     assert {f"pyramids/{d.name}" for d in (storage / "pyramids").iterdir()} == set(made.values())
     read = {json.loads(f.read_text())["pyramids"]["train"] for f in storage.glob("models/*/model.json")}
     assert read == {made["train/lowpass"]}
+    # computed again they would lie at the same addresses, but be younger than what was trained on them
+    trained = min(f.stat().st_mtime_ns for f in storage.glob("models/*/history/*.json"))
+    assert all(f.stat().st_mtime_ns < trained for f in storage.glob("pyramids/*/*"))
 
 
 @pytest.mark.cluster

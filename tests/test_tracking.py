@@ -20,6 +20,7 @@ from mlflow_server import MlflowServer, free_port
 
 from components.errors import UserError
 from components.models.classifiers import build_classifier
+from components.search import LogUniform, Space
 from pipeline import publish, records, report, tracking
 from pipeline.storage import Storage
 
@@ -341,6 +342,175 @@ def test_registered_model_is_a_module_with_gradients(root: Storage, database: Da
     expected = torch.autograd.grad(network(x)[:, 3].sum(), x)[0]
     assert torch.equal(x.grad, expected)
     assert expected.abs().sum() > 0
+
+
+# -- sweeps ----------------------------------------------------------------------------------------------------------------
+
+
+def _trial(number: int, root: Storage, *models: str, state: str = "finished", **more: Any) -> dict[str, Any]:
+    """A trial of models of the fake run; not started: of none."""
+    homes = [root / name for name in (f"models/{m}-fedcba9876543210" for m in models)]
+    epochs = []
+    for epoch in range(fake_run.EPOCHS):
+        clean = [h.read_json(f"history/epoch-{epoch:05d}.json")["validation"]["accuracy"] for h in homes]
+        each = [[c, 0.1 * (epoch + 1)] for c in clean]
+        mean = float(np.mean(clean)) if clean else 0.0
+        epochs.append({"epoch": epoch + 1, "clean": mean, "robust": 0.1 * (epoch + 1), "each": each, "n": 50})
+    return {
+        "number": number,
+        "parameters": {"lam": 0.1 * number},
+        "state": state,
+        "reason": "",
+        "epochs": epochs if homes else [],
+        "models": [{"seed": i, "path": h.uri.removeprefix(root.uri + "/")} for i, h in enumerate(homes)],
+        "seconds": 5.0,
+        "training_seconds": 0.0,  # another run trained them
+        "objective_seconds": 1.0,
+        "started": "2026-05-28T21:00:00+00:00",
+        **more,
+    }
+
+
+def _sweep(run: Storage, trials: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    record = run.read_json("run.json")
+    space = Space(parameters={"lam": LogUniform(1e-4, 10.0)}, trials=len(trials))
+    return {
+        **record,
+        "experiment": {**record["experiment"], "seeds": seeds},
+        "space_name": "lam",
+        "space": space.to_dict(),
+        "seed": 0,
+        "model": "defend",
+        "base": record["models"]["defend"]["train"],
+        "trials": trials,
+        "references": {},
+        "front": [1],
+        "choice": {"trial": 1, "parameters": {"lam": 0.1}, "clean": 0.9, "robust": 0.4, "rule": "the most robust"},
+        "evaluation": None,
+    }
+
+
+def _histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Of all metrics but those of a sweep alone: step and value."""
+    names = set(run.data.metrics) - {"validation/robust", "epochs"}
+    found = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    return {name: [(m.step, m.value) for m in points] for name, points in found.items()}
+
+
+def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
+    run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
+    tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+    publish.publish_run(tracker, run, root)
+    tracker.flush()
+    trials = [_trial(1, root, "defend"), _trial(2, root, "no_defense", "control")]
+    record, sweep = _sweep(run, trials, seeds=2), root / "sweeps/fake-mnist-lam-0123456789abcdef"
+    sweep.write_json("sweep.json", record)
+    sweep.write_json("best.json", {})
+    for _ in range(2):  # the second time nothing is added
+        tracker = tracking.Tracker(uri, sweep, echo=lambda line: None)
+        publish.publish_sweep(tracker, record, sweep, root)
+        assert tracker.flush()
+    client = MlflowClient(uri)
+    runs = _runs(client)
+    parent = "sweep fake-mnist lam"
+    assert len(runs) == 4 + 1 + 2 + 2
+
+    one, alone = runs[f"{parent}/trial 1: lam=0.1"], runs["fake-mnist/defend"]
+    assert _histories(client, one) == _histories(client, alone)
+    assert one.data.metrics["train/total_seconds"] == 120
+    assert set(one.data.metrics) - set(alone.data.metrics) == {"validation/robust", "epochs"}
+    robust = client.get_metric_history(one.info.run_id, "validation/robust")
+    last = fake_run.STEPS_PER_EPOCH - 1
+    assert [(m.step, m.value) for m in robust] == [
+        (e * fake_run.STEPS_PER_EPOCH + last, pytest.approx(0.1 * (e + 1))) for e in range(fake_run.EPOCHS)
+    ]
+
+    two = _histories(client, runs[f"{parent}/trial 2: lam=0.2"])
+    seeds = [_histories(client, runs[f"fake-mnist/{name}"]) for name in ("no_defense", "control")]
+    assert [_histories(client, runs[f"{parent}/trial 2: lam=0.2/seed {i}"]) for i in range(2)] == seeds
+    assert set(two) == set(seeds[0]) == set(seeds[1])
+    for name, points in two.items():
+        of_seeds = list(zip(*(s[name] for s in seeds), strict=True))
+        assert points == [(a[0], pytest.approx((a[1] + b[1]) / 2)) for a, b in of_seeds], name
+    for path in (parent, f"{parent}/trial 1: lam=0.1", f"{parent}/trial 2: lam=0.2/seed 1"):
+        assert {i.tags[0].value for i in runs[path].inputs.dataset_inputs} == {"training", "validation"}, path
+
+
+def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
+    sweep = root / "sweeps/s"
+    tries = [
+        {"state": "running", "reason": ""},
+        {"state": "failed", "reason": "out of memory"},
+        {"state": "running", "reason": "", "started": "2026-05-28T21:10:00+00:00"},
+        {"state": "failed", "reason": "out of memory", "started": "2026-05-28T21:10:00+00:00"},
+        {"state": "running", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
+        {"state": "finished", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
+    ]
+    for told in tries:
+        models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
+        record = _sweep(run, [_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
+        tracker = tracking.Tracker(uri, sweep, echo=lambda line: None)
+        publish.publish_sweep(tracker, record, sweep, root)
+        assert tracker.flush()
+        found = _runs(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
+        assert {k: found.data.tags[k] for k in ("state", "reason")} == {k: told[k] for k in ("state", "reason")}
+        assert found.info.status == {"failed": "FAILED"}.get(told["state"], told["state"].upper())
+    assert found.data.metrics["epochs"] == fake_run.EPOCHS
+
+
+def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -> None:
+    run = fake_run.write(root, evaluations=False)
+    record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
+    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    publish.start_run(tracker, record)
+    publish.start_sweep(tracker, _sweep(run, [_trial(1, root)], seeds=1) | {"data": record["data"]})
+
+
+def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
+    client = MlflowClient(uri)
+    networks = [
+        build_classifier("resnet18", num_classes=10, channels=1, image_size=28, width=2, seed=seed).eval()
+        for seed in range(2)
+    ]
+
+    def conclude(name: str, minute: int, chosen: int) -> tuple[str, dict[str, Any], str]:
+        """A sweep whose last trial ends in that minute registers network ``chosen``; whose model is @best then, and what was said."""
+        started = f"2026-05-28T21:{minute:02d}:00+00:00"
+        trials = [_trial(i + 1, root, "defend", started=started) for i in range(2)]
+        record, sweep = _sweep(run, trials, seeds=1), root / f"sweeps/fake-mnist-lam-{name}"
+        record["choice"]["trial"] = chosen + 1
+        said: list[str] = []
+        tracker = tracking.Tracker(uri, sweep, echo=said.append)
+        publish.start_sweep(tracker, record)
+        alias = publish.trial_alias(trials[chosen])
+        tracker.start(alias, alias, parent="run")
+        example = np.zeros((1, 1, 28, 28), np.float32)
+        tracker.register_model(alias, networks[chosen], example, **publish.choice_version(record, sweep))
+        assert tracker.flush()
+        best = client.get_model_version_by_alias("fake-mnist-lam", "best").tags
+        own = client.get_model_version_by_alias("fake-mnist-lam", f"best-{name}").tags
+        assert (own["sweep"], own["trial"]) == (f"fake-mnist-lam-{name}", str(chosen + 1))
+        return f"{best['sweep'].rpartition('-')[2]} {best['trial']}", own, " ".join(said)
+
+    assert conclude("aa", 1, 0)[0] == "aa 1"
+    best, _, said = conclude("bb", 2, 0)
+    assert best == "bb 1"
+    assert "before, version 1, which fake-mnist-lam-aa chose" in said
+    best, _, said = conclude("aa", 1, 0)  # the same command again concludes nothing new
+    assert (best, said.count("stays")) == ("bb 1", 0)
+    (root / "sweeps/fake-mnist-lam-aa").delete("tracking.json")
+    best, _, said = conclude("aa", 1, 0)  # published anew
+    assert best == "bb 1"
+    assert "stays with version 2, which fake-mnist-lam-bb chose later" in said
+    assert conclude("aa", 3, 1)[0] == "aa 2", "more trials, another choice"
+    assert conclude("aa", 4, 0)[0] == "aa 1", "still more, and the choice is the first again"
 
 
 # -- before a run ----------------------------------------------------------------------------------------------------------
