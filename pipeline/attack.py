@@ -36,6 +36,8 @@ from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
+L2_NOISE_VERSION = 3
+"""The same for L2 noise alone, whose examples are no longer shortened by clipping; all others are as they were."""
 TASKS_IN_FLIGHT = 64
 """Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
 STRAGGLER = 3.0
@@ -172,10 +174,12 @@ def _example_sets(
     addresses: dict[Evaluation, tuple[str, str]] = {}
     for e in evaluations:
         made_on = e.source.identity if e.source else None
-        if e.source and AttackSpec.parse(e.attack).name == "adaptive":
+        spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
+        version = L2_NOISE_VERSION if spec and (spec.name, spec.norm) == ("noise", "l2") else CODE_VERSION
+        if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
         key = content_hash(
-            CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
+            version, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
         )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
