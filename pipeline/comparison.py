@@ -113,7 +113,7 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
-        {threat_model, attack, n, accuracy, low, high, seeds, sd}; ``ours`` is empty where the run has nothing.
+        {model, threat_model, attack, n, accuracy, low, high, seeds, sd}; ``ours`` is empty where the run has nothing.
     """
     experiment = experiment_of(record)
     if not experiment.paper:
@@ -148,6 +148,7 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
             metrics = [e["metrics"] for e in ours]
             entry["ours"].append(
                 {
+                    "model": base,
                     "threat_model": threat,
                     "attack": attack,
                     "n": ours[0]["n"],

@@ -49,7 +49,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     notes = [
         f"Accuracy in % of {records.counted(record)}, ± half the 95 % Wilson interval (sampling of images only, not of seeds).",
         *records.explanation(record),
-        *filter(None, [records.reliability_in_short(record)]),
+        *filter(None, [records.untrusted_note(record), records.reliability_in_short(record)]),
     ]
     if any(r == "control" for r in role.values()):
         notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
@@ -73,7 +73,7 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
                 row["threat_title"],
                 "" if row["threat_model"] == "clean" else row["attack_title"],
                 str(row["seeds"]),
-                records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]),
+                records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + records.mark(row),
                 "" if norm is None else f"{norm:.2f}",
             )
         out.append(seeds)
@@ -85,11 +85,15 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
         for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
             beside.add_column(head, justify="right" if head == "paper" else "left")
         for row in together["paper"]:
-            ours = "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in row["ours"])
+            ours = "; ".join(_ours(o) for o in row["ours"])
             made_on = f" on {row['made_on']}" if row["made_on"] else ""
             beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours or "-")
         out.append(beside)
     return out
+
+
+def _ours(row: Row) -> str:
+    return f"{row['threat_title']} {records.mean_and_sd(row['mean'], row['sd'])}{records.mark(row)}"
 
 
 def verdict_table(record: Mapping[str, Any]) -> Table | None:
@@ -110,7 +114,7 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
     for model in dict.fromkeys(w["model"] for w in rows):
         found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
         cells = [
-            f"{records.percent(w['accuracy'])} ±{50 * (w['accuracy_high'] - w['accuracy_low']):.1f}"
+            f"{records.percent(w['accuracy'])}{records.mark(w)} ±{50 * (w['accuracy_high'] - w['accuracy_low']):.1f}"
             if (w := found.get(h))
             else "-"
             for h in heads
@@ -173,7 +177,7 @@ def _cell(column: Row, row: Row) -> list[str]:
     if cell is None:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
     half = (cell["accuracy_high"] - cell["accuracy_low"]) / 2
-    lines = [f"{records.percent(cell['accuracy'])} ±{100 * half:.1f}"]
+    lines = [f"{records.percent(cell['accuracy'])}{records.mark(cell)} ±{100 * half:.1f}"]
     if column["minimal_norm"]:
         median = cell.get("l2_median")
         lines.append("unbroken" if median is None else f"L2 {median:.2f}")
@@ -206,6 +210,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         f"Accuracy in %, {records.counted(record)}, ± half the 95 % Wilson interval.",
         "",
+        *(f"{note}\n" for note in filter(None, [records.untrusted_note(record)])),
         *records.explanation(record),
     ]
     together = _markdown_across(records.across(record))
@@ -258,7 +263,7 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
                 w["model"],
                 w["budget"],
                 w["threat_title"],
-                records.percent(w["accuracy"]),
+                records.percent(w["accuracy"]) + records.mark(w),
                 interval,
                 str(w["attacks"]),
             )
@@ -293,7 +298,7 @@ def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
                     r["threat_title"],
                     attack(r),
                     str(r["seeds"]),
-                    records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]),
+                    records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]) + records.mark(r),
                     f"{records.percent(r['accuracy_min'])} to {records.percent(r['accuracy_max'])}",
                 )
                 for r in seeds
@@ -310,7 +315,7 @@ def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
                     d["reference"],
                     d["threat_title"],
                     attack(d),
-                    f"{100 * d['difference']:+.1f} ± {100 * d['half_width']:.1f}",
+                    f"{100 * d['difference']:+.1f}{records.mark(d)} ± {100 * d['half_width']:.1f}",
                 )
                 for d in resolved
             ],
@@ -325,8 +330,7 @@ def _markdown_across(together: Mapping[str, Sequence[Row]]) -> list[str]:
                     r["arch"],
                     r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
                     r["paper"],
-                    "; ".join(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}" for o in r["ours"])
-                    or "-",
+                    "; ".join(_ours(o) for o in r["ours"]) or "-",
                 )
                 for r in printed
             ],
@@ -341,13 +345,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
 def to_csv(record: Mapping[str, Any]) -> str:
     """One line per evaluation, accuracies as fractions."""
     names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
-    names += ["l2_median", "l2_q25", "l2_q75", "linf_median", "seconds"]
+    names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds"]
     role = records.roles(record)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names])
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted"])
     for e in record["evaluations"]:
-        values = [e["metrics"].get(name) for name in names]
+        values = [*(e["metrics"].get(name) for name in names), int(records.is_untrusted(record, e))]
         writer.writerow(
             [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
         )

@@ -220,6 +220,100 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     )
 
 
+def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
+    run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BIM failed its active test on the defended model; examples of it for the source, transferred, are not concerned."""
+    root, directory, _ = run
+    record = with_verdict(*run)
+    report.build(directory, root)
+    data = json.loads(directory.read_bytes("report/table.json"))
+    marked = {(row["model"], key) for row in data["rows"] for key, cell in row["cells"].items() if cell["untrusted"]}
+    assert marked == {("defend", "white_box/bim")}
+    bim = str(AttackSpec.parse("bim:eps=0.2,steps=40"))
+    assert [(w["model"], w["threat_model"], w["norm"]) for w in data["worst_case"] if w["untrusted"] == [bim]] == [
+        ("defend", "white_box", "linf"),
+        ("defend", "any", "linf"),
+    ]
+    assert sum(bool(w["untrusted"]) for w in data["worst_case"]) == 2
+    lines = directory.read_bytes("report/table.csv").decode().splitlines()
+    assert lines[0].endswith(",untrusted")
+    assert [",".join(line.split(",")[:3]) for line in lines[1:] if line.endswith(",1")] == ["defend,defended,white_box"]
+
+    (cell,) = [row["cells"]["white_box/bim"] for row in data["rows"] if row["model"] == "defend"]
+    value = records.percent(cell["accuracy"])
+    note = "† Not to be trusted, on defend: BIM, eps 0.2, 40 steps. The attack did not find"
+    html, text = (directory.read_bytes(f"report/{name}").decode() for name in ("report.html", "table.md"))
+    assert f"<td>{value}†<small>" in html
+    assert note in html
+    assert note in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| defend (defended)")]
+    assert row.count("†") == 1
+    assert f" {value}† ±" in row
+    worst = [line for line in text.splitlines() if line.startswith("| defend | Linf") and "† |" in line]
+    assert len(worst) == 2
+    (short,) = [s for s in records.in_short(record) if s.startswith("defend")]
+    assert f"{value}† % under the worst white-box attack (BIM" in short
+    assert "† % in the worst case per sample at Linf" in short
+    assert short.count("†") == 2
+    assert "†" not in "".join(s for s in records.in_short(record) if not s.startswith("defend"))
+
+    tables.print_table(directory)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{value}† ±" in printed
+    assert note in printed
+
+    metrics = table_metrics(record, "defend")
+    assert {k for k in metrics if k.startswith("untrusted/")} == {
+        "untrusted/white_box/bim",
+        "untrusted/worst_case/white_box/linf_0.2",
+        "untrusted/worst_case/any/linf_0.2",
+    }
+    assert metrics["untrusted/white_box/bim"] == 1
+    assert metrics["white_box/bim"] == cell["accuracy"]
+    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "control"))
+
+
+def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they_are_transferred(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    root, _, record = run
+    with_verdict(*run)
+    record["reliability"] = {"no_defense": record["reliability"]["defend"]}
+    cells = {row["model"]: row["cells"] for row in records.table(record)["rows"]}
+    assert {(m, k) for m, c in cells.items() for k, v in c.items() if v["untrusted"]} == {
+        ("no_defense", "white_box/bim"),
+        ("control", "transfer/bim"),
+        ("defend", "transfer/bim"),
+    }
+    assert [c["untrusted"] for c in records.comparisons(record, root) if c["attack"].startswith("bim")] == [True]
+    found = [(w["model"], w["threat_model"]) for w in records.worst_cases(record) if w["untrusted"]]
+    assert found == [("no_defense", "white_box"), ("no_defense", "any"), ("control", "any"), ("defend", "any")]
+
+
+def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    root, directory, _ = run
+    record = with_verdict(*run)
+    record["reliability"]["defend"]["active"]["bim:eps=0.2,steps=40"]["passed"] = True
+    directory.write_json("run.json", record)
+    report.build(directory, root)
+    for name in ("report.html", "table.md", "table.json", "table.csv"):
+        assert "†" not in directory.read_bytes(f"report/{name}").decode(), name
+    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "defend"))
+
+
+def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    record = with_verdict(*run)
+    base = {**record["experiment"], "seeds": 2, "models": ["no_defense:defense=none", "defend"]}
+    names = [name for name in records.roles({"experiment": base}) if name.startswith("defend")]
+    mine = [e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "white_box")]
+    two = [{**e, "model": name, "source": name} for e in mine for name in names]
+    seeds = {**record, "experiment": base, "evaluations": two}
+    seeds["reliability"] = {names[1]: record["reliability"]["defend"]}
+    rows = records.across(seeds)["over_seeds"]
+    assert [r["attack"].partition(":")[0] for r in rows if r["untrusted"]] == ["bim"]
+
+
 def test_the_terminal_says_what_was_flagged(
     run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
