@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fake_run
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
+from components import reliability
 from components.attacks.spec import AttackSpec
-from components.config import EvaluationConfig, Experiment, ScalingConfig
+from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.errors import ConfigError
 from components.robustness import worst_case
-from pipeline import attack, records, report, tables, verdict
+from pipeline import attack, checkpoints, records, report, shards, tables, verdict
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
+from pipeline.train_step import Shapes, build_net
 
 
 def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:
@@ -348,6 +356,98 @@ def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
     assert values[1, 1] == accuracy["control", "control"]
     directory.write_json("run.json", record)
     assert "plot_transfer" in report.build(directory, root)
+
+
+# -- randomised networks -----------------------------------------------------------------------------------------------------
+
+
+IMAGES, CHUNKS = 12, [(0, 0, 6), (1, 6, 12)]
+COMMON = {"test": "pyramids/test", "seed": 0, "device": "cpu", "threads": 1}
+
+
+def with_network(directory: Path, arch: str) -> dict[str, Any]:
+    """What every task is told, of a storage with one network and the images that it is attacked with."""
+    root = Storage(str(directory))
+    rng = np.random.default_rng(0)
+    columns = {
+        "index": pa.array(np.arange(IMAGES)),
+        "label": pa.array(rng.integers(0, 10, IMAGES).astype(np.int32)),
+        "image": shards.tensor_array(rng.integers(0, 256, (IMAGES, 1, 28, 28), dtype=np.uint8)),
+    }
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
+    data = out.getvalue()
+    shard = {"name": "shard-00000.parquet", "rows": IMAGES, "bytes": len(data)}
+    shard["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest = {"version": shards.FORMAT_VERSION, "num_rows": IMAGES, "rows_per_shard": IMAGES, "shards": [shard]}
+    root.write_bytes("pyramids/test/shard-00000.parquet", data)
+    root.write_json("pyramids/test/manifest.json", manifest)
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(arch=arch, defense="none")
+    torch.manual_seed(0)
+    checkpoints.export(root / "models/net", build_net(config, shapes), config, shapes)
+    return {**COMMON, "root": root.uri}
+
+
+def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, int, int]]) -> list[Any]:
+    """Examples and records of both chunks, made by these tasks one after the other."""
+    examples, judged = f"examples/{attack_text}", f"judged/{attack_text}"
+    for chunks in tasks:
+        torch.rand(7)  # whatever else the worker has drawn
+        job = {"source": "models/net", "attack": attack_text, "early_leaving": False, "judges": {judged: "models/net"}}
+        attack._attack_chunks({**common, **job, "examples": examples, "chunks": chunks})
+    root = Storage(common["root"])
+    columns = attack.read_chunks(root / judged, 2)
+    return [
+        *(attack.read_examples(root / examples, i).tolist() for i in range(2)),
+        {k: v.tolist() for k, v in columns.items()},
+    ]
+
+
+@pytest.mark.parametrize("text", ["fgsm:eps=0.2", "pgd:eps=0.2,steps=3"])
+def test_a_randomised_network_is_judged_the_same_by_any_tasks_in_any_order(text: str, tmp_path: Path) -> None:
+    text = str(AttackSpec.parse(text))
+    orders = [(CHUNKS,), (CHUNKS[1:], CHUNKS[:1]), (CHUNKS[::-1],)]
+    one, *others = (
+        attacked(with_network(tmp_path / str(i), "own_network:make_drawing"), text, *order)
+        for i, order in enumerate(orders)
+    )
+    # what is judged again finds its examples made, and nothing drawn for them
+    shutil.rmtree(tmp_path / "0" / "judged")
+    others.append(attacked({**COMMON, "root": str(tmp_path / "0")}, text, CHUNKS))
+    for other in others:
+        assert other == one
+
+
+def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -> None:
+    found = []
+    for draws in (0, 5):
+        common = with_network(tmp_path / str(draws), "own_network:make_drawing")
+        for text in ("", "pgd:eps=0.2,steps=3"):
+            torch.rand(draws)
+            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8}
+            verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
+        root = Storage(common["root"])
+        found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
+    assert found[0] == found[1]
+    assert found[0][0]["random_output"]["largest_difference"] > 0
+
+
+def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, Any]] = []
+
+    def spy(model: Any, *arguments: Any, fast: Any, **options: Any) -> dict[str, Any]:
+        given.append((model, fast))
+        return reliability.active_test(model, *arguments, fast=fast, **options)
+
+    monkeypatch.setattr(verdict, "active_test", spy)
+    common = with_network(tmp_path, "own_network:make")
+    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2}
+    verdict._measure({**common, **job, "file": "reliability/active.json"})
+    ((model, fast),) = given
+    assert model is attack.load_model(common["root"], "models/net", "cpu")
+    assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)))
+    assert fast is not None
 
 
 def test_chunks_of_a_task_are_at_least_one() -> None:
