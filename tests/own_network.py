@@ -22,10 +22,11 @@ class Net(nn.Module):
 
 
 class Drawing(Net):
-    """A randomised defense: noise on every image, from torch's global stream."""
+    """A randomised defense: noise on every image and on the logits, from torch's global stream."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.2 * torch.randn_like(x))
+        logits = super().forward(x + 0.2 * torch.randn_like(x))
+        return logits + torch.randn_like(logits)
 
 
 def make(num_classes: int, channels: int, image_size: int, width: int) -> nn.Module:
