@@ -25,7 +25,7 @@ Budgets = Mapping[str, Sequence[float]]
 
 _MNIST: Budgets = {"l2": (1.5,), "linf": (0.3,)}
 _CIFAR10: Budgets = {"l2": (0.5,), "linf": (8 / 255,)}
-_IMAGENET: Budgets = {"l2": (), "linf": (4 / 255,)}
+_IMAGENET: Budgets = {"l2": (3.0,), "linf": (4 / 255,)}  # l2: Engstrom et al.'s robustness library, 2019
 _ALL: Budgets = {norm: sorted({*_MNIST[norm], *_CIFAR10[norm], *_IMAGENET[norm]}) for norm in ("l2", "linf")}
 
 _CURVE_POINTS = 101
@@ -96,7 +96,8 @@ def judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) 
 
     Returns:
         Columns of N rows: ``label``, ``clean_prediction``, ``adversarial_prediction``, ``rounded_prediction`` (the
-        example rounded to 8 bits), all int32; ``l2``, ``linf`` of adversarial - clean, float64.
+        example rounded to 8 bits), all int32: class numbers, or -1 (no class, so wrong) where the largest logit is not
+        finite, as with any NaN; ``l2``, ``linf`` of adversarial - clean, float64.
     """
     rounded = (adversarial * 255).round() / 255
     l2, linf = _norms(clean, adversarial)
@@ -115,7 +116,9 @@ def _predict(model: nn.Module, images: Tensor) -> np.ndarray[Any, Any]:
         return np.empty(0, dtype=np.int32)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         logits = model(images)
-    predictions: np.ndarray[Any, Any] = logits.argmax(dim=1).cpu().numpy().astype(np.int32)
+    # the largest of logits with a NaN among them is NaN, and argmax would call its place a class
+    predicted = torch.where(logits.amax(dim=1).isfinite(), logits.argmax(dim=1), -1)
+    predictions: np.ndarray[Any, Any] = predicted.cpu().numpy().astype(np.int32)
     return predictions
 
 
@@ -147,8 +150,6 @@ def summarize(
     right = columns["adversarial_prediction"] == label
     success = right_before & ~right
     low, high = wilson_interval(int(right.sum()), n)
-    l2 = columns["l2"][success]
-    quantiles = [float(q) for q in np.quantile(l2, (0.25, 0.5, 0.75))] if len(l2) else [None] * 3
     metrics: dict[str, Any] = {
         "accuracy": float(right.mean()),
         "accuracy_low": low,
@@ -157,23 +158,26 @@ def summarize(
         "clean_accuracy": float(right_before.mean()),
         # where no sample was right there was nothing to break
         "success_rate": float(success.sum() / max(int(right_before.sum()), 1)),
-        "l2_median": quantiles[1],
-        "l2_q25": quantiles[0],
-        "l2_q75": quantiles[2],
-        "linf_median": float(np.median(columns["linf"][success])) if len(l2) else None,
-        "seconds": float(seconds),
     }
+    for norm in ("l2", "linf"):
+        q25, median, q75 = (
+            np.quantile(columns[norm][success], (0.25, 0.5, 0.75)).tolist() if success.any() else [None] * 3
+        )
+        metrics |= {f"{norm}_median": median, f"{norm}_q25": q25, f"{norm}_q75": q75}
+    metrics["seconds"] = float(seconds)
     if spec is not None and spec.kind == "minimal_norm":
         assert spec.norm is not None
         norms = columns[spec.norm]
         at = (_ALL if budgets is None else budgets)[spec.norm]
 
-        def accuracy(eps: float) -> float:
-            return float((right_before & (right | (norms > eps))).mean())
+        def survivors(eps: float) -> int:
+            return int((right_before & (right | (norms > eps))).sum())
 
         grid = np.linspace(0, max([*norms[success], *at, 0.0]), _CURVE_POINTS).tolist()
-        metrics["curve"] = {"norm": spec.norm, "eps": grid, "accuracy": [accuracy(eps) for eps in grid]}
-        metrics["accuracy_at_budget"] = {f"{spec.norm}<={eps:.4g}": accuracy(eps) for eps in at}
+        metrics["curve"] = {"norm": spec.norm, "eps": grid, "accuracy": [survivors(eps) / n for eps in grid]}
+        left = {f"{spec.norm}<={eps:.4g}": survivors(eps) for eps in at}
+        metrics["accuracy_at_budget"] = {budget: count / n for budget, count in left.items()}
+        metrics["accuracy_at_budget_interval"] = {b: list(wilson_interval(count, n)) for b, count in left.items()}
     return metrics
 
 

@@ -37,6 +37,8 @@ from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
+L2_NOISE_VERSION = 3
+"""The same for L2 noise alone, whose examples are no longer shortened by clipping; all others are as they were."""
 TASKS_IN_FLIGHT = 64
 """Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
 STRAGGLER = 3.0
@@ -173,10 +175,12 @@ def _example_sets(
     addresses: dict[Evaluation, tuple[str, str]] = {}
     for e in evaluations:
         made_on = e.source.identity if e.source else None
-        if e.source and AttackSpec.parse(e.attack).name == "adaptive":
+        spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
+        version = L2_NOISE_VERSION if spec and (spec.name, spec.norm) == ("noise", "l2") else CODE_VERSION
+        if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
         key = content_hash(
-            CODE_VERSION, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
+            version, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
         )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
@@ -516,6 +520,11 @@ def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, n
     return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
 
 
+def global_seed(seed: int, chunk: int, address: str) -> int:
+    """For torch's global stream, from which a randomised network draws; not the attack's, whose draws it would repeat."""
+    return stream_seed(seed, chunk, int(content_hash(address)[:15], 16))
+
+
 def _attack_chunks(job: dict[str, Any]) -> None:
     exact_arithmetic(job["threads"])
     for i, start, stop in job["chunks"]:
@@ -537,7 +546,9 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         directory = root / judged
         if directory.exists(_chunk(i)):
             continue
-        columns = _judge(load_model(job["root"], path, device), clean, adversarial, labels)
+        model = load_model(job["root"], path, device)
+        torch.manual_seed(global_seed(job["seed"], i, judged))
+        columns = _judge(model, clean, adversarial, labels)
         _write_table(
             directory, i, {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}, {}
         )
@@ -547,7 +558,10 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...]) -> nn.Module | None:
     """The faster copy on which attacks search, if the network at ``address`` has one."""
     images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return stand_in(load_model(root, address, device), images)
+    model = load_model(root, address, device)
+    # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
+        return stand_in(model, images)
 
 
 @functools.lru_cache(maxsize=2)
@@ -566,6 +580,7 @@ def _make_examples(
     def copied() -> nn.Module | None:
         return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:]) if job["source"] else None
 
+    torch.manual_seed(global_seed(job["seed"], i, job["examples"]))
     adversarial, micro_batch = _craft(
         spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
     )

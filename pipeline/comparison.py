@@ -136,7 +136,8 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
-        {arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the run has nothing.
+        {model, arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the
+        run has nothing.
     """
     experiment = experiment_of(record)
     if not experiment.paper:
@@ -170,6 +171,7 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
             metrics = [e["metrics"] for e in ours]
             entry["ours"].append(
                 {
+                    "model": base,
                     "arch": built[base],
                     "threat_model": threat,
                     "attack": attack,

@@ -135,6 +135,7 @@ def _publish_evaluation(
         "threat_model": threat,
         "attack": evaluation["attack"],
         "examples_made_on": evaluation.get("source"),
+        "untrusted": "failed its active test" if records.is_untrusted(record, evaluation) else None,
         "records": f"{root.uri}/{evaluation['path']}" if evaluation.get("path") else None,
     }
     params = {
@@ -159,7 +160,8 @@ def _publish_evaluation(
 
 
 def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
-    """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``."""
+    """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``.
+    ``untrusted/white_box/fgsm`` is 1 where that attack failed its active test, and absent elsewhere."""
     labels = records.attack_labels(record)
     found: dict[str, float] = {}
     for evaluation in record["evaluations"]:
@@ -171,12 +173,17 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
             continue
         key = f"{evaluation['threat_model']}/{labels[evaluation['attack']]}"
         found[key] = metrics["accuracy"]
+        if records.is_untrusted(record, evaluation):
+            found[f"untrusted/{key}"] = 1.0
         norm, median = comparison.norm_median(metrics)
         if median is not None:
             found[f"{key}/{norm}_median"] = median
-    for worst in record.get("worst_case") or []:
+    for worst in records.worst_cases(record):
         if worst["model"] == model:
-            found[f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"] = worst["accuracy"]
+            key = f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"
+            found[key] = worst["accuracy"]
+            if worst["untrusted"]:
+                found[f"untrusted/{key}"] = 1.0
     tested = (record.get("reliability") or {}).get(model, {})
     for flag in tested.get("flags", []):
         found[f"flag/{flag['name']}"] = float(flag["fired"])

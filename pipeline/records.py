@@ -39,6 +39,9 @@ ROLES = {
     "given": "given, not trained here",
 }
 
+UNTRUSTED = "†"
+"""Behind a number of an attack that failed its active test."""
+
 Row = dict[str, Any]
 
 
@@ -268,8 +271,13 @@ def table(record: Mapping[str, Any]) -> dict[str, Any]:
                     c["key"] for c in columns if (c["threat_model"], c["attack"]) == (e["threat_model"], e["attack"])
                 )
                 metrics = {k: v for k, v in e["metrics"].items() if k != "curve"}
-                norm = comparison.norm_median(e["metrics"])[0]
-                cells[key] = {"source": e.get("source"), "n": e["n"], "norm": norm, **metrics}
+                cells[key] = {
+                    "source": e.get("source"),
+                    "n": e["n"],
+                    "norm": comparison.norm_median(e["metrics"])[0],
+                    "untrusted": is_untrusted(record, e),
+                    **metrics,
+                }
         if cells or model in record["models"]:
             rows.append({"model": model, "role": role, "cells": cells})
     return {"schema": 1, "recipe": record["name"], "columns": columns, "rows": rows}
@@ -301,6 +309,7 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
                     "attack": a["attack"],
                     "attack_title": ", ".join(filter(None, attack_title(a["attack"]))),
                     "source": a.get("source"),
+                    "untrusted": is_untrusted(record, a),
                     "defended": a["model"],
                     "control": b["model"],
                     "n": len(right_a),
@@ -316,8 +325,21 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
 
 def explanation(record: Mapping[str, Any]) -> list[str]:
     """How to read the numbers, in plain sentences."""
-    sources = dict.fromkeys(e["source"] for e in record["evaluations"] if e["threat_model"] == "transfer")
-    source = ", ".join(sources) or "an undefended model"
+    role, experiment = roles(record), comparison.experiment_of(record)
+    transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer"]
+    source = ", ".join(dict.fromkeys(e["source"] for e in transferred)) or "an undefended model"
+    controlled = {experiment.source_of(name) for name, r in role.items() if r == "control"}
+    alone = dict.fromkeys(
+        e["model"] for e in transferred if role[e["model"]] == "defended" and e["source"] not in controlled
+    )
+    control = (
+        f"There is no control for {', '.join(alone)}: no other undefended model of its architecture is in this run. So the "
+        "transfer numbers may be what any other network of another seed would have, and nothing of them can be owed to the "
+        'defense. Add one to "models", e.g. "control:defense=none,seed=1", and run the command again.'
+        if alone
+        else "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
+        "attacker. Only what a defended model does better than the controls can be owed to its defense."
+    )
     split = [
         f"{e['model']} under {e['threat_model']}, {attack_text(e['attack'])}"
         for e in record["evaluations"]
@@ -328,8 +350,7 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
         f"Transfer: the examples were made on an undefended model ({source}) and then shown to the model under test. A high "
         "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
-        "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
-        "attacker. Only what a defended model does better than the controls can be owed to its defense.",
+        control,
         *(
             [f"In smaller batches, where memory was short, so with other random starts: {'; '.join(split)}."]
             if split
@@ -338,13 +359,67 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def is_untrusted(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
+    """Whether the attack failed its active test on the model that the examples were made on: what withstands them is no sign of
+    robustness, nor do they show anything where they are transferred."""
+    tested = (record.get("reliability") or {}).get(evaluation.get("source") or "", {}).get("active", {})
+    return evaluation["attack"] in tested and tested[evaluation["attack"]]["passed"] is False
+
+
+def mark(row: Mapping[str, Any]) -> str:
+    """What stands behind the number of a row or cell."""
+    return UNTRUSTED if row.get("untrusted") else ""
+
+
+def untrusted_note(record: Mapping[str, Any]) -> str:
+    """The footnote of :data:`UNTRUSTED`: which attacks failed on which models. Empty where none did."""
+    failed: dict[str, list[str]] = {}
+    for model in in_order(record.get("reliability") or {}, tuple(roles(record))):
+        for attack, test in record["reliability"][model]["active"].items():
+            if test["passed"] is False:
+                failed.setdefault(model, []).append(attack_text(attack))
+    if not failed:
+        return ""
+    where = "; ".join(f"on {model}: {', '.join(attacks)}" for model, attacks in failed.items())
+    return (
+        f"{UNTRUSTED} Not to be trusted, {where}. The attack did not find adversarial examples that were planted for it there (active "
+        f"test, docs/reliability.md), so what withstands it is no sign of robustness. A worst case with {UNTRUSTED} counts such an attack."
+    )
+
+
 def worst_cases(record: Mapping[str, Any]) -> list[Row]:
     """The worst case per sample of each model and budget, with the budget and threat model as they are written for people."""
     said = {"white_box": "made on the model itself", "any": "also transferred to it"}
     return [
-        {**row, "budget": f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}", "threat_title": said[row["threat_model"]]}
+        {
+            **row,
+            "budget": f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}",
+            "threat_title": said[row["threat_model"]],
+            "untrusted": _untrusted_in(record, row),
+        }
         for row in record.get("worst_case") or []
     ]
+
+
+def _untrusted_in(record: Mapping[str, Any], worst: Row) -> list[str]:
+    """The attacks on which a worst case rests, of its norm and within its budget, that are not to be trusted."""
+    threats = ("white_box", "black_box")
+    found = dict.fromkeys(
+        e["attack"]
+        for e in record["evaluations"]
+        if e["model"] == worst["model"]
+        and (worst["threat_model"] == "any" or e["threat_model"] in threats)
+        and is_untrusted(record, e)
+    )
+
+    def counts(text: str) -> bool:
+        try:
+            spec = AttackSpec.parse(text)
+        except ConfigError:  # an attack of another version
+            return True
+        return spec.norm == worst["norm"] and (spec.eps is None or spec.eps <= worst["eps"])
+
+    return [text for text in found if counts(text)]
 
 
 def raised_flags(record: Mapping[str, Any]) -> list[Row]:
@@ -395,6 +470,7 @@ def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], l
 
 def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
+    cells = comparison.by_seed(record)
     found: list[Row] = []
     compared = comparison.references(record, roles(record))
     for i, reference in enumerate(compared):
@@ -406,6 +482,12 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     }
     for row in (*rows["over_seeds"], *rows["differences"], *(o for p in rows["paper"] for o in p["ours"])):
         row["threat_title"], row["attack_title"] = threat_title(row["threat_model"]), attack_text(row["attack"])
+        models = (row["model"], row.get("reference"))
+        row["untrusted"] = any(
+            is_untrusted(record, e)
+            for model in models
+            for e in cells.get((model, row["threat_model"], row["attack"]), {}).values()
+        )
     return rows
 
 
@@ -417,15 +499,17 @@ def in_short(record: Mapping[str, Any]) -> list[str]:
         parts = [] if clean is None else [f"{percent(clean['accuracy'])} % clean"]
         for threat in ("white_box", "transfer"):
             found = [
-                (e["metrics"]["accuracy"], e["attack"])
+                (e["metrics"]["accuracy"], e["attack"], mark({"untrusted": is_untrusted(record, e)}))
                 for e in record["evaluations"]
                 if (e["model"], e["threat_model"]) == (row["model"], threat) and not e["metrics"].get("curve")
             ]
             if found:
-                lowest, attack = min(found)
-                parts.append(f"{percent(lowest)} % under the worst {THREATS[threat]} attack ({attack_text(attack)})")
+                lowest, attack, marked = min(found)
+                parts.append(
+                    f"{percent(lowest)}{marked} % under the worst {THREATS[threat]} attack ({attack_text(attack)})"
+                )
         parts += [
-            f"{percent(w['accuracy'])} % in the worst case per sample at {w['budget']}"
+            f"{percent(w['accuracy'])}{mark(w)} % in the worst case per sample at {w['budget']}"
             for w in worst_cases(record)
             if w["model"] == row["model"] and w["threat_model"] == "white_box"
         ]

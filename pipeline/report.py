@@ -101,6 +101,10 @@ def _pictures(
             "they are white-box.",
             plots.heat_maps(matrices),
         )
+    if note := records.untrusted_note(record):
+        for name in out.keys() & {"accuracy", "curves", "transfer"}:
+            heading, caption, png = out[name]
+            out[name] = heading, f"{caption} {note}", png
     if gallery:
         # of the first replicate, which gallery.npz has alone
         first = plots.first_replicates(role, bases)
@@ -206,13 +210,16 @@ def _html(
     )
     environment.filters.update(percent=records.percent, duration=records.duration, when=records.when)
     environment.globals.update(
-        mean_and_sd=records.mean_and_sd, median_norm=records.median_norm, norm_value=records.norm_value
+        mean_and_sd=records.mean_and_sd,
+        mark=records.mark,
+        median_norm=records.median_norm,
+        norm_value=records.norm_value,
     )
     groups: dict[str, int] = {}
     for column in data["columns"]:
         groups[column["threat_title"]] = groups.get(column["threat_title"], 0) + 1
     budgets = [
-        (row["model"], column, row["cells"][column["key"]]["accuracy_at_budget"])
+        (row["model"], column, {"accuracy_at_budget_interval": None, **row["cells"][column["key"]]})
         for column in data["columns"]
         for row in data["rows"]
         if row["cells"].get(column["key"], {}).get("accuracy_at_budget")
@@ -226,6 +233,7 @@ def _html(
         lacking=lacking,
         counted=records.counted(record),
         explanation=records.explanation(record),
+        untrusted_note=records.untrusted_note(record),
         in_short=records.in_short(record),
         reliability=records.in_order(record.get("reliability") or {}, tuple(records.roles(record))),
         pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],

@@ -49,7 +49,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     notes = [
         f"Accuracy in % of {records.counted(record)}, below it the 95 % Wilson interval (sampling of images only, not of seeds).",
         *records.explanation(record),
-        *filter(None, [records.reliability_in_short(record)]),
+        *filter(None, [records.untrusted_note(record), records.reliability_in_short(record)]),
     ]
     if any(r == "control" for r in role.values()):
         notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
@@ -72,7 +72,7 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
                 row["threat_title"],
                 "" if row["threat_model"] == "clean" else row["attack_title"],
                 str(row["seeds"]),
-                records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]),
+                records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + records.mark(row),
                 records.norm_value(row["norm"], row["norm_median_mean"]),
             )
         out.append(seeds)
@@ -105,7 +105,7 @@ def _ours(row: Row) -> list[str]:
     for o in row["ours"]:
         network = f", {o['arch']}" if o["arch"] != row["arch"] else ""
         interval = f"{records.percent(o['low'])}–{records.percent(o['high'])}; {o['n']:,}{network}"
-        said.append(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])} ({interval})")
+        said.append(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}{records.mark(o)} ({interval})")
     return said
 
 
@@ -126,7 +126,10 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
         out.add_column(f"{budget}\n{threat}", justify="right")
     for model in dict.fromkeys(w["model"] for w in rows):
         found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
-        cells = [f"{records.percent(w['accuracy'])}\n{_interval(w)}" if (w := found.get(h)) else "-" for h in heads]
+        cells = [
+            f"{records.percent(w['accuracy'])}{records.mark(w)}\n{_interval(w)}" if (w := found.get(h)) else "-"
+            for h in heads
+        ]
         out.add_row(model, *cells)
     return out
 
@@ -184,7 +187,7 @@ def _cell(column: Row, row: Row) -> list[str]:
     cell = row["cells"].get(column["key"])
     if cell is None:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
-    lines = [records.percent(cell["accuracy"]), _interval(cell)]
+    lines = [records.percent(cell["accuracy"]) + records.mark(cell), _interval(cell)]
     if column["minimal_norm"]:
         lines.append(records.median_norm(cell) or "unbroken")
     return lines
@@ -217,6 +220,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         f"Accuracy in % (95 % Wilson interval), {records.counted(record)}.",
         "",
+        *(f"{note}\n" for note in filter(None, [records.untrusted_note(record)])),
         *records.explanation(record),
     ]
     together = _markdown_across(record)
@@ -269,7 +273,7 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
                 w["model"],
                 w["budget"],
                 w["threat_title"],
-                records.percent(w["accuracy"]),
+                records.percent(w["accuracy"]) + records.mark(w),
                 interval,
                 str(w["attacks"]),
             )
@@ -305,7 +309,7 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
                     r["threat_title"],
                     attack(r),
                     str(r["seeds"]),
-                    records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]),
+                    records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]) + records.mark(r),
                     f"{records.percent(r['accuracy_min'])} to {records.percent(r['accuracy_max'])}",
                 )
                 for r in seeds
@@ -322,7 +326,7 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
                     d["reference"],
                     d["threat_title"],
                     attack(d),
-                    f"{100 * d['difference']:+.1f} ± {100 * d['half_width']:.1f}",
+                    f"{100 * d['difference']:+.1f}{records.mark(d)} ± {100 * d['half_width']:.1f}",
                 )
                 for d in resolved
             ],
@@ -358,13 +362,13 @@ def _markdown_row(cells: Sequence[str]) -> str:
 def to_csv(record: Mapping[str, Any]) -> str:
     """One line per evaluation, accuracies as fractions."""
     names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
-    names += ["l2_median", "l2_q25", "l2_q75", "linf_median", "seconds"]
+    names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds"]
     role = records.roles(record)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names])
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted"])
     for e in record["evaluations"]:
-        values = [e["metrics"].get(name) for name in names]
+        values = [*(e["metrics"].get(name) for name in names), int(records.is_untrusted(record, e))]
         writer.writerow(
             [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
         )

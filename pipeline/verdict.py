@@ -21,7 +21,7 @@ from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Part of every address here. Raise it when the same settings would measure something else."""
 ANY = "any"
 """The threat model of a worst case over all that was made, also on other models."""
@@ -200,11 +200,11 @@ def _measure(job: dict[str, Any]) -> None:
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
     generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
+    fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:]) if job["attack"] else None
+    torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
     if job["attack"]:
         spec = AttackSpec.parse(job["attack"])
-        fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:])
-        searched = model if fast is None else fast  # the test is of the search as it is made
-        found = active_test(searched, images, spec, eps=job["eps"], generator=generator)
+        found = active_test(model, images, spec, eps=job["eps"], fast=fast, generator=generator)
     else:
         found = probe(model, images, labels, eps=job["eps"], norm=job["norm"], generator=generator)
     Storage(job["root"]).write_json(job["file"], found)

@@ -25,6 +25,7 @@ from components.attacks.registry import ATTACKS, run_attack
 from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.config import from_dict, to_dict
 from components.errors import ConfigError
+from components.robustness import verify_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,6 +342,16 @@ def test_noise_has_exactly_the_norm_where_nothing_is_clipped() -> None:
     assert abs(signs.sign().mean()) < 0.1
     gaussian = noise(nn.Identity(), x, y, eps=0.3, norm="l2", generator=seeded(0)) - x
     np.testing.assert_allclose(norm_of(gaussian, "l2"), 0.3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "eps"), [(0.0, 1.5), (1.0, 0.5), (0.02, 1.5)])
+def test_noise_keeps_its_length_at_a_wall(value: float, eps: float) -> None:
+    """As on the background of a digit; clipped alone it is a third shorter than what the attacks may take."""
+    x, y = torch.full((20, 1, 28, 28), value), torch.zeros(20, dtype=torch.int64)
+    spec = AttackSpec(name="noise", eps=eps, norm="l2")
+    noisy = run_attack(spec, nn.Identity(), x, y, generator=seeded(0))
+    verify_examples(x, noisy, range(20), spec)
+    np.testing.assert_allclose(norm_of(noisy - x, "l2"), eps, rtol=0.01)
 
 
 def test_pgd_starts_uniformly_in_the_ball() -> None:

@@ -79,6 +79,8 @@ def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None
     assert large.data.num_classes == 5
     assert asked(*base, "--eps", "0.1").evaluation.attacks == full_suite("0.1")
     assert asked(*base, "--norm", "l2").evaluation.attacks == full_suite("1.5", "l2")
+    large = asked(*base, "--norm", "l2", "--data.image-size", "224", "--data.channels", "3")
+    assert large.evaluation.attacks == full_suite("3", "l2")
     few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
     assert few.evaluation.attacks == ("fgsm:eps=0.2",)
 
@@ -125,19 +127,6 @@ def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest
     bare.write_bytes(bare.read_bytes()[:20])
     with pytest.raises(DataError, match="not a whole safetensors file"):
         asked("--model", str(bare))
-    with pytest.raises(ConfigError, match="no usual l2 budget"):
-        asked(
-            "--model",
-            str(stranger),
-            "--arch",
-            "x:y",
-            "--norm",
-            "l2",
-            "--data.image-size",
-            "224",
-            "--data.channels",
-            "3",
-        )
     assert main(["attack", "--model", str(tmp_path / "none.pth"), "--arch", "x:y"]) == 1
     assert "none.pth" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -185,6 +185,25 @@ def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str
         assert sentence in text
 
 
+def test_without_a_control_it_says_so_and_what_to_add(built: tuple[Storage, Storage, dict[str, str]]) -> None:
+    record = built[0].read_json("run.json")
+    *_, with_control = records.explanation(record)
+    assert with_control.startswith("Control: an undefended model")
+    models = [m for m in record["experiment"]["models"] if not m.startswith("control")]
+    record["experiment"]["models"] = models
+    record["evaluations"] = [e for e in record["evaluations"] if e["model"] != "control"]
+    *_, without = records.explanation(record)
+    assert without.startswith("There is no control for defend:")
+    assert '"control:defense=none,seed=1"' in without
+    # a control of another architecture is judged on other examples
+    record["experiment"]["models"] = [*models, "small:defense=none,arch=vgg16,seed=1"]
+    assert records.explanation(record)[-1] == without
+    # nothing is transferred, so nothing has to be controlled
+    record["experiment"]["models"] = models
+    record["evaluations"] = [e for e in record["evaluations"] if e["threat_model"] != "transfer"]
+    assert "There is no control" not in "".join(records.explanation(record))
+
+
 def test_building_again_gives_the_same_bytes(built: tuple[Storage, Storage, dict[str, str]], tmp_path: Path) -> None:
     run, root, paths = built
     shutil.copytree(root.local_root, tmp_path / "copy")

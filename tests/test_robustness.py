@@ -37,6 +37,8 @@ METRICS = {
     "l2_q25",
     "l2_q75",
     "linf_median",
+    "linf_q25",
+    "linf_q75",
     "seconds",
 }
 
@@ -176,6 +178,29 @@ def test_judge_leaves_autocast_and_the_model_alone() -> None:
     assert model.training
 
 
+def test_logits_that_are_not_finite_are_no_class() -> None:
+    """A NaN counts as the largest of all logits, so argmax would call its place a class, and here the true one."""
+
+    class Row(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = [
+                [1.0, 3.0, 2.0],
+                [1.0, math.nan, 2.0],
+                [math.nan] * 3,
+                [1.0, math.inf, 2.0],
+                [-math.inf] * 3,
+                [-math.inf, 0.0, -math.inf],  # logarithms of probabilities: a class, and surely
+            ]
+            return torch.tensor(rows)[: len(x)]
+
+    out = judge(Row(), grey(6), grey(6), torch.ones(6, dtype=torch.int64))
+    for name in ("clean_prediction", "adversarial_prediction", "rounded_prediction"):
+        assert out[name].tolist() == [1, -1, -1, -1, -1, 1]
+        assert out[name].dtype == np.int32
+    metrics = summarize(out, LINF, 0)
+    assert metrics["accuracy"] == metrics["clean_accuracy"] == pytest.approx(2 / 6)
+
+
 def test_judge_of_nothing() -> None:
     out = judge(Threshold(), grey(0), grey(0), torch.zeros(0, dtype=torch.int64))
     assert {name: len(column) for name, column in out.items()} == dict.fromkeys(out, 0)
@@ -216,15 +241,19 @@ def test_summary_of_a_budget_attack_by_hand() -> None:
     assert metrics["l2_median"] == pytest.approx(0.6)
     assert metrics["l2_q25"] == pytest.approx(0.45)
     assert metrics["l2_q75"] == pytest.approx(0.75)
-    assert metrics["linf_median"] == pytest.approx(0.3)
+    assert [metrics[f"linf_{q}"] for q in ("q25", "median", "q75")] == pytest.approx([0.225, 0.3, 0.375])
     assert metrics["seconds"] == 1.5
 
 
 def test_summary_of_a_minimal_norm_attack_by_hand() -> None:
     metrics = summarize(columns(), FREE, 0, budgets={"l2": (0.5, 1.5), "linf": (0.3,)})
-    assert set(metrics) == METRICS | {"curve", "accuracy_at_budget"}
+    assert set(metrics) == METRICS | {"curve", "accuracy_at_budget", "accuracy_at_budget_interval"}
     # within 0.5: the one wrong from the start and those at 0.3, 0.4 and exactly 0.5 are lost
     assert metrics["accuracy_at_budget"] == {"l2<=0.5": pytest.approx(0.6), "l2<=1.5": pytest.approx(0.2)}
+    assert metrics["accuracy_at_budget_interval"] == {
+        "l2<=0.5": list(wilson_interval(6, 10)),
+        "l2<=1.5": list(wilson_interval(2, 10)),
+    }
     curve = metrics["curve"]
     assert curve["norm"] == "l2"
     assert curve["eps"][0] == 0
@@ -237,7 +266,7 @@ def test_summary_of_a_minimal_norm_attack_by_hand() -> None:
 
 
 def test_budgets_default_to_the_fields_own() -> None:
-    assert set(summarize(columns(), FREE, 0)["accuracy_at_budget"]) == {"l2<=0.5", "l2<=1.5"}
+    assert set(summarize(columns(), FREE, 0)["accuracy_at_budget"]) == {"l2<=0.5", "l2<=1.5", "l2<=3"}
     mnist = summarize(columns(), FREE, 0, budgets=usual_budgets(1, 28))
     assert set(mnist["accuracy_at_budget"]) == {"l2<=1.5"}
 
@@ -245,7 +274,7 @@ def test_budgets_default_to_the_fields_own() -> None:
 def test_usual_budgets() -> None:
     assert usual_budgets(1, 28) == {"l2": (1.5,), "linf": (0.3,)}
     assert usual_budgets(3, 32) == {"l2": (0.5,), "linf": (8 / 255,)}
-    assert usual_budgets(3, 224)["linf"] == (4 / 255,)
+    assert usual_budgets(3, 224) == {"l2": (3.0,), "linf": (4 / 255,)}
 
 
 def test_summary_of_clean_images() -> None:
@@ -256,7 +285,7 @@ def test_summary_of_clean_images() -> None:
     assert set(metrics) == METRICS
     assert metrics["accuracy"] == metrics["clean_accuracy"] == metrics["accuracy_rounded"] == pytest.approx(0.9)
     assert metrics["success_rate"] == 0
-    assert [metrics[name] for name in ("l2_median", "l2_q25", "l2_q75", "linf_median")] == [None] * 4
+    assert [metrics[f"{norm}_{q}"] for norm in ("l2", "linf") for q in ("median", "q25", "q75")] == [None] * 6
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 

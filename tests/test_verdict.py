@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fake_run
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
+from components import reliability
 from components.attacks.spec import AttackSpec
-from components.config import EvaluationConfig, Experiment, ScalingConfig
+from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.errors import ConfigError
 from components.robustness import worst_case
-from pipeline import attack, records, report, tables, verdict
+from pipeline import attack, checkpoints, records, report, shards, tables, verdict
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
+from pipeline.train_step import Shapes, build_net
 
 
 def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:
@@ -220,6 +228,100 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     )
 
 
+def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
+    run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BIM failed its active test on the defended model; examples of it for the source, transferred, are not concerned."""
+    root, directory, _ = run
+    record = with_verdict(*run)
+    report.build(directory, root)
+    data = json.loads(directory.read_bytes("report/table.json"))
+    marked = {(row["model"], key) for row in data["rows"] for key, cell in row["cells"].items() if cell["untrusted"]}
+    assert marked == {("defend", "white_box/bim")}
+    bim = str(AttackSpec.parse("bim:eps=0.2,steps=40"))
+    assert [(w["model"], w["threat_model"], w["norm"]) for w in data["worst_case"] if w["untrusted"] == [bim]] == [
+        ("defend", "white_box", "linf"),
+        ("defend", "any", "linf"),
+    ]
+    assert sum(bool(w["untrusted"]) for w in data["worst_case"]) == 2
+    lines = directory.read_bytes("report/table.csv").decode().splitlines()
+    assert lines[0].endswith(",untrusted")
+    assert [",".join(line.split(",")[:3]) for line in lines[1:] if line.endswith(",1")] == ["defend,defended,white_box"]
+
+    (cell,) = [row["cells"]["white_box/bim"] for row in data["rows"] if row["model"] == "defend"]
+    value = records.percent(cell["accuracy"])
+    note = "† Not to be trusted, on defend: BIM, eps 0.2, 40 steps. The attack did not find"
+    html, text = (directory.read_bytes(f"report/{name}").decode() for name in ("report.html", "table.md"))
+    assert f"<td>{value}†<small>" in html
+    assert note in html
+    assert note in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| defend (defended)")]
+    assert row.count("†") == 1
+    assert f" {value}† ±" in row
+    worst = [line for line in text.splitlines() if line.startswith("| defend | Linf") and "† |" in line]
+    assert len(worst) == 2
+    (short,) = [s for s in records.in_short(record) if s.startswith("defend")]
+    assert f"{value}† % under the worst white-box attack (BIM" in short
+    assert "† % in the worst case per sample at Linf" in short
+    assert short.count("†") == 2
+    assert "†" not in "".join(s for s in records.in_short(record) if not s.startswith("defend"))
+
+    tables.print_table(directory)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{value}† ±" in printed
+    assert note in printed
+
+    metrics = table_metrics(record, "defend")
+    assert {k for k in metrics if k.startswith("untrusted/")} == {
+        "untrusted/white_box/bim",
+        "untrusted/worst_case/white_box/linf_0.2",
+        "untrusted/worst_case/any/linf_0.2",
+    }
+    assert metrics["untrusted/white_box/bim"] == 1
+    assert metrics["white_box/bim"] == cell["accuracy"]
+    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "control"))
+
+
+def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they_are_transferred(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    root, _, record = run
+    with_verdict(*run)
+    record["reliability"] = {"no_defense": record["reliability"]["defend"]}
+    cells = {row["model"]: row["cells"] for row in records.table(record)["rows"]}
+    assert {(m, k) for m, c in cells.items() for k, v in c.items() if v["untrusted"]} == {
+        ("no_defense", "white_box/bim"),
+        ("control", "transfer/bim"),
+        ("defend", "transfer/bim"),
+    }
+    assert [c["untrusted"] for c in records.comparisons(record, root) if c["attack"].startswith("bim")] == [True]
+    found = [(w["model"], w["threat_model"]) for w in records.worst_cases(record) if w["untrusted"]]
+    assert found == [("no_defense", "white_box"), ("no_defense", "any"), ("control", "any"), ("defend", "any")]
+
+
+def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    root, directory, _ = run
+    record = with_verdict(*run)
+    record["reliability"]["defend"]["active"]["bim:eps=0.2,steps=40"]["passed"] = True
+    directory.write_json("run.json", record)
+    report.build(directory, root)
+    for name in ("report.html", "table.md", "table.json", "table.csv"):
+        assert "†" not in directory.read_bytes(f"report/{name}").decode(), name
+    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "defend"))
+
+
+def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    record = with_verdict(*run)
+    base = {**record["experiment"], "seeds": 2, "models": ["no_defense:defense=none", "defend"]}
+    names = [name for name in records.roles({"experiment": base}) if name.startswith("defend")]
+    mine = [e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "white_box")]
+    two = [{**e, "model": name, "source": name} for e in mine for name in names]
+    seeds = {**record, "experiment": base, "evaluations": two}
+    seeds["reliability"] = {names[1]: record["reliability"]["defend"]}
+    rows = records.across(seeds)["over_seeds"]
+    assert [r["attack"].partition(":")[0] for r in rows if r["untrusted"]] == ["bim"]
+
+
 def test_the_terminal_says_what_was_flagged(
     run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +356,98 @@ def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
     assert values[1, 1] == accuracy["control", "control"]
     directory.write_json("run.json", record)
     assert "plot_transfer" in report.build(directory, root)
+
+
+# -- randomised networks -----------------------------------------------------------------------------------------------------
+
+
+IMAGES, CHUNKS = 12, [(0, 0, 6), (1, 6, 12)]
+COMMON = {"test": "pyramids/test", "seed": 0, "device": "cpu", "threads": 1}
+
+
+def with_network(directory: Path, arch: str) -> dict[str, Any]:
+    """What every task is told, of a storage with one network and the images that it is attacked with."""
+    root = Storage(str(directory))
+    rng = np.random.default_rng(0)
+    columns = {
+        "index": pa.array(np.arange(IMAGES)),
+        "label": pa.array(rng.integers(0, 10, IMAGES).astype(np.int32)),
+        "image": shards.tensor_array(rng.integers(0, 256, (IMAGES, 1, 28, 28), dtype=np.uint8)),
+    }
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out)
+    data = out.getvalue()
+    shard = {"name": "shard-00000.parquet", "rows": IMAGES, "bytes": len(data)}
+    shard["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest = {"version": shards.FORMAT_VERSION, "num_rows": IMAGES, "rows_per_shard": IMAGES, "shards": [shard]}
+    root.write_bytes("pyramids/test/shard-00000.parquet", data)
+    root.write_json("pyramids/test/manifest.json", manifest)
+    shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
+    config = TrainConfig(arch=arch, defense="none")
+    torch.manual_seed(0)
+    checkpoints.export(root / "models/net", build_net(config, shapes), config, shapes)
+    return {**COMMON, "root": root.uri}
+
+
+def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, int, int]]) -> list[Any]:
+    """Examples and records of both chunks, made by these tasks one after the other."""
+    examples, judged = f"examples/{attack_text}", f"judged/{attack_text}"
+    for chunks in tasks:
+        torch.rand(7)  # whatever else the worker has drawn
+        job = {"source": "models/net", "attack": attack_text, "early_leaving": False, "judges": {judged: "models/net"}}
+        attack._attack_chunks({**common, **job, "examples": examples, "chunks": chunks})
+    root = Storage(common["root"])
+    columns = attack.read_chunks(root / judged, 2)
+    return [
+        *(attack.read_examples(root / examples, i).tolist() for i in range(2)),
+        {k: v.tolist() for k, v in columns.items()},
+    ]
+
+
+@pytest.mark.parametrize("text", ["fgsm:eps=0.2", "pgd:eps=0.2,steps=3"])
+def test_a_randomised_network_is_judged_the_same_by_any_tasks_in_any_order(text: str, tmp_path: Path) -> None:
+    text = str(AttackSpec.parse(text))
+    orders = [(CHUNKS,), (CHUNKS[1:], CHUNKS[:1]), (CHUNKS[::-1],)]
+    one, *others = (
+        attacked(with_network(tmp_path / str(i), "own_network:make_drawing"), text, *order)
+        for i, order in enumerate(orders)
+    )
+    # what is judged again finds its examples made, and nothing drawn for them
+    shutil.rmtree(tmp_path / "0" / "judged")
+    others.append(attacked({**COMMON, "root": str(tmp_path / "0")}, text, CHUNKS))
+    for other in others:
+        assert other == one
+
+
+def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -> None:
+    found = []
+    for draws in (0, 5):
+        common = with_network(tmp_path / str(draws), "own_network:make_drawing")
+        for text in ("", "pgd:eps=0.2,steps=3"):
+            torch.rand(draws)
+            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8}
+            verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
+        root = Storage(common["root"])
+        found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
+    assert found[0] == found[1]
+    assert found[0][0]["random_output"]["largest_difference"] > 0
+
+
+def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, Any]] = []
+
+    def spy(model: Any, *arguments: Any, fast: Any, **options: Any) -> dict[str, Any]:
+        given.append((model, fast))
+        return reliability.active_test(model, *arguments, fast=fast, **options)
+
+    monkeypatch.setattr(verdict, "active_test", spy)
+    common = with_network(tmp_path, "own_network:make")
+    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2}
+    verdict._measure({**common, **job, "file": "reliability/active.json"})
+    ((model, fast),) = given
+    assert model is attack.load_model(common["root"], "models/net", "cpu")
+    assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)))
+    assert fast is not None
 
 
 def test_chunks_of_a_task_are_at_least_one() -> None:

@@ -12,6 +12,7 @@ from components.attacks.apgd import apgd, apgd_t
 from components.attacks.common import check_batch, is_adversarial, norms
 from components.attacks.fab import fab_t
 from components.attacks.projections import Norm, per_sample
+from components.attacks.spec import AttackSpec
 from components.attacks.square import square
 
 
@@ -74,3 +75,12 @@ def autoattack(
             result[left[broken]] = x[broken]
             left = left[~broken]
     return result
+
+
+def gradient_parts(spec: AttackSpec) -> tuple[AttackSpec, ...]:
+    """All but the Square of an ``autoattack`` spec, each as an attack of its own with the same settings."""
+    return (
+        AttackSpec(name="apgd", eps=spec.eps, norm=spec.norm, steps=spec.steps),
+        AttackSpec(name="apgd-t", eps=spec.eps, norm=spec.norm, steps=spec.steps),
+        AttackSpec(name="fab-t", norm=spec.norm, steps=spec.steps),
+    )
