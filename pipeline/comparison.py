@@ -128,6 +128,36 @@ def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]
     return out
 
 
+def pairs(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(model, what it is compared with): each model and the :func:`references` of its architecture, of the same replicate."""
+    experiment = experiment_of(record)
+    variants, replicates = experiment.variants(), experiment.replicates()
+    named = {found: name for name, found in replicates.items()}
+    compared = references(record, roles)
+    out = []
+    for i, reference in enumerate(compared):
+        for name, (base, replicate) in replicates.items():
+            against = named[reference, replicate]
+            # a pair of references is told once
+            if base not in compared[: i + 1] and variants[name].arch == variants[against].arch:
+                out.append((name, against))
+    return out
+
+
+def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
+    """Mean and spread of the worst case over the replicates of each model; empty for a run of one seed."""
+    if experiment_of(record).seeds < 2:
+        return []
+    bases = experiment_of(record).bases()
+    groups: dict[tuple[str, str, float, str], list[Row]] = {}
+    for w in record.get("worst_case") or []:
+        groups.setdefault((bases[w["model"]], w["norm"], w["eps"], w["threat_model"]), []).append(w)
+    return [
+        {"model": base, "norm": norm, "eps": eps, "threat_model": threat, **spread([w["accuracy"] for w in found])}
+        for (base, norm, eps, threat), found in groups.items()
+    ]
+
+
 def beside_paper(record: Mapping[str, Any]) -> list[Row]:
     """Each cell of the paper's table with all that this run has for it.
 

@@ -389,16 +389,29 @@ def untrusted_note(record: Mapping[str, Any]) -> str:
 
 def worst_cases(record: Mapping[str, Any]) -> list[Row]:
     """The worst case per sample of each model and budget, with the budget and threat model as they are written for people."""
-    said = {"white_box": "made on the model itself", "any": "also transferred to it"}
+    return [{**_worst_titled(w), "untrusted": _untrusted_in(record, w)} for w in record.get("worst_case") or []]
+
+
+def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
+    """The same over the seeds, where there are several; untrusted where one of them is."""
+    bases = comparison.experiment_of(record).bases()
+    keys = ("norm", "eps", "threat_model")
+    doubted = {(bases[w["model"]], *(w[k] for k in keys)) for w in worst_cases(record) if w["untrusted"]}
     return [
-        {
-            **row,
-            "budget": f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}",
-            "threat_title": said[row["threat_model"]],
-            "untrusted": _untrusted_in(record, row),
-        }
-        for row in record.get("worst_case") or []
+        {**_worst_titled(w), "untrusted": (w["model"], *(w[k] for k in keys)) in doubted}
+        for w in comparison.worst_over_seeds(record)
     ]
+
+
+def worst_case_pairs(record: Mapping[str, Any]) -> list[Row]:
+    """The worst case of one model against that of another on the same samples (exact McNemar test)."""
+    return [_worst_titled(w) for w in record.get("worst_case_pairs") or []]
+
+
+def _worst_titled(row: Mapping[str, Any]) -> Row:
+    said = {"white_box": "made on the model itself", "any": "also transferred to it"}
+    budget = f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}"
+    return {**row, "budget": budget, "threat_title": said[row["threat_model"]]}
 
 
 def _untrusted_in(record: Mapping[str, Any], worst: Row) -> list[str]:
@@ -560,6 +573,10 @@ def attack_text(attack: str) -> str:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
+
+
+def p_value(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def mean_and_sd(mean: float, sd: float | None) -> str:

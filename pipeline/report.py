@@ -40,6 +40,8 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
     data = {
         **records.table(record),
         "worst_case": records.worst_cases(record),
+        "worst_case_over_seeds": records.worst_over_seeds(record),
+        "worst_case_pairs": records.worst_case_pairs(record),
         "flags": records.raised_flags(record),
         "comparisons": records.comparisons(record, root),
         **records.across(record),
@@ -214,6 +216,7 @@ def _html(
         mark=records.mark,
         median_norm=records.median_norm,
         norm_value=records.norm_value,
+        p_value=records.p_value,
     )
     groups: dict[str, int] = {}
     for column in data["columns"]:

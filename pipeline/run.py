@@ -19,11 +19,13 @@ from components.errors import UserError
 from pipeline import (
     attack,
     cluster,
+    comparison,
     environment,
     gallery,
     memory,
     publish,
     pyramids,
+    records,
     report,
     shards,
     sources,
@@ -349,6 +351,8 @@ def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -
         names = [m.name for m in models]
         judgements = verdict.Judgements(run.root, evaluations, run.experiment.evaluation.chunk_size)
         run.record["worst_case"] = verdict.worst_cases(names, run.experiment, judgements)
+        pairs = comparison.pairs(run.record, records.roles(run.record))
+        run.record["worst_case_pairs"] = verdict.paired_worst_cases(pairs, run.experiment, judgements)
         run.record["reliability"] = verdict.reliability(
             models, test, run.experiment, run.root, judgements, progress=bar.update
         )

@@ -40,7 +40,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
             console.print(part)
     for part in comparison_tables(record, together):
         console.print(part)
-    if not together["over_seeds"] and (verdicts := verdict_table(record)):
+    if verdicts := verdict_table(record):
         console.print(verdicts)
     for flag in records.raised_flags(record):
         said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
@@ -110,8 +110,10 @@ def _ours(row: Row) -> list[str]:
 
 
 def verdict_table(record: Mapping[str, Any]) -> Table | None:
-    """The worst case per sample for the terminal; a column per budget. None where there is none."""
-    rows = records.worst_cases(record)
+    """The worst case per sample for the terminal, over the seeds where there are several; a column per budget. None where there
+    is none."""
+    seeds = records.worst_over_seeds(record)
+    rows = seeds or records.worst_cases(record)
     heads = list(dict.fromkeys((w["budget"], w["threat_title"]) for w in rows))
     if not rows:
         return None
@@ -126,12 +128,17 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
         out.add_column(f"{budget}\n{threat}", justify="right")
     for model in dict.fromkeys(w["model"] for w in rows):
         found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
-        cells = [
-            f"{records.percent(w['accuracy'])}{records.mark(w)}\n{_interval(w)}" if (w := found.get(h)) else "-"
-            for h in heads
-        ]
-        out.add_row(model, *cells)
+        out.add_row(model, *("\n".join(_worst(w)) if (w := found.get(h)) else "-" for h in heads))
     return out
+
+
+def _worst(row: Row) -> tuple[str, str]:
+    """A worst case, and its interval or, over the seeds, its range."""
+    if "mean" in row:
+        value, low, high = records.mean_and_sd(row["mean"], row["sd"]), row["min"], row["max"]
+    else:
+        value, low, high = records.percent(row["accuracy"]), row["accuracy_low"], row["accuracy_high"]
+    return value + records.mark(row), f"{records.percent(low)}–{records.percent(high)}"
 
 
 def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
@@ -261,23 +268,31 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
 def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
     """Worst cases and flags as Markdown."""
     lines = []
-    if rows := records.worst_cases(record):
+    seeds = records.worst_over_seeds(record)
+    if rows := seeds or records.worst_cases(record):
+        what = "mean ± standard deviation over the seeds" if seeds else "accuracy"
+        heads = ("model", "budget", "examples", what, "least to greatest" if seeds else "95 % interval")
         lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
+        lines += [_markdown_row(heads), "| --- " * len(heads) + "|"]
+        lines += [_markdown_row((w["model"], w["budget"], w["threat_title"], *_worst(w))) for w in rows]
+    # with several seeds what counts is whether a difference exceeds theirs
+    if (paired := records.worst_case_pairs(record)) and not seeds:
+        heads = ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)")
+        lines += ["", "### Worst case in pairs: images that one model withstands and the other does not", ""]
+        lines += [_markdown_row(heads), "| --- " * len(heads) + "|"]
         lines += [
-            _markdown_row(("model", "budget", "examples", "accuracy", "95 % interval", "attacks")),
-            "| --- " * 6 + "|",
-        ]
-        for w in rows:
-            interval = f"{records.percent(w['accuracy_low'])} – {records.percent(w['accuracy_high'])}"
-            values = (
-                w["model"],
-                w["budget"],
-                w["threat_title"],
-                records.percent(w["accuracy"]) + records.mark(w),
-                interval,
-                str(w["attacks"]),
+            _markdown_row(
+                (
+                    w["model"],
+                    w["against"],
+                    w["budget"],
+                    w["threat_title"],
+                    *(str(w[k]) for k in ("only_model", "only_against", "n")),
+                    records.p_value(w["p"]),
+                )
             )
-            lines.append(_markdown_row(values))
+            for w in paired
+        ]
     if said := records.reliability_in_short(record):
         lines += ["", said]
         lines += [

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash
 from components.reliability import Judged, active_test, flags, probe
-from components.robustness import usual_budgets, wilson_interval, worst_case
+from components.robustness import mcnemar, usual_budgets, wilson_interval, worst_case
 from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
 from pipeline.cluster import attack_bundle
@@ -75,13 +76,11 @@ def worst_cases(models: Iterable[str], experiment: Experiment, judgements: Judge
     """
     out = []
     for model in models:
-        judged = judgements.of(model)
         for norm, eps in budgets(experiment):
             for threat in (WHITE_BOX, ANY):
-                taken = [(e, c) for e, c in judged if threat == ANY or e["threat_model"] in DIRECT]
-                if not taken or (threat == ANY and all(e["threat_model"] in DIRECT for e, _ in taken)):
+                robust, attacks = _withstands(model, norm, eps, threat, judgements)
+                if robust is None:
                     continue
-                robust = worst_case([c for _, c in taken], norm, eps)
                 low, high = wilson_interval(int(robust.sum()), len(robust))
                 out.append(
                     {
@@ -93,10 +92,56 @@ def worst_cases(models: Iterable[str], experiment: Experiment, judgements: Judge
                         "accuracy": float(robust.mean()),
                         "accuracy_low": low,
                         "accuracy_high": high,
-                        "attacks": len(taken),
+                        "attacks": attacks,
                     }
                 )
     return out
+
+
+def paired_worst_cases(
+    pairs: Iterable[tuple[str, str]], experiment: Experiment, judgements: Judgements
+) -> list[dict[str, Any]]:
+    """Whether one model withstands more samples than another in the worst case (exact McNemar test over the samples).
+
+    Args:
+        pairs: (model, the one that it is compared with), both of the run.
+
+    Returns:
+        {model, against, threat_model, norm, eps, n, only_model, only_against, p} for each pair, budget and threat model that
+        both have.
+    """
+    out = []
+    for model, against in pairs:
+        for norm, eps in budgets(experiment):
+            for threat in (WHITE_BOX, ANY):
+                first, second = (_withstands(m, norm, eps, threat, judgements)[0] for m in (model, against))
+                if first is None or second is None:
+                    continue
+                out.append(
+                    {
+                        "model": model,
+                        "against": against,
+                        "threat_model": threat,
+                        "norm": norm,
+                        "eps": eps,
+                        "n": len(first),
+                        "only_model": int((first & ~second).sum()),
+                        "only_against": int((second & ~first).sum()),
+                        "p": mcnemar(first, second),
+                    }
+                )
+    return out
+
+
+def _withstands(
+    model: str, norm: str, eps: float, threat: str, judgements: Judgements
+) -> tuple[np.ndarray[Any, Any] | None, int]:
+    """Bool [N]: the samples that no example of a threat model breaks, and over how many evaluations; None where there is none."""
+    judged = judgements.of(model)
+    taken = [(e, c) for e, c in judged if threat == ANY or e["threat_model"] in DIRECT]
+    if not taken or (threat == ANY and all(e["threat_model"] in DIRECT for e, _ in taken)):
+        return None, 0
+    return worst_case([c for _, c in taken], norm, eps), len(taken)
 
 
 def reliability(

@@ -80,7 +80,7 @@ def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None
     assert asked(*base, "--eps", "0.1").evaluation.attacks == full_suite("0.1")
     assert asked(*base, "--norm", "l2").evaluation.attacks == full_suite("1.5", "l2")
     large = asked(*base, "--norm", "l2", "--data.image-size", "224", "--data.channels", "3")
-    assert large.evaluation.attacks == full_suite("3", "l2")
+    assert large.evaluation.attacks == full_suite("3", "l2", channels=3)
     few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
     assert few.evaluation.attacks == ("fgsm:eps=0.2",)
 

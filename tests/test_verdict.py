@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from components import reliability
 from components.attacks.spec import AttackSpec
-from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
+from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes, to_dict
 from components.errors import ConfigError
 from components.robustness import worst_case
-from pipeline import attack, checkpoints, records, report, shards, tables, verdict
+from pipeline import attack, checkpoints, comparison, records, report, shards, tables, verdict
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
@@ -171,6 +173,41 @@ def test_worst_cases_come_from_the_records(run: tuple[Storage, Storage, dict[str
     assert by_key[fgsm["model"], "white_box", "linf", 0.2]["accuracy"] < fgsm["metrics"]["accuracy"]
 
 
+def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
+    root, directory, record = run
+    judgements = verdict.Judgements(root, record["evaluations"], fake_run.CHUNK)
+    pairs = comparison.pairs(record, records.roles(record))
+    assert pairs == [("no_defense", "control"), ("defend", "control"), ("no_defense", "defend")]
+    found = verdict.paired_worst_cases(pairs, experiment_of(record), judgements)
+    accuracy = {(w["model"], w["threat_model"], w["norm"]): w["accuracy"] for w in worst_cases(root, record)}
+    for w in found:
+        # what both withstand or neither does cancels: the counts must give the difference of the accuracies
+        ours, theirs = (accuracy[w[m], w["threat_model"], w["norm"]] for m in ("model", "against"))
+        assert (w["only_model"] - w["only_against"]) / w["n"] == pytest.approx(ours - theirs)
+        apart = w["only_model"] + w["only_against"]
+        assert w["p"] == pytest.approx(binomtest(w["only_model"], apart).pvalue if apart else 1.0)
+    assert any(w["only_model"] != w["only_against"] for w in found)
+    record["worst_case"], record["worst_case_pairs"] = worst_cases(root, record), found
+    directory.write_json("run.json", record)
+    report.build(directory, root)
+    one = next(w for w in found if w["only_model"])
+    for name, cell in (("report.html", "<td>{}</td><td>{}</td>"), ("table.md", "| {} | {} |")):
+        assert cell.format(one["only_model"], one["only_against"]) in directory.read_bytes(f"report/{name}").decode()
+
+
+def test_the_worst_case_over_the_seeds() -> None:
+    experiment = replace(fake_run.experiment(), seeds=3)
+    rows = [
+        {"model": f"defend-s{i}", "threat_model": "white_box", "norm": "linf", "eps": 0.2, "accuracy": a}
+        for i, a in enumerate((0.1, 0.2, 0.6))
+    ]
+    (row,) = comparison.worst_over_seeds({"experiment": to_dict(experiment), "worst_case": rows})
+    assert (row["model"], row["seeds"], row["min"], row["max"]) == ("defend", 3, 0.1, 0.6)
+    assert row["mean"] == pytest.approx(0.3)
+    assert row["sd"] == pytest.approx(statistics.stdev((0.1, 0.2, 0.6)))
+    assert comparison.worst_over_seeds({"experiment": to_dict(fake_run.experiment()), "worst_case": rows}) == []
+
+
 FLAG = {
     "name": "zero_gradients",
     "fired": True,
@@ -257,7 +294,7 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     assert note in text
     (row,) = [line for line in text.splitlines() if line.startswith("| defend (defended)")]
     assert row.count("†") == 1
-    assert f" {value}† ±" in row
+    assert f" {value}† (" in row
     worst = [line for line in text.splitlines() if line.startswith("| defend | Linf") and "† |" in line]
     assert len(worst) == 2
     (short,) = [s for s in records.in_short(record) if s.startswith("defend")]
@@ -268,7 +305,7 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
 
     tables.print_table(directory)
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{value}† ±" in printed
+    assert f"{value}†" in printed
     assert note in printed
 
     metrics = table_metrics(record, "defend")
