@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from components.config import SEED_STRIDE, Shapes, TrainConfig, content_hash, replace_typed, stored_levels, to_dict
+from components.config import (
+    SEED_STRIDE,
+    Experiment,
+    Shapes,
+    TrainConfig,
+    content_hash,
+    replace_typed,
+    stored_levels,
+    to_dict,
+)
 from components.errors import ConfigError
 from components.search import Point
 
@@ -61,10 +70,16 @@ class TrainingData:
     """Empty: there is no validation split."""
 
     def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """What a model reads, and what names it."""
+        """What a model reads, and what names it.
+
+        Raises:
+            ConfigError: it reads a kind of targets that no shard set holds.
+        """
         if not config.epochs:
             return {}, {}
         if stored_levels(config):
+            if config.targets not in self.train:
+                raise ConfigError.of("train.targets", config.targets, f"of this run's shards: {', '.join(self.train)}")
             train = identity = self.train[config.targets]
         else:
             train, identity = next(iter(self.train.values())), self.bare
@@ -141,34 +156,50 @@ class Objective:
         return f"{self.directory}/epoch-{epoch:05d}.json"
 
 
+def trial_config(experiment: Experiment, base: TrainConfig, point: Point) -> TrainConfig:
+    """The first model of a trial: the recipe's model ``base`` with the point's values.
+
+    Raises:
+        ConfigError: the values do not go together, with one another or with the recipe, or make nothing that a sweep can judge.
+    """
+    # by way of text, as in an experiment's models: 1 and 1.0 are one value, and so one address
+    config = replace_typed(base, {name: str(value) for name, value in point.items()}, "space")
+    if config.defense == "comdefend":
+        raise ConfigError.of("space: defense", config.defense, "a classifier: a reformer alone has no accuracy")
+    if not config.epochs:
+        raise ConfigError.of("space: epochs", 0, "at least 1 in a sweep, which trains")
+    evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
+    # the recipe's own checks, of this model alone
+    replace(experiment, train=config, models=("trial",), evaluation=evaluation, figures=(), paper="")
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What all trials of a sweep have in common. Picklable."""
 
     root: str
     """URI of the storage."""
+    experiment: Experiment
+    """The recipe: how many models a trial has (their seeds are SEED_STRIDE apart, as in ``Experiment.replicates``), on what."""
     base: TrainConfig
     shapes: Shapes
     data: TrainingData
-    workers: int
     weights: str
-    seeds: int
-    """Models per trial; their seeds are SEED_STRIDE apart, as in ``Experiment.replicates``."""
     objective: Objective
 
-    def config(self, point: Point) -> TrainConfig:
-        """Raises ConfigError where the point's values do not go together."""
-        # by way of text, as in an experiment's models: 1 and 1.0 are one value, and so one address
-        return replace_typed(self.base, {name: str(value) for name, value in point.items()}, "space")
-
     def jobs(self, point: Point) -> list[Job]:
-        """The models of one trial, one for each seed."""
+        """The models of one trial, one for each seed.
+
+        Raises:
+            ConfigError: the point's values do not go together, with one another or with the recipe.
+        """
         jobs = []
-        for replicate in range(self.seeds):
-            given = self.config(point)
+        given = trial_config(self.experiment, self.base, point)
+        for replicate in range(self.experiment.seeds):
             config = replace(given, seed=given.seed + SEED_STRIDE * replicate).canonical()
             reads, identity = self.data.for_model(config)
-            address = model_address(config, self.shapes, identity, self.workers, self.weights)
+            address = model_address(config, self.shapes, identity, self.experiment.scaling.workers, self.weights)
             jobs.append(Job(name=f"s{replicate}", config=config, pyramids=reads, weights=self.weights, address=address))
         return jobs
 
@@ -191,7 +222,7 @@ class JobQueue:
         self._given: Counter[str] = Counter()
         self._ended: dict[str, tuple[str, str]] = {}
         self._closed = False
-        self._reason = ""
+        self._error = ""
 
     def follow(self, orders: Sequence[Mapping[str, Any]], trial: str) -> list[tuple[str, str]]:
         """Have these models trained, in order; said again, nothing changes. State and reason (if it failed) of each."""
@@ -199,9 +230,7 @@ class JobQueue:
         for order in orders:
             address = order["address"]
             self._followers.setdefault(address, set()).add(trial)
-            if self._reason:
-                self.end(address, FAILED, self._reason)
-            elif address not in self._ended:
+            if address not in self._ended:
                 self._wanted.setdefault(address, dict(order))
             where = (TRAINING if address in self._held else WAITING), ""
             states.append(self._ended.get(address, where))
@@ -242,12 +271,16 @@ class JobQueue:
         """A model is done, diverged or failed, for its reason; or, with no state, was left."""
         self._held.pop(address, None)
         self._wanted.pop(address, None)
-        if state:
+        if state and not (state == FAILED and self._error):  # it follows from that
             self._ended[address] = state, reason
 
-    def close(self, reason: str = "") -> None:
-        """Nothing is given out any more; with a reason, nothing can be trained: whatever is wanted has failed."""
-        self._closed, self._reason = True, reason
+    def close(self, error: str = "") -> None:
+        """Nothing is given out any more; with an error, which is of no one model, the sweep ends with it."""
+        self._closed, self._error = True, self._error or error
+
+    def error(self) -> str:
+        """What :meth:`close` was first told, if anything."""
+        return self._error
 
     def lost(self, run: int) -> None:
         """A Ray Train run ended for good: others may have what it held."""

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from components.config import Experiment, from_dict, to_dict
+from components.config import Experiment, TrainConfig, from_dict, stored_levels, to_dict
 from components.errors import UserError
 from pipeline import checkpoints, train
 from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
 from pipeline.objective import Meter
-from pipeline.storage import Storage
+from pipeline.progress import say
+from pipeline.storage import Storage, StorageError
 from pipeline.train_step import classifier_of
 
 POLL_S = 0.3
@@ -34,16 +35,23 @@ class Pool:
     Args:
         queue: handle of a JobQueue actor.
         deaths: how many deaths of its workers each run survives.
+        fail: called, in a thread, with what ended the last run, if it was not the queue's end.
     """
 
     def __init__(
-        self, queue: Any, runs: int, plan: Plan, experiment: Experiment, root: Storage, *, deaths: int
+        self,
+        queue: Any,
+        runs: int,
+        plan: Plan,
+        experiment: Experiment,
+        root: Storage,
+        *,
+        deaths: int,
+        fail: Callable[[UserError], None],
     ) -> None:
         import ray
 
-        self._queue, self._ray = queue, ray
-        self.error: UserError | None = None
-        """What ended the last run, if it was not the queue's end."""
+        self._queue, self._ray, self._fail = queue, ray, fail
         settings = {
             "queue": queue,
             "root": root.uri,
@@ -69,11 +77,17 @@ class Pool:
         with self._lock:
             self._alive -= 1
             self._ray.get(self._queue.lost.remote(number))
-            if not self._alive:
-                self.error = unwrap(error) or train.TrainingError(
+            mine = unwrap(error)
+            if self._alive:
+                reason = next(iter(str(mine or error).splitlines()), type(error).__name__)
+                say(f"a Ray Train run of the sweep was lost for good, {self._alive} left: {reason}")
+                return
+            self._fail(
+                mine
+                or train.TrainingError(
                     f"the training workers could not be kept up: {error}\nWhat was trained is kept; the same command continues"
                 )
-                self._ray.get(self._queue.close.remote("the training workers could not be kept up"))
+            )
 
     def close(self) -> None:
         """No more models; waits until the workers have ended, so that what they had is free again."""
@@ -95,7 +109,7 @@ def _serve(settings: dict[str, Any]) -> None:
     root, queue, number = Storage(settings["root"]), settings["queue"], settings["run"]
     objective = from_dict(Objective, settings["objective"])
     data = train.DataCache(root, rank, world, device)
-    meter = Meter(objective, root, rank, world, device)
+    meter: Meter | None = None
 
     def agreed(ask: Callable[[], Any]) -> Any:
         """What rank 0 finds, on every rank."""
@@ -108,15 +122,14 @@ def _serve(settings: dict[str, Any]) -> None:
         order = ray.get(queue.take.remote(number))
         return order, _what_is_left(root / order["address"], objective) if order else ""
 
-    while True:
-        order, left = agreed(next_order)
-        if order is None:
-            return
-        if not order:
-            time.sleep(POLL_S)
-            continue
+    def load(order: Mapping[str, Any]) -> None:
+        """The data that all trials share, before the model that is trained on them: damaged, they are not that model's fault."""
+        data.get("train", order["pyramids"], levels=stored_levels(from_dict(TrainConfig, order["config"])))
+        data.get("validation", order["pyramids"], levels=False)
+
+    def serve(order: Mapping[str, Any], left: str) -> tuple[str, str]:
+        """State and reason."""
         home = root / order["address"]
-        state, reason = DONE, ""
         try:
             if left == "train":
                 between = _Between(
@@ -126,16 +139,41 @@ def _serve(settings: dict[str, Any]) -> None:
                     agreed,
                     lambda a=order["address"]: ray.get(queue.cancelled.remote(a, number)),
                 )
-                train.train_model(order, home, data, settings, between)
-                state = "" if between.stopped else DONE
-            elif left == "measure":
+                train.train_model(dict(order), home, data, settings, between)
+                return ("" if between.stopped else DONE), ""
+            if left == "measure":
                 _measure_finished(home, meter, objective)
             elif left == DIVERGED:
                 raise train.NonFiniteLoss(home.read_json(NOT_FINITE)["step"])
         except train.NonFiniteLoss as e:  # on every rank alike
             if rank == 0:
                 home.write_json(NOT_FINITE, {"step": e.step})
-            state, reason = DIVERGED, f"the loss was not finite at step {e.step}"
+            return DIVERGED, f"the loss was not finite at step {e.step}"
+        return DONE, ""
+
+    while True:
+        try:
+            order, left = agreed(next_order)
+            if order is None:
+                return
+            if not order:
+                time.sleep(POLL_S)
+                continue
+            if left == "train":
+                load(order)
+            meter = meter or Meter(objective, root, rank, world, device)
+        except (UserError, OSError) as e:  # storage or shards: of no one model, and every next one would fail too
+            ray.get(queue.close.remote(str(e) if isinstance(e, UserError) else f"{root.uri} cannot be read: {e}"))
+            if world > 1:
+                raise
+            continue
+        try:
+            state, reason = serve(order, left)
+        except StorageError as e:
+            ray.get(queue.close.remote(str(e)))
+            if world > 1:
+                raise
+            continue
         except Exception as e:
             reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
             ray.get(queue.end.remote(order["address"], FAILED, reason))

@@ -102,12 +102,16 @@ def run_address(experiment: Experiment) -> str:
     return f"runs/{experiment.name}-{content_hash(config)}"
 
 
-def open_run(experiment: Experiment, *, records_only: bool = False, will_train: bool = False) -> Run:
+def open_run(
+    experiment: Experiment, *, records_only: bool = False, will_train: bool = False, needs_tracking: bool = True
+) -> Run:
     """Check all that can be checked before compute is spent, join Ray, and open the run's record.
 
     Args:
         records_only: no sources, networks or cluster are needed (the report).
         will_train: the models that are not trained yet must fit the GPUs.
+        needs_tracking: refuse where MLflow does not answer. Not within a sweep, whose compute is spent: as of any outage on the way,
+            the Tracker tells of it, and publishes when MLflow answers.
 
     Raises:
         UserError: one of its kinds, naming what, where and what to do.
@@ -117,7 +121,8 @@ def open_run(experiment: Experiment, *, records_only: bool = False, will_train: 
     root = Storage(experiment.storage)
     root.check_writable()
     uri = experiment.tracking_uri or tracking.default_uri(root)
-    tracking.check_reachable(uri)
+    if needs_tracking:
+        tracking.check_reachable(uri)
     storage = root / run_address(experiment)
     if not records_only:
         shapes = Shapes(
@@ -411,9 +416,14 @@ def finish(run: Run) -> None:
     say(f"MLflow: {tracking.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 
 
-def execute(command: str, experiment: Experiment) -> None:
-    """Run one stage, or all of them (``run``)."""
-    run = open_run(experiment, records_only=command == "report", will_train=command in ("run", "train"))
+def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
+    """Run one stage, or all of them (``run``). ``needs_tracking``: see :func:`open_run`."""
+    run = open_run(
+        experiment,
+        records_only=command == "report",
+        will_train=command in ("run", "train"),
+        needs_tracking=needs_tracking,
+    )
     publish.start_run(run.tracker, run.record)
     try:
         if command == "report":

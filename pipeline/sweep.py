@@ -7,15 +7,19 @@ they are (search and early stopping are told their results) and goes on with the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
-import random
+import itertools
+import math
+import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from components.attacks.spec import AttackSpec
 from components.config import (
     Experiment,
     TrainConfig,
@@ -25,6 +29,7 @@ from components.config import (
     to_dict,
 )
 from components.errors import ConfigError, UserError
+from components.robustness import usual_budgets
 from components.search import Point, Space, choose, ends, pareto_front
 from pipeline import (
     checkpoints,
@@ -40,15 +45,17 @@ from pipeline import (
     train,
     tuner,
 )
-from pipeline.jobs import DIVERGED, Job, Objective, Plan
+from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
+from pipeline.owner import Owner, check_free
 from pipeline.progress import say, stage
+from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.trial import ENDED, FINISHED, new_entry
 
 SCHEMA = 1
 USAGE = """\
-main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume] [--no-evaluate]
-              [--FIELD VALUE ...]
+main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume]
+              [--evaluate full|recipe|none] [--FIELD VALUE ...]
 
   --space           a file of tune_spaces/ (or its name alone), or your own copy of one (docs/sweeps.md)
   --trials          configurations in all, instead of what the space says; more than before: the sweep goes on
@@ -56,7 +63,9 @@ main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--see
   --seed            of random and tpe (not of the models: that is --train.seed or a model's own). 0
   --max-concurrent  models trained at once at the most; without it as many as there is room for
   --resume          refuse to begin: there must be a sweep of these settings that goes on. Without it, the same command goes on too
-  --no-evaluate     leave out the last step, the chosen configuration on test images beside undefended and control
+  --evaluate        the last step, the chosen configuration on test images beside undefended and control. full: under the full suite of
+                    attacks, at the budget of the recipe's first attack that has one, white-box, black-box and transferred; recipe:
+                    as the recipe has it; none (or --no-evaluate): leave it out. full
   --seeds           N models per configuration, judged by their mean
 
 Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
@@ -74,7 +83,8 @@ class Options:
     max_concurrent: int = 0
     """0: as many models at once as there is room for."""
     resume: bool = False
-    evaluate: bool = True
+    evaluate: Literal["full", "recipe", "none"] = "full"
+    """Under which attacks the choice is tested, if it is."""
 
 
 def parse_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
@@ -90,13 +100,16 @@ def parse_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-concurrent", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--no-evaluate", dest="evaluate", action="store_false")
+    parser.add_argument("--evaluate", default="full")
+    parser.add_argument("--no-evaluate", dest="evaluate", action="store_const", const="none")
     known, rest = parser.parse_known_args(list(arguments))
     options = Options(**vars(known))
     if not options.space:
         raise ConfigError.of("--space", "", "a file of tune_spaces/, e.g. --space tune_spaces/lambda_blocks.py")
     if options.max_concurrent < 0:
         raise ConfigError.of("--max-concurrent", options.max_concurrent, "0 (room decides) or more")
+    if options.evaluate not in ("full", "recipe", "none"):
+        raise ConfigError.of("--evaluate", options.evaluate, "full, recipe or none")
     return options, rest
 
 
@@ -141,11 +154,14 @@ class Sweep(run.Run):
     model: str
     """Name, in the recipe, of the model that is varied."""
     base: TrainConfig
+    owner: Owner | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Guards the record, which the driver's threads share."""
 
     def save(self) -> None:
         with self.lock:
+            if self.owner is not None:
+                self.owner.check()
             self.storage.write_json("sweep.json", self.record)
 
     def publish(self) -> None:
@@ -153,6 +169,12 @@ class Sweep(run.Run):
             record = copy.deepcopy(self.record)
         # not under the lock: a tracking server that does not answer must not hold up the trials
         publish.publish_sweep(self.tracker, record, self.storage, self.root)
+
+    def final(self, point: Point) -> Experiment:
+        """:func:`final_experiment`, as the options ask for it."""
+        return final_experiment(
+            self.experiment, self.model, point, "recipe" if self.options.evaluate == "recipe" else "full"
+        )
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -189,35 +211,89 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
     return name, config
 
 
-def probe(experiment: Experiment, space: Space, base: TrainConfig) -> Experiment:
-    """An experiment with a model for each value of each parameter (of a range: its ends), to check before anything is trained.
+DRAWS = 100
+"""Of a search whose points are not known beforehand, so many stand for them."""
+MAX_COMBINATIONS = 256
+NAMES_TARGETS = ("defense", "targets", "augment", "epochs")
+"""Fields by which a model needs one kind of pyramids or another."""
+
+
+def probe(experiment: Experiment, space: Space, base: TrainConfig, seed: int = 0) -> Experiment:
+    """An experiment with a model for each trial (of TPE, whose points are not known: draws, and every combination of the ends of what
+    is no real number), to check before anything is trained. Of trials that differ in real numbers alone there is one.
+
+    Args:
+        seed: of the search.
 
     Raises:
-        ConfigError: a value, or a combination of a grid or a draw, that a model cannot have.
+        ConfigError: a trial, or a value, that is not possible: names the parameters' values and what to do.
     """
-    texts = ["base"]
-    for name, domain in space.parameters.items():
-        for i, value in enumerate(ends(domain)):
-            if (name, value) == ("defense", "comdefend"):
-                raise ConfigError.of(
-                    "space.parameters['defense']", value, "a classifier: a reformer alone has no accuracy"
-                )
-            texts.append(f"{name}-{i}:{name}={value}")
-    rng = random.Random(0)
-    drawn = [{name: domain.at(rng.random()) for name, domain in space.parameters.items()} for _ in range(100)]
-    for point in space.points(0) or drawn:
-        replace_typed(base, _as_text(point), "space")
-    if base.defense == "comdefend" and "defense" not in space.parameters:
-        raise ConfigError.of("space.model", "comdefend", "a classifier: a reformer alone has no accuracy")
+    points = space.points(seed) or replace(space, search="random", trials=DRAWS).points(seed)
+    for point in points:
+        try:
+            trial_config(experiment, base, point)
+        except ConfigError as e:
+            raise _refused(point, e) from None
+    for name, domain in space.parameters.items():  # an end of a range is never drawn, but TPE may take it
+        for value in ends(domain):
+            _some_possible(experiment, base, [{**point, name: value} for point in points], {name: value})
+    if space.search == "tpe":
+        discrete = {name: ends(d) for name, d in space.parameters.items() if not isinstance(ends(d)[0], float)}
+        if math.prod(len(values) for values in discrete.values()) > MAX_COMBINATIONS:
+            discrete = {name: values for name, values in discrete.items() if name in NAMES_TARGETS}
+        for values in itertools.product(*discrete.values()):
+            point = {**points[0], **dict(zip(discrete, values, strict=True))}
+            with contextlib.suppress(ConfigError):  # were it frequent, a draw had shown it; it is recorded as failed
+                trial_config(experiment, base, point)
+                points.append(point)
+    models: dict[TrainConfig, str] = {}
+    for number, point in enumerate(points, 1):
+        models.setdefault(_but_for_reals(trial_config(experiment, base, point)), _as_model(number, point))
     evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
-    return replace(experiment, train=base, models=tuple(texts), seeds=1, evaluation=evaluation, figures=(), paper="")
+    return replace(
+        experiment, train=base, models=("base", *models.values()), seeds=1, evaluation=evaluation, figures=(), paper=""
+    )
 
 
-def final_experiment(experiment: Experiment, model: str, point: Point) -> Experiment:
-    """The recipe's evaluation of the chosen configuration beside an undefended network and its control.
+def _some_possible(experiment: Experiment, base: TrainConfig, points: Sequence[Point], value: Point) -> None:
+    for point in points:
+        try:
+            trial_config(experiment, base, point)
+            return
+        except ConfigError as e:
+            error = e
+    raise _refused(value, error)
+
+
+def _refused(point: Point, error: ConfigError) -> ConfigError:
+    said = " ".join(f"{name}={value}" for name, value in point.items())
+    return ConfigError(
+        f"a trial of the space with {said} cannot be run: {error}. Take that out of the space, or change the setting"
+    )
+
+
+def _but_for_reals(config: TrainConfig) -> TrainConfig:
+    """Equal for models that differ in the seed or in real numbers alone, which build the same network of the same size."""
+    reals = {f.name: f.default for f in fields(TrainConfig) if isinstance(f.default, float)}
+    momentum = float(config.momentum > 0)  # without, there is no buffer for it
+    return replace(config.canonical(), **{**reals, "momentum": momentum / 2, "seed": 0})
+
+
+def _as_model(number: int, point: Point) -> str:
+    """A model's text, whose name says what a person must know where it does not fit a GPU."""
+    said = re.sub("[^a-zA-Z0-9_+.-]", "-", "".join(f"_{name}-{value}" for name, value in point.items()))
+    return f"trial-{number}{said}:" + ",".join(f"{name}={value}" for name, value in point.items())
+
+
+def final_experiment(
+    experiment: Experiment, model: str, point: Point, suite: Literal["full", "recipe"] = "full"
+) -> Experiment:
+    """The evaluation of the chosen configuration beside an undefended network and its control.
 
     Args:
         model: the recipe's name of the model that was varied.
+        suite: the attacks and threat models. full: :func:`pipeline.recipes.full_suite` at the budget of the recipe's first attack that
+            has one, else at the field's usual one; recipe: the recipe's own. Images and chunks are the recipe's either way.
     """
     texts = {parse_spec(text)[0]: text for text in experiment.models}
     name, fields = parse_spec(texts[model])
@@ -233,15 +309,20 @@ def final_experiment(experiment: Experiment, model: str, point: Point) -> Experi
     while len(undefended) < 2:
         undefended.append(f"{next(names)}:defense=none,seed={next(free)},arch={chosen.arch},width={chosen.width}")
     kept = {*map(_base, undefended), "best", "*"}
-    threats = [t for t in experiment.evaluation.threat_models if ":" not in t or t.partition(":")[2] in kept]
-    source = experiment.evaluation.transfer_source
+    evaluation = experiment.evaluation
+    if suite == "full":
+        evaluation = replace(
+            evaluation, attacks=_full_suite(experiment), threat_models=("white_box", "black_box", "transfer")
+        )
+    threats = [t for t in evaluation.threat_models if ":" not in t or t.partition(":")[2] in kept]
+    source = evaluation.transfer_source
     return replace(
         experiment,
         name=f"{experiment.name}-best",
         description=f"{experiment.name}: the configuration that a sweep chose, beside undefended and control",
         models=(*undefended, best),
         evaluation=replace(
-            experiment.evaluation,
+            evaluation,
             threat_models=tuple(threats) or ("white_box",),
             transfer_source=source if source in kept else "",
         ),
@@ -250,6 +331,14 @@ def final_experiment(experiment: Experiment, model: str, point: Point) -> Experi
         scale="",
         allow_diverged=False,
     )
+
+
+def _full_suite(experiment: Experiment) -> tuple[str, ...]:
+    data = experiment.data
+    specs = map(AttackSpec.parse, experiment.evaluation.attacks)
+    given = next(((f"{s.eps:.6g}", str(s.norm)) for s in specs if s.eps is not None), None)
+    eps, norm = given or (f"{usual_budgets(data.channels, data.image_size)['linf'][0]:.6g}", "linf")
+    return full_suite(eps, norm)
 
 
 def _as_text(point: Mapping[str, Any]) -> dict[str, str]:
@@ -264,53 +353,68 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
     """Check all that can be checked before compute is spent, join Ray, and open the sweep's record.
 
     Returns:
-        The sweep, and an experiment with a model for each value that it may try (:func:`probe`).
+        The sweep, which is this process's from then on, and an experiment with a model for each trial (:func:`probe`).
 
     Raises:
         UserError: one of its kinds, naming what, where and what to do.
     """
     name, space = load_space(options)
     model, base = varied_model(experiment, space)
-    probed = probe(experiment, space, base)
+    probed = probe(experiment, space, base, options.seed)
     root = Storage(experiment.storage)
     storage = root / sweep_address(experiment, name, space, options.seed)
     if options.resume and not storage.exists("sweep.json"):
         raise UserError(
             f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
         )
+    check_free(storage)
     root.check_writable()
     uri = experiment.tracking_uri or tracking.default_uri(root)
     tracking.check_reachable(uri)
-    record = storage.read_json("sweep.json") if storage.exists("sweep.json") else None
-    if record is not None and record.get("schema") != SCHEMA:
-        raise UserError(f"{storage.uri}/sweep.json has schema {record.get('schema')}, this version reads {SCHEMA}")
     sweep = Sweep(
         experiment=experiment,
         root=root,
         storage=storage,
-        record=record or {},
+        record={},
         tracker=tracking.Tracker(uri, storage, echo=say),
         space=space,
         options=options,
         model=model,
         base=base,
     )
-    final_experiment(experiment, model, (space.points(options.seed) or [{}])[0])
+    for point in space.points(options.seed) or [{}]:
+        sweep.final(point)
     train.check_models(probed, sweep.shapes)
     sources.check_source(experiment.data, trains=True)
     with stage("Ray"):
         cluster.connect()
     cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
     memory.check_gpu_memory(probed, sweep.shapes)
+    sweep.owner = Owner(storage)  # before its record is read
+    try:
+        _open_record(sweep, name)
+    except BaseException:
+        sweep.owner.release()
+        raise
+    return sweep, probed
+
+
+def _open_record(sweep: Sweep, space_name: str) -> None:
+    storage, experiment = sweep.storage, sweep.experiment
+    record = storage.read_json("sweep.json") if storage.exists("sweep.json") else None
+    if record is not None and record.get("schema") != SCHEMA:
+        raise UserError(f"{storage.uri}/sweep.json has schema {record.get('schema')}, this version reads {SCHEMA}")
     say(f"{'continuing' if record else 'new sweep at'} {storage.uri}")
-    if record is None:
+    if record is not None:
+        sweep.record = record
+    else:
         sweep.record = {
             "schema": SCHEMA,
             "name": experiment.name,
-            "space_name": name,
-            "seed": options.seed,
-            "model": model,
-            "base": to_dict(base),
+            "space_name": space_name,
+            "seed": sweep.options.seed,
+            "model": sweep.model,
+            "base": to_dict(sweep.base),
             "experiment": to_dict(experiment),
             "created": run._now(),
             "data": None,
@@ -321,27 +425,31 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
             "evaluation": None,
             "stages": {},
         }
-    sweep.record |= {"space": space.to_dict(), "finished": None, **environment.environment()}
+    sweep.record.setdefault("earlier_evaluations", [])
+    sweep.record |= {"space": sweep.space.to_dict(), "finished": None, **environment.environment()}
     sweep.save()
-    return sweep, probed
 
 
 def execute(experiment: Experiment, options: Options) -> None:
     """Run a sweep from its trials to the evaluation of its choice, or what is left of it."""
     sweep, probed = open_sweep(experiment, options)
-    publish.start_sweep(sweep.tracker, sweep.record)
     try:
-        # one set of pyramids serves all trials: as many kinds of targets as the space has
+        publish.start_sweep(sweep.tracker, sweep.record)
+        pending = _pending(sweep)
+        beside, missing = _references(sweep)
+        runs = tuner.runs_at_once(sweep, len(pending) + len(missing))
+        for line in _announced(sweep, len(pending), runs):
+            say(line)
+        # one set of pyramids serves all trials: as many kinds of targets as the trials have
         sets = run.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
-        pending = _pending(sweep)
-        references = _references(sweep, sets)
-        _announce(sweep, len(pending))
+        jobs = train.jobs_of(beside, sweep.shapes, sets.training, sweep.root)
+        references = [job for job in jobs if job.name in missing]
         if pending or references:
             with sweep.timed("trials"):
                 tuner.run_trials(sweep, plan, pending, references)
         _conclude(sweep)
-        if sweep.options.evaluate:
+        if sweep.options.evaluate != "none":
             _evaluate(sweep)
         sweep.record["finished"] = run._now()
         sweep.save()
@@ -355,6 +463,9 @@ def execute(experiment: Experiment, options: Options) -> None:
         sweep.tracker.flush()
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
         raise
+    finally:
+        if sweep.owner is not None:
+            sweep.owner.release()
 
 
 def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
@@ -364,25 +475,24 @@ def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
     weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
     return Plan(
         root=sweep.root.uri,
+        experiment=experiment,
         base=sweep.base,
         shapes=sweep.shapes,
         data=sets.training,
-        workers=experiment.scaling.workers,
         weights=weights,
-        seeds=experiment.seeds,
         objective=Objective(attack=sweep.space.attack, images=sweep.space.images, validation=sets.training.validation),
     )
 
 
-def _references(sweep: Sweep, sets: run.Sets) -> list[Job]:
-    """What the trials are seen beside, as far as it is not measured yet: undefended, control, and the model as the recipe has it."""
-    final = final_experiment(sweep.experiment, sweep.model, {})
+def _references(sweep: Sweep) -> tuple[Experiment, list[str]]:
+    """What the trials are seen beside: undefended, control, and the model as the recipe has it; and the names of those models that
+    are not measured yet."""
+    final = sweep.final({})
     texts = {parse_spec(t)[0]: t for t in (*sweep.experiment.models, *final.models)}
     names = (*(_base(t) for t in final.models[:2]), sweep.model)
     beside = replace(final, models=tuple(texts[n] for n in dict.fromkeys(names)))
-    jobs = train.jobs_of(beside, sweep.shapes, sets.training, sweep.root)
     known = sweep.record["references"]
-    return [job for job in jobs if known.get(job.name, {}).get("state") not in (FINISHED, DIVERGED)]
+    return beside, [n for n in beside.variants() if known.get(n, {}).get("state") not in (FINISHED, DIVERGED)]
 
 
 def _pending(sweep: Sweep) -> list[dict[str, Any]]:
@@ -397,20 +507,32 @@ def _pending(sweep: Sweep) -> list[dict[str, Any]]:
     return [t for t in trials if t["state"] not in ENDED] + new
 
 
-def _announce(sweep: Sweep, left: int) -> None:
+def _announced(sweep: Sweep, left: int, runs: int) -> list[str]:
+    """What a person is told before anything is computed.
+
+    Args:
+        left: trials to be run. runs: how many models are trained at once.
+    """
     space, e = sweep.space, sweep.experiment
-    total = space.trials if space.search == "tpe" else len(sweep.trials)
-    done = total - left
+    done = sum(t["state"] in ENDED for t in sweep.trials)
     over = "; ".join(f"{name}: {domain}" for name, domain in space.parameters.items())
-    say(f"{total} trials{f', {done} done already' if done else ''}, {space.search} search over {over}")
-    asha = f", the worse stopped early from epoch {space.asha.grace_epochs} on" if space.asha else ""
+    few = space.search != "tpe" and len(space.points(sweep.options.seed)) < space.trials
+    asked = f" ({space.trials} were asked for: the space has no more)" if few else ""
+    grace = tuner.grace_of(sweep)
+    stopped = f", the worse stopped early from epoch {grace} on" if grace else ""
+    if space.asha and not grace:
+        stopped = f", none stopped early (asha.grace_epochs={space.asha.grace_epochs})"
     many = f"{e.seeds} seeds each, " if e.seeds > 1 else ""
-    say(f"  each: model {sweep.model!r} of {e.name}, {many}{sweep.base.epochs} epochs{asha}")
-    say(f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them")
     s = e.scaling
     each = " and ".join(f"{v:g} {k}" for k, v in cluster.train_bundle(s).items())
-    runs = tuner.runs_at_once(sweep, left)
-    say(f"  at once: {runs} model{'s' if runs > 1 else ''}, each on {s.workers} worker(s) of {each}")
+    tested = {"none": "not tested on test images", "recipe": "tested once on test images, under the recipe's attacks"}
+    return [
+        f"{done + left} trials{asked}{f', {done} done already' if done else ''}, {space.search} search over {over}",
+        f"  each: model {sweep.model!r} of {e.name}, {many}{sweep.base.epochs} epochs{stopped}",
+        f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them",
+        f"  the choice: {tested.get(sweep.options.evaluate, 'tested once on test images, under the full suite of attacks')}",
+        f"  at once: {runs} model{'s' if runs > 1 else ''}, each on {s.workers} worker(s) of {each}",
+    ]
 
 
 # -- what came of it -------------------------------------------------------------------------------------------------------
@@ -429,6 +551,9 @@ def _conclude(sweep: Sweep) -> None:
     scores = [(t["epochs"][-1]["clean"], t["epochs"][-1]["robust"]) for t in ended]
     chosen = ended[choose(scores, sweep.space.clean_tolerance)]
     with sweep.lock:
+        before = sweep.record["choice"]
+        if before and before["parameters"] != chosen["parameters"]:
+            _put_away_evaluation(sweep)
         sweep.record["front"] = [ended[i]["number"] for i in pareto_front(scores)]
         sweep.record["choice"] = {
             "trial": chosen["number"],
@@ -437,7 +562,7 @@ def _conclude(sweep: Sweep) -> None:
             "robust": chosen["epochs"][-1]["robust"],
             "rule": sweep_report.rule(sweep.space.clean_tolerance),
         }
-        final = final_experiment(sweep.experiment, sweep.model, chosen["parameters"])
+        final = sweep.final(chosen["parameters"])
         sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": to_dict(final)})
         sweep.save()
     say(sweep_report.conclusion(sweep.record))
@@ -464,10 +589,27 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
 
 
 def _evaluate(sweep: Sweep) -> None:
-    """The chosen configuration once on test images, as an ordinary run."""
-    final = final_experiment(sweep.experiment, sweep.model, sweep.record["choice"]["parameters"])
-    sweep.record["evaluation"] = run.run_address(final)
-    sweep.save()
-    say(f"evaluation of the choice on test images, once: {sweep.root.uri}/{sweep.record['evaluation']}")
+    """The chosen configuration on test images, as an ordinary run: once, unless the choice or its attacks became others."""
+    final = sweep.final(sweep.record["choice"]["parameters"])
+    address = run.run_address(final)
+    with sweep.lock:
+        if sweep.record["evaluation"] != address:
+            _put_away_evaluation(sweep)
+            sweep.record["evaluation"] = address
+        earlier = [e for e in sweep.record["earlier_evaluations"] if e["evaluation"] != address]
+        sweep.record["earlier_evaluations"] = earlier
+        sweep.save()
+    again = f" (these images have been attacked before, for {len(earlier)} earlier evaluation(s))" if earlier else ""
+    say(f"evaluation of the choice on test images, once{again}: {sweep.root.uri}/{address}")
     with sweep.timed("evaluation"):
-        run.execute("run", final)
+        # what is published waits for a tracking server that is out of reach just now
+        run.execute("run", final, needs_tracking=False)
+
+
+def _put_away_evaluation(sweep: Sweep) -> None:
+    """That test images were used before stays in the record, with the choice they were used for."""
+    record = sweep.record
+    if record["evaluation"]:
+        choice = {k: record["choice"][k] for k in ("trial", "parameters")}
+        record["earlier_evaluations"].append({"evaluation": record["evaluation"], **choice})
+        record["evaluation"] = None

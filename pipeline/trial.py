@@ -8,8 +8,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+from components.errors import UserError
 from components.search import Point
 from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
 from pipeline.storage import Storage, StorageError
@@ -30,22 +32,30 @@ def run_trial(config: dict[str, Any], *, plan: Plan, queue: Any) -> None:
     import ray
     from ray import tune
 
-    jobs = plan.jobs(config["listed"]["values"] if "listed" in config else config)
+    # no exception where it cannot be: Tune would try again. To the search it is as bad as can be
+    bad = {"clean": 0.0, "robust": 0.0, "state": FAILED}
+    try:
+        jobs = plan.jobs(config["listed"]["values"] if "listed" in config else config)
+    except UserError as e:
+        seconds = {"training_seconds": 0.0, "objective_seconds": 0.0}
+        tune.report({**bad, **seconds, "epoch": plan.base.epochs, "reason": str(e)})
+        return
     trial = tune.get_context().get_trial_id()
     orders = [job.order() for job in jobs]
     followed = Followed(jobs, plan.objective, Storage(plan.root))
     while True:
         states = ray.get(queue.follow.remote(orders, trial))
-        for result in followed.new_results():
+        results = []
+        with suppress(StorageError, OSError):  # out of reach: the workers, who must write, know when to give up
+            results = followed.new_results()
+        for result in results:
             tune.report(result)
         if followed.finished:
             return
-        bad = [(state, reason) for state, reason in states if state in (DIVERGED, FAILED)]
-        if bad:
-            # no exception: Tune would try again. To the search it is as bad as can be
-            state, reason = bad[0]
-            tune.report({**followed.totals(), "clean": 0.0, "robust": 0.0, "state": state, "reason": reason})
-            return
+        for state, reason in states:
+            if state in (DIVERGED, FAILED):
+                tune.report({**bad, **followed.totals(), "state": state, "reason": reason})
+                return
         time.sleep(POLL_S)
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from components.config import content_hash
-from pipeline import run, sweep_report, train
+from components.errors import ConfigError, UserError
+from pipeline import cluster, run, sweep_report, train
 from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Plan
 from pipeline.pool import Pool
 from pipeline.progress import say
@@ -41,7 +42,7 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
     """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
 
     Raises:
-        UserError: the workers could not be kept up.
+        UserError: the workers could not be kept up, or storage or shards failed. The trials that run then go on with the next command.
     """
     # before ray.tune is imported: no files of its own beside ours, no output, Ctrl-C as everywhere
     for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
@@ -55,13 +56,14 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
     attempts = scaling.max_failures + 1
     # no CPU: the workers may have them all
     queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
-    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=attempts * (len(pending) + len(references)))
+    following = Following(sweep, plan, queue, references)
+    deaths = attempts * (len(pending) + len(references))
+    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=deaths, fail=following.fail)
     # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
-    at_once = max(1, runs // plan.seeds) + (space.search != "tpe")
+    at_once = max(1, runs // sweep.experiment.seeds) + (space.search != "tpe")
     # a byte of memory: Tune has no trials without any resource
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
     files = sweep.root / f"ray/{secrets.token_hex(8)}"
-    following = Following(sweep, plan, queue, references)
     param_space, search = search_algorithm(sweep, pending)
     tuner = tune.Tuner(
         trainable,
@@ -69,7 +71,7 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
         tune_config=tune.TuneConfig(
             num_samples=len(pending) if search else 1,
             search_alg=search,
-            scheduler=early_stopping(sweep),
+            scheduler=early_stopping(following),
             max_concurrent_trials=at_once,
             reuse_actors=True,
         ),
@@ -80,6 +82,7 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS),
             callbacks=[_callback(following)],
+            stop=_stopper(following),
         ),
     )
     try:
@@ -87,12 +90,18 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
             if pending:
                 tuner.fit()
             following.wait_for_references()
+    except Exception as e:
+        # Tune wraps what a callback raises
+        mine = following.error or cluster.unwrap(e)
+        if mine is None:
+            raise
+        raise mine from None
     finally:
         pool.close()
         with suppress(OSError):
             sweep.root.fs.delete_dir(files.root)
-    if pool.error is not None:
-        raise pool.error
+    if following.error is not None:
+        raise following.error
 
 
 def search_algorithm(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
@@ -139,14 +148,48 @@ def _scores(trial: Mapping[str, Any]) -> list[float]:
     return [trial["epochs"][-1]["clean"], trial["epochs"][-1]["robust"]]
 
 
-def early_stopping(sweep: Sweep) -> Any:
-    """ASHA that knows the trials that have ended, or None."""
+def grace_of(sweep: Sweep) -> int:
+    """Epochs after which a trial may first be stopped early; 0: none is."""
     asha = sweep.space.asha
-    if asha is None or asha.grace_epochs >= sweep.base.epochs:
-        return None
-    from ray.tune.schedulers import ASHAScheduler
+    return asha.grace_epochs if asha is not None and asha.grace_epochs < sweep.base.epochs else 0
 
-    scheduler = ASHAScheduler(
+
+def early_stopping(following: Following) -> Any:
+    """ASHA over the trials of the record, those of earlier commands included, or None."""
+    sweep = following.sweep
+    if not grace_of(sweep):
+        return None
+    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+    class Asha(ASHAScheduler):
+        """Knows a trial by its number: one that goes on has passed what it had passed, whatever Tune calls it now. (Tune pickles this
+        class, and so whatever it refers to.)"""
+
+        def of(self, number: int) -> Any:
+            known = SimpleNamespace(trial_id=str(number))
+            if known.trial_id not in self._trial_info:
+                super().on_trial_add(None, known)  # type: ignore[arg-type]
+            return known
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            """Its number is known when it starts."""
+
+        def on_trial_remove(self, controller: Any, trial: Any) -> None:
+            """It never started."""
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            number = following.entries[trial.trial_id]["number"]
+            decision: str = super().on_trial_result(controller, self.of(number), result)
+            ends = result["epoch"] >= following.plan.base.epochs
+            if decision == TrialScheduler.STOP and not ends and following.is_whole(trial.trial_id):
+                return TrialScheduler.CONTINUE  # there is nothing left to be saved
+            return decision
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            super().on_trial_complete(controller, self.of(following.entries[trial.trial_id]["number"]), result)
+
+    asha = sweep.space.asha
+    scheduler = Asha(
         time_attr="epoch",
         metric="robust",
         mode="max",
@@ -155,11 +198,8 @@ def early_stopping(sweep: Sweep) -> Any:
         reduction_factor=asha.reduction,
     )
     for trial in sweep.trials:
-        if trial["state"] in ENDED:
-            told: Any = SimpleNamespace(trial_id=f"ended-{trial['number']}")
-            scheduler.on_trial_add(None, told)  # type: ignore[arg-type]
-            for epoch in trial["epochs"]:
-                scheduler.on_trial_result(None, told, epoch)  # type: ignore[arg-type]
+        for epoch in trial["epochs"]:
+            super(Asha, scheduler).on_trial_result(None, scheduler.of(trial["number"]), epoch)
     return scheduler
 
 
@@ -169,9 +209,12 @@ class Following:
     def __init__(self, sweep: Sweep, plan: Plan, queue: Any, references: Sequence[Job]) -> None:
         self.sweep, self.plan, self.queue = sweep, plan, queue
         self.references = {job.name: (job, Followed([job], plan.objective, sweep.root)) for job in references}
+        self.measured: dict[str, dict[str, Any]] = {job.name: {"path": job.address} for job in references}
         self.entries: dict[str, dict[str, Any]] = {}
         """Tune's trial id -> entry of the record."""
         self.begun: dict[str, float] = {}
+        self.error: UserError | None = None
+        """What the sweep ends with at once, if anything."""
         self.failure: Exception | None = None
         """What ended the thread that looks, if anything did."""
         self.live: dict[int, str] = {}
@@ -181,19 +224,22 @@ class Following:
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # Tune writes its callbacks down for a restore of its own, which this does not use
 
+    def fail(self, error: UserError) -> None:
+        """End the sweep with this. What runs is left as it is, for the next command."""
+        self.error = self.error or error
+
     def start(self, trial_id: str, config: Mapping[str, Any]) -> None:
         if trial_id in self.entries:  # its process died
             return
         with self.sweep.lock:
             entry = self._entry_of(config)
-            jobs = self.plan.jobs(entry["parameters"])
-            entry.update(
-                state=RUNNING,
-                reason="",
-                epochs=[],
-                started=run._now(),
-                models=[{"seed": job.config.seed, "path": job.address} for job in jobs],
-            )
+            models = []
+            with suppress(ConfigError):  # which its process reports, as any trial's end
+                for job in self.plan.jobs(entry["parameters"]):
+                    models.append({"seed": job.config.seed, "path": job.address})
+            # of the same models, what is known stays known: it goes on there
+            epochs = entry["epochs"] if entry["models"] == models else []
+            entry.update(state=RUNNING, reason="", epochs=epochs, started=run._now(), models=models)
             self.entries[trial_id], self.begun[trial_id] = entry, time.monotonic()
             self.sweep.save()
 
@@ -213,14 +259,22 @@ class Following:
         with self.sweep.lock:
             entry = self.entries[trial_id]
             if result["state"] in (RUNNING, FINISHED):
-                if [e for e in entry["epochs"] if e["epoch"] >= result["epoch"]]:  # told again by a trial started again
+                known = [e for e in entry["epochs"] if e["epoch"] >= result["epoch"]]  # by a trial started again
+                if not known:
+                    entry["epochs"].append({k: result[k] for k in ("epoch", "clean", "robust", "each", "n")})
+                elif result["state"] == RUNNING:
                     return
-                entry["epochs"].append({k: result[k] for k in ("epoch", "clean", "robust", "each", "n")})
             if result["state"] != RUNNING:
                 entry.update(state=result["state"], reason=result.get("reason", ""))
             entry.update({k: result[k] for k in ("training_seconds", "objective_seconds")})
             entry["seconds"] = time.monotonic() - self.begun[trial_id]
             self.sweep.save()
+
+    def is_whole(self, trial_id: str) -> bool:
+        """Whether all models of a trial are exported, and measured after their last epoch."""
+        last = self.plan.objective.file(self.plan.base.epochs - 1)
+        homes = [self.sweep.root / model["path"] for model in self.entries[trial_id]["models"]]
+        return all(home.exists("model.json") and home.exists(last) for home in homes)
 
     def end(self, trial_id: str, error: str = "") -> None:
         ray.get(self.queue.leave.remote(trial_id))
@@ -255,6 +309,8 @@ class Following:
         def guarded() -> None:
             try:
                 look()
+            except UserError as e:
+                self.fail(e)
             except Exception as e:
                 self.failure = e
 
@@ -270,7 +326,7 @@ class Following:
 
     def wait_for_references(self) -> None:
         """They were wanted from the start, so hardly ever is one still missing when the trials have ended."""
-        while self.references and self.failure is None:
+        while self.references and self.failure is None and self.error is None:
             time.sleep(LOOK_S)
         if self.failure is not None:
             raise self.failure
@@ -278,7 +334,7 @@ class Following:
     def _look_at_references(self) -> None:
         for name, (job, followed) in list(self.references.items()):
             ((state, reason),) = ray.get(self.queue.follow.remote([job.order()], f"reference {name}"))
-            found: dict[str, Any] = {"path": job.address}
+            found = self.measured[name]
             for result in followed.new_results():
                 found |= {k: result[k] for k in ("clean", "robust", "n", "each")}
             if followed.finished:
@@ -294,6 +350,8 @@ class Following:
             say(sweep_report.reference_line(name, found))
 
     def _look(self) -> None:
+        if said := ray.get(self.queue.error.remote()):
+            raise UserError(said)
         self._look_at_references()
         for entry in list(self.entries.values()):
             if entry["state"] != RUNNING:
@@ -312,17 +370,44 @@ class Following:
 def _callback(following: Following) -> Any:
     from ray import tune
 
+    @contextmanager
+    def kept() -> Iterator[None]:
+        """What a record cannot be told any more ends the sweep; raised, Tune would blame the trial."""
+        try:
+            yield
+        except UserError as e:
+            following.fail(e)
+
     class Callback(tune.Callback):
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.start(trial.trial_id, trial.config)
+            with kept():
+                following.start(trial.trial_id, trial.config)
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            following.result(trial.trial_id, result)
+            with kept():
+                following.result(trial.trial_id, result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.end(trial.trial_id)
+            with kept():
+                following.end(trial.trial_id)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            following.end(trial.trial_id, f"its process failed more than {TRIAL_DEATHS} times: {trial.get_error()}")
+            with kept():
+                following.end(trial.trial_id, f"its process failed more than {TRIAL_DEATHS} times: {trial.get_error()}")
 
     return Callback()
+
+
+def _stopper(following: Following) -> Any:
+    from ray import tune
+
+    class Stopper(tune.Stopper):
+        """Ends the sweep, not a trial: Tune tells no callback of it."""
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return following.error is not None
+
+    return Stopper()

@@ -69,8 +69,8 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_fails_clearly(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2", "--max-concurrent", "1")
-    done = submit(cluster, "sweep", *SMALL, *space, "--storage", str(tmp_path / "s"))
+    space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2", "--evaluate", "recipe")
+    done = submit(cluster, "sweep", *SMALL, *space, "--max-concurrent", "1", "--storage", str(tmp_path / "s"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     (file,) = (tmp_path / "s").glob("sweeps/*/sweep.json")
     record = json.loads(file.read_text())

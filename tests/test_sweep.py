@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,22 +19,26 @@ import numpy as np
 import psutil
 import pytest
 from mlflow_server import MlflowServer
+from ray import cloudpickle
 
-from components.config import Experiment, Shapes, TrainConfig, to_dict
-from components.errors import ConfigError
-from components.search import Asha, Choice, IntRange, LogUniform, Space
-from pipeline import jobs, sweep, sweep_report, train, tuner
+from components.config import Experiment, ScalingConfig, Shapes, TrainConfig, to_dict
+from components.errors import ConfigError, UserError
+from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform
+from pipeline import jobs, owner, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
-from pipeline.recipes import RECIPES
-from pipeline.storage import Storage
-from pipeline.trial import Followed, new_entry
+from pipeline.pool import Pool
+from pipeline.recipes import RECIPES, full_suite
+from pipeline.storage import Storage, StorageError
+from pipeline.trial import Followed, new_entry, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
 DATA = TrainingData(train={"lowpass": "pyramids/a"}, bare="pyramids/b", validation="pyramids/v")
 OBJECTIVE = Objective(attack="pgd:eps=0.1,steps=3", images=10, validation="pyramids/v")
+NO_TEST = sweep.Options(space="s", evaluate="none")
+BATCHES = Space(parameters={"batch_size": IntRange(32, 256)}, trials=1)
 BLOCKS = Space(parameters={"lam": LogUniform(1e-4, 10.0), "shared_blocks": IntRange(1, 4)}, trials=4)
 
 
@@ -43,9 +48,8 @@ def recipe(**changes: Any) -> Experiment:
 
 def plan(root: Path, seeds: int = 1) -> Plan:
     base = TrainConfig(width=4, epochs=3)
-    return Plan(
-        root=str(root), base=base, shapes=SHAPES, data=DATA, workers=1, weights="", seeds=seeds, objective=OBJECTIVE
-    )
+    e = recipe(seeds=seeds)
+    return Plan(root=str(root), experiment=e, base=base, shapes=SHAPES, data=DATA, weights="", objective=OBJECTIVE)
 
 
 # -- addresses and the queue -----------------------------------------------------------------------------------------------
@@ -125,11 +129,34 @@ def test_a_queue_that_was_lost_fills_itself_again() -> None:
     assert queue.take(1) == {}
 
 
-def test_without_workers_all_that_is_wanted_fails() -> None:
-    queue = JobQueue(attempts=2)
-    queue.follow(orders("a"), "t")
-    queue.close("no workers")
-    assert queue.follow(orders("a", "b"), "t") == [(FAILED, "no workers")] * 2
+def test_an_error_of_no_one_model_gives_out_nothing_more_and_fails_none() -> None:
+    queue = JobQueue(attempts=1)
+    queue.follow(orders("a", "b"), "t")
+    assert queue.take(0) == {"address": "a"}
+    assert queue.error() == ""
+    queue.close("the disk is full")
+    queue.close("a consequence")
+    queue.close()
+    assert queue.error() == "the disk is full"
+    assert queue.cancelled("a", 0)
+    for _ in range(2):  # its workers died of it
+        assert queue.take(0) is None
+    queue.end("a", FAILED, "the other rank was gone")
+    assert queue.follow(orders("a", "b"), "t") == [(WAITING, "")] * 2
+
+
+def test_a_run_lost_for_good_is_told_and_the_last_one_ends_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[UserError] = []
+    queue = SimpleNamespace(lost=SimpleNamespace(remote=lambda run: None))
+    made = Pool(queue, 0, plan(tmp_path), recipe(), Storage(str(tmp_path)), deaths=1, fail=ended.append)
+    made._alive, made._ray = 2, SimpleNamespace(get=lambda answer: answer)
+    made._lost(0, RuntimeError("node gone\nmore"))
+    assert "lost for good, 1 left: node gone" in capsys.readouterr().out
+    assert ended == []
+    made._lost(1, RuntimeError("node gone"))
+    assert "could not be kept up: node gone" in str(ended)
 
 
 def write_epochs(root: Path, job: jobs.Job, robust: list[float], whole: bool) -> None:
@@ -231,6 +258,28 @@ def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
         (recipe(), replace(BLOCKS, parameters={"batch_size": Choice([0])}), "batch_size"),
         (recipe(), replace(BLOCKS, parameters={"defense": Choice(["comdefend", "defend++"])}), "reformer"),
         (recipe(), replace(BLOCKS, parameters={"width": Choice([4, 0])}), "at least 1 channel"),
+        (
+            recipe(train=replace(recipe().train, pretrained="/weights.pth")),
+            replace(BLOCKS, parameters={"epochs": Choice([1, 0])}, model="no_defense"),
+            "epochs=0 cannot be run.*at least 1 in a sweep",
+        ),
+        # both ends of the range are even
+        (
+            recipe(scaling=ScalingConfig(workers=2)),
+            replace(BATCHES, trials=9),
+            r"batch_size=\d+ cannot be run.*multiple of scaling.workers",
+        ),
+        (recipe(scaling=ScalingConfig(workers=2)), replace(BATCHES, search="tpe"), r"batch_size=\d+ cannot be run"),
+        # each value alone is possible from where the recipe's model stands
+        (
+            recipe(train=replace(recipe().train, precision="bfloat16")),
+            Space(
+                parameters={"precision": Choice(["bfloat16", "float32"]), "channels_last": Choice([False, True])},
+                search="grid",
+            ),
+            "precision=float32 channels_last=True cannot be run.*corrupt memory",
+        ),
+        (recipe(), replace(BLOCKS, parameters={"momentum": Uniform(0.5, 1.0)}), "momentum=1.0 cannot be run"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
@@ -240,17 +289,90 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
         sweep.probe(experiment, space, sweep.varied_model(experiment, space)[1])
 
 
-def test_the_probe_has_every_kind_of_targets_of_the_space() -> None:
-    space = Space(parameters={"targets": Choice(["lowpass", "linear", "none"])}, search="grid", trials=0)
+def test_a_combination_is_possible_where_one_of_its_values_alone_is_not() -> None:
+    space = Space(parameters={"schedule": Choice(["alternating"]), "epochs": Choice([40])}, search="grid")
+    probed = sweep.probe(recipe(), space, recipe().train)
+    assert [(c.schedule, c.epochs) for c in probed.variants().values()] == [("joint", 2), ("alternating", 40)]
+
+
+def test_the_draws_that_are_checked_are_those_of_the_seed_in_use() -> None:
+    e = recipe(scaling=ScalingConfig(workers=2))
+    first = {seed: BATCHES.points(seed)[0]["batch_size"] for seed in range(20)}
+    odd = next(seed for seed, size in first.items() if int(size) % 2)
+    even = next(seed for seed, size in first.items() if not int(size) % 2)
+    sweep.probe(e, BATCHES, e.train, even)
+    with pytest.raises(ConfigError, match=f"batch_size={first[odd]} cannot be run"):
+        sweep.probe(e, BATCHES, e.train, odd)
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+@pytest.mark.parametrize(
+    ("base", "other"),
+    [
+        ({}, {}),
+        ({"augment": "crop_flip"}, {"augment": ["crop_flip", "none"]}),
+        ({"defense": "none"}, {"defense": ["none", "defend++"]}),
+    ],
+)
+def test_the_probe_has_every_kind_of_targets_that_a_trial_reads(
+    base: dict[str, Any], other: dict[str, Any], search: Any
+) -> None:
+    parameters = {"targets": Choice(["lowpass", "linear", "none"]), **{k: Choice(v) for k, v in other.items()}}
+    space = Space(parameters=parameters, search=search, trials=2 if search == "tpe" else 0)
     e = recipe()
-    probed = sweep.probe(e, space, sweep.varied_model(e, space)[1])
-    assert {c.targets for c in probed.variants().values()} == {"lowpass", "linear", "none"}
+    probed = sweep.probe(e, space, replace(e.train, **base))
+    assert set(run._kinds_of_targets(probed)) == {"lowpass", "linear"}
+
+
+def test_the_probe_has_one_network_of_those_that_differ_in_real_numbers_and_the_largest_combination() -> None:
+    e = recipe()
+    space = Space(parameters={"lam": LogUniform(1e-4, 10.0), "lr": Uniform(0.1, 1.0)}, trials=24)
+    assert len(sweep.probe(e, space, e.train).variants()) == 2, "the recipe's model, and one"
+    parameters = {"lam": LogUniform(1e-4, 10.0), "width": IntRange(2, 200), "batch_size": IntRange(2, 2000)}
+    probed = sweep.probe(e, Space(parameters=parameters, search="tpe", trials=2), e.train)
+    assert (200, 2000) in {(c.width, c.batch_size) for c in probed.variants().values()}
+    big = Space(parameters={"width": Choice([2, 200]), "batch_size": Choice([2, 2000])}, search="grid", trials=0)
+    largest = sweep.probe(e, big, e.train).variants()["trial-4_width-200_batch_size-2000"]
+    assert (largest.width, largest.batch_size) == (200, 2000)
+
+
+def test_what_a_person_is_told_before_anything_is_computed(tmp_path: Path) -> None:
+    few = Space(parameters={"shared_blocks": IntRange(1, 4)}, trials=24, asha=Asha(grace_epochs=4))
+    said = "\n".join(sweep._announced(opened(tmp_path, few, []), 4, 1))
+    assert "4 trials (24 were asked for: the space has no more), random search" in said
+    assert "none stopped early (asha.grace_epochs=4)" in said
+    assert "under the full suite" in said
+    done = [entry(1, {"lam": 0.1, "shared_blocks": 1}, "finished", 0.5)]
+    space = replace(BLOCKS, asha=Asha(grace_epochs=3))
+    said = "\n".join(sweep._announced(replace(opened(tmp_path, space, done), options=NO_TEST), 3, 2))
+    assert "4 trials, 1 done already" in said
+    assert "the worse stopped early from epoch 3 on" in said
+    assert "not tested on test images" in said
+    assert "at once: 2 models" in said
+
+
+def test_by_default_the_choice_is_tested_under_the_full_suite_at_the_recipes_budget() -> None:
+    given = recipe().evaluation
+    final = sweep.final_experiment(recipe(), "defend", {"lam": 0.1}).evaluation
+    assert final.attacks == full_suite("0.2")
+    assert final.threat_models == ("white_box", "black_box", "transfer")
+    assert (final.test_images, final.chunk_size) == (given.test_images, given.chunk_size)
+    assert sweep.parse_options(["--space", "x"])[0].evaluate == "full"
+    assert sweep.parse_options(["--space", "x", "--no-evaluate"])[0].evaluate == "none"
+    with pytest.raises(ConfigError, match="--evaluate"):
+        sweep.parse_options(["--space", "x", "--evaluate", "some"])
+    other = recipe(evaluation=replace(given, attacks=("ddn:steps=10", "pgd:eps=8/255,steps=3", "bim:eps=0.3")))
+    assert sweep.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255:.6g}")
+    norms = recipe(evaluation=replace(given, attacks=("ddn:steps=10",)))
+    assert sweep.final_experiment(norms, "defend", {}).evaluation.attacks == full_suite("0.3")
+    two = recipe(evaluation=replace(given, attacks=("pgd:eps=1.5,norm=l2",)))
+    assert sweep.final_experiment(two, "defend", {}).evaluation.attacks == full_suite("1.5", "l2")
 
 
 def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_no_model_twice(tmp_path: Path) -> None:
     e = recipe(storage=str(tmp_path), seeds=2)
     point = {"lam": 0.123, "shared_blocks": 2}
-    final = sweep.final_experiment(e, "defend", point)
+    final = sweep.final_experiment(e, "defend", point, "recipe")
     assert final.name == "mnist-smoke-best"
     assert [t.partition(":")[0] for t in final.models] == ["no_defense", "control", "best"]
     same = replace(plan(tmp_path, seeds=2), base=sweep.varied_model(e, BLOCKS)[1]).jobs(point)
@@ -263,7 +385,7 @@ def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_n
     assert {c.seed % 1000 for n, c in wide.variants().items() if not n.startswith("best")} == {0, 1}
     # a recipe whose threat models name models that are not there any more
     named = replace(e, evaluation=replace(e.evaluation, threat_models=("white_box", "transfer:defend")))
-    assert sweep.final_experiment(named, "defend", point).evaluation.threat_models == ("white_box",)
+    assert sweep.final_experiment(named, "defend", point, "recipe").evaluation.threat_models == ("white_box",)
 
 
 def test_the_best_recipe_is_one_that_run_takes(tmp_path: Path) -> None:
@@ -305,6 +427,7 @@ def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.
             "front": [],
             "choice": None,
             "evaluation": None,
+            "earlier_evaluations": [],
             "stages": {},
             "created": None,
             "finished": None,
@@ -349,17 +472,62 @@ def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> 
     assert search._ot_study.get_trials()[2].values == [0.9, 0.7], "two objectives"
 
 
+def following(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> tuner.Following:
+    one = opened(tmp_path, space, trials)
+    return tuner.Following(one, replace(plan(tmp_path), base=one.base), SimpleNamespace(), [])
+
+
 def test_early_stopping_knows_the_trials_of_the_command_before(tmp_path: Path) -> None:
+    space = replace(BLOCKS, search="tpe", asha=Asha(grace_epochs=1, reduction=2))
+    points = replace(BLOCKS, trials=5).points(0)
+    trial, said = SimpleNamespace(trial_id="new"), {"epoch": 1, "robust": 0.4}
+    known = [entry(i + 1, p, "finished", 0.5, 0.6, 0.7, 0.8) for i, p in enumerate(points[:4])]
+    for trials, decision in ((known, "STOP"), ([], "CONTINUE")):
+        one = following(tmp_path, space, trials)
+        scheduler = tuner.early_stopping(one)
+        scheduler.on_trial_add(None, trial)
+        one.start("new", points[4])
+        assert scheduler.on_trial_result(None, trial, said) == decision
+    assert tuner.early_stopping(following(tmp_path, BLOCKS, known)) is None
+    late = replace(BLOCKS, asha=Asha(grace_epochs=4))
+    assert tuner.early_stopping(following(tmp_path, late, known)) is None, "there is no epoch left to be saved"
+
+
+def test_a_trial_that_goes_on_has_passed_what_it_passed_and_a_whole_one_is_not_stopped(tmp_path: Path) -> None:
     space = replace(BLOCKS, asha=Asha(grace_epochs=1, reduction=2))
-    known = [entry(i, {}, "finished", 0.5, 0.6, 0.7, 0.8) for i in range(1, 5)]
-    scheduler = tuner.early_stopping(opened(tmp_path, space, known))
-    trial = SimpleNamespace(trial_id="new")
+    points = space.points(0)
+    # trial 1 was the first at every epoch, so nothing stopped it; those that have ended since are better
+    known = [entry(i + 1, p, "finished", 0.5, 0.6, 0.7, 0.8) for i, p in enumerate(points[1:], 1)]
+    one = following(tmp_path, space, [entry(1, points[0], "running", 0.1, 0.2), *known])
+    made = one.plan.jobs(points[0])
+    one.sweep.trials[0]["models"] = [{"seed": 0, "path": made[0].address}]
+    scheduler = tuner.early_stopping(one)
+    trial = SimpleNamespace(trial_id="x")
     scheduler.on_trial_add(None, trial)
-    assert scheduler.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "STOP"
-    fresh = tuner.early_stopping(opened(tmp_path, space, []))
-    fresh.on_trial_add(None, trial)
-    assert fresh.on_trial_result(None, trial, {"epoch": 1, "robust": 0.4}) == "CONTINUE"
-    assert tuner.early_stopping(opened(tmp_path, BLOCKS, known)) is None
+    one.start("x", {"listed": {"number": 1, "values": points[0]}})
+    assert len(one.sweep.trials[0]["epochs"]) == 2, "killed again before it tells them again, they are known still"
+    more = {"clean": 0.9, "each": [], "n": 1, "training_seconds": 1, "objective_seconds": 1, "state": "running"}
+    for epoch, robust in ((1, 0.1), (2, 0.2), (3, 0.2)):
+        result = {**more, "epoch": epoch, "robust": robust}
+        assert scheduler.on_trial_result(None, trial, result) == "CONTINUE", epoch
+        one.result("x", result)
+    assert [e["epoch"] for e in one.sweep.trials[0]["epochs"]] == [1, 2, 3]
+    for part in (scheduler, tuner._callback(one), tuner._stopper(one)):
+        assert cloudpickle.dumps(part), "Tune does that"
+    # one that had not come so far is stopped
+    new = SimpleNamespace(trial_id="y")
+    one.sweep.trials[3].update(state="failed", epochs=[])
+    scheduler = tuner.early_stopping(one)
+    one.start("y", {"listed": {"number": 4, "values": points[3]}})
+    poor = {"epoch": 1, "robust": 0.0}
+    assert scheduler.on_trial_result(None, new, poor) == "STOP"
+    # but not where there is nothing left to be saved: exported and measured, only not yet told
+    (job,) = one.plan.jobs(points[3])
+    write_epochs(tmp_path, job, [0.0, 0.0, 0.0, 0.0], whole=False)
+    assert tuner.early_stopping(one).on_trial_result(None, new, poor) == "STOP"
+    write_epochs(tmp_path, job, [0.0, 0.0, 0.0, 0.0], whole=True)
+    assert tuner.early_stopping(one).on_trial_result(None, new, poor) == "CONTINUE"
+    assert tuner.early_stopping(one).on_trial_result(None, new, {"epoch": 4, "robust": 0.0}) == "STOP", "its end"
 
 
 def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
@@ -383,6 +551,142 @@ def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
     assert [e["epoch"] for e in first["epochs"]] == [1, 2]
     assert first["state"] == "finished"
     assert (second["state"], second["reason"], second["epochs"]) == ("diverged", "at step 1", [])
+
+
+def test_a_trial_that_cannot_be_is_recorded_with_its_reason_and_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    space = Space(parameters={"targets": Choice(["lowpass", "linear"]), "lam": LogUniform(0.1, 1.0)}, search="tpe")
+    one = following(tmp_path, space, [])
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "report", told.append)
+    for point, reason in (
+        ({"targets": "linear", "lam": 0.5}, "train.targets='linear' is not possible: of this run's shards: lowpass"),
+        ({"targets": "lowpass", "lam": -1.0}, "train.lam=-1.0"),
+    ):
+        name = str(point["lam"])
+        one.start(name, point)
+        run_trial(dict(point), plan=one.plan, queue=None)
+        result = told.pop()
+        assert (result["clean"], result["robust"]) == (0.0, 0.0), "to the search it is as bad as can be"
+        one.result(name, result)
+        last = json.loads((tmp_path / "sweeps/s/sweep.json").read_text())["trials"][-1]
+        assert last["state"] == "failed"
+        assert reason in last["reason"]
+    assert one.error is None
+
+
+def test_a_record_that_cannot_be_written_ends_the_sweep_not_the_trial(tmp_path: Path) -> None:
+    one = following(tmp_path, BLOCKS, [entry(1, BLOCKS.points(0)[0], "running")])
+    callback, stopper = tuner._callback(one), tuner._stopper(one)
+    trial = SimpleNamespace(trial_id="x", config={"listed": {"number": 1}})
+    callback.on_trial_start(0, [], trial)
+    assert not stopper.stop_all()
+    (tmp_path / "sweeps").rename(tmp_path / "gone")
+    (tmp_path / "sweeps").write_text("in the way")
+    result = {"clean": 0.9, "robust": 0.2, "each": [], "n": 5, "training_seconds": 1, "objective_seconds": 1}
+    callback.on_trial_result(0, [], trial, {**result, "epoch": 1, "state": "running"})
+    assert stopper.stop_all()
+    assert isinstance(one.error, StorageError)
+    assert "could not be written" in str(one.error)
+    (kept,) = json.loads((tmp_path / "gone/s/sweep.json").read_text())["trials"]
+    assert kept["state"] == "running", "the next command goes on with it"
+
+
+def test_what_test_images_were_used_for_before_stays_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested: list[Experiment] = []
+    monkeypatch.setattr(run, "execute", lambda command, e, **_: tested.append(e))
+    monkeypatch.setattr(sweep, "_report", lambda one: None)
+    monkeypatch.setattr(sweep, "_register", lambda one, chosen: None)
+    points = BLOCKS.points(0)
+    one = opened(tmp_path, BLOCKS, [entry(1, points[0], "finished", 0.3), entry(2, points[1], "failed", 0.1)])
+
+    def conclude(test: bool = True) -> tuple[str | None, list[dict[str, Any]]]:
+        sweep._conclude(one)
+        if test:
+            sweep._evaluate(one)
+        saved = json.loads((tmp_path / "sweeps/s/sweep.json").read_text())
+        return saved["evaluation"], saved["earlier_evaluations"]
+
+    first, earlier = conclude()
+    assert earlier == []
+    assert conclude() == (first, [])
+    one.trials[1] = entry(2, points[1], "finished", 0.9)
+    before = [{"evaluation": first, "trial": 1, "parameters": points[0]}]
+    assert conclude(test=False) == (None, before), "what was tested is not the choice"
+    second, earlier = conclude()
+    assert second not in (first, None)
+    assert earlier == before
+    one.options = replace(one.options, evaluate="recipe")
+    third, earlier = conclude()
+    assert [e["evaluation"] for e in earlier] == [first, second], "under other attacks"
+    one.trials[1]["state"] = "failed"
+    one.options = replace(one.options, evaluate="full")
+    assert conclude()[0] == first
+    assert [e["evaluation"] for e in one.record["earlier_evaluations"]] == [second, third]
+    assert len(tested) == 5
+
+
+# -- whose sweep it is -----------------------------------------------------------------------------------------------------
+
+
+def mark(directory: Path, host: str, pid: int, age: float) -> None:
+    Storage(str(directory)).write_json(
+        owner.FILE, {"host": host, "pid": pid, "token": "other", "alive": time.time() - age}
+    )
+
+
+def test_a_sweep_that_another_process_runs_is_refused_until_that_one_is_gone(tmp_path: Path) -> None:
+    directory = Storage(str(tmp_path))
+    here = socket.gethostname()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    for host, pid in (("elsewhere", 1), (here, os.getpid())):
+        mark(tmp_path, host, pid, 5)
+        with pytest.raises(UserError, match=f"process {pid} on {host}, last sign of life 5 s ago.*ray job stop"):
+            owner.Owner(directory)
+    for host, pid, age in (("elsewhere", 1, owner.STALE_S + 1), (here, ended.pid, 1)):
+        mark(tmp_path, host, pid, age)
+        mine = owner.Owner(directory)
+        assert directory.read_json(owner.FILE)["pid"] == os.getpid()
+        with pytest.raises(UserError, match="being worked on"):
+            owner.Owner(directory)
+        mine.release()
+        assert not directory.exists(owner.FILE)
+
+
+def test_a_sweep_that_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "BEAT_S", 0.01)
+    one = opened(tmp_path, BLOCKS, [])
+    one.owner = owner.Owner(one.storage)
+    begin = one.storage.read_json(owner.FILE)["alive"]
+    deadline = time.monotonic() + 30
+    while one.storage.read_json(owner.FILE)["alive"] == begin:
+        assert time.monotonic() < deadline, "no sign of life"
+    one.save()
+    while one.owner._thread.is_alive():  # written at the same moment, the later sign stands
+        assert time.monotonic() < deadline, "not noticed"
+        mark(tmp_path / "sweeps/s", "elsewhere", 7, 0)
+        one.owner._thread.join(0.05)
+    with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
+        one.save()
+    one.owner.release()
+    assert one.storage.read_json(owner.FILE)["pid"] == 7, "it is the other's"
+
+
+def test_a_second_command_is_refused_before_it_joins_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = command("lambda_blocks", tmp_path)
+    options, rest = sweep.parse_options(asked[1:])
+    name, space = sweep.load_space(options)
+    address = sweep.sweep_address(parse("sweep", rest), name, space, 0)
+    mark(tmp_path / address, "elsewhere", 7, 0)
+    assert main(asked) == 1
+    assert "process 7 on elsewhere" in capsys.readouterr().err
+    assert not (tmp_path / "mlflow.db").exists()
 
 
 # -- the report ------------------------------------------------------------------------------------------------------------
@@ -523,6 +827,14 @@ def record_of(storage: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    server = MlflowServer(f"sqlite:///{tmp_path}/server.db", tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture(scope="module")
 def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A grid of four trials, two of which diverge; killed on the way: the driver, then a training worker and a trial's process."""
@@ -599,16 +911,30 @@ def test_mlflow_has_the_sweep_and_its_trials(swept: tuple[Path, str, str]) -> No
 
 
 @pytest.mark.cluster
-def test_the_same_command_again_trains_nothing_then_tests_the_choice(
-    swept: tuple[Path, str, str], ray_cluster: str
+def test_the_same_command_again_trains_nothing_then_tests_the_choice_even_if_the_tracking_server_dies_for_good(
+    swept: tuple[Path, str, str],
+    ray_cluster: str,
+    server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     storage, space, _ = swept
     kept = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/**/*") if f.is_file()}
     before = record_of(storage)
-    assert main(command(space, storage, "--resume")) == 0
+    evaluate = sweep._evaluate
+
+    def without_server(one: sweep.Sweep) -> None:
+        server.kill()
+        evaluate(one)
+
+    monkeypatch.setattr(sweep, "_evaluate", without_server)
+    monkeypatch.setattr(tracking.Tracker.flush, "__defaults__", (1.0,))
+    assert main(command(space, storage, "--resume", "--evaluate", "recipe", "--tracking-uri", server.uri)) == 0
+    assert "operations not published" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
     after = record_of(storage)
     assert after["trials"] == before["trials"]
+    assert after["finished"]
     evaluated = json.loads((storage / after["evaluation"] / "run.json").read_text())
     assert set(evaluated["models"]) == {"no_defense", "control", "best"}
     assert evaluated["finished"]
@@ -618,12 +944,44 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice(
     assert attacked == {"none", "noise", "fgsm", "bim", "ddn"}
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    server = MlflowServer(f"sqlite:///{tmp_path}/server.db", tmp_path)
-    server.start()
-    yield server
-    server.kill()
+LARGE = """SPACE = Space(parameters={"width": Choice([4, 8]), "lr": LogUniform(0.01, 0.1)}, search="tpe", trials=4,
+    model="no_defense", attack="fgsm:eps=0.01", images=20)"""
+
+
+@pytest.mark.cluster
+def test_a_storage_that_fails_ends_a_tpe_sweep_of_two_seeds_and_a_network_that_fails_only_its_trial(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = write_space(tmp_path / "large.py", LARGE)
+    more = ("--train.arch", "own_network:make_by_width", "--train.epochs", "2", "--seeds", "2", "--no-evaluate")
+    asked = command(space, tmp_path, *more)
+    (tmp_path / "models").write_text("in the way")
+    assert main(asked) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("error:") == 1
+    assert "could not be written" in printed.err
+    assert "Traceback" not in printed.err
+    record = record_of(tmp_path)
+    assert {t["state"] for t in record["trials"]} <= {"pending", "running"}, "no trial's fault"
+    assert record["choice"] is None
+
+    (tmp_path / "models").unlink()
+    assert main([*asked, "--resume"]) == 0
+    record = record_of(tmp_path)
+    by_width = {t["parameters"]["width"]: t for t in record["trials"]}
+    assert len(record["trials"]) == 4
+    assert set(by_width) == {4, 8}
+    for trial in record["trials"]:
+        if trial["parameters"]["width"] == 8:
+            assert trial["state"] == "failed"
+            assert trial["reason"].startswith("OutOfMemoryError: CUDA out of memory")
+        else:
+            assert trial["state"] == "finished"
+            assert [len(e["each"]) for e in trial["epochs"]] == [2, 2]
+    assert by_width[4]["state"] == "finished"
+    assert record["choice"]["parameters"]["width"] == 4
+    assert record["finished"]
+    assert "error" not in capsys.readouterr().err
 
 
 EARLY = """SPACE = Space(parameters={"lr": Choice([0.05, 1e-9])}, search="grid", trials=0,
