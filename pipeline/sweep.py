@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,7 +339,7 @@ def _full_suite(experiment: Experiment) -> tuple[str, ...]:
     specs = map(AttackSpec.parse, experiment.evaluation.attacks)
     given = next(((f"{s.eps:.6g}", str(s.norm)) for s in specs if s.eps is not None), None)
     eps, norm = given or (f"{usual_budgets(data.channels, data.image_size)['linf'][0]:.6g}", "linf")
-    return full_suite(eps, norm)
+    return full_suite(eps, norm, data.channels)
 
 
 def _as_text(point: Mapping[str, Any]) -> dict[str, str]:
@@ -516,7 +517,7 @@ def _announced(sweep: Sweep, left: int, runs: int) -> list[str]:
     space, e = sweep.space, sweep.experiment
     done = sum(t["state"] in ENDED for t in sweep.trials)
     over = "; ".join(f"{name}: {domain}" for name, domain in space.parameters.items())
-    few = space.search != "tpe" and len(space.points(sweep.options.seed)) < space.trials
+    few = done + left < space.trials
     asked = f" ({space.trials} were asked for: the space has no more)" if few else ""
     grace = tuner.grace_of(sweep)
     stopped = f", the worse stopped early from epoch {grace} on" if grace else ""
@@ -611,5 +612,6 @@ def _put_away_evaluation(sweep: Sweep) -> None:
     record = sweep.record
     if record["evaluation"]:
         choice = {k: record["choice"][k] for k in ("trial", "parameters")}
-        record["earlier_evaluations"].append({"evaluation": record["evaluation"], **choice})
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        record["earlier_evaluations"].append({"evaluation": record["evaluation"], "date": date, **choice})
         record["evaluation"] = None

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -610,7 +611,9 @@ def test_what_test_images_were_used_for_before_stays_in_the_record(
         if test:
             sweep._evaluate(one)
         saved = json.loads((tmp_path / "sweeps/s/sweep.json").read_text())
-        return saved["evaluation"], saved["earlier_evaluations"]
+        earlier = saved["earlier_evaluations"]
+        assert all(abs(datetime.now(UTC) - datetime.fromisoformat(e.pop("date"))) < timedelta(hours=1) for e in earlier)
+        return saved["evaluation"], earlier
 
     first, earlier = conclude()
     assert earlier == []
