@@ -1,17 +1,26 @@
-"""An exported classifier in the hands of other attack libraries, unmodified. Each is skipped where it is not installed.
+"""An exported classifier in the hands of other attack libraries, unmodified; our AutoAttack beside its authors' own. Each is skipped where
+it is not installed.
 
 Foolbox comes with the development extra; ``pip install adversarial-robustness-toolbox`` and ``pip install --no-deps torchattacks``
-(which pins an old requests) bring the others.
+(which pins an old requests) bring the others, github.com/fra31/auto-attack AutoAttack.
 """
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from components.attacks.registry import run_attack
+from components.attacks.spec import AttackSpec
 from components.config import TrainConfig, level_sizes
 from components.models.classifiers import encoder_blocks
 from components.models.defend import DefendNet
@@ -20,6 +29,7 @@ from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
 
 EPS, STEPS, IMAGES = 0.2, 10, 16
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +100,60 @@ def test_art(exported: tuple[nn.Module, Tensor, Tensor]) -> None:
     attack = evasion.ProjectedGradientDescent(wrapped, eps=EPS, eps_step=EPS / 4, max_iter=STEPS, verbose=False)
     adversarial = torch.from_numpy(attack.generate(images.numpy(), np.eye(3)[labels.numpy()]).astype(np.float32))
     check(model, images, labels, adversarial)
+
+
+# --- our cascade beside the authors'
+
+
+def digits(split: str, rows: int) -> tuple[Tensor, Tensor]:
+    table = pq.read_table(ROOT / f"pipeline/data/mnist-sample/{split}-00000-of-00001.parquet").slice(0, rows)
+    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
+    return torch.from_numpy(np.stack(pixels)).float().div_(255).unsqueeze(1), torch.tensor(table["label"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def cnn(one_thread: None) -> nn.Module:
+    """A small CNN, trained on FGSM examples, so that the cascade has something to search for."""
+    x, y = digits("train", 2000)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten()
+        )
+        model.append(nn.Linear(16 * 5 * 5, 10))
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(4):
+            for rows in torch.randperm(len(x)).split(50):
+                own = run_attack(AttackSpec.parse("fgsm:eps=0.1"), model, x[rows], y[rows])
+                optimizer.zero_grad()
+                F.cross_entropy(model(own), y[rows]).backward()
+                optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 1.5)])
+def test_our_autoattack_breaks_what_the_authors_breaks(
+    norm: str, eps: float, cnn: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same network, images, steps and queries, sample by sample: far within what McNemar's test would let pass as noise."""
+    apgd = pytest.importorskip("autoattack.autopgd_base").APGDAttack
+    pytest.importorskip("foolbox")  # which the benchmark imports
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from bench_suite import authors_cascade
+
+    schedules, run = set(), apgd.attack_single_run
+
+    def spy(attack: Any, *args: Any) -> Any:
+        schedules.add((attack.n_iter, attack.n_iter_2))
+        return run(attack, *args)
+
+    monkeypatch.setattr(apgd, "attack_single_run", spy)
+    x, y = digits("test", 200)
+    spec = AttackSpec.parse(f"autoattack:eps={eps},norm={norm},steps=20,queries=200")
+    with torch.random.fork_rng():
+        theirs = authors_cascade(cnn, x, y, norm=norm.capitalize(), eps=eps, steps=20, queries=200, seed=0)
+    ours = run_attack(spec, cnn, x, y, generator=torch.Generator().manual_seed(0))
+    stands = [(cnn(out).argmax(1) == y).numpy() for out in (ours, theirs)]
+    assert schedules == {(20, 4)}, "theirs must have its first checkpoint at 22 % of its own steps"
+    assert 0.1 < stands[1].mean() < 0.9, "of no use unless some fall and some stand"
+    assert (stands[0] != stands[1]).sum() <= 2

@@ -57,7 +57,7 @@ def autoattack(
         found = fab_t(model, x, y, norm=norm, steps=steps, enough=eps, generator=generator)
         return torch.where(per_sample(norms(found - x, norm) <= eps), found, x)
 
-    # best first, so that the expensive ones have little left to do
+    # the authors' order: each costs a sample that withstands more than the one before (benchmarks/README.md compares others)
     attacks: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
         lambda x, y: apgd(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
         lambda x, y: apgd_t(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
