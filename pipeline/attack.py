@@ -541,7 +541,7 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         if not directory.exists(_chunk(i)):
             _make_examples(job, i, directory, clean, labels, rows)
         # from the file in any case, so that a continued run judges what an unbroken one judged
-        adversarial = torch.from_numpy(read_examples(directory, i)).to(device)
+        adversarial = torch.tensor(read_examples(directory, i), device=device)  # a copy: Arrow's memory is read-only
     for judged, path in job["judges"].items():
         directory = root / judged
         if directory.exists(_chunk(i)):

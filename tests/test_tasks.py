@@ -14,9 +14,12 @@ from test_attacks import convnet, near_grey, predict
 from torch import Tensor, nn
 
 from components.attacks.spec import AttackSpec
+from components.config import to_dict
 from components.robustness import judge
 from pipeline import attack
 from pipeline.cluster import ResourceError
+from pipeline.recipes import RECIPES
+from pipeline.records import explanation
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,16 +197,12 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         attack._attack_chunk(job, i, start, stop)
     root = Storage(str(tmp_path))
     assert [attack._metadata(root / "examples/a", i)["micro_batch"] for i in (0, 1)] == [3, 0]
-    from pipeline.recipes import RECIPES
-
+    experiment = RECIPES["mnist-smoke"].make()
     one = attack.Model(name="a", path="models/a", sha256="a")
     e = attack.Evaluation(model=one, source=one, threat_model="white_box", attack=job["attack"])
-    entry = attack._entry(e, ("examples/a", "judged/a"), 2, RECIPES["mnist-smoke"].make(), root)
+    entry = attack._entry(e, ("examples/a", "judged/a"), 2, experiment, root)
     assert (entry["n"], entry["chunks_split_for_memory"]) == (8, 1)
-    from pipeline.records import explanation
-
-    assert explanation({"evaluations": [entry]})[-1].endswith(
-        "so with other random starts: a under white_box, PGD, eps 0.1, 2 steps."
-    )
+    record = {"experiment": to_dict(experiment), "evaluations": [entry]}
+    assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
     del entry["chunks_split_for_memory"]
-    assert "smaller batches" not in json.dumps(explanation({"evaluations": [entry]}))
+    assert "smaller batches" not in json.dumps(explanation(record))
