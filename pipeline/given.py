@@ -72,10 +72,7 @@ def _with(experiment: Experiment, rest: list[str]) -> Experiment:
 
 
 def _usual_eps(data: DataConfig, norm: str) -> str:
-    usual = usual_budgets(data.channels, data.image_size).get(norm, ())
-    if not usual:
-        raise ConfigError.of("--eps", "", f"a number: there is no usual {norm} budget for these images")
-    return f"{usual[0]:.6g}"
+    return f"{usual_budgets(data.channels, data.image_size)[norm][0]:.6g}"
 
 
 def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | None) -> Experiment:

@@ -992,7 +992,7 @@ def test_fgsm_of_one_step_is_what_a_target_turns_round() -> None:
     assert torch.equal(run_attack(spec, model, x, y), fgsm(model, x, 1 - y, eps=0.1, targeted=True))
 
 
-# --- the authors' code, which is not on PyPI: github.com/fra31/auto-attack
+# --- the authors' own code, from github.com/fra31/auto-attack
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.7)])
