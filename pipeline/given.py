@@ -60,6 +60,8 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     # budget and step sizes follow from the images, and what the images are may be among the rest
     data = _with(experiment, rest).data
     norm = known.norm or "linf"
+    if norm not in ("linf", "l2"):
+        raise ConfigError.of("--norm", norm, "linf or l2")
     suite = full_suite(known.eps or _usual_eps(data, norm), norm, data.channels)
     evaluation = replace(experiment.evaluation, attacks=suite)
     return replace(experiment, evaluation=evaluation), rest
