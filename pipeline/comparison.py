@@ -85,29 +85,25 @@ def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
     cells, firsts = by_seed(record), experiment.firsts()
     out = []
     for (model, threat, attack), mine in cells.items():
-        if firsts[model].arch != firsts[reference].arch:
+        if model == reference or firsts[model].arch != firsts[reference].arch:
             continue
         theirs = cells.get((reference, threat, attack), {})
-        common = sorted(mine.keys() & theirs.keys())
-        if model == reference or len(common) < 2:
-            continue
-        values = [mine[r]["metrics"]["accuracy"] - theirs[r]["metrics"]["accuracy"] for r in common]
-        mean, sd = statistics.fmean(values), statistics.stdev(values)
-        # Student's t; scipy.stats has it too, but takes seconds to import
-        half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / len(values) ** 0.5
-        out.append(
-            {
-                "model": model,
-                "reference": reference,
-                "threat_model": threat,
-                "attack": attack,
-                "seeds": len(values),
-                "difference": mean,
-                "half_width": half,
-                "resolved": abs(mean) > half,
-            }
-        )
+        ours, others = ({r: e["metrics"]["accuracy"] for r, e in found.items()} for found in (mine, theirs))
+        if found := _paired(ours, others):
+            out.append({"model": model, "reference": reference, "threat_model": threat, "attack": attack, **found})
     return out
+
+
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Row:
+    """Difference of two models that have a value for each replicate; empty with fewer than two in common."""
+    common = sorted(ours.keys() & theirs.keys())
+    if len(common) < 2:
+        return {}
+    values = [ours[r] - theirs[r] for r in common]
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    # Student's t; scipy.stats has it too, but takes seconds to import
+    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / len(values) ** 0.5
+    return {"seeds": len(values), "difference": mean, "half_width": half, "resolved": abs(mean) > half}
 
 
 def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
@@ -144,18 +140,41 @@ def pairs(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[tuple[str
     return out
 
 
+def _worst_by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, float, str], dict[int, float]]:
+    """(model as named in the recipe, norm, eps, threat model) -> replicate -> accuracy in the worst case."""
+    replicates = experiment_of(record).replicates()
+    out: dict[tuple[str, str, float, str], dict[int, float]] = {}
+    for w in record.get("worst_case") or []:
+        base, replicate = replicates[w["model"]]
+        out.setdefault((base, w["norm"], w["eps"], w["threat_model"]), {})[replicate] = w["accuracy"]
+    return out
+
+
 def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
     """Mean and spread of the worst case over the replicates of each model; empty for a run of one seed."""
     if experiment_of(record).seeds < 2:
         return []
-    bases = experiment_of(record).bases()
-    groups: dict[tuple[str, str, float, str], list[Row]] = {}
-    for w in record.get("worst_case") or []:
-        groups.setdefault((bases[w["model"]], w["norm"], w["eps"], w["threat_model"]), []).append(w)
     return [
-        {"model": base, "norm": norm, "eps": eps, "threat_model": threat, **spread([w["accuracy"] for w in found])}
-        for (base, norm, eps, threat), found in groups.items()
+        {"model": base, "norm": norm, "eps": eps, "threat_model": threat, **spread(list(found.values()))}
+        for (base, norm, eps, threat), found in _worst_by_seed(record).items()
     ]
+
+
+def worst_differences(record: Mapping[str, Any], reference: str) -> list[Row]:
+    """:func:`differences` of the worst case over what was made on each model itself, with norm and eps in place of the attack."""
+    experiment = experiment_of(record)
+    if experiment.seeds < 2:
+        return []
+    cells, firsts = _worst_by_seed(record), experiment.firsts()
+    out = []
+    for (model, norm, eps, threat), ours in cells.items():
+        if threat != "white_box" or model == reference or firsts[model].arch != firsts[reference].arch:
+            continue
+        if found := _paired(ours, cells.get((reference, norm, eps, threat), {})):
+            out.append(
+                {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **found}
+            )
+    return out
 
 
 def beside_paper(record: Mapping[str, Any]) -> list[Row]:

@@ -486,8 +486,10 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     cells = comparison.by_seed(record)
     found: list[Row] = []
     compared = comparison.references(record, roles(record))
+    worst: list[Row] = []
     for i, reference in enumerate(compared):
         found += [d for d in comparison.differences(record, reference) if d["model"] not in compared[:i]]
+        worst += [d for d in comparison.worst_differences(record, reference) if d["model"] not in compared[:i]]
     rows = {
         "over_seeds": comparison.over_seeds(record),
         "differences": found,
@@ -501,6 +503,12 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
             for model in models
             for e in cells.get((model, row["threat_model"], row["attack"]), {}).values()
         )
+    # the worst case last: no attack of its own, but what a reader asks for first
+    doubted = {(w["model"], w["budget"]) for w in worst_over_seeds(record) if w["untrusted"]}
+    for row in map(_worst_titled, worst):
+        marked = any((m, row["budget"]) in doubted for m in (row["model"], row["reference"]))
+        said = {"threat_title": "worst case", "attack_title": f"{row['budget']}, {row['threat_title']}"}
+        rows["differences"].append({**row, **said, "untrusted": marked})
     return rows
 
 

@@ -206,6 +206,17 @@ def test_the_worst_case_over_the_seeds() -> None:
     assert row["mean"] == pytest.approx(0.3)
     assert row["sd"] == pytest.approx(statistics.stdev((0.1, 0.2, 0.6)))
     assert comparison.worst_over_seeds({"experiment": to_dict(fake_run.experiment()), "worst_case": rows}) == []
+    control = [{**w, "model": w["model"].replace("defend", "control"), "accuracy": w["accuracy"] + 0.1} for w in rows]
+    control[0]["accuracy"] += 0.01
+    transferred = [{**w, "threat_model": "any"} for w in (*rows, *control)]
+    record = {"experiment": to_dict(experiment), "worst_case": [*rows, *control, *transferred], "evaluations": []}
+    (worse,) = records.across(record)["differences"]
+    assert (worse["model"], worse["reference"]) == ("defend", "control")
+    assert (worse["threat_title"], worse["attack_title"]) == ("worst case", "Linf ≤ 0.2, made on the model itself")
+    sd = statistics.stdev((-0.11, -0.1, -0.1))
+    assert worse["difference"] == pytest.approx(-0.31 / 3)
+    assert worse["half_width"] == pytest.approx(4.3027 * sd / 3**0.5, rel=1e-3)
+    assert worse["resolved"]
 
 
 FLAG = {
