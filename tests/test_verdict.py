@@ -364,10 +364,12 @@ def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage
     names = [name for name in records.roles({"experiment": base}) if name.startswith("defend")]
     mine = [e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "white_box")]
     two = [{**e, "model": name, "source": name} for e in mine for name in names]
-    seeds = {**record, "experiment": base, "evaluations": two}
+    worst = [{**w, "model": name} for w in record["worst_case"] if w["model"] == "defend" for name in names]
+    seeds = {**record, "experiment": base, "evaluations": two, "worst_case": worst}
     seeds["reliability"] = {names[1]: record["reliability"]["defend"]}
     rows = records.across(seeds)["over_seeds"]
     assert [r["attack"].partition(":")[0] for r in rows if r["untrusted"]] == ["bim"]
+    assert {w["norm"] for w in records.worst_over_seeds(seeds) if w["untrusted"]} == {"linf"}
 
 
 def test_the_terminal_says_what_was_flagged(
