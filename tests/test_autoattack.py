@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import pickle
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from scipy.optimize import linprog, minimize
+from small_cnn import digits, trained_cnn
 from test_attacks import Counting, convnet, distances, linear, near_grey, norm_of, predict, seeded
 from torch import Tensor, nn
 
@@ -38,7 +35,6 @@ from pipeline.train_step import Shapes, build_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "data" / "mnist-sample"
 ONE_OF_EACH = (
     "pgd:eps=0.1,steps=3,restarts=3",
     "apgd:eps=0.1,steps=6",
@@ -56,33 +52,14 @@ ONE_OF_EACH = (
 )
 
 
-def images(split: str, rows: int) -> tuple[Tensor, Tensor]:
-    table = pq.read_table(SAMPLE / f"{split}-00000-of-00001.parquet").slice(0, rows)
-    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).float().div_(255).unsqueeze(1), torch.tensor(table["label"].to_pylist())
-
-
 @pytest.fixture(scope="module")
 def mnist() -> tuple[Tensor, Tensor, nn.Module]:
     """100 test images that a small CNN, trained for two epochs on 2,000 others, classifies, and that CNN."""
-    x, y = images("train", 2000)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten()
-        )
-        model.append(nn.Linear(16 * 5 * 5, 10))
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(2):
-            for rows in torch.randperm(len(x)).split(50):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-                optimizer.step()
-    model.zero_grad(set_to_none=True)
-    x, y = images("test", 150)
+    model = trained_cnn(2)
+    x, y = digits("test", 150)
     right = predict(model, x) == y
     assert right.double().mean() > 0.85
-    return x[right][:100], y[right][:100], model.eval()
+    return x[right][:100], y[right][:100], model
 
 
 def broken(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

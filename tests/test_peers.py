@@ -7,16 +7,14 @@ Foolbox comes with the development extra; ``pip install adversarial-robustness-t
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from small_cnn import digits, trained_cnn
 from torch import Tensor, nn
 
 from components.attacks.registry import run_attack
@@ -105,30 +103,11 @@ def test_art(exported: tuple[nn.Module, Tensor, Tensor]) -> None:
 # --- our cascade beside the authors'
 
 
-def digits(split: str, rows: int) -> tuple[Tensor, Tensor]:
-    table = pq.read_table(ROOT / f"pipeline/data/mnist-sample/{split}-00000-of-00001.parquet").slice(0, rows)
-    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).float().div_(255).unsqueeze(1), torch.tensor(table["label"].to_pylist())
-
-
 @pytest.fixture(scope="module")
 def cnn(one_thread: None) -> nn.Module:
     """A small CNN, trained on FGSM examples, so that the cascade has something to search for."""
-    x, y = digits("train", 2000)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten()
-        )
-        model.append(nn.Linear(16 * 5 * 5, 10))
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-        for _ in range(4):
-            for rows in torch.randperm(len(x)).split(50):
-                own = run_attack(AttackSpec.parse("fgsm:eps=0.1"), model, x[rows], y[rows])
-                optimizer.zero_grad()
-                F.cross_entropy(model(own), y[rows]).backward()
-                optimizer.step()
-    return model.eval().requires_grad_(False)
+    fgsm = AttackSpec.parse("fgsm:eps=0.1")
+    return trained_cnn(4, lambda model, x, y: run_attack(fgsm, model, x, y)).requires_grad_(False)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 1.5)])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_cnn import digits
 from torch import Tensor, nn
 
 from components import reliability
@@ -20,10 +21,8 @@ from components.attacks.pgd import pgd
 from components.attacks.registry import run_attack
 from components.attacks.search import search
 from components.attacks.spec import AttackSpec
-from components.config import DataConfig
 from components.reliability import Flag, Judged, active_test, flags, probe
 from components.robustness import AttackViolation, judge
-from pipeline.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,11 +43,6 @@ Batch = tuple[Tensor, Tensor]
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def images_of(split: str, n: int) -> Batch:
-    images, labels = open_source(DataConfig(), split).read(np.arange(n))
-    return torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
 
 
 def small_cnn(seed: int) -> nn.Module:
@@ -84,17 +78,17 @@ def trained(x: Tensor, y: Tensor, eps: float = 0.0) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def test_images() -> Batch:
-    return images_of("test", 48)
+    return digits("test", 48)
 
 
 @pytest.fixture(scope="module")
 def honest() -> nn.Module:
-    return trained(*images_of("train", 1500))
+    return trained(*digits("train", 1500))
 
 
 @pytest.fixture(scope="module")
 def robust() -> nn.Module:
-    return trained(*images_of("train", 1500), eps=EPS)
+    return trained(*digits("train", 1500), eps=EPS)
 
 
 class Then(nn.Module):
