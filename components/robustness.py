@@ -129,6 +129,11 @@ def usual_budgets(channels: int, image_size: int) -> Budgets:
     return _CIFAR10 if image_size <= 64 else _IMAGENET
 
 
+def usual_eps(channels: int, image_size: int, norm: str) -> float:
+    """The first of :func:`usual_budgets` in a norm ("l2", "linf")."""
+    return usual_budgets(channels, image_size)[norm][0]
+
+
 def summarize(
     columns: Columns, spec: AttackSpec | None, seconds: float, *, budgets: Budgets | None = None
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError, UserError
 from components.models.defend import DefendNet
-from components.robustness import usual_budgets
+from components.robustness import usual_eps
 from pipeline import checkpoints, pretrained
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
@@ -62,7 +62,8 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     norm = known.norm or "linf"
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
-    suite = full_suite(known.eps or _usual_eps(data, norm), norm, data.channels)
+    eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm):.6g}"
+    suite = full_suite(eps, norm, data.channels)
     evaluation = replace(experiment.evaluation, attacks=suite)
     return replace(experiment, evaluation=evaluation), rest
 
@@ -71,10 +72,6 @@ def _with(experiment: Experiment, rest: list[str]) -> Experiment:
     import tyro
 
     return tyro.cli(type(experiment), default=experiment, args=rest, prog="main.py attack --model ...")
-
-
-def _usual_eps(data: DataConfig, norm: str) -> str:
-    return f"{usual_budgets(data.channels, data.image_size)[norm][0]:.6g}"
 
 
 def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | None) -> Experiment:

@@ -30,7 +30,7 @@ from components.config import (
     to_dict,
 )
 from components.errors import ConfigError, UserError
-from components.robustness import usual_budgets
+from components.robustness import usual_eps
 from components.search import Point, Space, choose, ends, pareto_front
 from pipeline import (
     checkpoints,
@@ -337,9 +337,9 @@ def final_experiment(
 def _full_suite(experiment: Experiment) -> tuple[str, ...]:
     data = experiment.data
     specs = map(AttackSpec.parse, experiment.evaluation.attacks)
-    given = next(((f"{s.eps:.6g}", str(s.norm)) for s in specs if s.eps is not None), None)
-    eps, norm = given or (f"{usual_budgets(data.channels, data.image_size)['linf'][0]:.6g}", "linf")
-    return full_suite(eps, norm, data.channels)
+    given = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), None)
+    eps, norm = given or (usual_eps(data.channels, data.image_size, "linf"), "linf")
+    return full_suite(f"{eps:.6g}", norm, data.channels)
 
 
 def _as_text(point: Mapping[str, Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash
 from components.reliability import Judged, active_test, flags, probe
-from components.robustness import mcnemar, usual_budgets, wilson_interval, worst_case
+from components.robustness import mcnemar, usual_budgets, usual_eps, wilson_interval, worst_case
 from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
 from pipeline.cluster import attack_bundle
@@ -203,8 +203,8 @@ def _jobs(
     attacks = {e["attack"]: AttackSpec.parse(e["attack"]) for e, _ in judged if e["threat_model"] in DIRECT}
     wanted: list[tuple[str, str, float]] = [("", norm, eps)]
     for text, spec in attacks.items():
-        budget = spec.eps if spec.eps is not None else _usual(experiment, str(spec.norm))
-        if spec.name not in UNTESTED and budget is not None:
+        if spec.name not in UNTESTED:
+            budget = spec.eps if spec.eps is not None else _usual(experiment, str(spec.norm))
             wanted.append((text, str(spec.norm), budget))
     scaling, seed = experiment.scaling, experiment.evaluation.seed
     out = []
@@ -233,11 +233,11 @@ def _probe_budget(experiment: Experiment) -> tuple[str, float]:
     """The budget that the probe starts from: the first attack's that has one, else the usual one."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     own = next(((str(s.norm), s.eps) for s in specs if s.eps is not None and s.name != "noise"), None)
-    return own or ("linf", _usual(experiment, "linf") or 8 / 255)
+    return own or ("linf", _usual(experiment, "linf"))
 
 
-def _usual(experiment: Experiment, norm: str) -> float | None:
-    return next(iter(usual_budgets(experiment.data.channels, experiment.data.image_size).get(norm, ())), None)
+def _usual(experiment: Experiment, norm: str) -> float:
+    return usual_eps(experiment.data.channels, experiment.data.image_size, norm)
 
 
 def _measure(job: dict[str, Any]) -> None:
