@@ -104,8 +104,8 @@ def _ours(row: Row) -> list[str]:
     said = []
     for o in row["ours"]:
         network = f", {o['arch']}" if o["arch"] != row["arch"] else ""
-        interval = f"{records.percent(o['low'])}–{records.percent(o['high'])}; {o['n']:,}{network}"
-        said.append(f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}{records.mark(o)} ({interval})")
+        value = f"{o['threat_title']} {records.mean_and_sd(o['mean'], o['sd'])}{records.mark(o)}"
+        said.append(f"{value} ({_interval(o['low'], o['high'])}; {o['n']:,}{network})")
     return said
 
 
@@ -138,7 +138,7 @@ def _worst(row: Row) -> tuple[str, str]:
         value, low, high = records.mean_and_sd(row["mean"], row["sd"]), row["min"], row["max"]
     else:
         value, low, high = records.percent(row["accuracy"]), row["accuracy_low"], row["accuracy_high"]
-    return value + records.mark(row), f"{records.percent(low)}–{records.percent(high)}"
+    return value + records.mark(row), _interval(low, high)
 
 
 def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
@@ -194,15 +194,16 @@ def _cell(column: Row, row: Row) -> list[str]:
     cell = row["cells"].get(column["key"])
     if cell is None:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == "transfer" else "-"]
-    lines = [records.percent(cell["accuracy"]) + records.mark(cell), _interval(cell)]
+    interval = _interval(cell["accuracy_low"], cell["accuracy_high"])
+    lines = [records.percent(cell["accuracy"]) + records.mark(cell), interval]
     if column["minimal_norm"]:
         lines.append(records.median_norm(cell) or "unbroken")
     return lines
 
 
-def _interval(cell: Row) -> str:
+def _interval(low: float, high: float) -> str:
     """Both ends: near 0 and 100 % half the width would say too little on one side and too much on the other."""
-    return f"{records.percent(cell['accuracy_low'])}–{records.percent(cell['accuracy_high'])}"
+    return f"{records.percent(low)}–{records.percent(high)}"
 
 
 def _column_width(column: Row, rows: Sequence[Row]) -> int:
@@ -219,10 +220,13 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
         for c in data["columns"]
     ]
-    lines += ["| " + " | ".join(["model", *heads]) + " |", "| --- " * (len(heads) + 1) + "|"]
-    for row in data["rows"]:
-        cells = [_in_one_line(_cell(c, row)) for c in data["columns"]]
-        lines.append(_markdown_row([f"{row['model']} ({_row_head(row)[1]})", *cells]))
+    lines += _markdown_table(
+        ["model", *heads],
+        [
+            [f"{row['model']} ({_row_head(row)[1]})", *(_in_one_line(_cell(c, row)) for c in data["columns"])]
+            for row in data["rows"]
+        ],
+    )
     lines += [
         "",
         f"Accuracy in % (95 % Wilson interval), {records.counted(record)}.",
@@ -239,7 +243,7 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if record["models"]:
         heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
-        lines += ["", "### Models", "", _markdown_row(heads), "| --- " * len(heads) + "|"]
+        rows = []
         for name, m in record["models"].items():
             error, seconds, speed = (m.get(k) for k in ("reconstruction_validation", "seconds", "images_per_second"))
             cells = (
@@ -249,7 +253,8 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
                 "–" if seconds is None else f"{seconds:.0f}",
                 "–" if speed is None else f"{speed:.0f}",
             )
-            lines.append(_markdown_row(cells))
+            rows.append(cells)
+        lines += ["", "### Models", "", *_markdown_table(heads, rows)]
         lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
     machine = record["hardware"]
     gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
@@ -273,15 +278,14 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
         what = "mean ± standard deviation over the seeds" if seeds else "accuracy"
         heads = ("model", "budget", "examples", what, "least to greatest" if seeds else "95 % interval")
         lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
-        lines += [_markdown_row(heads), "| --- " * len(heads) + "|"]
-        lines += [_markdown_row((w["model"], w["budget"], w["threat_title"], *_worst(w))) for w in rows]
+        lines += _markdown_table(heads, [(w["model"], w["budget"], w["threat_title"], *_worst(w)) for w in rows])
     # with several seeds what counts is whether a difference exceeds theirs
     if (paired := records.worst_case_pairs(record)) and not seeds:
         heads = ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)")
         lines += ["", "### Worst case in pairs: images that one model withstands and the other does not", ""]
-        lines += [_markdown_row(heads), "| --- " * len(heads) + "|"]
-        lines += [
-            _markdown_row(
+        lines += _markdown_table(
+            heads,
+            [
                 (
                     w["model"],
                     w["against"],
@@ -290,9 +294,9 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
                     *(str(w[k]) for k in ("only_model", "only_against", "n")),
                     records.p_value(w["p"]),
                 )
-            )
-            for w in paired
-        ]
+                for w in paired
+            ],
+        )
     if said := records.reliability_in_short(record):
         lines += ["", said]
         lines += [
@@ -308,8 +312,7 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
 
     def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        lines.extend(["", f"### {title}", "", _markdown_row(heads), "| --- " * len(heads) + "|"])
-        lines.extend(_markdown_row(row) for row in rows)
+        lines.extend(["", f"### {title}", "", *_markdown_table(heads, rows)])
 
     def attack(row: Row) -> str:
         return "" if row["threat_model"] == "clean" else row["attack_title"]
@@ -370,8 +373,9 @@ def _in_one_line(cell: Sequence[str]) -> str:
     return ", ".join([f"{first} ({rest[0]})", *rest[1:]]) if rest else first
 
 
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
+    return [head, "| --- " * len(heads) + "|", *body]
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
