@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from scipy.special import stdtrit
@@ -82,16 +82,27 @@ def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
     experiment = experiment_of(record)
     if experiment.seeds < 2:
         return []
-    cells, firsts = by_seed(record), experiment.firsts()
-    out = []
-    for (model, threat, attack), mine in cells.items():
+    cells = {
+        key: {r: e["metrics"]["accuracy"] for r, e in replicates.items()} for key, replicates in by_seed(record).items()
+    }
+    return [
+        {"model": model, "reference": reference, "threat_model": threat, "attack": attack, **found}
+        for (model, threat, attack), found in _less(experiment, cells, reference)
+    ]
+
+
+def _less(
+    experiment: Experiment, cells: Mapping[Any, Mapping[int, float]], reference: str
+) -> Iterator[tuple[Any, Row]]:
+    """(key, :func:`_paired` with the reference's value of the same key) of each other model of its architecture; a key is
+    (model, ...)."""
+    firsts = experiment.firsts()
+    for key, ours in cells.items():
+        model, *rest = key
         if model == reference or firsts[model].arch != firsts[reference].arch:
             continue
-        theirs = cells.get((reference, threat, attack), {})
-        ours, others = ({r: e["metrics"]["accuracy"] for r, e in found.items()} for found in (mine, theirs))
-        if found := _paired(ours, others):
-            out.append({"model": model, "reference": reference, "threat_model": threat, "attack": attack, **found})
-    return out
+        if found := _paired(ours, cells.get((reference, *rest), {})):
+            yield key, found
 
 
 def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Row:
@@ -165,16 +176,11 @@ def worst_differences(record: Mapping[str, Any], reference: str) -> list[Row]:
     experiment = experiment_of(record)
     if experiment.seeds < 2:
         return []
-    cells, firsts = _worst_by_seed(record), experiment.firsts()
-    out = []
-    for (model, norm, eps, threat), ours in cells.items():
-        if threat != "white_box" or model == reference or firsts[model].arch != firsts[reference].arch:
-            continue
-        if found := _paired(ours, cells.get((reference, norm, eps, threat), {})):
-            out.append(
-                {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **found}
-            )
-    return out
+    return [
+        {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **found}
+        for (model, norm, eps, threat), found in _less(experiment, _worst_by_seed(record), reference)
+        if threat == "white_box"
+    ]
 
 
 def beside_paper(record: Mapping[str, Any]) -> list[Row]:
