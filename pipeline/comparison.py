@@ -261,7 +261,7 @@ def _column(threat: str, attack: str) -> str:
         spec = AttackSpec.parse(attack)
     except ConfigError:  # an attack of another version
         return ""
-    return "" if spec.target else spec.name
+    return spec.short_name  # with another norm or a target it is no column of the paper's
 
 
 def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:

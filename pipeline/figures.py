@@ -287,7 +287,7 @@ def accuracy_over_eps(record: Mapping[str, Any]) -> dict[str, dict[str, list[Poi
     out: dict[str, dict[str, list[Point]]] = {}
     for (model, threat, attack), replicates in cells.items():
         spec = _parsed(attack)
-        if spec is not None and spec.name == "fgsm" and spec.eps is not None:
+        if spec is not None and spec.short_name == "fgsm" and spec.eps is not None:
             out.setdefault(threat, {}).setdefault(model, []).append(_point(spec.eps, list(replicates.values())))
     for models in out.values():
         for model, points in models.items():

@@ -152,7 +152,7 @@ def _fig2(clean: Tensor, sizes: Sequence[int]) -> Arrays:
 def _fgsm(evaluations: Sequence[dict[str, Any]], experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Model -> its white-box evaluation under the first FGSM of the config; empty without one."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
-    attack = next((str(spec) for spec in specs if spec.name == "fgsm"), None)
+    attack = next((str(spec) for spec in specs if spec.short_name == "fgsm"), None)
     return {
         e["model"]: e
         for e in evaluations

@@ -135,7 +135,7 @@ def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ..
     budget = f"eps={eps}" if norm == "linf" else f"eps={eps},norm={norm}"
     return (
         f"noise:{budget}",
-        *((f"fgsm:{budget}",) if norm == "linf" else ()),
+        f"fgsm:{budget}",
         f"bim:{budget},steps=40",
         f"pgd:{budget},steps=40,restarts=3",
         f"autoattack:{budget}",

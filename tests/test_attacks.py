@@ -183,8 +183,9 @@ positive = st.floats(1e-6, 1e3)
 
 @given(
     st.one_of(
-        st.builds(AttackSpec, name=st.sampled_from(["noise"]), eps=positive, norm=st.sampled_from(["linf", "l2"])),
-        st.builds(AttackSpec, name=st.just("fgsm"), eps=positive),
+        st.builds(
+            AttackSpec, name=st.sampled_from(["noise", "fgsm"]), eps=positive, norm=st.sampled_from(["linf", "l2"])
+        ),
         st.builds(
             AttackSpec,
             name=st.sampled_from(["bim", "pgd"]),
@@ -315,13 +316,14 @@ def test_linf_attacks_on_two_classes_succeed_exactly_beyond_the_distance(attack:
         assert predict(model, attack(model, image, label, eps=0.99 * distance)) == label
 
 
-def test_l2_bim_on_two_classes_succeeds_exactly_beyond_the_distance() -> None:
+@pytest.mark.parametrize("attack", [fgsm, functools.partial(bim, steps=10)], ids=["fgsm", "bim"])
+def test_l2_attacks_on_two_classes_succeed_exactly_beyond_the_distance(attack: Callable[..., Tensor]) -> None:
     model, x = linear(2), near_grey(12)
     y = predict(model, x)
     for i, distance in enumerate(distances(model, x, order=2)):
         image, label = x[i : i + 1], y[i : i + 1]
         for factor, succeeds in ((1.01, True), (0.99, False)):
-            out = bim(model, image, label, eps=factor * distance, norm="l2", steps=10)
+            out = attack(model, image, label, eps=factor * distance, norm="l2")
             assert (predict(model, out) != label).item() == succeeds
 
 
@@ -684,6 +686,7 @@ def test_ddn_leaves_a_flat_start_by_chance_and_only_by_the_generator() -> None:
     ("text", "peer", "options", "targeted"),
     [
         ("fgsm:eps=0.1", "LinfFastGradientAttack", {}, False),
+        ("fgsm:eps=0.6,norm=l2", "L2FastGradientAttack", {}, False),
         ("bim:eps=0.1,steps=12", "LinfBasicIterativeAttack", {"steps": 12, "abs_stepsize": 2.5 * 0.1 / 12}, False),
         ("bim:eps=0.1,steps=12", "LinfBasicIterativeAttack", {"steps": 12, "abs_stepsize": 2.5 * 0.1 / 12}, True),
         (

@@ -174,6 +174,14 @@ def test_a_paper_cell_gets_the_right_evaluations() -> None:
     assert [o["threat_model"] for o in rows["defend", "bim"]["ours"]] == ["white_box", "transfer"]
 
 
+def test_the_paper_attacks_in_linf() -> None:
+    """FGSM and BIM within an L2 norm are other attacks than those of its columns."""
+    base = RECIPES["table2-smoke"].make()
+    attacks = ("fgsm:eps=1.5,norm=l2", "bim:eps=1.5,norm=l2,steps=2")
+    record = record_of(dataclasses.replace(base, evaluation=dataclasses.replace(base.evaluation, attacks=attacks)))
+    assert {r["column"] for r in comparison.beside_paper(record) if r["ours"]} == {"clean"}
+
+
 def test_roles_and_titles() -> None:
     record = record_of(SMALL)
     assert records.roles(record) == {

@@ -824,7 +824,10 @@ FGSM = "fgsm:eps=0.1"
 SINGLE, OTHERS = "iterative_weaker_than_single_step", "black_box_or_transfer_stronger"
 
 
-@pytest.mark.parametrize("iterated", ["bim:eps=0.1", "pgd:eps=0.1,steps=40"])
+@pytest.mark.parametrize(
+    ("step", "iterated"),
+    [(FGSM, "bim:eps=0.1"), (FGSM, "pgd:eps=0.1,steps=40"), (f"{FGSM},norm=l2", "apgd:eps=0.1,norm=l2")],
+)
 @pytest.mark.parametrize(
     ("single", "weaker", "fires"),
     [
@@ -837,8 +840,8 @@ SINGLE, OTHERS = "iterative_weaker_than_single_step", "black_box_or_transfer_str
         (range(60), range(30, 90), False),  # 30 each way
     ],
 )
-def test_iterative_weaker_than_single_step(iterated: str, single: range, weaker: range, fires: bool) -> None:
-    judged = (evaluation("white_box", FGSM, single), evaluation("white_box", iterated, weaker))
+def test_iterative_weaker_than_single_step(step: str, iterated: str, single: range, weaker: range, fires: bool) -> None:
+    judged = (evaluation("white_box", step, single), evaluation("white_box", iterated, weaker))
     assert names(judged=judged) == ({SINGLE} if fires else set())
     assert names(judged=judged[::-1]) == ({SINGLE} if fires else set())
     made = flags(clean_probe(), judged)[0]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from components.attacks.bim import ascend
 from components.attacks.common import check_batch
+from components.attacks.projections import Norm
 
 
 def fgsm(
@@ -15,20 +16,22 @@ def fgsm(
     labels: Tensor,
     *,
     eps: float,
+    norm: Norm = "linf",
     targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One step of size eps along the sign of the gradient of the cross entropy (linf).
+    """One step of size eps along the sign of the gradient of the cross entropy (linf), or along the gradient itself (l2).
 
     Args:
         model: maps [0,1] images to logits [N,K]; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
         labels: int64 [N], true classes, or the classes wanted if ``targeted``.
-        eps: linf norm of the perturbation before clipping to [0,1].
+        eps: norm of the perturbation before clipping to [0,1].
+        norm: linf, or l2 (the fast gradient method; its authors' "other norms").
         generator: unused, FGSM is deterministic.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
     """
     check_batch(inputs, labels)
-    return ascend(model, inputs, inputs, labels, eps=eps, norm="linf", steps=1, step_size=eps, targeted=targeted)
+    return ascend(model, inputs, inputs, labels, eps=eps, norm=norm, steps=1, step_size=eps, targeted=targeted)

@@ -34,7 +34,7 @@ _TARGET: dict[str, Setting] = {"target": ""}
 _ITERATED: dict[str, Setting] = {"steps": 100, "step_size": 0.0}
 _ATTACKS: dict[str, _Attack] = {
     "noise": _Attack("budget", _BOTH, {}, needs_gradients=False),
-    "fgsm": _Attack("budget", ("linf",), _TARGET),
+    "fgsm": _Attack("budget", _BOTH, _TARGET),
     "bim": _Attack("budget", _BOTH, {**_ITERATED, **_TARGET}, can_leave_early=True),
     "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_leave_early=True),
     "cw": _Attack(
