@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 
 from components.robustness import wilson_interval
-from pipeline import plots, records
+from pipeline import plots, records, tables
 from pipeline.storage import Storage
 
 Trial = Mapping[str, Any]
@@ -199,15 +199,33 @@ def _seeds(record: Mapping[str, Any]) -> int:
     return int(record["experiment"]["seeds"])
 
 
+def paragraphs(record: Mapping[str, Any]) -> list[str]:
+    """What a sweep that has a choice did, chose, and compares with, in sentences."""
+    space = record["space"]
+    states = [t["state"] for t in record["trials"]]
+    counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    said = [
+        f"{len(states)} trials ({counted}), {space['search']} search, seed {record['seed']}, of model {record['model']} of "
+        f"{record['name']}. Accuracies are of validation images: clean on the whole split, robust under white-box "
+        f"{space['attack']} on {space['images']} of them; they choose, and are no result.",
+        conclusion(record) + ".",
+    ]
+    if measured := references(record):
+        lines = "; ".join(reference_line(name, found).removeprefix("reference ") for name, found in measured.items())
+        said.append(f"For comparison, measured alike: {lines}. {record['model']} is the model as the recipe has it.")
+    if record["evaluation"]:
+        said.append(
+            f"The choice on test images, beside undefended and control: {record['evaluation']}/report/report.html"
+        )
+    return said + earlier(record)
+
+
 def markdown(record: Mapping[str, Any]) -> str:
-    """The table as Markdown, the conclusion above it."""
+    """Paragraphs and table of a sweep that has a choice, and what it was made with, for places that show Markdown."""
     rows = table(record)
-    lines = [conclusion(record), ""] if record["choice"] else []
-    lines += [line for said in earlier(record) for line in (said, "")]
-    if rows:
-        lines += ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-        lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    lines = [line for said in paragraphs(record) for line in (said, "")]
+    lines += tables.markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
+    return "\n".join([*lines, *tables.made_with(record)]) + "\n"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
@@ -404,39 +422,21 @@ td:last-child,th:last-child{text-align:left}img{max-width:100%}figcaption{color:
 
 
 def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
-    """Write ``report/`` of a sweep that has a choice: report.html, trials.csv, plots. Returns the names."""
+    """Write ``report/`` of a sweep that has a choice: report.html, table.md, trials.csv, plots. Returns the names."""
     pictures = {"pareto": pareto(record), "parallel": parallel(record)}
     if (map_ := heat_map(record)) is not None:
         pictures["heat-map"] = map_
     for name, data in pictures.items():
         storage.write_bytes(f"report/{name}.png", data)
     storage.write_bytes("report/trials.csv", to_csv(record).encode())
-    space = record["space"]
-    states = [t["state"] for t in record["trials"]]
-    counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    paragraphs = [
-        f"{len(states)} trials ({counted}), {space['search']} search, seed {record['seed']}, of model {record['model']} of "
-        f"{record['name']}. Accuracies are of validation images: clean on the whole split, robust under white-box "
-        f"{space['attack']} on {space['images']} of them; they choose, and are no result.",
-        conclusion(record) + ".",
-    ]
-    if measured := references(record):
-        said = "; ".join(reference_line(name, found).removeprefix("reference ") for name, found in measured.items())
-        paragraphs.append(
-            f"For comparison, measured alike: {said}. {record['model']} is the model as the recipe has it."
-        )
-    if record["evaluation"]:
-        paragraphs.append(
-            f"The choice on test images, beside undefended and control: {record['evaluation']}/report/report.html"
-        )
-    paragraphs += earlier(record)
+    storage.write_bytes("report/table.md", markdown(record).encode())
     html = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     text = html.render(
         title=f"Sweep {record['name']}: {record['space_name']}",
-        paragraphs=paragraphs,
+        paragraphs=paragraphs(record),
         command=f"python pipeline/main.py run --from {storage.uri}/best.json",
         pictures=[(n, PLOTS[n], base64.b64encode(d).decode()) for n, d in pictures.items()],
         rows=table(record),
     )
     storage.write_bytes("report/report.html", text.encode())
-    return [*(f"{name}.png" for name in pictures), "trials.csv", "report.html"]
+    return [*(f"{name}.png" for name in pictures), "trials.csv", "table.md", "report.html"]

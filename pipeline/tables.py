@@ -220,7 +220,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
         for c in data["columns"]
     ]
-    lines += _markdown_table(
+    lines += markdown_table(
         ["model", *heads],
         [
             [f"{row['model']} ({_row_head(row)[1]})", *(_in_one_line(_cell(c, row)) for c in data["columns"])]
@@ -254,8 +254,13 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
                 "–" if speed is None else f"{speed:.0f}",
             )
             rows.append(cells)
-        lines += ["", "### Models", "", *_markdown_table(heads, rows)]
+        lines += ["", "### Models", "", *markdown_table(heads, rows)]
         lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
+    return [*lines, *made_with(record)]
+
+
+def made_with(record: Mapping[str, Any]) -> list[str]:
+    """Command, revision, hardware, versions and seconds of run.json or sweep.json, as Markdown."""
     machine = record["hardware"]
     gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
     made = {
@@ -266,8 +271,7 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
         "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in record["stages"].items()),
     }
-    lines += ["", "### Made with", "", *(f"- {what}: {text}" for what, text in made.items() if text)]
-    return lines
+    return ["", "### Made with", "", *(f"- {what}: {text}" for what, text in made.items() if text)]
 
 
 def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
@@ -278,12 +282,12 @@ def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
         what = "mean ± standard deviation over the seeds" if seeds else "accuracy"
         heads = ("model", "budget", "examples", what, "least to greatest" if seeds else "95 % interval")
         lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
-        lines += _markdown_table(heads, [(w["model"], w["budget"], w["threat_title"], *_worst(w)) for w in rows])
+        lines += markdown_table(heads, [(w["model"], w["budget"], w["threat_title"], *_worst(w)) for w in rows])
     # with several seeds what counts is whether a difference exceeds theirs
     if (paired := records.worst_case_pairs(record)) and not seeds:
         heads = ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)")
         lines += ["", "### Worst case in pairs: images that one model withstands and the other does not", ""]
-        lines += _markdown_table(
+        lines += markdown_table(
             heads,
             [
                 (
@@ -312,7 +316,7 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
 
     def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        lines.extend(["", f"### {title}", "", *_markdown_table(heads, rows)])
+        lines.extend(["", f"### {title}", "", *markdown_table(heads, rows)])
 
     def attack(row: Row) -> str:
         return "" if row["threat_model"] == "clean" else row["attack_title"]
@@ -373,7 +377,8 @@ def _in_one_line(cell: Sequence[str]) -> str:
     return ", ".join([f"{first} ({rest[0]})", *rest[1:]]) if rest else first
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     head, *body = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
     return [head, "| --- " * len(heads) + "|", *body]
 

@@ -25,7 +25,7 @@ from ray import cloudpickle
 from components.config import Experiment, ScalingConfig, Shapes, TrainConfig, to_dict
 from components.errors import ConfigError, UserError
 from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import jobs, owner, run, sweep, sweep_report, tracking, train, tuner
+from pipeline import environment, jobs, owner, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
 from pipeline.pool import Pool
@@ -704,9 +704,11 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
         "front": [4],
         "choice": {"trial": 4, "parameters": points[3], "clean": 0.9, "robust": 0.3, "rule": sweep_report.rule(0.01)},
         "references": {"control": {"clean": 0.95, "robust": 0.05}, "no_defense": {"state": "failed", "reason": "x"}},
+        "finished": None,
+        **environment.environment(),
     }
     names = sweep_report.build(record, Storage(str(tmp_path)))
-    assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "report.html"]
+    assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "table.md", "report.html"]
     assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".png"))
     html = (tmp_path / "report/report.html").read_text()
     for part in ("trial 4", "within 1 point of the best", "control: clean 95.0 %, robust 5.0 %", "--from", "chosen"):
@@ -714,7 +716,16 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     # 30 of 100 (21.9 to 39.6) and 20 of 100 (13.3 to 28.9) overlap; 10 of 100 does not
     assert sweep_report.indistinct(record) == [3]
     assert len((tmp_path / "report/trials.csv").read_text().splitlines()) == 7
-    assert "| 6 |" in sweep_report.markdown(record)
+    text = (tmp_path / "report/table.md").read_text()
+    assert text == sweep_report.markdown(record)
+    for part in (
+        "| 6 |",
+        "white-box pgd:eps=0.1,steps=10 on 200",
+        "control: clean 95.0 %",
+        f"`{record['command']}`",
+        "torch 2.",
+    ):
+        assert part in text
 
 
 @pytest.mark.parametrize("domain", [Choice([0.1, 0.2]), LogUniform(0.01, 1.0), IntRange(1, 4)])

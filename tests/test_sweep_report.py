@@ -49,6 +49,12 @@ def record(space: Space, *trials: dict[str, Any]) -> dict[str, Any]:
         "front": [1],
         "choice": {"trial": 1, "parameters": first["parameters"], "clean": 0.9, "robust": 0.3, "rule": "the best"},
         "evaluation": "runs/mnist-smoke-best-1",
+        "command": "python pipeline/main.py sweep mnist-smoke",
+        "git": {},
+        "hardware": {},
+        "versions": {},
+        "stages": {},
+        "finished": None,
     }
 
 
