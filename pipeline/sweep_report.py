@@ -225,7 +225,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     rows = table(record)
     lines = [line for said in paragraphs(record) for line in (said, "")]
     lines += tables.markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
-    return "\n".join([*lines, *tables.made_with(record)]) + "\n"
+    return "\n".join([*lines, *tables.markdown_made_with(record)]) + "\n"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
@@ -413,11 +413,12 @@ TEMPLATE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ tit
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #e5e7eb}
 td:last-child,th:last-child{text-align:left}img{max-width:100%}figcaption{color:#4b5563}pre{background:#f3f4f6;padding:.7rem;overflow:auto}</style>
 <h1>{{ title }}</h1>{% for p in paragraphs %}<p>{{ p }}</p>{% endfor %}
-<pre>{{ command }}</pre>
+<pre>{{ again }}</pre>
 {% for name, caption, data in pictures %}<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ data }}">
 <figcaption>{{ caption }}</figcaption></figure>{% endfor %}
 <table><tr>{% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table></html>
+{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
+<h2>Made with</h2><dl>{% for what, text in made_with.items() %}<dt>{{ what }}</dt><dd>{{ text }}</dd>{% endfor %}</dl></html>
 """
 
 
@@ -434,7 +435,8 @@ def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
     text = html.render(
         title=f"Sweep {record['name']}: {record['space_name']}",
         paragraphs=paragraphs(record),
-        command=f"python pipeline/main.py run --from {storage.uri}/best.json",
+        made_with=tables.made_with(record),
+        again=f"python pipeline/main.py run --from {storage.uri}/best.json",
         pictures=[(n, PLOTS[n], base64.b64encode(d).decode()) for n, d in pictures.items()],
         rows=table(record),
     )

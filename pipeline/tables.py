@@ -256,22 +256,28 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
             rows.append(cells)
         lines += ["", "### Models", "", *markdown_table(heads, rows)]
         lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
-    return [*lines, *made_with(record)]
+    return [*lines, *markdown_made_with(record)]
 
 
-def made_with(record: Mapping[str, Any]) -> list[str]:
-    """Command, revision, hardware, versions and seconds of run.json or sweep.json, as Markdown."""
+def markdown_made_with(record: Mapping[str, Any]) -> list[str]:
+    """:func:`made_with` as a section in Markdown; the command as code."""
+    said = {what: f"`{text}`" if what == "Command" else text for what, text in made_with(record).items()}
+    return ["", "### Made with", "", *(f"- {what}: {text}" for what, text in said.items())]
+
+
+def made_with(record: Mapping[str, Any]) -> dict[str, str]:
+    """Command, revision, hardware, versions and seconds of run.json or sweep.json; what is not known is left out."""
     machine = record["hardware"]
     gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
     made = {
-        "Command": f"`{record['command']}`" if record["command"] else "",
+        "Command": record["command"],
         "Source": f"{record['git'].get('revision') or ''}{' with uncommitted changes' if record['git'].get('dirty') else ''}",
         "Finished": records.when(record["finished"]),
         "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
         "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in record["stages"].items()),
     }
-    return ["", "### Made with", "", *(f"- {what}: {text}" for what, text in made.items() if text)]
+    return {what: text for what, text in made.items() if text}
 
 
 def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:

@@ -711,7 +711,14 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "table.md", "report.html"]
     assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".png"))
     html = (tmp_path / "report/report.html").read_text()
-    for part in ("trial 4", "within 1 point of the best", "control: clean 95.0 %, robust 5.0 %", "--from", "chosen"):
+    for part in (
+        "trial 4",
+        "within 1 point of the best",
+        "control: clean 95.0 %, robust 5.0 %",
+        "--from",
+        "chosen",
+        "torch 2.",
+    ):
         assert part in html
     # 30 of 100 (21.9 to 39.6) and 20 of 100 (13.3 to 28.9) overlap; 10 of 100 does not
     assert sweep_report.indistinct(record) == [3]
