@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from components.losses import reconstruction_loss, reconstruction_terms
 from components.schedule import learning_rate
 from pipeline import cluster, environment, pyramids, train
+from pipeline.jobs import TrainingData
 from pipeline.recipes import mnist_demo
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
@@ -85,7 +86,8 @@ def main() -> None:
         ratios = []
         for i in range(arguments.repetitions):
             plain = plain_loop(data, config, shapes)
-            model = train.train(experiment, shapes, {"train": shards.address}, root)["defend"]
+            read = TrainingData(train={config.targets: shards.address}, bare=shards.address)
+            model = train.train(experiment, shapes, read, root)["defend"]
             root.fs.delete_dir((root / model["path"]).root)  # a finished model would be taken as it is
             ratios.append(model["images_per_second"] / plain)
             print(
