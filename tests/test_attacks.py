@@ -230,7 +230,7 @@ def test_a_spec_survives_text_dict_and_pickle(spec: AttackSpec) -> None:
         ("fgsm:eps=inf", r"fgsm\.eps=inf"),
         ("fgsm:eps=1/0", r"fgsm\.eps='1/0'.*float"),
         ("fgsm:eps=big", r"fgsm\.eps='big'.*float"),
-        ("fgsm:eps=0.1,norm=l2", r"fgsm\.norm='l2'.*linf"),
+        ("cw:norm=linf", r"cw\.norm='linf'.*l2"),
         ("bim:eps=0.1,norm=l1", r"bim\.norm='l1'.*linf, l2"),
         ("bim:eps=0.1,steps=0", r"bim\.steps=0.*at least 1"),
         ("bim:eps=0.1,steps=2.5", r"bim\.steps='2\.5'.*int"),

@@ -432,6 +432,7 @@ def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.
             "stages": {},
             "created": None,
             "finished": None,
+            **environment.environment(),
         },
         tracker=SimpleNamespace(),  # type: ignore[arg-type]
         space=space,
@@ -704,8 +705,6 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
         "front": [4],
         "choice": {"trial": 4, "parameters": points[3], "clean": 0.9, "robust": 0.3, "rule": sweep_report.rule(0.01)},
         "references": {"control": {"clean": 0.95, "robust": 0.05}, "no_defense": {"state": "failed", "reason": "x"}},
-        "finished": None,
-        **environment.environment(),
     }
     names = sweep_report.build(record, Storage(str(tmp_path)))
     assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "table.md", "report.html"]
@@ -745,6 +744,7 @@ def test_plots_of_one_parameter(tmp_path: Path, domain: Any) -> None:
         "pareto.png",
         "parallel.png",
         "trials.csv",
+        "table.md",
         "report.html",
     ]
 
