@@ -83,10 +83,10 @@ def main() -> None:
         root = Storage(directory)
         shards = pyramids.build(experiment.data, experiment.pyramids, root, "train")
         data = train.RankData(shards, 0, 1, torch.device("cpu"), levels=True)
+        read = TrainingData(train={config.targets: shards.address}, bare=shards.address)
         ratios = []
         for i in range(arguments.repetitions):
             plain = plain_loop(data, config, shapes)
-            read = TrainingData(train={config.targets: shards.address}, bare=shards.address)
             model = train.train(experiment, shapes, read, root)["defend"]
             root.fs.delete_dir((root / model["path"]).root)  # a finished model would be taken as it is
             ratios.append(model["images_per_second"] / plain)

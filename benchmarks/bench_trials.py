@@ -27,19 +27,7 @@ SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.
 
 def swept(experiment: Experiment, trials: int) -> tuple[int, float, float]:
     """Models that a sweep trained, the undefended, the control and the recipe's own among them; seconds; those of the floor."""
-    asked = [
-        "mnist-demo",
-        "--space",
-        str(SPACE),
-        "--trials",
-        str(trials),
-        "--max-concurrent",
-        "1",
-        "--evaluate",
-        "none",
-    ]
-    options, _ = sweep.parse_options(asked)
-    sweep.execute(experiment, options)
+    sweep.execute(experiment, sweep.Options(space=str(SPACE), trials=trials, max_concurrent=1, evaluate="none"))
     root = Storage(experiment.storage)
     (name,) = root.list("sweeps")
     record: dict[str, Any] = root.read_json(f"sweeps/{name}/sweep.json")
@@ -55,7 +43,9 @@ def alone(experiment: Experiment, trials: int) -> tuple[int, float, float]:
         split: pyramids.build(experiment.data, experiment.pyramids, root, split) for split in ("train", "validation")
     }
     found = {split: shards.address for split, shards in made.items()}
-    data = TrainingData(train={"lowpass": found["train"]}, bare=found["train"], validation=found["validation"])
+    data = TrainingData(
+        train={experiment.train.targets: found["train"]}, bare=found["train"], validation=found["validation"]
+    )
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
     evaluation = replace(experiment.evaluation, threat_models=("white_box",))
     floor, begin = 0.0, time.monotonic()

@@ -252,7 +252,7 @@ def _is_row(printed_row: str, row: str, threat: str) -> bool:
 
 
 def _column(threat: str, attack: str) -> str:
-    """The paper's name of a column; empty where it has none."""
+    """The attack by the name that a column of the paper would have; empty where it could have none."""
     if threat == "clean":
         return "clean"
     if threat == "random":
