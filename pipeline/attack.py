@@ -173,6 +173,7 @@ def _example_sets(
 ) -> tuple[list[_Examples], dict[Evaluation, tuple[str, str]]]:
     sets: dict[str, _Examples] = {}
     addresses: dict[Evaluation, tuple[str, str]] = {}
+    ends_within = _ends_within_a_chunk(n, evaluation.chunk_size)
     for e in evaluations:
         made_on = e.source.identity if e.source else None
         spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
@@ -180,7 +181,14 @@ def _example_sets(
         if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
         key = content_hash(
-            version, made_on, e.attack, e.early_leaving, test_address, n, evaluation.chunk_size, evaluation.seed
+            version,
+            made_on,
+            e.attack,
+            e.early_leaving,
+            test_address,
+            ends_within,
+            evaluation.chunk_size,
+            evaluation.seed,
         )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
@@ -190,6 +198,12 @@ def _example_sets(
         one.judges[judged] = e.model.address
         addresses[e] = (one.address, judged)
     return list(sets.values()), addresses
+
+
+def _ends_within_a_chunk(n: int, chunk_size: int) -> int:
+    """n where the last of n images' chunks is not whole, else 0: whole chunks do not depend on how many follow, so that an
+    evaluation on more images goes on from the chunks of one on fewer."""
+    return n if n % chunk_size else 0
 
 
 def attack(
@@ -226,7 +240,7 @@ def attack(
             "early_leaving": one.early_leaving,
             "source": one.source.address if one.source else None,
             "test": test.address,
-            "n": n,
+            "ends_within_a_chunk": _ends_within_a_chunk(n, config.chunk_size),
             "chunk_size": config.chunk_size,
             "seed": config.seed,
         }

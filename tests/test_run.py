@@ -224,6 +224,31 @@ def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
     assert files_below(tmp_path / "s", "judged/*/*.parquet") == files_below(storage, "judged/*/*.parquet")
 
 
+def test_chunks_are_shared_between_evaluations_on_more_and_on_fewer_images(
+    finished: tuple[Path, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    """Whoever wants more images than yesterday pays for the further ones alone."""
+    storage = tmp_path / "s"
+    shutil.copytree(finished[0], storage)
+    before = files_below(storage, "examples/*/*") | files_below(storage, "judged/*/*")
+    of_twenty = record_of(storage)["evaluations"]
+    shutil.rmtree(storage / "runs")
+    run_here(command("run", storage, "--evaluation.test-images", "10"))
+    assert (files_below(storage, "examples/*/*") | files_below(storage, "judged/*/*")) == before
+    of_ten = record_of(storage)["evaluations"]
+    assert [(e["path"], e["n"]) for e in of_ten] == [(e["path"], 10) for e in of_twenty]
+    for e in of_ten:
+        first = pq.read_table(storage / e["path"] / "chunk-00000.parquet").to_pydict()
+        right = [p == y for p, y in zip(first["adversarial_prediction"], first["label"], strict=True)]
+        assert e["metrics"]["accuracy"] == pytest.approx(sum(right) / 10)
+    # a last chunk that is not whole is not taken for a whole one
+    shutil.rmtree(storage / "runs")
+    run_here(command("run", storage, "--evaluation.test-images", "5"))
+    of_five = record_of(storage)["evaluations"]
+    assert [e["n"] for e in of_five] == [5] * len(of_twenty)
+    assert not {e["path"] for e in of_five} & {e["path"] for e in of_twenty}
+
+
 ALTERNATING = (
     *("--models", "defend:seed=3", "--evaluation.threat-models", "white_box"),
     *("--train.schedule", "alternating", "--train.cycles", "1", "--train.autoencoder-epochs", "2"),
