@@ -413,7 +413,7 @@ class EvaluationConfig:
     threat_models: tuple[str, ...] = ("white_box", "transfer")
     """white_box: examples made on the very model under test. black_box: the same from its scores alone (the attacks that need no
     gradients). transfer: made on transfer_source (for a model behind a reformer whose classifier that is, it is called
-    grey_box). transfer:NAME: made on the model NAME; transfer:*: on each of them in turn."""
+    grey_box). transfer:NAME: made on the model NAME; transfer:*: on each of them in turn, but for what transfer has already."""
     transfer_source: str = ""
     """The undefended model on which transferred examples are made. Empty: for each model, the first undefended one of the same
     architecture and width."""

@@ -56,6 +56,7 @@ CLEAN = "clean"
 WHITE_BOX = "white_box"
 GREY_BOX = "grey_box"
 BLACK_BOX = "black_box"
+TRANSFER = "transfer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,31 +105,37 @@ def plan(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
     by_name = {m.name: m for m in models}
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     threats = _threat_models(experiment)
-    out = []
+    out: dict[Evaluation, None] = {}
     for model in models:
-        out.append(Evaluation(model=model, source=None, threat_model=CLEAN, attack="none"))
+        out[Evaluation(model=model, source=None, threat_model=CLEAN, attack="none")] = None
         for spec in specs:
             if spec.name == "noise":  # the floor: no model, no attacker
-                out.append(Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec)))
-        for threat in threats:
+                out[Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec))] = None
+        usual = _source(model, TRANSFER, by_name, experiment)[0] if TRANSFER in threats else None
+        for threat, in_turn in threats.items():
             source, said = _source(model, threat, by_name, experiment)
-            if source is None:
+            if source is None or (in_turn and source == usual):  # "transfer" has it already
                 continue
             for spec in specs:
                 if _applies(spec, source, said):
                     early = spec.can_leave_early and source == model
-                    out.append(
-                        Evaluation(model=model, source=source, threat_model=said, attack=str(spec), early_leaving=early)
+                    one = Evaluation(
+                        model=model, source=source, threat_model=said, attack=str(spec), early_leaving=early
                     )
+                    out[one] = None
+    return list(out)
+
+
+def _threat_models(experiment: Experiment) -> dict[str, bool]:
+    """The threat models asked for, ``transfer:*`` written out; whether that alone asked for it."""
+    asked = experiment.evaluation.threat_models
+    out: dict[str, bool] = {}
+    for threat in asked:
+        if threat == "transfer:*":
+            out |= {t: t not in asked for t in (f"transfer:{base}" for base in experiment.firsts())}
+        else:
+            out[threat] = False
     return out
-
-
-def _threat_models(experiment: Experiment) -> list[str]:
-    """The threat models asked for, ``transfer:*`` written out."""
-    out: list[str] = []
-    for threat in experiment.evaluation.threat_models:
-        out += [f"transfer:{base}" for base in experiment.firsts()] if threat == "transfer:*" else [threat]
-    return list(dict.fromkeys(out))
 
 
 def _applies(spec: AttackSpec, source: Model, threat: str) -> bool:

@@ -87,15 +87,26 @@ def _pictures(
             f"{records.counted(record)}; {what}. {lacking}",
             plots.bars(drawn, drawn_roles),
         )
-    if panels_by_norm := _curve_panels(record):
-        few, note = _first_of_many([m for m in role if any(m in models for models in panels_by_norm.values())], bases)
-        chosen = {t: {m: c for m, c in models.items() if m in few} for t, models in panels_by_norm.items()}
-        out["curves"] = (
+    for key, heading, caption, transferred in (
+        (
+            "curves",
             "Accuracy over the norm of the perturbation",
             "Minimal-norm attacks: what is left when only examples up to that norm count. At any norm, nothing is left of a "
-            "differentiable network attacked white-box; what differs is how far that is." + note,
-            plots.curves({t: models for t, models in chosen.items() if models}, _only(role, few)),
-        )
+            "differentiable network attacked white-box; what differs is how far that is.",
+            False,
+        ),
+        (
+            "curves-transfer",
+            "Accuracy over the norm, examples of other models",
+            "The same, of examples that were made on another model: where a curve stays high, they do not carry over.",
+            True,
+        ),
+    ):
+        if panels_by_norm := _curve_panels(record, transferred=transferred):
+            few, note = _first_of_many([m for m in role if any(m in c for c in panels_by_norm.values())], bases)
+            chosen = {t: _only(models, few) for t, models in panels_by_norm.items()}
+            picture = plots.curves({t: models for t, models in chosen.items() if models}, _only(role, few))
+            out[key] = heading, caption + note, picture
     if matrices := records.transfer_matrices(record):
         out["transfer"] = (
             "Transfer from model to model",
@@ -104,7 +115,7 @@ def _pictures(
             plots.heat_maps(matrices),
         )
     if note := records.untrusted_note(record):
-        for name in out.keys() & {"accuracy", "curves", "transfer"}:
+        for name in out.keys() & {"accuracy", "curves", "curves-transfer", "transfer"}:
             heading, caption, png = out[name]
             out[name] = heading, f"{caption} {note}", png
     if gallery:
@@ -169,12 +180,15 @@ def _bar_panels(record: Mapping[str, Any]) -> dict[str, dict[str, dict[str, plot
     return panels
 
 
-def _curve_panels(record: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def _curve_panels(record: Mapping[str, Any], *, transferred: bool) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Title -> model -> curve, of what was made on other models or of the rest."""
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for threat in dict.fromkeys((*records.THREATS, *(e["threat_model"] for e in record["evaluations"]))):
+        if threat.startswith("transfer") != transferred:
+            continue
         for e in record["evaluations"]:
             if e["threat_model"] == threat and (curve := e["metrics"].get("curve")):
-                panels.setdefault(f"{records.threat_title(threat)}: {records.attack_text(e['attack'])}", {})[
+                panels.setdefault(f"{records.threat_title(threat)}:\n{records.attack_text(e['attack'])}", {})[
                     e["model"]
                 ] = curve
     return panels

@@ -79,14 +79,16 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
     assert {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")} == before
     assert whole["models"]["defend"]["path"] == record["models"]["defend"]["path"]
     (directory,) = storage.glob("runs/robustness-smoke-*")
-    for plot in ("fig8", "transfer", "accuracy", "curves"):
+    for plot in ("fig8", "transfer", "accuracy", "curves", "curves-transfer"):
         assert (directory / "report" / "plots" / f"{plot}.png").exists(), plot
     with np.load(directory / "figures.npz") as figures:
         assert figures["fig8__r__defend"].shape == (8,)
 
-    made_on = {(e["source"], e["model"]) for e in whole["evaluations"] if e["threat_model"].startswith("transfer:")}
+    made_on = {(e["source"], e["model"]) for e in whole["evaluations"] if e["threat_model"].startswith("transfer")}
     names = list(whole["models"])
     assert made_on == {(a, b) for a in names for b in names if a != b}
+    said = [(e["model"], e["path"]) for e in whole["evaluations"]]
+    assert len(said) == len(set(said)), "the same examples, judged by the same model, stand there twice"
     by_attack = {(e["model"], e["threat_model"], e["attack"].partition(":")[0]) for e in whole["evaluations"]}
     assert {m for m, _, attack in by_attack if attack == "adaptive"} == {"defend"}
     for name in names:

@@ -424,7 +424,7 @@ def test_validation_sums() -> None:
     batch = dataclasses.replace(batch, labels=labels)
     right, count, error = validation_sums(net, batch, tiny()).tolist()
     assert (right, count) == (27.0, 32.0)
-    assert error / count == pytest.approx(float(F.mse_loss(net.autoencoder(images)[0], images)), rel=1e-5)
+    assert error / count == pytest.approx(F.mse_loss(net.autoencoder(images)[0], images).item(), rel=1e-5)
     bare = classifier_of(net)
     assert validation_sums(bare, batch, tiny(defense="none")).tolist() == [27.0, 32.0, 0.0]
 

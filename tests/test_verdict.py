@@ -104,6 +104,16 @@ def test_every_model_is_a_source_of_transfer() -> None:
     assert all(threat == f"transfer:{source}" for _, source, threat, a in found if a != "noise")
 
 
+def test_what_transfer_has_is_not_told_again_by_every_source_in_turn() -> None:
+    found = planned("transfer", "transfer:*")
+    assert all(threat == "transfer" for _, source, threat, _ in found if source == "no_defense")
+    pairs = {(source, model) for model, source, threat, _ in found if threat != "random"}
+    assert pairs == {(source, model) for model, source, threat, _ in planned("transfer:*") if threat != "random"}
+    # but whoever names it gets it
+    by_name = planned("transfer", "transfer:no_defense", "transfer:*")
+    assert {threat for _, source, threat, _ in by_name if source == "no_defense"} == {"transfer", "transfer:no_defense"}
+
+
 def test_only_examples_for_the_model_itself_leave_early() -> None:
     evaluation = EvaluationConfig(attacks=("pgd:eps=0.2",), threat_models=("white_box", "transfer", "transfer:*"))
     for e in attack.plan(MODELS, Experiment(name="t", evaluation=evaluation)):
