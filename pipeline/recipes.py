@@ -148,8 +148,9 @@ def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ..
         f"adaptive:{budget},objective=reconstruction,steps=40,restarts=3",
         _cw(channels),
         "ddn:steps=100",
-        # every sample, 9 targets x 20 steps: 180 passes forward and backward, and as many forward
-        *(("fab-t:norm=linf,steps=20",) if norm == "linf" else ()),
+        # 20 steps fail the active test on a network trained against PGD (docs/LOG.md). Every sample, 9 targets x 40 steps: 360
+        # passes forward and backward, and as many forward
+        *(("fab-t:norm=linf,steps=40",) if norm == "linf" else ()),
     )
 
 
