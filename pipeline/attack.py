@@ -56,7 +56,7 @@ CLEAN = "clean"
 WHITE_BOX = "white_box"
 GREY_BOX = "grey_box"
 BLACK_BOX = "black_box"
-TRANSFER = "transfer"
+EVERY_SOURCE = "transfer:*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,38 +104,38 @@ def plan(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
     """
     by_name = {m.name: m for m in models}
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
-    threats = _threat_models(experiment)
-    out: dict[Evaluation, None] = {}
+    out = []
     for model in models:
-        out[Evaluation(model=model, source=None, threat_model=CLEAN, attack="none")] = None
+        out.append(Evaluation(model=model, source=None, threat_model=CLEAN, attack="none"))
         for spec in specs:
             if spec.name == "noise":  # the floor: no model, no attacker
-                out[Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec))] = None
-        usual = _source(model, TRANSFER, by_name, experiment)[0] if TRANSFER in threats else None
-        for threat, in_turn in threats.items():
-            source, said = _source(model, threat, by_name, experiment)
-            if source is None or (in_turn and source == usual):  # "transfer" has it already
-                continue
+                out.append(Evaluation(model=model, source=None, threat_model=RANDOM, attack=str(spec)))
+        for source, threat in _sources(model, by_name, experiment):
             for spec in specs:
-                if _applies(spec, source, said):
+                if _applies(spec, source, threat):
                     early = spec.can_leave_early and source == model
-                    one = Evaluation(
-                        model=model, source=source, threat_model=said, attack=str(spec), early_leaving=early
+                    out.append(
+                        Evaluation(
+                            model=model, source=source, threat_model=threat, attack=str(spec), early_leaving=early
+                        )
                     )
-                    out[one] = None
-    return list(out)
-
-
-def _threat_models(experiment: Experiment) -> dict[str, bool]:
-    """The threat models asked for, ``transfer:*`` written out; whether that alone asked for it."""
-    asked = experiment.evaluation.threat_models
-    out: dict[str, bool] = {}
-    for threat in asked:
-        if threat == "transfer:*":
-            out |= {t: t not in asked for t in (f"transfer:{base}" for base in experiment.firsts())}
-        else:
-            out[threat] = False
     return out
+
+
+def _sources(model: Model, by_name: dict[str, Model], experiment: Experiment) -> list[tuple[Model, str]]:
+    """The models on which examples for ``model`` are made, each with what the threat model is called.
+
+    ``transfer:*`` comes last, and adds the sources that no other threat model has.
+    """
+    found: dict[tuple[Model, str], None] = {}
+    for threat in sorted(experiment.evaluation.threat_models, key=lambda threat: threat == EVERY_SOURCE):
+        every = threat == EVERY_SOURCE
+        taken = {source for source, _ in found} if every else set()
+        for one in [f"transfer:{base}" for base in experiment.firsts()] if every else [threat]:
+            source, said = _source(model, one, by_name, experiment)
+            if source is not None and source not in taken:
+                found[source, said] = None
+    return list(found)
 
 
 def _applies(spec: AttackSpec, source: Model, threat: str) -> bool:
@@ -176,11 +176,10 @@ class _Examples:
 
 
 def _example_sets(
-    evaluations: Sequence[Evaluation], test_address: str, n: int, evaluation: EvaluationConfig
+    evaluations: Sequence[Evaluation], test_address: str, ends_within_a_chunk: int, evaluation: EvaluationConfig
 ) -> tuple[list[_Examples], dict[Evaluation, tuple[str, str]]]:
     sets: dict[str, _Examples] = {}
     addresses: dict[Evaluation, tuple[str, str]] = {}
-    ends_within = _ends_within_a_chunk(n, evaluation.chunk_size)
     for e in evaluations:
         made_on = e.source.identity if e.source else None
         spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
@@ -193,7 +192,7 @@ def _example_sets(
             e.attack,
             e.early_leaving,
             test_address,
-            ends_within,
+            ends_within_a_chunk,
             evaluation.chunk_size,
             evaluation.seed,
         )
@@ -205,12 +204,6 @@ def _example_sets(
         one.judges[judged] = e.model.address
         addresses[e] = (one.address, judged)
     return list(sets.values()), addresses
-
-
-def _ends_within_a_chunk(n: int, chunk_size: int) -> int:
-    """n where the last of n images' chunks is not whole, else 0: whole chunks do not depend on how many follow, so that an
-    evaluation on more images goes on from the chunks of one on fewer."""
-    return n if n % chunk_size else 0
 
 
 def attack(
@@ -239,7 +232,9 @@ def attack(
     config, scaling = experiment.evaluation, experiment.scaling
     n = min(config.test_images or test.num_rows, test.num_rows)
     evaluations = plan(models, experiment)
-    sets, addresses = _example_sets(evaluations, test.address, n, config)
+    # else 0, not n: whole chunks do not depend on how many follow, and an evaluation on more images goes on from those of one on fewer
+    ends_within_a_chunk = n if n % config.chunk_size else 0
+    sets, addresses = _example_sets(evaluations, test.address, ends_within_a_chunk, config)
     chunks = [(i, start, min(start + config.chunk_size, n)) for i, start in enumerate(range(0, n, config.chunk_size))]
     for one in sets:
         said = {
@@ -247,7 +242,7 @@ def attack(
             "early_leaving": one.early_leaving,
             "source": one.source.address if one.source else None,
             "test": test.address,
-            "ends_within_a_chunk": _ends_within_a_chunk(n, config.chunk_size),
+            "ends_within_a_chunk": ends_within_a_chunk,
             "chunk_size": config.chunk_size,
             "seed": config.seed,
         }

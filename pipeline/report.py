@@ -104,9 +104,8 @@ def _pictures(
     ):
         if panels_by_norm := _curve_panels(record, transferred=transferred):
             few, note = _first_of_many([m for m in role if any(m in c for c in panels_by_norm.values())], bases)
-            chosen = {t: _only(models, few) for t, models in panels_by_norm.items()}
-            picture = plots.curves({t: models for t, models in chosen.items() if models}, _only(role, few))
-            out[key] = heading, caption + note, picture
+            chosen = {t: kept for t, models in panels_by_norm.items() if (kept := _only(models, few))}
+            out[key] = heading, caption + note, plots.curves(chosen, _only(role, few))
     if matrices := records.transfer_matrices(record):
         out["transfer"] = (
             "Transfer from model to model",
