@@ -171,8 +171,14 @@ class _Examples:
     source: Model | None
     attack: str
     early_leaving: bool
+    rounded: bool
     judges: dict[str, str] = field(default_factory=dict)
     """Address of the judged records -> path of the model that judges."""
+
+
+def rounds(attack: str, evaluation: EvaluationConfig) -> bool:
+    """Whether this attack's search runs in bfloat16."""
+    return evaluation.search_precision == "bfloat16" and attack != "none" and AttackSpec.parse(attack).can_be_rounded
 
 
 def _example_sets(
@@ -186,6 +192,7 @@ def _example_sets(
         version = L2_NOISE_VERSION if spec and (spec.name, spec.norm) == ("noise", "l2") else CODE_VERSION
         if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
+        rounded = rounds(e.attack, evaluation)
         key = content_hash(
             version,
             made_on,
@@ -195,11 +202,18 @@ def _example_sets(
             ends_within_a_chunk,
             evaluation.chunk_size,
             evaluation.seed,
+            *([evaluation.search_precision] if rounded else []),
         )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
             key,
-            _Examples(address=f"examples/{key}", source=e.source, attack=e.attack, early_leaving=e.early_leaving),
+            _Examples(
+                address=f"examples/{key}",
+                source=e.source,
+                attack=e.attack,
+                early_leaving=e.early_leaving,
+                rounded=rounded,
+            ),
         )
         one.judges[judged] = e.model.address
         addresses[e] = (one.address, judged)
@@ -240,6 +254,7 @@ def attack(
         said = {
             "attack": one.attack,
             "early_leaving": one.early_leaving,
+            "search_precision": "bfloat16" if one.rounded else "float32",
             "source": one.source.address if one.source else None,
             "test": test.address,
             "ends_within_a_chunk": ends_within_a_chunk,
@@ -289,6 +304,7 @@ def attack(
                 "source": one.source.address if one.source else None,
                 "attack": one.attack,
                 "early_leaving": one.early_leaving,
+                "rounded": one.rounded,
                 "judges": one.judges,
                 "chunks": batch,
             },
@@ -571,13 +587,13 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...]) -> nn.Module | None:
+def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...], rounded: bool) -> nn.Module | None:
     """The faster copy on which attacks search, if the network at ``address`` has one."""
     images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     model = load_model(root, address, device)
     # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
-        return stand_in(model, images)
+        return stand_in(model, images, rounded=rounded)
 
 
 @functools.lru_cache(maxsize=2)
@@ -594,7 +610,9 @@ def _make_examples(
     autoencoder = _autoencoder(job["root"], job["source"], job["device"]) if spec.name == "adaptive" else None
 
     def copied() -> nn.Module | None:
-        return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:]) if job["source"] else None
+        if not job["source"]:
+            return None
+        return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:], job["rounded"])
 
     torch.manual_seed(global_seed(job["seed"], i, job["examples"]))
     adversarial, micro_batch = _craft(

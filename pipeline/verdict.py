@@ -209,7 +209,18 @@ def _jobs(
     scaling, seed = experiment.scaling, experiment.evaluation.seed
     out = []
     for text, norm, eps in wanted:
-        said = [CODE_VERSION, model.identity, text, norm, eps, test.address, images, seed]
+        rounded = bool(text) and attack.rounds(text, experiment.evaluation)
+        said = [
+            CODE_VERSION,
+            model.identity,
+            text,
+            norm,
+            eps,
+            test.address,
+            images,
+            seed,
+            *(["bfloat16"] if rounded else []),
+        ]
         out.append(
             {
                 "file": f"reliability/{content_hash(*said)}.json",
@@ -218,6 +229,7 @@ def _jobs(
                 "model": model.address,
                 "name": model.name,
                 "attack": text,
+                "rounded": rounded,
                 "norm": norm,
                 "eps": eps,
                 "images": images,
@@ -245,7 +257,9 @@ def _measure(job: dict[str, Any]) -> None:
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
     generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
-    fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:]) if job["attack"] else None
+    fast = None
+    if job["attack"]:
+        fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:], job["rounded"])
     torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
     if job["attack"]:
         spec = AttackSpec.parse(job["attack"])

@@ -191,6 +191,7 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "source": "models/a",
         "judges": {"judged/a": "models/a"},
         "early_leaving": False,
+        "rounded": False,
         "seed": 0,
     }
     for i, start, stop in ((0, 0, 6), (1, 6, 8)):  # six images do not fit, two do

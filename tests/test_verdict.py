@@ -455,7 +455,7 @@ def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, i
     for chunks in tasks:
         torch.rand(7)  # whatever else the worker has drawn
         job = {"source": "models/net", "attack": attack_text, "early_leaving": False, "judges": {judged: "models/net"}}
-        attack._attack_chunks({**common, **job, "examples": examples, "chunks": chunks})
+        attack._attack_chunks({**common, **job, "rounded": False, "examples": examples, "chunks": chunks})
     root = Storage(common["root"])
     columns = attack.read_chunks(root / judged, 2)
     return [
@@ -485,7 +485,7 @@ def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -
         common = with_network(tmp_path / str(draws), "own_network:make_drawing")
         for text in ("", "pgd:eps=0.2,steps=3"):
             torch.rand(draws)
-            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8}
+            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8, "rounded": False}
             verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
         root = Storage(common["root"])
         found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
@@ -502,11 +502,11 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
 
     monkeypatch.setattr(verdict, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")
-    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2}
+    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2, "rounded": False}
     verdict._measure({**common, **job, "file": "reliability/active.json"})
     ((model, fast),) = given
     assert model is attack.load_model(common["root"], "models/net", "cpu")
-    assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)))
+    assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)), False)
     assert fast is not None
 
 

@@ -227,6 +227,12 @@ class AttackSpec:
         return _ATTACKS[self.name].kind
 
     @property
+    def can_be_rounded(self) -> bool:
+        """Whether its search may run in bfloat16: the attacks with a budget, and a model whose loss or scores they follow over
+        many passes."""
+        return self.kind == "budget" and self.name not in ("noise", "fgsm")
+
+    @property
     def can_leave_early(self) -> bool:
         """Whether ``early_leaving`` means something for this attack."""
         return _ATTACKS[self.name].can_leave_early
