@@ -8,7 +8,8 @@ Foolbox comes with the development extra; `pip install --no-deps torchattacks` a
 the others. All get the same network with frozen parameters, images, budget, steps and queries. The undefended network shows what is
 broken at once, the robust one what an attack spends on samples that withstand.
 
-"ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/search.py).
+"ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/search.py);
+"ours, bfloat16" on the copy that evaluation.search_precision=bfloat16 takes.
 The floor is what the passes of "ours" alone cost: images sent forward, and forward and backward, counted while it runs, times
 what such an image costs in a full batch.
 """
@@ -187,8 +188,8 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
     available = {
         peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
     }
-    fast = stand_in(model, x[:8])
-    models = [model] if fast is None else [model, fast]
+    fast, rounded = stand_in(model, x[:8]), stand_in(model, x[:8], rounded=True)
+    models = [net for net in (model, fast, rounded) if net is not None]
     for attack, spec in specs(args).items():
         if attack not in (args.attacks or [attack]):
             continue
@@ -196,6 +197,8 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
             "ours": lambda spec=spec: _ours(spec, model, x, y, args),
             "ours, stand-in": lambda spec=spec: _ours(spec, model, x, y, args, fast),
         }
+        if spec.can_be_rounded:
+            calls["ours, bfloat16"] = lambda spec=spec: _ours(spec, model, x, y, args, rounded)
         calls |= {peer: attacks[attack] for peer, attacks in available.items() if attack in attacks}
         results: dict[str, Tensor] = {}
         seen: dict[str, Passes] = {}

@@ -20,6 +20,7 @@ import torch
 from scipy.stats import binomtest
 
 from components import reliability
+from components.attacks.search import search
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes, to_dict
 from components.errors import ConfigError
@@ -131,6 +132,64 @@ def test_the_adaptive_attack_is_named_by_the_auto_encoder_it_knows() -> None:
         return one.address
 
     assert address("ae") == address("ae") != address("another")
+
+
+def test_precision_names_what_it_changes_and_nothing_else() -> None:
+    """Examples and tests of attacks with a budget are others in bfloat16; minimal norms, FGSM and noise go on from what is there."""
+    names = (
+        "noise:eps=0.2",
+        "fgsm:eps=0.2",
+        "pgd:eps=0.2",
+        "square:eps=0.2",
+        "autoattack:eps=0.2",
+        "cw",
+        "ddn",
+        "fab-t",
+    )
+    attacks = tuple(str(AttackSpec.parse(name)) for name in names)
+    evaluation = EvaluationConfig(attacks=attacks, threat_models=("white_box", "black_box"))
+    test = shards.ShardSet(Storage("/nowhere"), "test", {"num_rows": 8})
+
+    def made(evaluation: EvaluationConfig) -> dict[str, tuple[str, Any, bool]]:
+        experiment = Experiment(name="t", evaluation=evaluation)
+        sets, _ = attack._example_sets(attack.plan(MODELS[:1], experiment), "test", 8, evaluation)
+        entries = [({"attack": a, "threat_model": "white_box"}, {}) for a in attacks]
+        jobs = verdict._jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
+        files = {job["attack"]: (job["file"], job["rounded"]) for job in jobs}
+        return {s.attack: (s.address, files.get(s.attack), s.rounded) for s in sets}
+
+    exact, rounded = made(evaluation), made(replace(evaluation, search_precision="bfloat16"))
+    changed = {a.partition(":")[0] for a in exact if exact[a] != rounded[a]}
+    assert changed == {"pgd", "square", "autoattack"}
+    for a, (address, file, is_rounded) in rounded.items():
+        assert is_rounded == (a.partition(":")[0] in changed)
+        if is_rounded:
+            assert file is not None
+            assert file[1]
+            assert address != exact[a][0]
+            assert file[0] != exact[a][1][0]
+
+
+def test_a_task_searches_in_the_precision_that_its_records_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[Any] = []
+
+    def spy(spec: Any, model: Any, fast: Any, *arguments: Any, **options: Any) -> Any:
+        searched.append({p.dtype for p in fast.parameters()})
+        return search(spec, model, fast, *arguments, **options)
+
+    monkeypatch.setattr(attack, "search", spy)
+    monkeypatch.setattr(reliability, "search", spy)
+    common = with_network(tmp_path, "own_network:make")
+    for rounded in (False, True):
+        job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "rounded": rounded}
+        where = {"examples": f"examples/{rounded}", "judges": {f"judged/{rounded}": "models/net"}}
+        attack._attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
+        test = {"model": "models/net", "attack": "pgd:eps=0.2,steps=2", "norm": "linf", "eps": 0.2, "images": 2}
+        verdict._measure({**common, **test, "rounded": rounded, "file": f"reliability/{rounded}.json"})
+    assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
+    assert all(torch.bfloat16 in dtypes for dtypes in searched[len(searched) // 2 :])
 
 
 def test_an_unknown_threat_model_or_source_is_refused() -> None:
