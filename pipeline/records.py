@@ -356,6 +356,13 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
             if split
             else []
         ),
+        *(
+            [
+                "Attacks with a budget, but FGSM, searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+            ]
+            if experiment.evaluation.search_precision == "bfloat16"
+            else []
+        ),
     ]
 
 

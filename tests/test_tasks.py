@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,4 +207,7 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     record = {"experiment": to_dict(experiment), "evaluations": [entry]}
     assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
     del entry["chunks_split_for_memory"]
+    rounded = replace(experiment, evaluation=replace(experiment.evaluation, search_precision="bfloat16"))
+    assert "bfloat16" in explanation({**record, "experiment": to_dict(rounded)})[-1]
+    assert "bfloat16" not in json.dumps(explanation(record))
     assert "smaller batches" not in json.dumps(explanation(record))

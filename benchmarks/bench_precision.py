@@ -1,0 +1,106 @@
+"""What searching in bfloat16 costs in success, and what it saves: evaluation.search_precision, float32 against bfloat16.
+
+    python benchmarks/bench_precision.py                # about 10 minutes on one core
+    python benchmarks/bench_precision.py --clock cpu    # on a machine that does other work too
+    python benchmarks/bench_precision.py --model DIR/classifier.safetensors --eps 0.25 --from 1000
+
+Both search on the stand-in and are judged by the network, as in the pipeline. Samples that fall to one and not to the other are counted
+both ways, and beside them those that float32 wins and loses with another seed: FGSM apart, attacks begin at random. Images are of the training
+half of the bundled sample, which no network here is judged by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, seconds, train
+from torch import Tensor, nn
+
+from components.attacks.search import search, stand_in
+from components.attacks.spec import AttackSpec
+from pipeline import checkpoints
+
+ATTACKS = (
+    "pgd:eps={eps},steps=40",
+    "apgd:eps={eps},steps=40",
+    "apgd-t:eps={eps},steps=20",
+    "square:eps={eps},queries=500",
+    "autoattack:eps={eps},steps=20,queries=200",
+)
+
+
+def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> None:
+    exact, rounded = stand_in(model, x[:8]), stand_in(model, x[:8], rounded=True)
+    with torch.no_grad():
+        clean = model(x).argmax(1) == y
+    for text in args.attacks or ATTACKS:
+        spec = AttackSpec.parse(text.format(eps=eps))
+        broken: dict[str, Tensor] = {}
+        times: dict[str, float] = {}
+
+        def run(who: str, fast: nn.Module | None, seed: int, spec: AttackSpec = spec) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            found = search(spec, model, fast, x, y, early_leaving=spec.can_leave_early, generator=generator)
+            with torch.no_grad():
+                broken[who] = (model(found).argmax(1) != y) & clean  # noqa: B023 -- called before the next attack
+
+        for who, fast, seed in (
+            ("float32", exact, args.seed),
+            ("bfloat16", rounded, args.seed),
+            ("again", exact, args.seed + 1),
+        ):
+            times[who] = seconds(lambda who=who, fast=fast, seed=seed: run(who, fast, seed), args)
+        base = broken["float32"]
+        pairs = [f"-{int((base & ~broken[w]).sum())} +{int((broken[w] & ~base).sum())}" for w in ("bfloat16", "again")]
+        print(
+            f"| {name}, {spec} | {int(base.sum())} | {int(broken['bfloat16'].sum())} | {pairs[0]} | {pairs[1]} | "
+            f"{times['bfloat16'] / times['float32']:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200, help="images attacked")
+    parser.add_argument("--from", dest="first", type=int, default=4000, help="the first of them")
+    parser.add_argument("--attacks", nargs="+", help="specs with {eps}")
+    parser.add_argument("--model", help="an exported classifier of 28x28 images instead of the two trained here")
+    parser.add_argument("--eps", type=float, help="instead of 0.1 (undefended) and 0.2")
+    parser.add_argument("--width", type=int, default=8, help="channels of the first stage")
+    parser.add_argument("--train-images", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=3, help="of the undefended network; the robust one takes twice")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on CPU")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: processor time, not with cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False
+    data = ROOT / "pipeline" / "data"
+    images, labels = (t.to(args.device) for t in load(data, "train", args.first + args.samples))
+    x, y = images[args.first :], labels[args.first :]
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
+    print(
+        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}; "
+        f"n={len(x)}, seed {args.seed}\n"
+    )
+    print(
+        "| network, attack | broken in float32 | in bfloat16 | its difference | float32, other seed | time, of float32's |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    if args.model:
+        model = checkpoints.load_classifier(args.model, args.device).requires_grad_(False)
+        compare("given", model, x, y, args.eps or EPS, args)
+        return
+    for name, epochs, eps in (("undefended", args.epochs, 0.1), ("robust", 2 * args.epochs, EPS)):
+        torch.manual_seed(args.seed)
+        net = SmallResNet(args.width).to(args.device)
+        known = slice(min(args.train_images, args.first))
+        model = train(net, images[known], labels[known], epochs, adversarial=name == "robust")
+        compare(name, model, x, y, args.eps or eps, args)
+
+
+if __name__ == "__main__":
+    main()
