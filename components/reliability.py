@@ -432,7 +432,7 @@ def _iterative_weaker(judged: Sequence[Judged]) -> Flag:
 
 
 def _others_stronger(judged: Sequence[Judged]) -> Flag:
-    said, stronger = [], []
+    said, evidence, stronger = [], [], []
     for other in judged:
         if other.threat_model in ("white_box", "clean"):
             continue
@@ -447,11 +447,15 @@ def _others_stronger(judged: Sequence[Judged]) -> Flag:
         without = f" (without {_MIXTURE}, which ends in a Square of its own)" if len(white) < len(beside) else ""
         fired, sentence = _breaks_more(other, white, f"all white-box attacks together{without}", eps)
         said.append(sentence)
-        stronger += [f"{other.threat_model} {other.spec}"] if fired else []
+        if fired:
+            evidence.append(sentence)
+            stronger.append(f"{other.threat_model} {other.spec}")
+    if stronger and len(said) > len(stronger):  # beside it, dozens that fail would bury it
+        evidence.append(f"of {len(said) - len(stronger)} others none breaks significantly more")
     return Flag(
         name="black_box_or_transfer_stronger",
         fired=bool(stronger),
-        measured="; ".join(said)
+        measured="; ".join(evidence or said)
         or "Not measurable: no white-box attack (autoattack, which ends in a Square, is none here) beside "
         "another one of its norm and budget.",
         remedy="The white-box gradient is masked or its attack is too weak, as it could have made the same examples: "

@@ -891,6 +891,16 @@ def test_others_stronger_than_white_box(threat: str, theirs: range, white: range
     assert made.attacks == ((f"{threat} {judged[0].spec}",) if fires else ())
 
 
+def test_what_fires_is_not_buried_under_what_does_not() -> None:
+    strong, *weak = (evaluation("transfer", f"bim:eps=0.1,steps={i}", range(50 if i == 1 else 2)) for i in range(1, 5))
+    white = evaluation("white_box", "pgd:eps=0.1", range(10))
+    said = flags(clean_probe(), (strong, *weak, white))[1].measured
+    assert said.count("breaks 40 of") == said.count("breaks") - 1 == 1
+    assert said.endswith("of 3 others none breaks significantly more")
+    assert "others" not in flags(clean_probe(), (strong, white))[1].measured
+    assert flags(clean_probe(), (*weak, white))[1].measured.count("breaks 0 of") == 3
+
+
 def test_white_box_attacks_count_together() -> None:
     parts = (
         evaluation("white_box", "pgd:eps=0.1", range(30)),
