@@ -32,7 +32,7 @@ ATTACKS = (
 
 
 def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> None:
-    exact, rounded = stand_in(model, x[:8]), stand_in(model, x[:8], rounded=True)
+    exact, bfloat16 = stand_in(model, x[:8]), stand_in(model, x[:8], bfloat16=True)
     with torch.no_grad():
         clean = model(x).argmax(1) == y
     for text in args.attacks or ATTACKS:
@@ -48,7 +48,7 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args:
 
         for who, fast, seed in (
             ("float32", exact, args.seed),
-            ("bfloat16", rounded, args.seed),
+            ("bfloat16", bfloat16, args.seed),
             ("again", exact, args.seed + 1),
         ):
             times[who] = seconds(lambda who=who, fast=fast, seed=seed: run(who, fast, seed), args)

@@ -188,8 +188,8 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
     available = {
         peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
     }
-    fast, rounded = stand_in(model, x[:8]), stand_in(model, x[:8], rounded=True)
-    models = [net for net in (model, fast, rounded) if net is not None]
+    fast, bfloat16 = stand_in(model, x[:8]), stand_in(model, x[:8], bfloat16=True)
+    models = [net for net in (model, fast, bfloat16) if net is not None]
     for attack, spec in specs(args).items():
         if attack not in (args.attacks or [attack]):
             continue
@@ -197,8 +197,8 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
             "ours": lambda spec=spec: _ours(spec, model, x, y, args),
             "ours, stand-in": lambda spec=spec: _ours(spec, model, x, y, args, fast),
         }
-        if spec.can_be_rounded:
-            calls["ours, bfloat16"] = lambda spec=spec: _ours(spec, model, x, y, args, rounded)
+        if spec.may_search_in_bfloat16:
+            calls["ours, bfloat16"] = lambda spec=spec: _ours(spec, model, x, y, args, bfloat16)
         calls |= {peer: attacks[attack] for peer, attacks in available.items() if attack in attacks}
         results: dict[str, Tensor] = {}
         seen: dict[str, Passes] = {}

@@ -171,14 +171,18 @@ class _Examples:
     source: Model | None
     attack: str
     early_leaving: bool
-    rounded: bool
+    bfloat16: bool
     judges: dict[str, str] = field(default_factory=dict)
     """Address of the judged records -> path of the model that judges."""
 
 
-def rounds(attack: str, evaluation: EvaluationConfig) -> bool:
+def in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
     """Whether this attack's search runs in bfloat16."""
-    return evaluation.search_precision == "bfloat16" and attack != "none" and AttackSpec.parse(attack).can_be_rounded
+    return (
+        evaluation.search_precision == "bfloat16"
+        and attack != "none"
+        and AttackSpec.parse(attack).may_search_in_bfloat16
+    )
 
 
 def _example_sets(
@@ -192,7 +196,7 @@ def _example_sets(
         version = L2_NOISE_VERSION if spec and (spec.name, spec.norm) == ("noise", "l2") else CODE_VERSION
         if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
-        rounded = rounds(e.attack, evaluation)
+        bfloat16 = in_bfloat16(e.attack, evaluation)
         key = content_hash(
             version,
             made_on,
@@ -202,7 +206,7 @@ def _example_sets(
             ends_within_a_chunk,
             evaluation.chunk_size,
             evaluation.seed,
-            *([evaluation.search_precision] if rounded else []),
+            *([evaluation.search_precision] if bfloat16 else []),
         )
         judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
         one = sets.setdefault(
@@ -212,7 +216,7 @@ def _example_sets(
                 source=e.source,
                 attack=e.attack,
                 early_leaving=e.early_leaving,
-                rounded=rounded,
+                bfloat16=bfloat16,
             ),
         )
         one.judges[judged] = e.model.address
@@ -254,7 +258,7 @@ def attack(
         said = {
             "attack": one.attack,
             "early_leaving": one.early_leaving,
-            "search_precision": "bfloat16" if one.rounded else "float32",
+            "search_precision": "bfloat16" if one.bfloat16 else "float32",
             "source": one.source.address if one.source else None,
             "test": test.address,
             "ends_within_a_chunk": ends_within_a_chunk,
@@ -304,7 +308,7 @@ def attack(
                 "source": one.source.address if one.source else None,
                 "attack": one.attack,
                 "early_leaving": one.early_leaving,
-                "rounded": one.rounded,
+                "bfloat16": one.bfloat16,
                 "judges": one.judges,
                 "chunks": batch,
             },
@@ -587,13 +591,13 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...], rounded: bool) -> nn.Module | None:
+def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
     """The faster copy on which attacks search, if the network at ``address`` has one."""
     images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     model = load_model(root, address, device)
     # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
-        return stand_in(model, images, rounded=rounded)
+        return stand_in(model, images, bfloat16=bfloat16)
 
 
 @functools.lru_cache(maxsize=2)
@@ -612,7 +616,7 @@ def _make_examples(
     def copied() -> nn.Module | None:
         if not job["source"]:
             return None
-        return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:], job["rounded"])
+        return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:], job["bfloat16"])
 
     torch.manual_seed(global_seed(job["seed"], i, job["examples"]))
     adversarial, micro_batch = _craft(

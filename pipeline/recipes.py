@@ -545,6 +545,7 @@ _COSTS = {
     **dict.fromkeys(("table5-smoke", "table7-smoke"), "1 minute"),
     "table1-slim": "40 minutes a seed",
     "eq3-slim": "30 minutes a seed",
+    "robustness-slim": "2 to 3 hours, with evaluation.search_precision=bfloat16",
 }
 """Measured on 2 cores of an AMD EPYC without a GPU, 2026-11-23."""
 

@@ -209,7 +209,7 @@ def _jobs(
     scaling, seed = experiment.scaling, experiment.evaluation.seed
     out = []
     for text, norm, eps in wanted:
-        rounded = bool(text) and attack.rounds(text, experiment.evaluation)
+        bfloat16 = bool(text) and attack.in_bfloat16(text, experiment.evaluation)
         said = [
             CODE_VERSION,
             model.identity,
@@ -219,7 +219,7 @@ def _jobs(
             test.address,
             images,
             seed,
-            *(["bfloat16"] if rounded else []),
+            *(["bfloat16"] if bfloat16 else []),
         ]
         out.append(
             {
@@ -229,7 +229,7 @@ def _jobs(
                 "model": model.address,
                 "name": model.name,
                 "attack": text,
-                "rounded": rounded,
+                "bfloat16": bfloat16,
                 "norm": norm,
                 "eps": eps,
                 "images": images,
@@ -259,7 +259,7 @@ def _measure(job: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
     fast = None
     if job["attack"]:
-        fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:], job["rounded"])
+        fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:], job["bfloat16"])
     torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
     if job["attack"]:
         spec = AttackSpec.parse(job["attack"])

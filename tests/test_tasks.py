@@ -192,7 +192,7 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "source": "models/a",
         "judges": {"judged/a": "models/a"},
         "early_leaving": False,
-        "rounded": False,
+        "bfloat16": False,
         "seed": 0,
     }
     for i, start, stop in ((0, 0, 6), (1, 6, 8)):  # six images do not fit, two do
@@ -207,7 +207,7 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     record = {"experiment": to_dict(experiment), "evaluations": [entry]}
     assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
     del entry["chunks_split_for_memory"]
-    rounded = replace(experiment, evaluation=replace(experiment.evaluation, search_precision="bfloat16"))
-    assert "bfloat16" in explanation({**record, "experiment": to_dict(rounded)})[-1]
+    bfloat16 = replace(experiment, evaluation=replace(experiment.evaluation, search_precision="bfloat16"))
+    assert "bfloat16" in explanation({**record, "experiment": to_dict(bfloat16)})[-1]
     assert "bfloat16" not in json.dumps(explanation(record))
     assert "smaller batches" not in json.dumps(explanation(record))

@@ -155,15 +155,15 @@ def test_precision_names_what_it_changes_and_nothing_else() -> None:
         sets, _ = attack._example_sets(attack.plan(MODELS[:1], experiment), "test", 8, evaluation)
         entries = [({"attack": a, "threat_model": "white_box"}, {}) for a in attacks]
         jobs = verdict._jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
-        files = {job["attack"]: (job["file"], job["rounded"]) for job in jobs}
-        return {s.attack: (s.address, files.get(s.attack), s.rounded) for s in sets}
+        files = {job["attack"]: (job["file"], job["bfloat16"]) for job in jobs}
+        return {s.attack: (s.address, files.get(s.attack), s.bfloat16) for s in sets}
 
-    exact, rounded = made(evaluation), made(replace(evaluation, search_precision="bfloat16"))
-    changed = {a.partition(":")[0] for a in exact if exact[a] != rounded[a]}
+    exact, bfloat16 = made(evaluation), made(replace(evaluation, search_precision="bfloat16"))
+    changed = {a.partition(":")[0] for a in exact if exact[a] != bfloat16[a]}
     assert changed == {"pgd", "square", "autoattack"}
-    for a, (address, file, is_rounded) in rounded.items():
-        assert is_rounded == (a.partition(":")[0] in changed)
-        if is_rounded:
+    for a, (address, file, is_other) in bfloat16.items():
+        assert is_other == (a.partition(":")[0] in changed)
+        if is_other:
             assert file is not None
             assert file[1]
             assert address != exact[a][0]
@@ -182,12 +182,12 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
     monkeypatch.setattr(attack, "search", spy)
     monkeypatch.setattr(reliability, "search", spy)
     common = with_network(tmp_path, "own_network:make")
-    for rounded in (False, True):
-        job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "rounded": rounded}
-        where = {"examples": f"examples/{rounded}", "judges": {f"judged/{rounded}": "models/net"}}
+    for bfloat16 in (False, True):
+        job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
+        where = {"examples": f"examples/{bfloat16}", "judges": {f"judged/{bfloat16}": "models/net"}}
         attack._attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
         test = {"model": "models/net", "attack": "pgd:eps=0.2,steps=2", "norm": "linf", "eps": 0.2, "images": 2}
-        verdict._measure({**common, **test, "rounded": rounded, "file": f"reliability/{rounded}.json"})
+        verdict._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
     assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
     assert all(torch.bfloat16 in dtypes for dtypes in searched[len(searched) // 2 :])
 
@@ -514,7 +514,7 @@ def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, i
     for chunks in tasks:
         torch.rand(7)  # whatever else the worker has drawn
         job = {"source": "models/net", "attack": attack_text, "early_leaving": False, "judges": {judged: "models/net"}}
-        attack._attack_chunks({**common, **job, "rounded": False, "examples": examples, "chunks": chunks})
+        attack._attack_chunks({**common, **job, "bfloat16": False, "examples": examples, "chunks": chunks})
     root = Storage(common["root"])
     columns = attack.read_chunks(root / judged, 2)
     return [
@@ -544,7 +544,7 @@ def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -
         common = with_network(tmp_path / str(draws), "own_network:make_drawing")
         for text in ("", "pgd:eps=0.2,steps=3"):
             torch.rand(draws)
-            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8, "rounded": False}
+            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8, "bfloat16": False}
             verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
         root = Storage(common["root"])
         found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
@@ -561,7 +561,7 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
 
     monkeypatch.setattr(verdict, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")
-    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2, "rounded": False}
+    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2, "bfloat16": False}
     verdict._measure({**common, **job, "file": "reliability/active.json"})
     ((model, fast),) = given
     assert model is attack.load_model(common["root"], "models/net", "cpu")

@@ -20,17 +20,17 @@ _SLOPE_AGREEMENT = 1e-3
 """Most by which an image's gradients may, as a share of their norm: folding differs by 1e-6 ..."""
 _SLOPES = 0.75
 """... on so many of the images at least. On the others a ReLU may lie within rounding of 0, and folding opens or closes it."""
-_ROUNDED_AGREEMENT, _ROUNDED_SLOPE_AGREEMENT = 5e-2, 0.5
+_BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT = 5e-2, 0.5
 """The same in bfloat16, whose eight bits make a hundredth of a trained network's logits and an eighth of its gradients' norm."""
 
 
-def stand_in(model: nn.Module, images: Tensor, *, rounded: bool = False) -> nn.Module | None:
+def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
     """A frozen network with the logits of ``model`` in less time: batch norm folded into the convolutions, channels_last.
 
     Args:
         model: in eval mode; not changed.
         images: float32 [N,C,H,W] in [0,1] on the model's device, to see that logits and gradients are the same.
-        rounded: everything but linear layers in bfloat16, if logits and gradients stay near enough; else as without. For attacks
+        bfloat16: everything but linear layers in bfloat16, if logits and gradients stay near enough; else as without. For attacks
             with a budget: where an example ends at the boundary, eight bits are too few to find the nearest.
 
     Returns:
@@ -42,9 +42,9 @@ def stand_in(model: nn.Module, images: Tensor, *, rounded: bool = False) -> nn.M
     fast = _folded(model)
     if fast is None or not _agree(model, fast, images, _AGREEMENT, _SLOPE_AGREEMENT):
         return None
-    if rounded:
-        faster = _Rounded(copy.deepcopy(fast.net))
-        if _agree(fast, faster, images, _ROUNDED_AGREEMENT, _ROUNDED_SLOPE_AGREEMENT):
+    if bfloat16:
+        faster = _BFloat16(copy.deepcopy(fast.net))
+        if _agree(fast, faster, images, _BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT):
             return faster
     return fast
 
@@ -100,7 +100,7 @@ class _Frozen(nn.Module):
         return logits
 
 
-class _Rounded(_Frozen):
+class _BFloat16(_Frozen):
     """The same in bfloat16. Not its linear layers: the last one's rounding would hide from Square most of what a query gains."""
 
     def __init__(self, net: nn.Module) -> None:

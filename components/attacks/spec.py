@@ -227,7 +227,7 @@ class AttackSpec:
         return _ATTACKS[self.name].kind
 
     @property
-    def can_be_rounded(self) -> bool:
+    def may_search_in_bfloat16(self) -> bool:
         """Whether its search may run in bfloat16: the attacks with a budget, and a model whose loss or scores they follow over
         many passes."""
         return self.kind == "budget" and self.name not in ("noise", "fgsm")
