@@ -119,7 +119,7 @@ def test_a_bfloat16_stand_in_is_near_and_its_logits_are_not_rounded(name: str) -
 
     found = slope(bfloat16)
     assert found.dtype == torch.float32
-    assert (nn.functional.cosine_similarity(found, slope(net)) > 0.9).float().mean() > 0.75
+    assert (nn.functional.cosine_similarity(found, slope(net)) > 0.7).all()
 
 
 class Branching(nn.Module):
