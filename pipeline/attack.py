@@ -24,7 +24,7 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from components.attacks.search import search, stand_in
+from components.attacks.search import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
@@ -457,12 +457,13 @@ def _entry(
 ) -> dict[str, Any]:
     examples, judged = addresses
     columns = read_chunks(root / judged, chunks)
-    seconds, micro_batches = 0.0, 0
+    seconds, micro_batches, in_float32 = 0.0, 0, 0
     if e.attack != "none":
         for i in range(chunks):
             metadata = _metadata(root / examples, i)
             seconds += metadata["seconds"]
             micro_batches += metadata["micro_batch"] > 0
+            in_float32 += not metadata.get("bfloat16", True)  # chunks of before this was recorded: as asked
     spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
     budgets = usual_budgets(experiment.data.channels, experiment.data.image_size)
     entry = {
@@ -477,6 +478,8 @@ def _entry(
     }
     if micro_batches:
         entry["chunks_split_for_memory"] = micro_batches
+    if in_float32 and in_bfloat16(e.attack, experiment.evaluation):
+        entry["chunks_searched_in_float32"] = in_float32
     return entry
 
 
@@ -623,13 +626,14 @@ def _make_examples(
         spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
     )
     seconds = time.perf_counter() - begin
+    bfloat16 = job["bfloat16"] and computes_in_bfloat16(copied())
     verify_examples(clean, adversarial, rows["index"], spec)
     images = shards.tensor_array(adversarial.cpu().numpy())
     _write_table(
         directory,
         i,
         {"index": pa.array(rows["index"]), "label": pa.array(rows["label"]), "adversarial": images},
-        {"seconds": seconds, "micro_batch": micro_batch, "attack": job["attack"]},
+        {"seconds": seconds, "micro_batch": micro_batch, "bfloat16": bfloat16, "attack": job["attack"]},
     )
 
 

@@ -345,6 +345,16 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         for e in record["evaluations"]
         if e.get("chunks_split_for_memory")
     ]
+    in_float32 = dict.fromkeys(
+        f"{attack_text(e['attack'])} on {e['source']}"
+        for e in record["evaluations"]
+        if e.get("chunks_searched_in_float32")
+    )
+    exceptions = (
+        f" In float32 after all, where there is no such copy of the network: {'; '.join(in_float32)}."
+        if in_float32
+        else ""
+    )
     return [
         "White-box: the examples were made on the very model under test. This is the number that says how much a model "
         "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
@@ -359,6 +369,7 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         *(
             [
                 "Attacks with a budget, but FGSM, searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+                + exceptions
             ]
             if experiment.evaluation.search_precision == "bfloat16"
             else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components.attacks import search as search_module
 from components.attacks.registry import run_attack
-from components.attacks.search import search, stand_in
+from components.attacks.search import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.models.adapter import attach
 from components.models.classifiers import VGG16, ResNet18, ResNet50
@@ -108,7 +108,8 @@ def test_a_bfloat16_stand_in_is_near_and_its_logits_are_not_rounded(name: str) -
     images = torch.rand(8, channels, size, size, generator=seeded())
     exact, bfloat16 = stand_in(net, images), stand_in(net, images, bfloat16=True)
     assert exact is not None
-    assert bfloat16 is not None
+    assert computes_in_bfloat16(bfloat16)
+    assert not computes_in_bfloat16(exact)
     for module in bfloat16.modules():
         for p in module.parameters(recurse=False):
             assert p.dtype == (torch.float32 if isinstance(module, nn.Linear) else torch.bfloat16)
@@ -151,6 +152,7 @@ def test_where_rounding_changes_too_much_the_stand_in_is_exact() -> None:
     found = stand_in(net, images, bfloat16=True)
     assert found is not None
     assert all(p.dtype == torch.float32 for p in found.parameters())
+    assert not computes_in_bfloat16(found)
     torch.testing.assert_close(found(images), net(images), rtol=1e-4, atol=1e-4)
 
 

@@ -208,6 +208,14 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
     del entry["chunks_split_for_memory"]
     bfloat16 = replace(experiment, evaluation=replace(experiment.evaluation, search_precision="bfloat16"))
-    assert "bfloat16" in explanation({**record, "experiment": to_dict(bfloat16)})[-1]
+    record_of_bfloat16 = {**record, "experiment": to_dict(bfloat16)}
+    assert explanation(record_of_bfloat16)[-1].endswith("All verdicts are float32.")
+    # these chunks searched in float32
+    entry = attack._entry(e, ("examples/a", "judged/a"), 2, bfloat16, root)
+    assert entry["chunks_searched_in_float32"] == 2
+    assert (
+        "In float32 after all, where there is no such copy of the network: PGD, eps 0.1, 2 steps on a."
+        in explanation({**record_of_bfloat16, "evaluations": [entry]})[-1]
+    )
     assert "bfloat16" not in json.dumps(explanation(record))
     assert "smaller batches" not in json.dumps(explanation(record))

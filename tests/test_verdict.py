@@ -188,6 +188,7 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         attack._attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
         test = {"model": "models/net", "attack": "pgd:eps=0.2,steps=2", "norm": "linf", "eps": 0.2, "images": 2}
         verdict._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
+        assert attack._metadata(Storage(str(tmp_path)) / f"examples/{bfloat16}", 0)["bfloat16"] is bfloat16
     assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
     assert all(torch.bfloat16 in dtypes for dtypes in searched[len(searched) // 2 :])
 

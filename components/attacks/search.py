@@ -49,6 +49,11 @@ def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.
     return fast
 
 
+def computes_in_bfloat16(fast: nn.Module | None) -> bool:
+    """Whether :func:`stand_in` could give what it was asked for with ``bfloat16``."""
+    return isinstance(fast, _BFloat16)
+
+
 def search(
     spec: AttackSpec,
     model: nn.Module,
