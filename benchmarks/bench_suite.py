@@ -11,7 +11,7 @@ broken at once, the robust one what an attack spends on samples that withstand.
 "ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/search.py);
 "ours, bfloat16" on the copy that evaluation.search_precision=bfloat16 takes.
 The floor is what the passes of "ours" alone cost: images sent forward, and forward and backward, counted while it runs, times
-what such an image costs in a full batch.
+what such an image costs in a full batch, right before and after.
 """
 
 from __future__ import annotations
@@ -203,23 +203,24 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
         results: dict[str, Tensor] = {}
         seen: dict[str, Passes] = {}
         times: dict[str, list[float]] = {who: [] for who in calls}
-        each: dict[str, list[float]] = {"backward": [], "forward": []}
+        over_floor: list[float] = []
         order = list(calls)
         for _ in range(args.repetitions):
             for who in order:
                 torch.manual_seed(args.seed)
+                each = _pass_seconds(model, x, y, args) if who == "ours" else []
                 with counted(*models) as seen[who]:
                     times[who].append(seconds(_kept(calls[who], results, who), args))
+                if who == "ours":
+                    # before and after it: a shared machine is not as fast at all times
+                    each += _pass_seconds(model, x, y, args)
+                    back, forth = (statistics.median(kind) for kind in zip(*each, strict=True))
+                    over_floor.append(times[who][-1] / (seen[who].backward * back + seen[who].forward * forth))
             order.append(order.pop(0))  # none always runs on the warmer machine
-            for _ in range(5):  # beside the attacks: a shared machine is not as fast at all times
-                for kind, (b, f) in {"backward": (1, 0), "forward": (0, 1)}.items():
-                    each[kind].append(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) / len(x))
-        own = seen["ours"]
-        floor = own.backward * statistics.median(each["backward"]) + own.forward * statistics.median(each["forward"])
         ours = statistics.median(times["ours"])
         print(
             f"| {name} | {attack} | ours | {_success(spec, model, x, y, results['ours'])} | {ours:.2f} | | "
-            f"{ours / floor:.2f} | {own.all / len(x):.0f} |",
+            f"{statistics.median(over_floor):.2f} | {seen['ours'].all / len(x):.0f} |",
             flush=True,
         )
         for who in [w for w in calls if w != "ours"]:
@@ -230,6 +231,14 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
                 f"| | | {who} | {success} | {statistics.median(times[who]):.2f} | {ratio:.2f} | | {passed} |",
                 flush=True,
             )
+
+
+def _pass_seconds(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds that an image takes forward and back, and forward alone, in a full batch; several times."""
+    kinds = ((1, 0), (0, 1))
+    return [
+        tuple(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) / len(x) for b, f in kinds) for _ in range(5)
+    ]
 
 
 def _kept(call: Attack, results: dict[str, Tensor], who: str) -> Callable[[], None]:

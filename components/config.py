@@ -424,7 +424,7 @@ class EvaluationConfig:
     seed: int = 0
     """Seed of the attacks' random streams."""
     search_precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: attacks with a budget search on a bfloat16 copy of the network, in about half the time where the hardware has such
+    """bfloat16: BIM, PGD and adaptive search on a bfloat16 copy of the network, in less time where the hardware has such
     arithmetic. Every verdict is float32 either way. Another value is another result (docs/evaluation.md)."""
     reliability_images: int = 32
     """How many of the attacked images the reliability probe and the active test of each attack use (docs/reliability.md). 0: neither

@@ -368,7 +368,7 @@ def explanation(record: Mapping[str, Any]) -> list[str]:
         ),
         *(
             [
-                "Attacks with a budget, but FGSM, searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+                "BIM, PGD and adaptive searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
                 + exceptions
             ]
             if experiment.evaluation.search_precision == "bfloat16"

@@ -135,11 +135,13 @@ def test_the_adaptive_attack_is_named_by_the_auto_encoder_it_knows() -> None:
 
 
 def test_precision_names_what_it_changes_and_nothing_else() -> None:
-    """Examples and tests of attacks with a budget are others in bfloat16; minimal norms, FGSM and noise go on from what is there."""
+    """Examples and tests of what may search in bfloat16 are others so; all else goes on from what is there."""
     names = (
         "noise:eps=0.2",
         "fgsm:eps=0.2",
         "pgd:eps=0.2",
+        "bim:eps=0.2",
+        "apgd:eps=0.2",
         "square:eps=0.2",
         "autoattack:eps=0.2",
         "cw",
@@ -160,7 +162,7 @@ def test_precision_names_what_it_changes_and_nothing_else() -> None:
 
     exact, bfloat16 = made(evaluation), made(replace(evaluation, search_precision="bfloat16"))
     changed = {a.partition(":")[0] for a in exact if exact[a] != bfloat16[a]}
-    assert changed == {"pgd", "square", "autoattack"}
+    assert changed == {"pgd", "bim"}
     for a, (address, file, is_other) in bfloat16.items():
         assert is_other == (a.partition(":")[0] in changed)
         if is_other:

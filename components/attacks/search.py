@@ -30,8 +30,8 @@ def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.
     Args:
         model: in eval mode; not changed.
         images: float32 [N,C,H,W] in [0,1] on the model's device, to see that logits and gradients are the same.
-        bfloat16: everything but linear layers in bfloat16, if logits and gradients stay near enough; else as without. For attacks
-            with a budget: where an example ends at the boundary, eight bits are too few to find the nearest.
+        bfloat16: everything but linear layers in bfloat16, if logits and gradients stay near enough; else as without. For
+            attacks that may search so (:attr:`~components.attacks.spec.AttackSpec.may_search_in_bfloat16`).
 
     Returns:
         None where that cannot be had: its control flow cannot be traced, or logits or gradients come out otherwise, or are zero.
@@ -106,7 +106,7 @@ class _Frozen(nn.Module):
 
 
 class _BFloat16(_Frozen):
-    """The same in bfloat16. Not its linear layers: the last one's rounding would hide from Square most of what a query gains."""
+    """The same in bfloat16. Not its linear layers: rounding the logits themselves would hide most of what a step gains."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net.to(torch.bfloat16))
