@@ -228,7 +228,7 @@ class AttackSpec:
 
     @property
     def may_search_in_bfloat16(self) -> bool:
-        """Whether its search may run in bfloat16: it follows gradients' signs over many passes. Square and APGD, and with them
+        """Whether its search may run in bfloat16: it follows the gradients' directions over many passes. Square and APGD, and with them
         AutoAttack, steer by comparing losses with the best seen so far, of losses rounded to eight bits soon one that was rounded up:
         they miss what they break in float32 (measured in benchmarks/README.md). FGSM's single pass gains nothing, and at the
         boundary, where minimal norms end, eight bits are too few."""
