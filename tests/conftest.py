@@ -75,7 +75,7 @@ def ray_cluster() -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name
-        environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+        environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]), prepend=os.pathsep)
         context = _started(ray)
     yield context.address_info["gcs_address"]
     ray.shutdown()
