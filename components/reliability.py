@@ -51,7 +51,10 @@ _CANDIDATES = 64
 _RANDOM_POINTS = 100
 _BOUNDARY = 0.9  # where the boundary lies on the way from the inner points to the planted one
 _RIDGE = 1e-3
-_BATCH = 64
+
+
+POINTS_AT_ONCE = 64
+"""So many images at most go through a network without gradient at a time."""
 
 
 # --- probe
@@ -65,6 +68,7 @@ def probe(
     eps: float,
     norm: Norm,
     generator: torch.Generator | None = None,
+    batch: int | None = None,
 ) -> dict[str, Any]:
     """Measure on a few dozen images what most of :func:`flags` are decided by.
 
@@ -72,11 +76,12 @@ def probe(
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; put it into eval mode first.
-        inputs: float32 [N,C,H,W] in [0,1], N >= 1; all go through the network at once.
+        inputs: float32 [N,C,H,W] in [0,1], N >= 1.
         labels: int64 [N], true classes.
         eps: the usual budget in [0,1] pixel units, at most that of the whole range (linf: 1, l2: sqrt(C*H*W)).
         norm: linf or l2.
         generator: CPU generator of PGD's random starts.
+        batch: how many images go through the network at a time, where memory is short; PGD starts elsewhere then.
 
     Returns:
         JSON types: ``n``; ``clean_correct`` (how many); ``norm``; ``eps``; ``output``: "logits", "probabilities" (rows
@@ -100,20 +105,34 @@ def probe(
     if not 0 < eps <= whole:
         raise ValueError(f"eps={eps} is not in (0, {whole:.6g}], the {norm} norm of the whole range")
 
-    passes = [_outputs(model, inputs) for _ in range(_PASSES)]
+    at_once = batch or n
+    parts = [slice(i, i + at_once) for i in range(0, n, at_once)]
+    passes = [_outputs(model, inputs, at_once) for _ in range(_PASSES)]
     first = passes[0]
     right = first.argmax(dim=1) == labels
 
     def correct_after(eps: float, steps: int) -> list[bool]:
-        adversarial = pgd(
-            model, inputs, labels, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator
+        adversarial = torch.cat(
+            [
+                pgd(
+                    model,
+                    inputs[p],
+                    labels[p],
+                    eps=eps,
+                    norm=norm,
+                    steps=steps,
+                    early_leaving=True,
+                    generator=generator,
+                )
+                for p in parts
+            ]
         )
-        kept: list[bool] = (right & (_outputs(model, adversarial).argmax(dim=1) == labels)).tolist()
+        kept: list[bool] = (right & (_outputs(model, adversarial, at_once).argmax(dim=1) == labels)).tolist()
         return kept
 
     gradients = {
-        "cross_entropy": cross_entropy_gradient(model, inputs, labels, False)[0],
-        "margin": input_gradient(model, inputs, lambda logits: margin(logits, labels))[0],
+        "cross_entropy": torch.cat([cross_entropy_gradient(model, inputs[p], labels[p], False)[0] for p in parts]),
+        "margin": torch.cat([_margin_gradient(model, inputs[p], labels[p]) for p in parts]),
     }
     radii = [eps * 2**k for k in range(math.ceil(math.log2(whole / eps)))] + [whole]
     by_eps = [{"eps": float(e), "correct": correct_after(e, _EPS_STEPS)} for e in radii]
@@ -139,10 +158,14 @@ def probe(
     }
 
 
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
+def _margin_gradient(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return input_gradient(model, inputs, lambda logits: margin(logits, labels))[0]
+
+
+def _outputs(model: nn.Module, images: Tensor, batch: int = POINTS_AT_ONCE) -> Tensor:
     """Float32 outputs [N,K] without gradient, autocast switched off."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        out = torch.cat([model(part) for part in torch.split(images, _BATCH)])
+        out = torch.cat([model(part) for part in torch.split(images, min(batch, POINTS_AT_ONCE))])
     if out.ndim != 2 or out.shape[1] < 2:
         raise ValueError(f"a model of [N,K], K >= 2, outputs is needed, got {list(out.shape)}")
     if not out.isfinite().all():
@@ -208,6 +231,7 @@ def active_test(
     fast: nn.Module | None = None,
     generator: torch.Generator | None = None,
     n_inner: int = 64,
+    batch: int = POINTS_AT_ONCE,
 ) -> dict[str, Any]:
     """Plant an adversarial example beside each image and see whether the attack finds one.
 
@@ -223,6 +247,9 @@ def active_test(
     AutoAttack is tested without its Square, part by part: Square needs no gradient, so on a network that masks them it
     would pass for all four. It is tested where it is an attack of its own.
 
+    An attack that chooses a target is tested with the runner-up, here the planted class: no other class can be reached,
+    whatever the network.
+
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; put it into eval mode first.
         inputs: float32 [N,C,H,W] in [0,1]; 16 to 32 images are enough.
@@ -232,10 +259,11 @@ def active_test(
             examples. Points are planted in ``model`` and found where ``model`` says so.
         generator: CPU generator of all points and of the attack.
         n_inner: class-0 points per image, the clean one included.
+        batch: how many points go through the network at a time.
 
     Returns:
-        JSON types: ``attack`` (canonical text), ``parts`` (what was run of it: itself, or AutoAttack's gradient parts),
-        ``norm``, ``eps``, ``n`` images tested, ``left_out`` (no planted point could be separated), ``found``, ``share``
+        JSON types: ``attack`` (canonical text), ``parts`` (what was run of it: itself, AutoAttack's gradient parts, or
+        the targeted attack with the target above), ``norm``, ``eps``, ``n`` images tested, ``left_out`` (no planted point could be separated), ``found``, ``share``
         (None if n is 0), ``low``, ``high`` (95 % Wilson interval), ``random_found`` and ``random_share``: by 100 random
         points at eps, the control; ``threshold``; ``passed``: False if the interval lies below the threshold; None if n
         is below 8 or if random points would pass, too.
@@ -251,16 +279,17 @@ def active_test(
     if n_inner < 2:
         raise ValueError(f"n_inner={n_inner} is below 2")
     norm: Norm = "linf" if spec.norm == "linf" else "l2"
-    parts = gradient_parts(spec) if spec.name == _MIXTURE else (spec,)
+    aimed = dataclasses.replace(spec, target="runner_up") if spec.target else spec
+    parts = gradient_parts(spec) if spec.name == _MIXTURE else (aimed,)
     label = torch.zeros(1, dtype=torch.int64, device=inputs.device)
     n = found = random_found = 0
     for i in range(len(inputs)):
         clean = inputs[i : i + 1]
-        planted = _plant(model, clean, eps, norm, n_inner, generator)
+        planted = _plant(model, clean, eps, norm, n_inner, generator, batch)
         if planted is None:
             continue
         n += 1
-        at_random = _outputs(planted, _around(clean, eps, norm, _RANDOM_POINTS, generator))
+        at_random = _outputs(planted, _around(clean, eps, norm, _RANDOM_POINTS, generator), batch)
         random_found += int((at_random.argmax(dim=1) == 1).any())
         searched = None if fast is None else planted.on(fast)
         for part in parts:
@@ -302,11 +331,11 @@ def _around(clean: Tensor, eps: float, norm: Norm, n: int, generator: torch.Gene
 
 
 def _plant(
-    model: nn.Module, clean: Tensor, eps: float, norm: Norm, n_inner: int, generator: torch.Generator | None
+    model: nn.Module, clean: Tensor, eps: float, norm: Norm, n_inner: int, generator: torch.Generator | None, batch: int
 ) -> _Planted | None:
     inner_images = torch.cat([clean, _around(clean, eps * _INNER_RADIUS, norm, n_inner - 1, generator)])
     candidates = _around(clean, eps, norm, _CANDIDATES, generator)
-    inner, outer = _outputs(model, inner_images).double().cpu(), _outputs(model, candidates).double().cpu()
+    inner, outer = (_outputs(model, points, batch).double().cpu() for points in (inner_images, candidates))
 
     origin = inner.mean(dim=0)
     inner, outer = inner - origin, outer - origin
@@ -335,7 +364,7 @@ def _plant(
     # by the network itself in float32, which has the last word
     wanted = torch.zeros(n_inner + 1, dtype=torch.int64, device=clean.device)
     wanted[-1] = 1
-    predicted = _outputs(planted, torch.cat([inner_images, candidates[best : best + 1]])).argmax(dim=1)
+    predicted = _outputs(planted, torch.cat([inner_images, candidates[best : best + 1]]), batch).argmax(dim=1)
     return planted if torch.equal(predicted, wanted) else None
 
 

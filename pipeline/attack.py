@@ -37,8 +37,12 @@ from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
-L2_NOISE_VERSION = 3
-"""The same for L2 noise alone, whose examples are no longer shortened by clipping; all others are as they were."""
+CHANGED_SINCE = {
+    ("noise", "l2"): 3,  # no longer shortened by clipping
+    ("autoattack", "linf"): 3,  # a sample's draws no longer depend on who is left
+    ("autoattack", "l2"): 3,
+}
+"""The same for the attacks, by name and norm, whose examples alone have changed; all others are as they were."""
 TASKS_IN_FLIGHT = 64
 """Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
 STRAGGLER = 3.0
@@ -193,7 +197,7 @@ def _example_sets(
     for e in evaluations:
         made_on = e.source.identity if e.source else None
         spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
-        version = L2_NOISE_VERSION if spec and (spec.name, spec.norm) == ("noise", "l2") else CODE_VERSION
+        version = CHANGED_SINCE.get((spec.name, str(spec.norm)), CODE_VERSION) if spec else CODE_VERSION
         if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
         bfloat16 = in_bfloat16(e.attack, evaluation)
@@ -504,7 +508,8 @@ def _read_table(directory: Storage, i: int) -> pa.Table:
 
 
 def _metadata(directory: Storage, i: int) -> dict[str, Any]:
-    schema = pq.read_schema(pa.BufferReader(directory.read_bytes(_chunk(i))))
+    with directory.open(_chunk(i)) as file:  # for its footer alone: the images are large
+        schema = pq.read_schema(file)
     found: dict[str, Any] = json.loads(schema.metadata[b"defendpp"])
     return found
 
@@ -587,10 +592,9 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
             continue
         model = load_model(job["root"], path, device)
         torch.manual_seed(global_seed(job["seed"], i, judged))
-        columns = _judge(model, clean, adversarial, labels)
-        _write_table(
-            directory, i, {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}, {}
-        )
+        columns, micro_batch = _judge(model, clean, adversarial, labels)
+        records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
+        _write_table(directory, i, records, {"micro_batch": micro_batch})
 
 
 @functools.lru_cache(maxsize=8)
@@ -676,20 +680,21 @@ def _craft(
             )
         return torch.cat(parts)
 
-    return _as_memory_allows(len(clean), attempt, f"{spec} on")
+    return as_memory_allows(len(clean), attempt, f"{spec} on")
 
 
-def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> Columns:
-    """:func:`judge`, in smaller batches where memory is short: in eval mode a verdict does not depend on them."""
+def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Columns, int]:
+    """:func:`judge`, in smaller batches where memory is short, and of how many samples (0: all). Recorded, since a randomised
+    network draws otherwise then; another's verdict does not depend on them."""
 
     def attempt(micro_batches: list[slice]) -> Columns:
         parts = [judge(model, clean[rows], adversarial[rows], labels[rows]) for rows in micro_batches]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    return _as_memory_allows(len(clean), attempt, "judging")[0]
+    return as_memory_allows(len(clean), attempt, "judging")
 
 
-def _as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> tuple[T, int]:
+def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> tuple[T, int]:
     """``attempt`` on all of n samples at once, else on half as many at a time, and so on.
 
     Returns:

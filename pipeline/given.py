@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     norm = known.norm or "linf"
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
-    eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm):.6g}"
+    eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
     suite = full_suite(eps, norm, data.channels)
     evaluation = replace(experiment.evaluation, attacks=suite)
     return replace(experiment, evaluation=evaluation), rest

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,17 @@ class Storage:
         try:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return stream.read()
+        except FileNotFoundError:
+            raise StorageError(f"{self.uri}/{name} does not exist") from None
+        except OSError as e:
+            raise StorageError(f"{self.uri}/{name} could not be read: {e}") from e
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[pa.NativeFile]:
+        """A file to seek in, for who needs a part of it."""
+        try:
+            with self.fs.open_input_file(self.path(name)) as file:
+                yield file
         except FileNotFoundError:
             raise StorageError(f"{self.uri}/{name} does not exist") from None
         except OSError as e:

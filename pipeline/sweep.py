@@ -339,7 +339,7 @@ def _full_suite(experiment: Experiment) -> tuple[str, ...]:
     specs = map(AttackSpec.parse, experiment.evaluation.attacks)
     given = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), None)
     eps, norm = given or (usual_eps(data.channels, data.image_size, "linf"), "linf")
-    return full_suite(f"{eps:.6g}", norm, data.channels)
+    return full_suite(f"{eps}", norm, data.channels)
 
 
 def _as_text(point: Mapping[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash
-from components.reliability import Judged, active_test, flags, probe
+from components.reliability import POINTS_AT_ONCE, Judged, active_test, flags, probe
 from components.robustness import mcnemar, usual_budgets, usual_eps, wilson_interval, worst_case
 from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
@@ -220,6 +220,8 @@ def _jobs(
             images,
             seed,
             *(["bfloat16"] if bfloat16 else []),
+            # found nothing at first: it aimed at classes that cannot be reached there
+            *(["runner_up"] if text and AttackSpec.parse(text).target in ("random", "least_likely") else []),
         ]
         out.append(
             {
@@ -256,14 +258,22 @@ def _measure(job: dict[str, Any]) -> None:
     attack.exact_arithmetic(job["threads"])
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
-    generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
     fast = None
     if job["attack"]:
         fast = attack.load_stand_in(job["root"], job["model"], job["device"], images.shape[1:], job["bfloat16"])
-    torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
-    if job["attack"]:
-        spec = AttackSpec.parse(job["attack"])
-        found = active_test(model, images, spec, eps=job["eps"], fast=fast, generator=generator)
-    else:
-        found = probe(model, images, labels, eps=job["eps"], norm=job["norm"], generator=generator)
+
+    def attempt(micro_batches: list[slice]) -> dict[str, Any]:
+        batch = micro_batches[0].stop
+        generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
+        torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
+        if job["attack"]:
+            spec = AttackSpec.parse(job["attack"])
+            return active_test(model, images, spec, eps=job["eps"], fast=fast, generator=generator, batch=batch)
+        return probe(model, images, labels, eps=job["eps"], norm=job["norm"], generator=generator, batch=batch)
+
+    # a probe of all images, or all points of an active test, at once
+    most = max(job["images"], POINTS_AT_ONCE)
+    found, micro_batch = attack.as_memory_allows(most, attempt, f"the reliability of {job['name']} on")
+    if micro_batch:
+        found["micro_batch"] = micro_batch
     Storage(job["root"]).write_json(job["file"], found)

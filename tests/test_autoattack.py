@@ -351,6 +351,22 @@ def test_examples_are_within_the_rules(text: str, kind: str, early: bool) -> Non
         assert (out[0] != x[0]).any(), "what another model will judge is attacked all the same"
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_in_the_cascade_a_samples_draws_do_not_depend_on_who_is_left(norm: str) -> None:
+    model, x = convnet(4), torch.rand(16, 1, 8, 8, generator=seeded(4))
+    y = predict(model, x)
+    spec = AttackSpec.parse(f"autoattack:eps={0.05 if norm == 'linf' else 0.3},norm={norm},steps=3,queries=4")
+    wanted = run_attack(spec, model, x, y, generator=seeded(3))
+    moved = (wanted != x).flatten(1).any(dim=1)
+    assert 0 < int(moved[4:].sum()) < 12, "some are broken on the way, some go through all four"
+    wrong = y.clone()
+    wrong[:4] = (wrong[:4] + 1) % 4
+    found = run_attack(spec, model, x, wrong, generator=seeded(3))
+    assert torch.equal(found[:4], x[:4]), "misclassified already"
+    # another batch size is another order of summation
+    torch.testing.assert_close(found[4:], wanted[4:], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("text", ONE_OF_EACH)
 @pytest.mark.parametrize("training", [True, False])
 def test_model_and_random_state_are_left_alone(text: str, training: bool) -> None:
@@ -673,12 +689,13 @@ def test_each_attack_of_the_cascade_sees_only_survivors(monkeypatch: pytest.Monk
 
     def stub(name: str, breaks: set[int], by: float = 0.1) -> Callable[..., Tensor]:
         def attack(model: nn.Module, inputs: Tensor, labels: Tensor, **given: object) -> Tensor:
-            rows = (inputs[:, 0, 0, 1] * 10).round().long().tolist()
+            assert torch.equal(inputs[:, 0, 0, 1], x[:, 0, 0, 1]), "the whole chunk, in its order"
+            assert torch.equal(labels, y)
+            rows = (~broken(model, inputs, y)).nonzero().squeeze(1).tolist()
             seen[name], options[name] = rows, given
-            assert torch.equal(labels, y[rows])
             out = inputs.clone()
-            for place, row in enumerate(rows):
-                out[place, 0, 0, 0] += by if row in breaks else 0.01
+            for row in rows:
+                out[row, 0, 0, 0] += by if row in breaks else 0.01
             return out
 
         return attack

@@ -24,6 +24,7 @@ from pipeline.recipes import RECIPES, full_suite
 from pipeline.run import _as_subjects, trains
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
+from pipeline.verdict import budgets
 
 GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 
@@ -68,19 +69,20 @@ def test_our_own_file_knows_what_it_is(exported: Path) -> None:
     assert (config.arch, config.width, config.normalize_mean) == ("resnet18", 4, (0.5, 0.5, 0.5))
     data = experiment.data
     assert (data.image_size, data.channels, data.num_classes) == (32, 3, 7)
-    assert experiment.evaluation.attacks == full_suite(f"{8 / 255:.6g}", channels=3)
+    assert experiment.evaluation.attacks == full_suite(f"{8 / 255}", channels=3)
 
 
 def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None:
     base = ("--model", str(stranger), "--arch", "own_network:make")
     large = asked(*base, "--data.image-size", "224", "--data.channels", "3", "--data.num-classes", "5")
-    assert large.evaluation.attacks == full_suite(f"{4 / 255:.6g}", channels=3)
+    assert large.evaluation.attacks == full_suite(f"{4 / 255}", channels=3)
     assert asked(*base, "--eps", "0.1", "--data.channels", "3").evaluation.attacks == full_suite("0.1", channels=3)
     assert large.data.num_classes == 5
     assert asked(*base, "--eps", "0.1").evaluation.attacks == full_suite("0.1")
     assert asked(*base, "--norm", "l2").evaluation.attacks == full_suite("1.5", "l2")
+    assert budgets(asked(*base, "--data.image-size", "32", "--data.channels", "3")) == [("l2", 0.5), ("linf", 8 / 255)]
     large = asked(*base, "--norm", "l2", "--data.image-size", "224", "--data.channels", "3")
-    assert large.evaluation.attacks == full_suite("3", "l2", channels=3)
+    assert large.evaluation.attacks == full_suite("3.0", "l2", channels=3)
     few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
     assert few.evaluation.attacks == ("fgsm:eps=0.2",)
 

@@ -200,6 +200,19 @@ def test_an_attack_that_works_finds_what_was_planted(
     assert (result["attack"], result["norm"], result["eps"]) == (str(spec), spec.norm, spec.eps or 1.5)
 
 
+@pytest.mark.parametrize("target", ["random", "least_likely", "runner_up"])
+@pytest.mark.parametrize("text", ["pgd:eps=0.3,steps=20", "ddn:steps=20", "cw:steps=20,binary_search_steps=3"])
+def test_a_targeted_attack_is_tested_with_the_class_that_is_planted(
+    text: str, target: str, honest: nn.Module, test_images: Batch
+) -> None:
+    """No other can win there: aimed at those, every attack would look broken."""
+    spec = AttackSpec.parse(f"{text},target={target}")
+    result = active_test(honest, test_images[0][:8], spec, eps=spec.eps or 1.5, generator=seeded(1))
+    assert (result["n"], result["found"], result["passed"]) == (8, 8, True)
+    assert result["attack"] == str(spec)
+    assert result["parts"] == [str(AttackSpec.parse(f"{text},target=runner_up"))]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -208,6 +221,7 @@ def test_an_attack_that_works_finds_what_was_planted(
         "pgd:eps=0.1,steps=20,step_size=0.0001",
         "bim:eps=0.3,steps=1,step_size=0.01",
         "cw:lr=0.001,binary_search_steps=2",
+        "cw:lr=0.001,binary_search_steps=2,target=least_likely",
     ],
 )
 def test_an_attack_that_does_not_work_is_found_out(text: str, honest: nn.Module, test_images: Batch) -> None:
@@ -598,7 +612,7 @@ def test_inner_points_are_class_0_and_the_planted_one_is_not(
     for norm, eps in (("linf", 0.1), ("l2", 1.5)):
         made.clear()
         clean = test_images[0][:1]
-        planted = reliability._plant(honest, clean, eps, norm, 32, seeded(4))
+        planted = reliability._plant(honest, clean, eps, norm, 32, seeded(4), 64)
         assert planted is not None
         (inner_eps, inner), (outer_eps, outer) = made
         assert (inner_eps, outer_eps) == (f"{0.95 * eps:.4g}", f"{eps:.4g}")

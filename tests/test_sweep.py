@@ -363,7 +363,7 @@ def test_by_default_the_choice_is_tested_under_the_full_suite_at_the_recipes_bud
     with pytest.raises(ConfigError, match="--evaluate"):
         sweep.parse_options(["--space", "x", "--evaluate", "some"])
     other = recipe(evaluation=replace(given, attacks=("ddn:steps=10", "pgd:eps=8/255,steps=3", "bim:eps=0.3")))
-    assert sweep.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255:.6g}")
+    assert sweep.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255}")
     norms = recipe(evaluation=replace(given, attacks=("ddn:steps=10",)))
     assert sweep.final_experiment(norms, "defend", {}).evaluation.attacks == full_suite("0.3")
     two = recipe(evaluation=replace(given, attacks=("pgd:eps=1.5,norm=l2",)))

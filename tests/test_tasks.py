@@ -158,7 +158,8 @@ def test_judging_does_not_depend_on_how_much_fits() -> None:
     adversarial, _ = crafted(model, x, y)
     whole = judge(model, x, adversarial, y)
     for room in (9, 1):
-        found = attack._judge(Small(model, room), x, adversarial, y)
+        found, micro_batch = attack._judge(Small(model, room), x, adversarial, y)
+        assert micro_batch == {9: 5, 1: 1}[room]
         assert found.keys() == whole.keys()
         for name, column in whole.items():
             assert column.dtype == found[name].dtype

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.stats import binomtest
+from test_tasks import Small
 
 from components import reliability
 from components.attacks.search import search
@@ -26,6 +27,7 @@ from components.config import EvaluationConfig, Experiment, ScalingConfig, Train
 from components.errors import ConfigError
 from components.robustness import worst_case
 from pipeline import attack, checkpoints, comparison, records, report, shards, tables, verdict
+from pipeline.cluster import ResourceError
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
@@ -188,7 +190,14 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
         where = {"examples": f"examples/{bfloat16}", "judges": {f"judged/{bfloat16}": "models/net"}}
         attack._attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
-        test = {"model": "models/net", "attack": "pgd:eps=0.2,steps=2", "norm": "linf", "eps": 0.2, "images": 2}
+        test = {
+            "model": "models/net",
+            "name": "net",
+            "attack": "pgd:eps=0.2,steps=2",
+            "norm": "linf",
+            "eps": 0.2,
+            "images": 2,
+        }
         verdict._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
         assert attack._metadata(Storage(str(tmp_path)) / f"examples/{bfloat16}", 0)["bfloat16"] is bfloat16
     assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
@@ -547,7 +556,15 @@ def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -
         common = with_network(tmp_path / str(draws), "own_network:make_drawing")
         for text in ("", "pgd:eps=0.2,steps=3"):
             torch.rand(draws)
-            job = {"model": "models/net", "attack": text, "norm": "linf", "eps": 0.2, "images": 8, "bfloat16": False}
+            job = {
+                "model": "models/net",
+                "attack": text,
+                "norm": "linf",
+                "eps": 0.2,
+                "images": 8,
+                "name": "net",
+                "bfloat16": False,
+            }
             verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
         root = Storage(common["root"])
         found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
@@ -564,12 +581,55 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
 
     monkeypatch.setattr(verdict, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")
-    job = {"model": "models/net", "attack": "fgsm:eps=0.2", "norm": "linf", "eps": 0.2, "images": 2, "bfloat16": False}
+    job = {
+        "model": "models/net",
+        "attack": "fgsm:eps=0.2",
+        "norm": "linf",
+        "eps": 0.2,
+        "images": 2,
+        "name": "net",
+        "bfloat16": False,
+    }
     verdict._measure({**common, **job, "file": "reliability/active.json"})
     ((model, fast),) = given
     assert model is attack.load_model(common["root"], "models/net", "cpu")
     assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)), False)
     assert fast is not None
+
+
+@pytest.mark.parametrize("text", ["", "pgd:eps=0.2,steps=3"])
+def test_reliability_is_measured_in_micro_batches_where_memory_is_short(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = with_network(tmp_path, "own_network:make")
+    job = {
+        "model": "models/net",
+        "name": "net",
+        "attack": text,
+        "norm": "linf",
+        "eps": 0.2,
+        "images": 8,
+        "bfloat16": False,
+    }
+
+    def measured(file: str) -> dict[str, Any]:
+        verdict._measure({**common, **job, "file": f"reliability/{file}.json"})
+        found: dict[str, Any] = Storage(common["root"]).read_json(f"reliability/{file}.json")
+        return found
+
+    whole = measured("whole")
+    assert "micro_batch" not in whole
+    network = attack.load_model(common["root"], "models/net", "cpu")
+    monkeypatch.setattr(attack, "load_stand_in", lambda *_: None)
+    monkeypatch.setattr(attack, "load_model", lambda *_: Small(network, 3))
+    parts = measured("parts")
+    assert parts.pop("micro_batch") == 2
+    assert parts.keys() == whole.keys()
+    for name in ("n", "clean_correct", "output", "zero_gradients") if not text else ("n", "left_out", "random_found"):
+        assert parts[name] == whole[name]
+    monkeypatch.setattr(attack, "load_model", lambda *_: Small(network, 0))
+    with pytest.raises(ResourceError, match="the reliability of net on a single image does not fit"):
+        measured("none")
 
 
 def test_chunks_of_a_task_are_at_least_one() -> None:

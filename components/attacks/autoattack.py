@@ -69,9 +69,9 @@ def autoattack(
         for attack in attacks:
             if not len(left):
                 break
-            clean, own = inputs[left], labels[left]
-            x = attack(clean, own)
-            broken = is_adversarial(model(x), own, targeted=False)
+            # all of them, so that nobody's random draws depend on who is left; whoever is broken leaves at once by his example
+            x = attack(result, labels)[left]
+            broken = is_adversarial(model(x), labels[left], targeted=False)
             result[left[broken]] = x[broken]
             left = left[~broken]
     return result
