@@ -545,7 +545,7 @@ _COSTS = {
     **dict.fromkeys(("table5-smoke", "table7-smoke"), "1 minute"),
     "table1-slim": "40 minutes a seed",
     "eq3-slim": "30 minutes a seed",
-    "robustness-slim": "3 hours, reckoned from 2 hours and 36 minutes with all of AutoAttack in bfloat16",
+    "robustness-slim": "about 4 hours",
 }
 """Measured on 2 cores of an AMD EPYC without a GPU, 2026-11-23."""
 
