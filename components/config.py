@@ -170,7 +170,7 @@ class TrainConfig:
     reconstruction_reduction: Literal["mean", "sum"] = "mean"
     """Reading of eq. 3's squared norm: mean or sum over pixels (mean over the batch either way)."""
     noise_location: Literal["none", "latent", "input"] = "none"
-    """Where Gaussian noise is added during training (sec. 4.2, "ours + GN")."""
+    """Where Gaussian noise is added during training (sec. 4.2, "ours + GN"); with defense none and defend++ only."""
     noise_sigma: float = 0.1
     """Standard deviation of that noise, in units of the tensor it is added to."""
     adversarial_attack: Literal["fgsm", "pgd", "ddn"] = "fgsm"
@@ -261,8 +261,10 @@ class TrainConfig:
                 "reconstruction_reduction",
             }
             unused |= {"schedule"}
+        elif self.targets == "none":  # eq. 3 without the levels that lambda weighs
+            unused |= {"lam"}
         if self.defense == "comdefend":
-            unused |= {"arch", "pretrained", "replace_head", "noise_location"}
+            unused |= {"arch", "pretrained", "replace_head", "normalize_mean", "normalize_std"}
         else:
             unused |= {"reformer_sigma"}
         if self.defense != "adversarial":
@@ -271,8 +273,8 @@ class TrainConfig:
             unused |= {"adversarial_eps"}
         elif self.adversarial_attack == "fgsm":
             unused |= {"adversarial_steps"}
-        if self.noise_location == "none" or "noise_location" in unused:
-            unused |= {"noise_sigma"}
+        if self.noise_location == "none" or self.noise_sigma == 0:
+            unused |= {"noise_location", "noise_sigma"}
         if self.schedule == "joint" or "schedule" in unused:
             unused |= {"cycles", "autoencoder_epochs", "classifier_epochs"}
         if self.lr_schedule == "one_cycle":
@@ -312,7 +314,18 @@ class TrainConfig:
         )
         _check(0 < self.adversarial_eps <= 1, "train.adversarial_eps", self.adversarial_eps, "above 0, at most 1")
         _check(self.adversarial_steps >= 1, "train.adversarial_steps", self.adversarial_steps, "at least 1")
-        _check(0 <= self.adversarial_share <= 1, "train.adversarial_share", self.adversarial_share, "in [0, 1]")
+        _check(
+            self.noise_location == "none" or self.defense in ("none", "defend++"),
+            "train.noise_location",
+            self.noise_location,
+            f"none with defense={self.defense!r}, whose training adds no such noise",
+        )
+        _check(
+            0 < self.adversarial_share <= 1,
+            "train.adversarial_share",
+            self.adversarial_share,
+            "above 0 (no example would count; that is defense='none'), at most 1",
+        )
         _check(
             0 <= self.adversarial_epochs <= self.epochs,
             "train.adversarial_epochs",
@@ -530,6 +543,7 @@ class Experiment:
             _check(figure in FIGURES, "figures", figure, ", ".join(FIGURES))
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
         variants = self.variants()
+        self._check_seeds()
         for name, config in variants.items():
             if config.normalize_mean:
                 _check(
@@ -593,6 +607,30 @@ class Experiment:
                     f"also an undefended model (defense=none) of arch={config.arch} and width={config.width}: "
                     + ("it stands behind the reformer" if config.defense == "comdefend" else "transfer is made on it"),
                 )
+
+    def _check_seeds(self) -> None:
+        """Refuse a control that is its own source, replicates that are one network, and a seed without influence."""
+        seen: dict[TrainConfig, str] = {}
+        for name, (base, replicate, config) in self._expanded().items():
+            twin = seen.setdefault(config.canonical(), name)
+            if twin == name:
+                continue
+            # one network under two names, both defended and of one replicate, is merely trained once
+            _check(
+                config.defense != "none" and replicate == self._expanded()[twin][1],
+                "models",
+                self.models,
+                f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
+                f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)",
+            )
+        named = all("seed" in parse_spec(text)[1] for text in self.models)
+        _check(
+            self.train.seed == 0 or not named,
+            "train.seed",
+            self.train.seed,
+            "0 where each of models names a seed of its own, as the recipes' do: "
+            "set it there (--models NAME:seed=7,...), or ask for replicates (--seeds N)",
+        )
 
     def _expanded(self) -> dict[str, tuple[str, int, TrainConfig]]:
         return _expand(self.models, self.train, self.seeds)

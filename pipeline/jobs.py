@@ -104,6 +104,11 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     parts: list[Any] = [CODE_VERSION, settings, said, dict(identity), workers, weights]
     if source := source_hash(config.arch):
         parts.append(source)
+    # changes of one defense alone, which must not rename the models of the others
+    if config.defense == "comdefend":
+        parts.append("penalty on the bits")
+    elif config.defense == "adversarial" and workers > 1:
+        parts.append("batch norm statistics shared after every epoch")
     return f"models/{config.kind}-{content_hash(*parts)}"
 
 

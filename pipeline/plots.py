@@ -42,7 +42,7 @@ LOSSES = {
     "loss_adv": ("classification, adversarial", "#cc79a7"),
     "loss_rec": ("reconstruction", "#d55e00"),
 }
-"""``code_power`` is no loss: its share of a reformer's is what the total exceeds the reconstruction by."""
+"""``bit_power`` is not plotted: its share of a reformer's loss is what the total exceeds the reconstruction by."""
 MAX_POINTS = 600
 """A curve has no more points than the eye can tell apart; each is the mean of the steps it stands for."""
 MAX_IMAGES = 10

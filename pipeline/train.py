@@ -211,6 +211,7 @@ class Loop:
             if i % FINITE_CHECK_STEPS == FINITE_CHECK_STEPS - 1:
                 self._check_finite(bad_step, step)
         self._check_finite(bad_step, step)
+        self._share_buffers()
         seconds = time.time() - begin
         self.epoch += 1
         names = list(steps[0][3])
@@ -240,16 +241,21 @@ class Loop:
             raise NonFiniteLoss(int(bad_step))
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Accuracy and reconstruction error (mean squared error per value, level 0) on the held-out images.
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's batch norm statistics, which are those that are saved, validated and exported.
 
-        Uses rank 0's batch norm statistics on every rank, since those are what is exported.
+        Done at the end of every epoch, so that what reads them (examples of adversarial training are made in eval mode) sees
+        the same values after a restart, and with or without validation images.
         """
-        if self.validation is None:
-            return {}
         if self.world > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, src=0)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return accuracy and reconstruction error (mean squared error per value, level 0) on the held-out images."""
+        if self.validation is None:
+            return {}
         self.net.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for start in range(0, len(self.validation), VALIDATION_BATCH):

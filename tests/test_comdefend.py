@@ -109,8 +109,8 @@ def test_the_loss_by_hand() -> None:
     bits = torch.sigmoid(code + 20.0 * torch.randn(code.shape, generator=seeded(0)))
     mse = (torch.sigmoid(model.rec(bits)) - images).square().mean()
     torch.testing.assert_close(terms["loss_rec"], mse)
-    torch.testing.assert_close(terms["code_power"], code.square().mean())
-    torch.testing.assert_close(loss, mse + 1e-4 * code.square().mean())
+    torch.testing.assert_close(terms["bit_power"], bits.square().mean())
+    torch.testing.assert_close(loss, mse + 1e-4 * bits.square().mean())
     assert torch.equal(terms["loss"], loss)
     assert not any(term.requires_grad for term in terms.values())
     loss.backward()
@@ -172,6 +172,15 @@ def test_training_reconstructs_through_bits_and_keeps_the_accuracy(defended: Ref
     assert F.mse_loss(defended.reformer(images), images) < images.var() / 2
     assert accuracy(defended.classifier, images, labels) > 0.95
     assert accuracy(defended, images, labels) > 0.95
+
+
+def test_the_penalty_leaves_codes_free_to_outgrow_the_noise(defended: Reformed) -> None:
+    """A penalty on the linear code holds 96 % of the codes within sigma of 0, where the noise decides the bits."""
+    assert isinstance(defended.reformer, ComDefend)
+    images, _ = data(48, seed=1)
+    code = defended.reformer.encode(images)
+    assert (code.abs() < defended.reformer.sigma).float().mean() < 0.5
+    assert code.square().mean().sqrt() > 2 * defended.reformer.sigma
 
 
 # --- bits, and the gradient through them

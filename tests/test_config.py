@@ -123,7 +123,7 @@ def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
         (TrainConfig, "train", "adversarial_eps", 0.0, "above 0"),
         (TrainConfig, "train", "adversarial_eps", math.nan, "above 0"),
         (TrainConfig, "train", "adversarial_steps", 0, "at least 1"),
-        (TrainConfig, "train", "adversarial_share", 1.5, "in [0, 1]"),
+        (TrainConfig, "train", "adversarial_share", 1.5, "at most 1"),
         (TrainConfig, "train", "adversarial_epochs", 5, "0 (all) to train.epochs=4"),
         (TrainConfig, "train", "adversarial_max_norm", -1.0, "0 or more"),
         (TrainConfig, "train", "reformer_sigma", math.inf, "a finite number"),
@@ -454,6 +454,33 @@ def test_examples_are_transferred_within_an_architecture() -> None:
         "c",
         "it stands behind the reformer",
     )
+
+
+@pytest.mark.parametrize(
+    ("models", "seeds", "pair"),
+    [
+        (("no_defense:defense=none", "control:defense=none"), 1, "control is the same network as no_defense"),
+        (("no_defense:defense=none,seed=3", "control:defense=none,seed=3"), 1, "control is the same network"),
+        # equal but for a setting without influence
+        (("no_defense:defense=none", "control:defense=none,lam=0.5"), 1, "control is the same network"),
+        # seeds of replicates are SEED_STRIDE apart
+        (("a:defense=none,seed=0", "b:defense=none,seed=1000"), 2, "b-s0 is the same network as a-s1"),
+        (("a:defense=none,seed=0", "b:seed=0", "c:seed=1000"), 2, "c-s0 is the same network as b-s1"),
+    ],
+)
+def test_a_network_that_is_its_own_control_is_refused(models: tuple[str, ...], seeds: int, pair: str) -> None:
+    with pytest.raises(ConfigError, match=pair):
+        experiment(models=models, seeds=seeds)
+
+
+def test_equal_defended_models_of_one_replicate_are_trained_once() -> None:
+    experiment(models=("no_defense:defense=none", "a:seed=1", "b:seed=1,checkpoint_every_epochs=2"))
+
+
+def test_a_seed_that_every_model_overrides_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.seed=7 .*each of models names a seed of its own"):
+        experiment(train=TrainConfig(seed=7))
+    experiment(train=TrainConfig(seed=7), models=("no_defense:defense=none", "defend:seed=1"))
 
 
 def test_figures_are_the_papers() -> None:

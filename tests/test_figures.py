@@ -545,7 +545,7 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, by
         accuracy = 0.05 * base + 0.01 * seed
         metrics = {"accuracy": accuracy, "accuracy_low": 0.0, "accuracy_high": 1.0}
         evaluations.append({"model": name, "threat_model": "white_box", "attack": FGSM, "n": 100, "metrics": metrics})
-        phase, terms = (("adversarial", {"loss_adv": 1.0}), ("reformer", {"loss_rec": 0.5, "code_power": 9.0}))[i % 2]
+        phase, terms = (("adversarial", {"loss_adv": 1.0}), ("reformer", {"loss_rec": 0.5, "bit_power": 0.5}))[i % 2]
         steps = [{"step": s, "time": 0.0, "loss": 1.0, **terms} for s in range(4)]
         histories[name] = [{"epoch": 0, "phase": phase, "steps": steps, "validation": {"accuracy": 0.9}}]
     record = {"name": "many", "experiment": to_dict(experiment), "models": {}, "evaluations": evaluations}

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from components.errors import ConfigError
 
-CODE_PENALTY = 1e-4
-"""Weight of mean(code^2) in the loss."""
+BIT_PENALTY = 1e-4
+"""Weight of the mean square of the soft bits in the loss: it asks for more zeros, that is, for a shorter code."""
 _CODE_CHANNELS = {1: 4, 3: 12}
 # hidden channels of the two networks at width 64
 _COM = {1: (32, 64, 128, 256, 128, 64, 64, 32), 3: (16, 32, 64, 128, 256, 128, 64, 32)}
@@ -55,6 +55,8 @@ class ComDefend(nn.Module):
         if not 0 < sigma < math.inf:
             raise ConfigError.of("comdefend.sigma", sigma, "a finite number above 0 (20 is the paper's)")
         self.sigma = sigma
+        self.surrogate_width = sigma / 10
+        """Code at which the surrogate gradient of ``forward`` has fallen to a quarter."""
         code = _CODE_CHANNELS[channels]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -73,7 +75,10 @@ class ComDefend(nn.Module):
     def training_loss(
         self, images: Tensor, noise: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """MSE of the reconstruction from noisy soft bits, plus 1e-4 * mean(code^2).
+        """Return ComDefend's training loss: MSE(decode(b), images) + 1e-4 * mean(b^2), b = sigmoid(code + noise).
+
+        The penalty is on the soft bits b, as in the authors' code (jiaxiaojunQAQ/Comdefend, both versions). On the linear code it
+        would hold the code within the noise.
 
         Args:
             images: float [N,C,H,W] in [0,1].
@@ -81,14 +86,15 @@ class ComDefend(nn.Module):
                 None draws from torch's global stream of the device.
 
         Returns:
-            The loss (a scalar) and its detached terms: ``loss``, ``loss_rec`` (the MSE), ``code_power`` (mean(code^2)).
+            The loss (a scalar) and its detached terms: ``loss``, ``loss_rec`` (the MSE), ``bit_power`` (mean(b^2)).
         """
         code = self.encode(images)
         noisy = noise(code) if noise is not None else code + self.sigma * torch.randn_like(code)
-        reconstruction = F.mse_loss(self.decode(torch.sigmoid(noisy)), images.float())
-        power = code.square().mean()
-        loss = reconstruction + CODE_PENALTY * power
-        return loss, {"loss": loss.detach(), "loss_rec": reconstruction.detach(), "code_power": power.detach()}
+        bits = torch.sigmoid(noisy)
+        reconstruction = F.mse_loss(self.decode(bits), images.float())
+        power = bits.square().mean()
+        loss = reconstruction + BIT_PENALTY * power
+        return loss, {"loss": loss.detach(), "loss_rec": reconstruction.detach(), "bit_power": power.detach()}
 
     def forward(self, images: Tensor) -> Tensor:
         """Reformed images, float32 [N,C,H,W] in [0,1]: RecCNN of the bits code > 0. Deterministic.
@@ -111,7 +117,7 @@ class ComDefend(nn.Module):
         this one             14 %, 0.44     30 %, 0.48
         ==================== ============== ==============
         """
-        bits: Tensor = _Binarise.apply(self.encode(images), self.sigma / 10)
+        bits: Tensor = _Binarise.apply(self.encode(images), self.surrogate_width)
         return self.decode(bits)
 
 
