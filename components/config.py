@@ -102,9 +102,12 @@ class DataConfig:
     split_seed: int = 0
     """Seed of that hash."""
     train_limit: int = 0
-    """Use the first so many training images of the source, before the validation split. 0: all."""
+    """Use so many training images, drawn over the whole split by subset_seed, before the validation split. 0: all."""
     test_limit: int = 0
-    """Use the first so many test images of the source. 0: all."""
+    """Use so many test images, drawn over the whole split by subset_seed. 0: all."""
+    subset_seed: int = 0
+    """Seed of the order in which images are drawn for train_limit, test_limit and evaluation.test_images. The draw of N images is
+    the beginning of the draw of more."""
 
     def __post_init__(self) -> None:
         kind, _, where = self.source.partition(":")
@@ -431,7 +434,7 @@ class EvaluationConfig:
     """The undefended model on which transferred examples are made. Empty: for each model, the first undefended one of the same
     architecture and width."""
     test_images: int = 0
-    """Attack the first so many test images. 0: all."""
+    """Attack so many test images, drawn over the whole test split by data.subset_seed. 0: all."""
     chunk_size: int = 50
     """Images per chunk: the unit of random stream, record and resumption. Another value is another result."""
     seed: int = 0

@@ -136,7 +136,7 @@ def source_hash(arch: str) -> str:
 # -- sweeps ----------------------------------------------------------------------------------------------------------------
 
 
-OBJECTIVE_VERSION = 1
+OBJECTIVE_VERSION = 2
 """Part of an objective's name. Raise it when the same settings would measure something else."""
 DIVERGED, FAILED, DONE, WAITING, TRAINING = "diverged", "failed", "done", "waiting", "training"
 

@@ -15,6 +15,7 @@ from components.attacks.spec import AttackSpec
 from components.robustness import verify_examples
 from pipeline import shards
 from pipeline.jobs import Objective
+from pipeline.splits import draw_order
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
@@ -36,9 +37,9 @@ class Meter:
         self.rank, self.world, self.device = rank, world, device
         self.spec = AttackSpec.parse(objective.attack)
         validation = shards.load(root, objective.validation)
-        count = min(objective.images, validation.num_rows)
-        # spread over the split: a source may be sorted by class
-        self.rows = [i * validation.num_rows // count for i in range(count)]
+        # a draw, since a source may be sorted by class
+        order = draw_order(np.arange(validation.num_rows, dtype=np.int64), seed=0)
+        self.rows: list[int] = order[: objective.images].tolist()
         columns: dict[str, list[np.ndarray]] = {"image": [], "label": []}
         for shard in validation.iter_shards(["image", "label"]):
             for name, values in shard.items():

@@ -28,7 +28,8 @@ from ray.exceptions import UserCodeException
 from components.config import DataConfig, PyramidConfig, content_hash, level_sizes
 from components.errors import UserError
 from pipeline.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tensor_array
-from pipeline.sources import Source, Split, open_source, split_rows
+from pipeline.sources import Batch, Source, Split, open_source, split_rows
+from pipeline.splits import DRAW_VERSION
 from pipeline.storage import Storage
 
 PROGRESS_INTERVAL_S = 0.5
@@ -93,7 +94,7 @@ class _Plan:
     split: Split
     pyramids: PyramidConfig
     rows: np.ndarray
-    """Source rows of the split, sorted int64."""
+    """Positions in the source of the split's rows, in the order in which they are stored, int64."""
     sizes: tuple[int, ...]
     targets: Targets
 
@@ -120,6 +121,10 @@ class _Plan:
         }
         if data.resize != "none":
             settings["resize"] = data.resize
+        # Only the test images and a limited source depend on a draw. Without one the address does not change with the draw's
+        # version: whole training splits, and so the models trained on them, stay where they are.
+        if self.split == "test" or self.source.drawn is not None:
+            settings["draw"] = {"version": DRAW_VERSION, "seed": data.subset_seed}
         if self.split != "test":  # another validation split leaves the test images what they are
             settings |= {"validation_fraction": data.validation_fraction, "split_seed": data.split_seed}
         return settings
@@ -150,15 +155,24 @@ class _Plan:
 
     def table(self, shard: int) -> pa.Table:
         """Decode the images of a shard and compute their levels. Raises DataError as :meth:`Source.read`."""
-        images, labels = self.source.read(self.shard_rows(shard))
+        images, labels = self._read(self.shard_rows(shard))
         columns: dict[str, pa.Array] = {
-            "index": pa.array(self.shard_rows(shard)),
+            "index": pa.array(self.source.numbers[self.shard_rows(shard)]),
             "label": pa.array(labels.astype(np.int32)),
             "image": tensor_array(images),
         }
         for m, level in enumerate(self._levels(images), start=1):
             columns[f"level_{m}"] = tensor_array(level)
         return pa.table(columns).replace_schema_metadata({"defendpp": self.tag(shard)})
+
+    def _read(self, rows: np.ndarray) -> Batch:
+        """Read rows in the order given; the source reads its files from front to back, each part of them once."""
+        order = np.argsort(rows)
+        images, labels = self.source.read(rows[order])
+        if (np.diff(order) == 1).all():
+            return images, labels
+        back = np.argsort(order)
+        return images[back], labels[back]
 
     def _levels(self, images: np.ndarray) -> list[np.ndarray]:
         """Levels 1.. of uint8 images [n,C,W,W], in the stored precision."""
@@ -287,7 +301,7 @@ def _plan(data: DataConfig, pyramids: PyramidConfig, split: Split, targets: Targ
         fingerprint=source.fingerprint,
         split=split,
         pyramids=pyramids,
-        rows=split_rows(data, split, source.num_rows),
+        rows=split_rows(source, split),
         sizes=sizes,
         targets=targets,
     )

@@ -13,10 +13,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from PIL import Image
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
+from pipeline.splits import draw_order, held_out
 from pipeline.storage import Storage
 
 Split = Literal["train", "validation", "test"]
@@ -42,7 +43,10 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
 def open_source(data: DataConfig, split: SourceSplit) -> Source:
-    """The images of ``data.source``, opened but not read; ``train_limit`` / ``test_limit`` are applied.
+    """Open the images of ``data.source`` without reading them, and apply ``train_limit`` or ``test_limit``.
+
+    A limit of N keeps the first N rows of :func:`pipeline.splits.draw_order` over the whole split, whatever kind the source is.
+    The rows that are left keep the source's order and their numbers in the whole split (:attr:`Source.numbers`).
 
     Raises:
         DataError: the directory, the split's files or a column is missing, a Parquet file is corrupt, or no image is left.
@@ -86,57 +90,38 @@ def check_source(data: DataConfig, *, trains: bool = True) -> None:
         source.read(np.zeros(1, np.int64))
         if split == "train":
             for part in ("train", "validation") if data.validation_fraction else ("train",):
-                split_rows(data, part, source.num_rows)
+                split_rows(source, part)
 
 
-def split_indices(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of ``num_rows`` training images are trained on and which are held out.
+def split_rows(source: Source, split: Split) -> np.ndarray:
+    """Return the rows of an opened source that a logical split consists of, in the order in which they are stored.
 
-    Whether a row is held out depends on its number and the seed alone (splitmix64 of both), so rows added at the end never
-    move another one.
+    The training and the validation split keep the source's order, limited or not: training shuffles them anyway, and shards of
+    neighbouring rows read a large source once. The test split is in the order of the draw, limited or not: an evaluation of N
+    images takes the first N rows of the stored test set, so these must be a draw over the whole split. Its first chunks of
+    examples then are the same for every N.
 
     Args:
-        num_rows: images in all.
-        fraction: expected share held out, in [0, 1).
-        seed: another one gives an independent split.
+        source: the training images (for train and validation) or the test images.
 
     Returns:
-        (training rows, validation rows), each a sorted int64 array.
-    """
-    rows = np.arange(num_rows, dtype=np.uint64)
-    # the seed is hashed itself: XOR with a small one would only swap neighbours, not draw another split
-    hashes = _splitmix64(rows ^ _splitmix64(np.array([seed % 2**64], np.uint64)))
-    held_out = hashes < np.uint64(int(fraction * 2**64))
-    return np.flatnonzero(~held_out).astype(np.int64), np.flatnonzero(held_out).astype(np.int64)
-
-
-def split_rows(data: DataConfig, split: Split, num_rows: int) -> np.ndarray:
-    """Rows of the source (train: for train and validation; test) that a logical split consists of, sorted int64.
-
-    Args:
-        num_rows: rows of the opened source, after its limit.
+        int64 [n]: positions in the source, 0..num_rows-1.
 
     Raises:
-        DataError: none is left.
+        DataError: no row is left.
     """
+    data = source.data
     if split == "test":
-        rows = np.arange(num_rows, dtype=np.int64)
+        rows = draw_order(source.numbers, data.subset_seed)
     else:
-        rows = split_indices(num_rows, data.validation_fraction, data.split_seed)[0 if split == "train" else 1]
+        validation = held_out(source.numbers, data.validation_fraction, data.split_seed)
+        rows = np.flatnonzero(validation == (split == "validation")).astype(np.int64)
     if not len(rows):
         raise DataError(
-            f"{data.source}: the {split} split is empty with {num_rows} images and "
+            f"{data.source}: the {split} split is empty with {source.num_rows} images and "
             f"data.validation_fraction={data.validation_fraction}; change data.validation_fraction or raise the limit"
         )
     return rows
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """Steele, Lea, Flood 2014: a bijection of 64-bit numbers whose output bits look independent. uint64 -> uint64."""
-    z = x + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _absolute(where: str) -> str:
@@ -154,6 +139,8 @@ class Source:
     """Images used, after the limit."""
     class_names: tuple[str, ...]
     """Names of labels 0..; the numbers themselves where the source has no names."""
+    drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Sorted int64 [num_rows]: numbers, in the whole split, of the rows that a limit has kept. None: no limit, all rows."""
 
     @property
     def place(self) -> str:
@@ -165,9 +152,15 @@ class Source:
         """SHA-256 (hex) that changes when the source's images or labels may have changed; see each kind. Reads all files."""
         raise NotImplementedError
 
-    def limited(self, rows: int) -> Source:
-        """The same source cut to its first ``rows`` images."""
-        return dataclasses.replace(self, num_rows=rows)
+    @property
+    def numbers(self) -> np.ndarray:
+        """Numbers of the rows in the whole split, sorted int64 [num_rows]."""
+        return np.arange(self.num_rows, dtype=np.int64) if self.drawn is None else self.drawn
+
+    def limited(self, rows: int) -> Self:
+        """Return the same source with only ``rows`` of its images, drawn over all of them by ``data.subset_seed``."""
+        first = draw_order(self.numbers, self.data.subset_seed)[:rows]
+        return dataclasses.replace(self, num_rows=rows, drawn=self.numbers[np.sort(first)])
 
     def describe(self) -> dict[str, Any]:
         """JSON for a manifest or a report."""
@@ -204,6 +197,7 @@ class Source:
         return images, labels
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        """Fill ``images`` and ``labels`` with the rows at sorted positions ``indices`` (of :attr:`numbers`)."""
         raise NotImplementedError
 
     def _check_label_range(self, labels: np.ndarray, where: Callable[[int], str]) -> None:
@@ -294,15 +288,18 @@ class ParquetSource(Source):
         return whole.hexdigest()
 
     def check_labels(self) -> None:
-        first = 0
-        for file in self.files:
-            stop = min(file.num_rows, self.num_rows - first)
-            if stop <= 0:
-                break
+        for file, rows, _ in self._by_file(self.numbers):
             with self._open(file) as parquet:
-                labels = self._labels(self._columns(parquet, file, ["label"]), file, 0)[:stop]
-            self._check_label_range(labels, lambda i, file=file: f"{self._path(file)} row {i}")
-            first += file.num_rows
+                labels = self._labels(self._columns(parquet, file, ["label"]), file, 0, rows)
+            self._check_label_range(labels, lambda i, file=file, rows=rows: f"{self._path(file)} row {rows[i]}")
+
+    def _by_file(self, numbers: np.ndarray) -> Iterator[tuple[_ParquetFile, np.ndarray, slice]]:
+        """Yield each file that sorted row numbers touch, with the rows of that file and which part of ``numbers`` they are."""
+        starts = np.cumsum([0, *(f.num_rows for f in self.files)])
+        for number, file in enumerate(self.files):
+            low, high = np.searchsorted(numbers, starts[number : number + 2])
+            if low < high:
+                yield file, numbers[low:high] - starts[number], slice(int(low), int(high))
 
     def _path(self, file: _ParquetFile) -> str:
         return f"{self.storage.uri}/{file.name}"
@@ -321,20 +318,17 @@ class ParquetSource(Source):
             part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
             raise DataError(f"{self._path(file)}{part}: the Parquet file is corrupt ({e}); get it again") from e
 
-    def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int) -> np.ndarray:
-        column = table["label"]
+    def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int, rows: np.ndarray) -> np.ndarray:
+        """Return the labels of some rows of the file, int64; ``table`` begins at ``first_row``."""
+        column = table["label"].take(pa.array(rows - first_row))
         if column.null_count:
-            row = first_row + column.is_null().to_pylist().index(True)
+            row = rows[column.is_null().to_pylist().index(True)]
             raise DataError(f"{self._path(file)} row {row}: the label is missing; repair or remove this row")
         return column.to_numpy().astype(np.int64)
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        file_starts = np.cumsum([0, *(f.num_rows for f in self.files)])
-        for number, file in enumerate(self.files):
-            low, high = np.searchsorted(indices, file_starts[number : number + 2])
-            if low < high:
-                rows = indices[low:high] - file_starts[number]
-                self._read_file(file, rows, images[low:high], labels[low:high])
+        for file, rows, part in self._by_file(self.numbers[indices]):
+            self._read_file(file, rows, images[part], labels[part])
 
     def _read_file(self, file: _ParquetFile, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         starts = np.cumsum([0, *file.row_group_rows])
@@ -345,7 +339,7 @@ class ParquetSource(Source):
                     continue
                 table = self._columns(parquet, file, [self.image_column, "label"], group)
                 wanted = rows[low:high]
-                labels[low:high] = self._labels(table, file, int(starts[group]))[wanted - starts[group]]
+                labels[low:high] = self._labels(table, file, int(starts[group]), wanted)
                 self._check_label_range(
                     labels[low:high], lambda i, wanted=wanted: f"{self._path(file)} row {wanted[i]}"
                 )
@@ -492,9 +486,8 @@ def _class_names(schema: pa.Schema, num_classes: int) -> tuple[str, ...]:
 class FolderSource(Source):
     """``DIR/train/CLASS/*`` and ``DIR/test/CLASS/*`` (or ``val``, ``validation``).
 
-    Labels are the positions of the sorted class folders of ``train``. Rows are ordered by a hash of ``CLASS/file``, so that the
-    first rows (``train_limit``) are a mixture of the classes and not the first class alone. Files that are not images by
-    their suffix, or hidden, are left out.
+    Labels are the positions of the sorted class folders of ``train``. Rows are ordered by a hash of ``CLASS/file``, so that every
+    shard holds a mixture of the classes. Files that are not images by their suffix, or hidden, are left out.
     """
 
     directory: str
@@ -514,8 +507,11 @@ class FolderSource(Source):
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def limited(self, rows: int) -> Source:
-        return dataclasses.replace(self, num_rows=rows, names=self.names[:rows])
+    def limited(self, rows: int) -> Self:
+        limited = super().limited(rows)
+        # The names of the other files would only travel with every task.
+        kept = np.searchsorted(self.numbers, limited.numbers)
+        return dataclasses.replace(limited, names=tuple(self.names[i] for i in kept))
 
     def check_labels(self) -> None:
         # fewer, too: labels are positions, so with weights of more classes each would mean another class
@@ -596,12 +592,13 @@ class TorchvisionSource(Source):
 
     def check_labels(self) -> None:
         labels = _torchvision_arrays(self.name, self.root, self.split == "train")[1]
-        self._check_label_range(labels[: self.num_rows], lambda i: f"{self.place} row {i}")
+        self._check_label_range(labels[self.numbers], lambda i: f"{self.place} row {self.numbers[i]}")
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         all_images, all_labels = _torchvision_arrays(self.name, self.root, self.split == "train")
-        labels[:] = all_labels[indices]
-        self._check_label_range(labels, lambda i: f"{self.place} row {indices[i]}")
+        rows = self.numbers[indices]
+        labels[:] = all_labels[rows]
+        self._check_label_range(labels, lambda i: f"{self.place} row {rows[i]}")
         size = all_images.shape[1]
         if size != self.data.image_size and self.data.resize == "none":
             raise DataError(
@@ -609,8 +606,8 @@ class TorchvisionSource(Source):
                 "set data.image_size, or data.resize=crop"
             )
         mode = "L" if self.data.channels == 1 else "RGB"
-        for position, index in enumerate(indices):
-            image = Image.fromarray(all_images[index]).convert(mode)
+        for position, row in enumerate(rows):
+            image = Image.fromarray(all_images[row]).convert(mode)
             array = np.asarray(_fitted(image, self.data.image_size))
             images[position] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 

@@ -46,7 +46,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def train(ray_cluster: str, storage: Storage) -> ShardSet:
-    """The sample's first 700 training images less those held out, in shards of 100."""
+    """700 of the sample's training images less those held out, in shards of 100."""
     return build(DATA, SMALL, storage, "train")
 
 
@@ -62,13 +62,13 @@ def files(storage: Storage, address: str) -> dict[str, bytes]:
 @pytest.mark.cluster
 def test_rows_are_those_of_the_source_in_order(train: ShardSet) -> None:
     source = sources.open_source(DATA, "train")
-    rows = sources.split_indices(700, 0.1, 0)[0]
+    rows = sources.split_rows(source, "train")
     images, labels = source.read(rows)
     assert train.num_rows == len(rows)
     assert train.shard_rows == (100,) * 6 + (len(rows) - 600,)
     columns = train.read_rows(0, train.num_rows)
     assert list(columns) == ["index", "label", "image", "level_1", "level_2"]
-    np.testing.assert_array_equal(columns["index"], rows)
+    np.testing.assert_array_equal(columns["index"], source.numbers[rows])
     np.testing.assert_array_equal(columns["label"], labels)
     np.testing.assert_array_equal(columns["image"], images)
     assert {k: v.dtype.name for k, v in columns.items()} == train.manifest["columns"]
@@ -135,7 +135,7 @@ def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
     assert test.shard_rows == (100, 30)
     assert len({train.address, held_out.address, test.address}) == 3
     rows = np.concatenate([s.read_rows(0, s.num_rows)["index"] for s in (train, held_out)])
-    np.testing.assert_array_equal(np.sort(rows), np.arange(700))
+    np.testing.assert_array_equal(np.sort(rows), sources.open_source(DATA, "train").numbers)
 
 
 @pytest.mark.cluster
@@ -162,7 +162,8 @@ def test_shared_data_sets(
     data = DataConfig(source=f"parquet:{shared_data / name}", image_size=size, channels=channels, test_limit=rows)
     made = build(data, PyramidConfig(rows_per_shard=rows - 10), storage, "test")
     columns = made.read_rows(0, rows)
-    np.testing.assert_array_equal(columns["image"], sources.open_source(data, "test").read(np.arange(rows))[0])
+    source = sources.open_source(data, "test")
+    np.testing.assert_array_equal(columns["image"], source.read(np.arange(rows))[0][sources.split_rows(source, "test")])
     levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, made.level_sizes)
     assert len(levels) == (4 if size == 224 else 3)
     for m, level in enumerate(levels[1:], start=1):

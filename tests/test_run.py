@@ -23,8 +23,10 @@ import torchvision
 from mlflow_server import MlflowServer
 from safetensors.torch import load_file
 
+from components.config import DataConfig, from_dict
 from pipeline.checkpoints import load_autoencoder, load_classifier
 from pipeline.main import main
+from pipeline.sources import open_source, split_rows
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,11 +103,13 @@ def test_every_model_meets_every_threat_model(finished: tuple[Path, str]) -> Non
             assert e["source"] == "no_defense"
 
 
-def test_records_are_in_original_order_and_recount_to_the_table(finished: tuple[Path, str]) -> None:
+def test_records_are_in_the_order_of_the_draw_and_recount_to_the_table(finished: tuple[Path, str]) -> None:
     storage, _ = finished
+    source = open_source(from_dict(DataConfig, record_of(storage)["experiment"]["data"]), "test")
+    drawn = source.numbers[split_rows(source, "test")][:20]
     for e in record_of(storage)["evaluations"]:
         tables = [pq.read_table(f).to_pydict() for f in sorted((storage / e["path"]).glob("chunk-*.parquet"))]
-        assert [i for t in tables for i in t["index"]] == list(range(20))
+        assert [i for t in tables for i in t["index"]] == drawn.tolist()
         right = [p == y for t in tables for p, y in zip(t["adversarial_prediction"], t["label"], strict=True)]
         assert e["metrics"]["accuracy"] == pytest.approx(sum(right) / 20)
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
-from pipeline.sources import _splitmix64, check_source, open_source, split_indices, split_rows
+from pipeline.sources import check_source, open_source, split_rows
+from pipeline.splits import split_indices, splitmix64
 
 SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "data" / "mnist-sample"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -239,7 +240,7 @@ def test_split_is_a_partition_and_stable() -> None:
     # the exact rows are part of every stored result: they must never change
     assert held_out[:8].tolist() == [1, 18, 25, 27, 43, 47, 58, 73]
     # splitmix64's published first output for seed 0
-    assert hex(int(_splitmix64(np.zeros(1, np.uint64))[0])) == "0xe220a8397b1dcdaf"
+    assert hex(int(splitmix64(np.zeros(1, np.uint64))[0])) == "0xe220a8397b1dcdaf"
 
 
 def test_seeds_give_independent_splits() -> None:
@@ -261,7 +262,7 @@ def test_limits_come_before_the_split(directory: Path) -> None:
     data = of(directory, train_limit=12, test_limit=3, validation_fraction=0.5)
     train, test = open_source(data, "train"), open_source(data, "test")
     assert (train.num_rows, test.num_rows) == (12, 3)
-    rows = [split_rows(data, split, train.num_rows) for split in ("train", "validation")]
+    rows = [split_rows(train, split) for split in ("train", "validation")]
     assert sorted(np.concatenate(rows)) == list(range(12))
     with pytest.raises(IndexError):
         train.read(np.array([12]))
@@ -270,7 +271,7 @@ def test_limits_come_before_the_split(directory: Path) -> None:
 def test_empty_split(directory: Path) -> None:
     data = of(directory, validation_fraction=0.0)
     with pytest.raises(DataError, match=r"validation split is empty.*change data\.validation_fraction"):
-        split_rows(data, "validation", 17)
+        split_rows(open_source(data, "train"), "validation")
     with pytest.raises(DataError, match="split is empty with 1 images"):
         check_source(of(directory, train_limit=1, validation_fraction=0.5))
 
@@ -359,8 +360,10 @@ def test_bad_label_is_found_before_compute(directory: Path, label: int | None, m
         check_source(of(directory))
     with pytest.raises(DataError, match=rf"row 5: .*{message}"):
         open_source(of(directory), "train").read(np.array([15]))
-    if label is not None:  # a row beyond the limit is nobody's concern
-        check_source(of(directory, train_limit=15))
+    if label is not None:  # a row that the limit leaves out is nobody's concern
+        limited = of(directory, train_limit=2, validation_fraction=0.0)
+        assert 15 not in open_source(limited, "train").numbers
+        check_source(limited)
 
 
 def test_folder_errors(tmp_path: Path) -> None:

@@ -760,6 +760,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     from components.attacks.registry import run_attack
     from components.attacks.spec import AttackSpec
     from pipeline import objective, shards
+    from pipeline.splits import draw_order
     from pipeline.train_step import build_net, stream_seed
 
     generator = np.random.default_rng(0)
@@ -773,11 +774,11 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     asked = replace(OBJECTIVE, images=115, attack="pgd:eps=0.01,steps=2")
     root = Storage(str(tmp_path))
     whole = objective.Meter(asked, root, 0, 1, torch.device("cpu"))
-    assert whole.rows == list(range(0, 230, 2)), "spread over a split that may be sorted by class"
+    assert whole.rows == draw_order(np.arange(230), 0)[:115].tolist(), "a split may be sorted by class"
     accuracy = whole.robust_accuracy(net.train())
     assert net.training, "the mode is as it was"
-    images = torch.from_numpy(columns["image"][::2]).float() / 255
-    labels = torch.from_numpy(columns["label"][::2]).long()
+    images = torch.from_numpy(columns["image"][whole.rows]).float() / 255
+    labels = torch.from_numpy(columns["label"][whole.rows]).long()
 
     def right_under(attack: str) -> int:
         """The attack itself, with early leaving as between model and judge, chunk by chunk from the chunks' own random streams."""

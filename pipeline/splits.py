@@ -1,0 +1,81 @@
+"""Which rows of a source a split consists of, and the seeded order in which a part of it is drawn.
+
+Everything here works on row numbers alone: two hashes of a row's number and a seed, computed by NumPy, decide whether the row
+is held out for validation and when it is drawn. So the choice is the same for every kind of source, on every machine, and with
+every version of NumPy; 1.28 million rows take a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+DRAW_VERSION = 1
+"""Part of the address of every shard set that a draw decides. Raise it when the same seed would draw other rows."""
+_DRAW_STREAM = 0xD4A3_5EED_0F_0A11
+"""Separates the draw from the validation split. Under one hash the rows drawn first would be those held out first."""
+
+
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Return splitmix64 of each number: a bijection whose output bits look independent (Steele, Lea, Flood 2014).
+
+    Args:
+        x: uint64, any shape.
+
+    Returns:
+        uint64 of the same shape.
+    """
+    z = x + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draw_order(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Return the order in which rows are drawn. Its first N entries are a draw of N rows without replacement.
+
+    The order sorts the rows by a hash of number and seed. Three properties follow: the draw of N rows is a prefix of the draw
+    of N+k rows; rows appended to a source do not change the order of the others; a source sorted by class gives a mixture.
+
+    Args:
+        numbers: int64 [n], distinct row numbers in the whole split.
+        seed: another seed gives an independent order.
+
+    Returns:
+        int64 [n]: positions in ``numbers``, the first one drawn first.
+    """
+    key = splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(_DRAW_STREAM)
+    # the hash is a bijection, so no two rows are equal and the kind of sort does not matter
+    return np.argsort(splitmix64(numbers.astype(np.uint64) ^ splitmix64(key))).astype(np.int64)
+
+
+def held_out(numbers: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Tell which training rows are held out for validation: those whose hash of number and seed is small.
+
+    Args:
+        numbers: int64 [n], row numbers in the whole split.
+        fraction: expected share held out, in [0, 1).
+        seed: another seed gives an independent split.
+
+    Returns:
+        bool [n].
+    """
+    # The seed is hashed itself: XOR with a small seed would only swap neighbours and not draw another split.
+    hashes = splitmix64(numbers.astype(np.uint64) ^ splitmix64(np.array([seed % 2**64], np.uint64)))
+    return hashes < np.uint64(int(fraction * 2**64))
+
+
+def split_indices(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split ``num_rows`` training rows into those trained on and those held out.
+
+    Rows added at the end never move another row, since only its own number and the seed decide.
+
+    Args:
+        num_rows: images in all.
+        fraction: expected share held out, in [0, 1).
+        seed: another seed gives an independent split.
+
+    Returns:
+        (training rows, validation rows), each a sorted int64 array.
+    """
+    validation = held_out(np.arange(num_rows, dtype=np.int64), fraction, seed)
+    return np.flatnonzero(~validation).astype(np.int64), np.flatnonzero(validation).astype(np.int64)
