@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# What this project does on a GPU that is lent for minutes and reaches no network, most telling measurements first.
+#
+#   benchmarks/gpu.sh [--bundle DIR] [--parts "1 2 3"] [--limits "90 150 480"] [--quick] [--device cuda|cpu]
+#                     [--storage DIR] [--run "RECIPE [OPTIONS]"]...
+#
+#   part 1   versions; every model's training step and every attack against the CPU's; bfloat16; NCCL
+#   part 2   ceilings of copy and matrix product; training steps and attack passes as fractions of them
+#   part 3   whole runs through Ray: each --run in turn (default: "table1-fast --seeds 1")
+#
+#   --bundle DIR   packages (and data) from infra/offline-bundle.sh, where they are not installed
+#   --limits       seconds of each part; part 3's limit holds for each run
+#   --storage DIR  where the runs of part 3 are kept; the same command continues them (default: $OUT/storage)
+#   --quick        tiny sizes, to see that everything runs, on a CPU too
+#
+# Rows go to $OUT (default: runs/gpu) as JSON lines while they are measured, with log.txt and records.tar.gz (part 3's records,
+# without weights and images). Ends with all rows as tables; the exit status is 1 if anything failed.
+set -uo pipefail
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+OUT=${OUT:-$ROOT/runs/gpu}
+BUNDLE="" PARTS="1 2 3" LIMITS="90 150 480" STORAGE="" DEVICE=() QUICK=() RUNS=()
+usage() { sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"; exit "$1"; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    --bundle) BUNDLE=$2; shift 2 ;;
+    --parts) PARTS=${2//,/ }; shift 2 ;;
+    --limits) LIMITS=${2//,/ }; shift 2 ;;
+    --storage) STORAGE=$2; shift 2 ;;
+    --device) DEVICE=(--device "$2"); shift 2 ;;
+    --run) RUNS+=("$2"); shift 2 ;;
+    --quick) QUICK=(--quick); shift ;;
+    -h | --help) usage 0 ;;
+    *) echo "gpu.sh: no option $1" >&2; usage 2 >&2 ;;
+  esac
+done
+[ ${#RUNS[@]} -gt 0 ] || RUNS=("table1-fast --seeds 1")
+read -r LIMIT1 LIMIT2 LIMIT3 <<<"$LIMITS"
+[ -n "${LIMIT3:-}" ] || { echo "gpu.sh: --limits takes three numbers of seconds" >&2; exit 2; }
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+STORAGE=${STORAGE:-$OUT/storage}
+export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true RAY_ADDRESS=local PYTHONUNBUFFERED=1
+PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && [ -z "$BUNDLE" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
+
+DATA=()
+if [ -n "$BUNDLE" ]; then
+  SITE=${TMPDIR:-/tmp}/defendpp-site-$(sha256sum <"$BUNDLE/site.tar.xz" | cut -c1-16)
+  if [ ! -d "$SITE" ]; then
+    rm -rf "$SITE.part" && mkdir -p "$SITE.part"
+    tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
+    mv "$SITE.part" "$SITE"
+  fi
+  export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+  [ ! -d "$BUNDLE/data" ] || DATA=(--data "$(cd "$BUNDLE/data" && pwd)")
+fi
+
+FAILED=()
+# part NAME LIMIT ARGUMENTS...: one part of gpu_checks.py, ended after LIMIT seconds
+part() {
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  echo "== $name, at most $limit s" | tee -a "$OUT/log.txt"
+  timeout --kill-after 10 "$limit" "$PYTHON" "$ROOT/benchmarks/gpu_checks.py" "$@" --out "$OUT" 2>&1 | tee -a "$OUT/log.txt"
+  local status=${PIPESTATUS[0]}
+  [ "$status" = 124 ] || [ "$status" = 137 ] && echo "$name: cut off after $limit s" | tee -a "$OUT/log.txt"
+  [ "$status" = 0 ] || FAILED+=("$name (exit status $status)")
+  echo "== $name: $((SECONDS - begin)) s" | tee -a "$OUT/log.txt"
+}
+
+if command -v nvidia-smi >/dev/null; then nvidia-smi | tee -a "$OUT/log.txt" || FAILED+=(nvidia-smi); fi
+for number in $PARTS; do
+  case $number in
+    1) part "part 1" "$LIMIT1" check "${DEVICE[@]}" "${QUICK[@]}" ;;
+    2) part "part 2" "$LIMIT2" speed "${DEVICE[@]}" "${QUICK[@]}" ;;
+    3)
+      for run in "${RUNS[@]}"; do
+        part "part 3: $run" $((LIMIT3 + 60)) pipeline "$run" --limit "$LIMIT3" --storage "$STORAGE" "${DATA[@]}"
+      done
+      # records alone: weights, checkpoints, shards and examples are too large to take away
+      (cd "$STORAGE" 2>/dev/null && find . -type f -size -2000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
+        ! -name '*.npz' -print0 | tar --create --gzip --null --files-from - --file "$OUT/records.tar.gz") ||
+        FAILED+=("records.tar.gz")
+      ;;
+    *) echo "gpu.sh: there is no part $number" >&2; FAILED+=("part $number") ;;
+  esac
+done
+"$PYTHON" "$ROOT/benchmarks/gpu_checks.py" table --out "$OUT" | tee "$OUT/tables.md"
+[ ${#FAILED[@]} -eq 0 ] || { printf 'FAILED: %s\n' "${FAILED[@]}"; exit 1; }
