@@ -37,10 +37,12 @@ from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
+FOLLOW_L2_GRADIENTS = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
+"""Attacks that in L2 step along the normalised gradient. C&W, FAB and Square do not."""
 CHANGED_SINCE = {
     ("noise", "l2"): 3,  # no longer shortened by clipping
     ("autoattack", "linf"): 3,  # a sample's draws no longer depend on who is left
-    ("autoattack", "l2"): 3,
+    **{(name, "l2"): 4 for name in FOLLOW_L2_GRADIENTS},  # gradients below 1e-19 are normalised without underflow
 }
 """The same for the attacks, by name and norm, whose examples alone have changed; all others are as they were."""
 TASKS_IN_FLIGHT = 64

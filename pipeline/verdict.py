@@ -210,6 +210,7 @@ def _jobs(
     out = []
     for text, norm, eps in wanted:
         bfloat16 = bool(text) and attack.in_bfloat16(text, experiment.evaluation)
+        name = AttackSpec.parse(text).name if text else "pgd"  # the probe runs PGD
         said = [
             CODE_VERSION,
             model.identity,
@@ -222,6 +223,8 @@ def _jobs(
             *(["bfloat16"] if bfloat16 else []),
             # found nothing at first: it aimed at classes that cannot be reached there
             *(["runner_up"] if text and AttackSpec.parse(text).target in ("random", "least_likely") else []),
+            # the norms of gradients below 1e-19 underflowed at first
+            *(["l2_norms"] if norm == "l2" and name in attack.FOLLOW_L2_GRADIENTS else []),
         ]
         out.append(
             {

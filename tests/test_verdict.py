@@ -174,6 +174,39 @@ def test_precision_names_what_it_changes_and_nothing_else() -> None:
             assert file[0] != exact[a][1][0]
 
 
+ADDRESSES_THAT_STAY = {
+    "fgsm:eps=0.2": "examples/e0584ebe53813df6",
+    "bim:eps=0.2,steps=100": "examples/f82b196959dcde60",
+    "cw:steps=20": "examples/7597444a6ac32a8c",
+    "cw:steps=20,target=least_likely": "examples/1b2f900a1a5e7877",
+    "fab-t:steps=100": "examples/af396ca050108d07",
+    "fab-t:norm=l2,steps=100": "examples/a28fa607f45bfebe",
+}
+"""Attack -> address of its examples on "defend" at revision 977c22a; nothing that these follow from has changed since."""
+TESTS_THAT_STAY = {
+    "bim:eps=0.2,steps=100": "reliability/5d46bfd25a2942ff.json",
+    "pgd:eps=0.2,steps=100": "reliability/eaf7ddba8c004591.json",
+    "cw:steps=20": "reliability/02db6f82c5d87f91.json",
+    "fab-t:norm=l2,steps=100": "reliability/5dbff7b1a6a80d76.json",
+    "square:eps=1.0,norm=l2": "reliability/805c0f78159ace4b.json",
+}
+"""The same for active tests on "no_defense"."""
+
+
+def test_what_has_not_changed_keeps_its_address() -> None:
+    attacks = tuple({**ADDRESSES_THAT_STAY, **TESTS_THAT_STAY})
+    evaluation = EvaluationConfig(attacks=attacks, threat_models=("white_box", "black_box"))
+    experiment = Experiment(name="t", evaluation=evaluation)
+    sets, _ = attack._example_sets(attack.plan(MODELS[2:], experiment), "test", 8, evaluation)
+    addresses = {s.attack: s.address for s in sets}
+    assert {name: addresses[name] for name in ADDRESSES_THAT_STAY} == ADDRESSES_THAT_STAY
+    test = shards.ShardSet(Storage("/nowhere"), "test", {"num_rows": 8})
+    entries = [({"attack": a, "threat_model": "white_box"}, {}) for a in attacks]
+    jobs = verdict._jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
+    files = {job["attack"]: job["file"] for job in jobs}
+    assert {name: files[name] for name in TESTS_THAT_STAY} == TESTS_THAT_STAY
+
+
 def test_a_task_searches_in_the_precision_that_its_records_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

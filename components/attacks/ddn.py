@@ -65,8 +65,7 @@ def ddn(
         adversarial = is_adversarial(logits, labels, targeted)
         best, best_norm = _smaller(adversarial, x, delta, best, best_norm)
 
-        length = l2_norms(gradient)
-        direction = torch.where(per_sample(length > 0), gradient / per_sample(length), stand_in)
+        direction = torch.where(per_sample(l2_norms(gradient) > 0), unit_l2(gradient), stand_in)
         step_size = _FINAL_STEP + (1 - _FINAL_STEP) * (1 + math.cos(math.pi * step / steps)) / 2
         radius = torch.minimum(radius * torch.where(adversarial, 1 - gamma, 1 + gamma), largest)
         x = unit_l2(delta.add_(direction, alpha=step_size)).mul_(per_sample(radius)).add_(inputs)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2"]
 
-_TINY = 1e-30  # below any norm that float32 pixels can have, above zero
+_TINY = 1e-30  # keeps a division by a norm of zero finite
+_LARGEST_EXPONENT = 126  # 2^126 and 2^-126 are normal float32 numbers
 _ROUNDING = 2.0**-25  # largest rounding error of a float32 sum in [0,1]
 
 
 def l2_norms(x: Tensor) -> Tensor:
-    """L2 norm of each sample: [N]."""
-    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
-    return norms
+    """Return the L2 norm of each sample, [N]; right for every size that float32 can hold."""
+    scaled, scale = _of_middling_size(x)
+    return _plain_l2_norms(scaled) / scale
 
 
 def per_sample(values: Tensor) -> Tensor:
@@ -26,8 +27,25 @@ def per_sample(values: Tensor) -> Tensor:
 
 
 def unit_l2(x: Tensor) -> Tensor:
-    """Each sample scaled to L2 norm 1; a zero sample stays zero."""
-    return x / per_sample(l2_norms(x).clamp_min(_TINY))
+    """Scale each sample to L2 norm 1, however small or large it is; a zero sample stays zero."""
+    scaled, _ = _of_middling_size(x)
+    return scaled / per_sample(_plain_l2_norms(scaled).clamp_min(_TINY))
+
+
+def _plain_l2_norms(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms
+
+
+def _of_middling_size(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each sample times a power of two that brings its largest pixel near 1, and these factors [N].
+
+    Confident networks have gradients below 1e-22, whose squares are zero or imprecise in float32.
+    A power of two rounds nothing, so norms of ordinary size are those of the plain sum, bit for bit.
+    """
+    _, exponent = torch.frexp(x.flatten(1).abs().amax(dim=1))
+    scale = torch.exp2(-exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).to(x.dtype))
+    return x * per_sample(scale), scale
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
