@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 
+import comdefend_reference as reference
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +118,21 @@ def test_the_loss_by_hand() -> None:
     assert not any(term.requires_grad for term in terms.values())
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+def test_the_loss_is_that_of_the_published_code(case: str) -> None:
+    """Compare loss and gradients with what the authors' own ``train`` printed for these weights, images and noise."""
+    published = json.loads(reference.FIGURES.read_text())[case]
+    model = ComDefend(3, width=64, sigma=reference.SIGMA)
+    reference.fill(model.com, model.rec, case)
+    images, noise = reference.images_and_noise(case)
+    loss, _ = model.training_loss(images, lambda code: code - reference.SIGMA * noise)
+    loss.backward()
+    assert loss.item() == pytest.approx(published["loss"], rel=1e-5)
+    for network in ("com", "rec"):
+        ours = reference.gradient_norms(getattr(model, network))
+        np.testing.assert_allclose(ours, published[network], rtol=1e-3, atol=1e-10)
 
 
 def test_without_a_noise_function_the_global_stream_is_used_with_sigma() -> None:
