@@ -440,10 +440,10 @@ def fig8(stored: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapp
     edges = np.arange(math.ceil(end * per_unit) + 1) / per_unit
     end = float(edges[-1])
     beyond = {m: int((values > end).sum()) for m, values in finite.items()}
-    palette = plots.colours({bases[m]: role for m, role in roles.items()})
+    looks = plots.styles({bases[m]: role for m, role in roles.items()})
     figure, axes = plots.grid(len(models), columns=min(3, len(models)), width=4.6, height=3.3)
     for axis, model in zip(axes, models, strict=True):
-        axis.hist(finite[model], bins=edges.tolist(), color=palette[bases[model]])
+        axis.hist(finite[model], bins=edges.tolist(), color=looks[bases[model]]["color"])
         axis.axvline(1, color="#111827", linewidth=1.1, linestyle="--")
         ratios = found[model]
         axis.set(title=f"{model}\nR < 1: {_of(ratios.below, ratios.n)}", xlabel="R = D_rc / D_ra", ylabel="test images")

@@ -50,6 +50,8 @@ MANY_LINES = 12
 """With more models than this, curves show the first replicate of each alone."""
 MANY_BARS = 8
 """With more models than this, bars show means over the replicates; with still more, they lie beside their names."""
+Styles = Mapping[str, Mapping[str, Any]]
+"""Model -> keyword arguments of a line: color, linestyle. See :func:`styles`."""
 MANY_ROWS = 16
 """With more rows of images than this, images are smaller."""
 
@@ -90,23 +92,25 @@ def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[
     return out
 
 
-def styles(roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Colour and line of each model, the same in every plot. ``roles``: model -> source, control, defended or
-    given."""
+def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
+    """Return the colour and line of each model.
+
+    Both follow from a model's position, so compute them once, from all models of a run, and give them to every plot of it.
+    First replicates are numbered first. So a plot with one entry per recipe model (``bases`` as keys) has the same colours.
+
+    Args:
+        roles: model -> source, control, defended or given; all models of the run.
+        bases: model -> name in the recipe; None if no model has replicates.
+    """
     counts = {True: 0, False: 0}
     out = {}
-    for model, role in roles.items():
-        defended = role in ("defended", "given")
+    for model in dict.fromkeys((*first_replicates(roles, bases or {m: m for m in roles}), *roles)):
+        defended = roles[model] in ("defended", "given")
         palette = DEFENDED if defended else UNDEFENDED
         line, colour = divmod(counts[defended], len(palette))
         out[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
         counts[defended] += 1
     return out
-
-
-def colours(roles: Mapping[str, str]) -> dict[str, str]:
-    """The colour of :func:`styles`."""
-    return {model: style["color"] for model, style in styles(roles).items()}
 
 
 def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
@@ -145,12 +149,11 @@ def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return png(figure)
 
 
-def validation(histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapping[str, str]) -> bytes:
-    """Validation accuracy after each epoch, a line per model."""
+def validation(histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapping[str, str], looks: Styles) -> bytes:
+    """Draw the validation accuracy after each epoch, a line per model. ``looks``: of all models of the run."""
     many = len(histories) > 6
     figure = Figure(figsize=(9, 4) if many else (6.5, 3.4), layout="constrained")
     axis = figure.add_subplot()
-    looks = styles(roles)
     for model, epochs in histories.items():
         found = [(e["epoch"] + 1, e["validation"].get("accuracy")) for e in epochs if e.get("validation")]
         points = [(x, 100 * y) for x, y in found if y is not None]
@@ -172,12 +175,19 @@ def validation(histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapp
     return png(figure)
 
 
-def bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
-    """Accuracies with their intervals. Of more models than MANY_BARS they lie, a panel per attack, with the number beside
-    each and a dash where nothing was measured."""
+def bars(panels: Panels, roles: Mapping[str, str], looks: Styles) -> bytes:
+    """Draw accuracies with their intervals.
+
+    More models than MANY_BARS get horizontal bars, a panel per attack, with the number beside each bar and a dash where
+    nothing was measured.
+
+    Args:
+        roles: model -> role of the models to draw, in their order.
+        looks: of all models of the run.
+    """
+    palette = {model: looks[model]["color"] for model in roles}
     if len(roles) > MANY_BARS:
-        return _lying_bars(panels, roles)
-    palette = colours(roles)
+        return _lying_bars(panels, roles, palette)
     widths = [max(1, len(groups)) for groups in panels.values()]
     per_row = 6
     rows: list[list[str]] = []
@@ -220,8 +230,7 @@ def _bar_panel(axis: Axes, title: str, groups: Mapping[str, Mapping[str, Bar]], 
     axis.grid(axis="x", visible=False)
 
 
-def _lying_bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
-    palette = colours(roles)
+def _lying_bars(panels: Panels, roles: Mapping[str, str], palette: Mapping[str, str]) -> bytes:
     per_row = 5
     rows: list[list[tuple[str, Mapping[str, Bar]]]] = []
     for title, groups in panels.items():
@@ -258,11 +267,19 @@ def _lying_bars(panels: Panels, roles: Mapping[str, str]) -> bytes:
             frame(axis, title_size=9.5)
             axis.grid(axis="y", visible=False)
             axis.tick_params(axis="y", length=0)
-    undefended = any(role not in ("defended", "given") for role in roles.values())
-    handles = [Patch(color=UNDEFENDED[0], label="grey: undefended")] if undefended else []
-    handles.append(Patch(color=DEFENDED[0], label="coloured: defended"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=_kinds(roles), loc="outside lower center", ncols=3, frameon=False)
     return png(figure)
+
+
+def _kinds(roles: Mapping[str, str]) -> list[Patch]:
+    """Return legend entries that say which kind of model is grey and which is coloured."""
+    kinds = {
+        "grey: undefended": (UNDEFENDED[0], ("source", "control")),
+        "coloured: defended": (DEFENDED[0], ("defended",)),
+        "coloured: given, not trained here": (DEFENDED[0], ("given",)),
+    }
+    present = set(roles.values())
+    return [Patch(color=colour, label=label) for label, (colour, of) in kinds.items() if present & set(of)]
 
 
 def _column_title(threat: str, label: str) -> str:
@@ -272,16 +289,17 @@ def _column_title(threat: str, label: str) -> str:
     return "\n".join(textwrap.fill(p, 24, break_long_words=False, break_on_hyphens=False) for p in parts if p)
 
 
-def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping[str, str]) -> bytes:
-    """Accuracy over the norm allowed. ``panels``: title -> model -> {norm, eps, accuracy}."""
-    looks = styles(roles)
+def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping[str, str], looks: Styles) -> bytes:
+    """Draw accuracy over the norm allowed.
+
+    Args:
+        panels: title -> model -> {norm, eps, accuracy}.
+        roles, looks: of all models of the run.
+    """
     drawn: dict[str, None] = {}
     figure, axes = grid(len(panels), columns=min(3, len(panels)), width=4.2, height=3.3)
     for axis, (title, models) in zip(axes, panels.items(), strict=False):
         norm = next(iter(models.values()))["norm"]
-        for model, curve in models.items():
-            axis.plot(curve["eps"], 100 * np.array(curve["accuracy"]), **looks[model])
-            drawn[model] = None
         name = {"l2": "L2", "linf": "Linf"}.get(norm, norm)
         axis.set(
             title=title, xlabel=f"largest {name} norm allowed ([0,1] pixels)", ylabel="accuracy (%)", ylim=(0, 102)
@@ -291,7 +309,13 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
             next((e for e, a in zip(c["eps"], c["accuracy"], strict=True) if a <= 0.005), c["eps"][-1])
             for c in models.values()
         ]
-        axis.set_xlim(0, 1.05 * max(ends) or 1.0)
+        right = 1.05 * max(ends) or 1.0
+        for model, curve in models.items():
+            # the grid ends at the largest norm of the model's own examples; beyond it accuracy stays as it is
+            eps = [*curve["eps"], max(right, curve["eps"][-1])]
+            axis.plot(eps, 100 * np.array([*curve["accuracy"], curve["accuracy"][-1]]), **looks[model])
+            drawn[model] = None
+        axis.set_xlim(0, right)
         frame(axis)
     # not of the first panel alone: the source of transfer is not in every one
     handles = [Line2D([], [], label=legend(m, roles), **looks[m]) for m in roles if m in drawn]

@@ -73,19 +73,21 @@ def _pictures(
     """Name -> (heading, caption, PNG) of every plot that there is data for; the paper's figures first."""
     role = records.roles(record)
     bases = comparison.experiment_of(record).bases()
+    looks = plots.styles(role, bases)
     out = figures.draw(record, gallery, stored, role)
     if panels := _bar_panels(record):
-        what, drawn, drawn_roles = "whiskers: 95 % Wilson interval", panels, role
+        what, drawn, drawn_roles, drawn_looks = "whiskers: 95 % Wilson interval", panels, role, looks
         if len(role) > plots.MANY_BARS and len(set(bases.values())) < len(role):
             what = "bars: mean over the seeds; whiskers: from the least to the greatest of them"
             drawn, drawn_roles = plots.over_replicates(panels, bases), {bases[name]: r for name, r in role.items()}
+            drawn_looks = {bases[name]: looks[name] for name in plots.first_replicates(role, bases)}
         lacking = "A missing bar is 0 % where it has a whisker or a 0, and not measured where it has none."
         if len(drawn_roles) > plots.MANY_BARS:
             lacking = "A dash: not measured."
         out["accuracy"] = (
             "Accuracy by threat model",
             f"{records.counted(record)}; {what}. {lacking}",
-            plots.bars(drawn, drawn_roles),
+            plots.bars(drawn, drawn_roles, drawn_looks),
         )
     for key, heading, caption, transferred in (
         (
@@ -105,7 +107,7 @@ def _pictures(
         if panels_by_norm := _curve_panels(record, transferred=transferred):
             few, note = _first_of_many([m for m in role if any(m in c for c in panels_by_norm.values())], bases)
             chosen = {t: kept for t, models in panels_by_norm.items() if (kept := _only(models, few))}
-            out[key] = heading, caption + note, plots.curves(chosen, _only(role, few))
+            out[key] = heading, caption + note, plots.curves(chosen, role, looks)
     if matrices := records.transfer_matrices(record):
         out["transfer"] = (
             "Transfer from model to model",
@@ -147,7 +149,7 @@ def _pictures(
         out["validation"] = (
             "Validation accuracy",
             f"Clean images held out of the training set.{note}",
-            plots.validation(trained, _only(role, few)),
+            plots.validation(trained, role, looks),
         )
     return out
 

@@ -335,12 +335,12 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
     picture = figures.fig7(record, roles)
     assert picture is not None
     _assert_png(picture[2])
-    colours = plots.colours(roles)
+    looks = plots.styles(roles)
     found = {}
     for axis in drawn[0].axes:
         for line in axis.get_lines():
             if line.get_marker() == "o":
-                model = next(m for m, c in colours.items() if c == line.get_color())
+                model = next(m for m, look in looks.items() if look["color"] == line.get_color())
                 points = zip(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(), strict=True)
                 found[axis.get_title(), model] = list(points)
     assert found == {
@@ -580,7 +580,7 @@ def test_undefended_models_are_grey_and_replicates_alike() -> None:
         return max(r, g, b) - min(r, g, b) < 40
 
     roles = {"a": "source", "b": "control", "c": "defended", "d": "defended"}
-    palette = plots.colours(roles)
+    palette = {model: look["color"] for model, look in plots.styles(roles).items()}
     assert [grey(c) for c in palette.values()] == [True, True, False, False]
     assert len(set(palette.values())) == 4
     bases = {"a-s0": "a", "a-s1": "a", "b-s1": "b"}
@@ -591,7 +591,8 @@ def test_names_that_fit_no_line_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> 
     drawn = _figures_drawn(monkeypatch)
     models = {f"no_defense-resnet{i}": plots.Bar(accuracy=0.5, low=0.4, high=0.6) for i in range(9)}
     threat = records.threat_title("transfer:no_defense-resnet18")
-    png = plots.bars({threat: {"FGSM\neps 0.05": models}}, dict.fromkeys([*models, "not_measured"], "control"))
+    roles = dict.fromkeys([*models, "not_measured"], "control")
+    png = plots.bars({threat: {"FGSM\neps 0.05": models}}, roles, plots.styles(roles))
     _assert_png(png)
     (axis,) = [a for a in drawn[0].axes if a.get_title()]
     assert re.sub(r"\s+", " ", axis.get_title()) == "transfer from no_defense-resnet18 FGSM eps 0.05"
