@@ -15,6 +15,8 @@ from pipeline import paper
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
+MIN_BROKEN = 10
+"""Fewest broken images of which a report shows a median or quartile. Those of fewer describe the images, not the attack."""
 
 
 def experiment_of(record: Mapping[str, Any]) -> Experiment:
@@ -52,23 +54,46 @@ def over_seeds(record: Mapping[str, Any]) -> list[Row]:
         metrics = [e["metrics"] for e in replicates.values()]
         row = {"model": model, "threat_model": threat, "attack": attack, "n": sum(e["n"] for e in replicates.values())}
         row |= {f"accuracy_{k}" if k != "seeds" else k: v for k, v in spread([m["accuracy"] for m in metrics]).items()}
-        found = [norm_median(m) for m in metrics]
-        norms = [median for _, median in found if median is not None]
-        out.append({**row, "norm": found[0][0], "norm_median_mean": statistics.fmean(norms) if norms else None})
+        out.append({**row, **_norms_over_seeds([shown_metrics(e) for e in replicates.values()])})
     return out
 
 
-def norm_median(metrics: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Which norm an attack makes small, "l2" or "linf", and the median of it over the samples that it broke.
+def _norms_over_seeds(several: Sequence[Row]) -> Row:
+    """Return the norm that an attack minimises, the mean of its median over the seeds, and how many images these broke.
+
+    The mean is None unless every seed has a median: a mean over some of them would not be of the seeds that the row counts.
+    """
+    norm = several[0]["norm"]
+    medians = [m.get(f"{norm}_median") for m in several]
+    known = [m["broken"] for m in several if m["broken"] is not None]
+    return {
+        "norm": norm,
+        "norm_median_mean": statistics.fmean(medians) if norm and None not in medians else None,
+        "broken_min": min(known, default=None),
+        "broken_max": max(known, default=None),
+    }
+
+
+def shown_metrics(evaluation: Mapping[str, Any]) -> Row:
+    """Return the metrics of an evaluation as every table, file and tracker shows them.
+
+    A median or quartile of a norm is over the images that the attack broke, and None if these are fewer than MIN_BROKEN.
 
     Args:
-        metrics: of an evaluation in run.json, or a cell of the table.
+        evaluation: an entry of run.json's ``evaluations``.
 
     Returns:
-        (None, None) for an attack within a budget; (norm, None) where nothing was broken.
+        Its metrics, with ``norm``, which the attack minimises ("l2" or "linf"; None for an attack within a budget), and
+        ``broken``, the number of images that were classified correctly and that it broke (None in records that lack the
+        rates it follows from).
     """
-    norm = metrics.get("norm") or (metrics.get("curve") or {}).get("norm")
-    return norm, metrics.get(f"{norm}_median") if norm else None
+    metrics = dict(evaluation["metrics"])
+    broken = None
+    if "clean_accuracy" in metrics and "success_rate" in metrics:
+        broken = round(metrics["success_rate"] * round(metrics["clean_accuracy"] * evaluation["n"]))
+    if broken is None or broken < MIN_BROKEN:
+        metrics |= dict.fromkeys((k for k in metrics if k.endswith(("_median", "_q25", "_q75"))), None)
+    return {**metrics, "norm": (metrics.get("curve") or {}).get("norm"), "broken": broken}
 
 
 def differences(record: Mapping[str, Any], reference: str) -> list[Row]:

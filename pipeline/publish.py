@@ -145,7 +145,7 @@ def _publish_evaluation(
         "source": evaluation.get("source"),
     }
     tracker.start(alias, short, parent=f"model/{model}", tags=tags, params=params, time=begin)
-    metrics = evaluation["metrics"]
+    metrics = comparison.shown_metrics(evaluation)
     budget = metrics.get("accuracy_at_budget") or {}
     plain = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     tracker.metrics(
@@ -167,7 +167,7 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
     for evaluation in record["evaluations"]:
         if evaluation["model"] != model:
             continue
-        metrics = evaluation["metrics"]
+        metrics = comparison.shown_metrics(evaluation)
         if evaluation["threat_model"] == "clean":
             found["clean/accuracy"] = metrics["accuracy"]
             continue
@@ -175,9 +175,8 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
         found[key] = metrics["accuracy"]
         if records.is_untrusted(record, evaluation):
             found[f"untrusted/{key}"] = 1.0
-        norm, median = comparison.norm_median(metrics)
-        if median is not None:
-            found[f"{key}/{norm}_median"] = median
+        if norm := metrics["norm"]:
+            found |= {f"{key}/{k}": metrics[k] for k in ("broken", f"{norm}_median") if metrics[k] is not None}
     for worst in records.worst_cases(record):
         if worst["model"] == model:
             key = f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"

@@ -37,15 +37,7 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         name: [records.read_epoch(root, file) for file in records.history_files(root, model)]
         for name, model in record["models"].items()
     }
-    data = {
-        **records.table(record),
-        "worst_case": records.worst_cases(record),
-        "worst_case_over_seeds": records.worst_over_seeds(record),
-        "worst_case_pairs": records.worst_case_pairs(record),
-        "flags": records.raised_flags(record),
-        "comparisons": records.comparisons(record, root),
-        **records.across(record),
-    }
+    data = _data(record, root)
     pictures = _pictures(record, gallery, histories, records.read_arrays(run, figures.FILE))
     paths = {
         "html": "report/report.html",
@@ -62,6 +54,19 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
     html = _html(record, data, pictures, records.missing(record, gallery, histories, pictures))
     run.write_bytes(paths["html"], html.encode())  # last: its presence says that all of it is there
     return paths
+
+
+def _data(record: Mapping[str, Any], root: Storage) -> dict[str, Any]:
+    """Return what table.json holds: the result table, and what its evaluations say together."""
+    return {
+        **records.table(record),
+        "worst_case": records.worst_cases(record),
+        "worst_case_over_seeds": records.worst_over_seeds(record),
+        "worst_case_pairs": records.worst_case_pairs(record),
+        "flags": records.raised_flags(record),
+        "comparisons": records.comparisons(record, root),
+        **records.across(record),
+    }
 
 
 def _pictures(
@@ -230,7 +235,7 @@ def _html(
         mean_and_sd=records.mean_and_sd,
         mark=records.mark,
         median_norm=records.median_norm,
-        norm_value=records.norm_value,
+        norms_over_seeds=records.norms_over_seeds,
         p_value=records.p_value,
     )
     groups: dict[str, int] = {}
@@ -251,6 +256,7 @@ def _html(
         lacking=lacking,
         counted=records.counted(record),
         explanation=records.explanation(record),
+        norms_note=records.norms_note(record),
         untrusted_note=records.untrusted_note(record),
         in_short=records.in_short(record),
         reliability=records.in_order(record.get("reliability") or {}, tuple(records.roles(record))),

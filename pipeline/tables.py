@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import records
+from pipeline import comparison, records
 from pipeline.records import Row
 from pipeline.storage import Storage
 
@@ -48,6 +48,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     role = records.roles(record)
     notes = [
         f"Accuracy in % of {records.counted(record)}, below it the 95 % Wilson interval (sampling of images only, not of seeds).",
+        *filter(None, [records.norms_note(record)]),
         *records.explanation(record),
         *filter(None, [records.untrusted_note(record), records.reliability_in_short(record)]),
     ]
@@ -73,7 +74,7 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
                 "" if row["threat_model"] == "clean" else row["attack_title"],
                 str(row["seeds"]),
                 records.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + records.mark(row),
-                records.norm_value(row["norm"], row["norm_median_mean"]),
+                records.norms_over_seeds(row),
             )
         out.append(seeds)
     if together["paper"]:
@@ -197,7 +198,7 @@ def _cell(column: Row, row: Row) -> list[str]:
     interval = _interval(cell["accuracy_low"], cell["accuracy_high"])
     lines = [records.percent(cell["accuracy"]) + records.mark(cell), interval]
     if column["minimal_norm"]:
-        lines.append(records.median_norm(cell) or "unbroken")
+        lines += filter(None, [records.median_norm(cell)])
     return lines
 
 
@@ -231,7 +232,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         f"Accuracy in % (95 % Wilson interval), {records.counted(record)}.",
         "",
-        *(f"{note}\n" for note in filter(None, [records.untrusted_note(record)])),
+        *(f"{note}\n" for note in filter(None, [records.norms_note(record), records.untrusted_note(record)])),
         *records.explanation(record),
     ]
     together = _markdown_across(record)
@@ -396,9 +397,10 @@ def to_csv(record: Mapping[str, Any]) -> str:
     role = records.roles(record)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted"])
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "broken", "untrusted"])
     for e in record["evaluations"]:
-        values = [*(e["metrics"].get(name) for name in names), int(records.is_untrusted(record, e))]
+        metrics = comparison.shown_metrics(e)
+        values = [*(metrics.get(name) for name in (*names, "broken")), int(records.is_untrusted(record, e))]
         writer.writerow(
             [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
         )

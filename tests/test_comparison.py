@@ -262,21 +262,19 @@ def test_a_median_is_of_the_norm_that_the_attack_makes_small() -> None:
     record = record_of(one)
     for e in record["evaluations"]:
         norm = {"fab-t": "linf", "ddn": "l2"}.get(e["attack"].partition(":")[0])
+        e["metrics"] |= {"clean_accuracy": 1.0, "success_rate": 0.2}  # 20 of 100 images
         e["metrics"] |= {"l2_median": 1.25, "linf_median": 0.03125 if e["model"].endswith("s0") else 0.0625}
         if norm:
             e["metrics"]["curve"] = {"norm": norm, "eps": [0.0], "accuracy": [1.0]}
     data = records.table({**record, "name": "x"})
     cells = {c["attack"].partition(":")[0]: tables._cell(c, data["rows"][0]) for c in data["columns"]}
-    assert cells["fab-t"][2:] == ["Linf 0.031"]
-    assert cells["ddn"][2:] == ["L2 1.25"]
+    assert cells["fab-t"][2:] == ["Linf 0.031 of 20"]
+    assert cells["ddn"][2:] == ["L2 1.25 of 20"]
     assert cells["pgd"][2:] == []
-    over = {
-        r["attack"].partition(":")[0]: records.norm_value(r["norm"], r["norm_median_mean"])
-        for r in comparison.over_seeds(record)
-    }
-    assert over == {"none": "", "fab-t": "Linf 0.047", "ddn": "L2 1.25", "pgd": ""}
+    over = {r["attack"].partition(":")[0]: records.norms_over_seeds(r) for r in comparison.over_seeds(record)}
+    assert over == {"none": "", "fab-t": "Linf 0.047 of 20", "ddn": "L2 1.25 of 20", "pgd": ""}
     published = publish.table_metrics(record, "no_defense-s1")
     medians = {name: value for name, value in published.items() if "median" in name}
     assert medians == {"white_box/fab-t/linf_median": 0.0625, "white_box/ddn/l2_median": 1.25}
-    broken = {"curve": {"norm": "linf"}, "linf_median": None}
-    assert records.median_norm(broken) == ""
+    within_a_budget = {"norm": None, "l2_median": 1.25, "broken": 20}
+    assert records.median_norm(within_a_budget) == ""

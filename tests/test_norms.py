@@ -1,0 +1,176 @@
+"""Median norms: of how many broken images they are, and left out where those are few; the same wherever they are shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import fake_run
+import numpy as np
+import pytest
+from rich.console import Console
+
+from components.attacks.spec import AttackSpec
+from components.config import Experiment, from_dict
+from components.robustness import summarize
+from pipeline import comparison, publish, records, report, tables
+from pipeline.storage import Storage
+
+DDN = str(AttackSpec.parse("ddn:steps=60"))
+
+
+def metrics_of(broken: int, right: int = 200, n: int = 300, attack: str = DDN) -> dict[str, Any]:
+    """Metrics of ``n`` images of which ``right`` were classified correctly and the attack broke ``broken``, of L2 norm 0.68."""
+    index = np.arange(n)
+    columns = {
+        "label": np.zeros(n, dtype=np.int32),
+        "clean_prediction": np.where(index < right, 0, 1),
+        "adversarial_prediction": np.where((index >= broken) & (index < right), 0, 1),
+        "rounded_prediction": np.where((index >= broken) & (index < right), 0, 1),
+        "l2": np.full(n, 0.68),
+        "linf": np.full(n, 0.068),
+    }
+    return summarize(columns, AttackSpec.parse(attack), 1.0, budgets={"l2": (1.5,), "linf": (0.3,)})
+
+
+def record_of(root: Storage, transferred: int) -> tuple[Storage, dict[str, Any]]:
+    """A run whose DDN breaks all 200 images white-box, and so many of those when transferred to the control."""
+    run = fake_run.write(root, gallery=False)
+    record = run.read_json("run.json")
+    for e in record["evaluations"]:
+        if e["attack"] == DDN:
+            transfer_to_control = (e["threat_model"], e["model"]) == ("transfer", "control")
+            e["metrics"] = metrics_of(transferred if transfer_to_control else 200)
+    run.write_json("run.json", record)
+    return run, record
+
+
+def page_of(record: dict[str, Any], root: Storage) -> str:
+    """The report without its plots, which take seconds."""
+    return report._html(record, report._data(record, root), {}, [])
+
+
+def shown(run: Storage, root: Storage) -> dict[str, str]:
+    """The cell of the control under transferred DDN, wherever a person reads it."""
+    record = records.read_run(run)
+    html = re.sub(r"<[^>]+>", " ", page_of(record, root))
+    (cell,) = re.findall(r"control\s+control: undefended, another seed.*?\n", html)
+    (line,) = [x for x in tables.markdown(record).splitlines() if x.startswith("| control (control)")]
+    out = io.StringIO()
+    tables.print_table(run, console=Console(file=out, width=200))
+    row = out.getvalue()
+    return {"html": " ".join(cell.split()), "markdown": line.split(" | ")[-1], "terminal": row}
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [(0, "none broken"), (1, "1 broken"), (9, "9 broken"), (10, "L2 0.68 of 10")]
+)
+def test_a_median_says_of_how_many_and_is_left_out_under_ten(tmp_path: Path, broken: int, said: str) -> None:
+    root = Storage(tmp_path)
+    run, _ = record_of(root, broken)
+    cells = shown(run, root)
+    assert cells["html"].endswith(said)
+    assert cells["markdown"].endswith(f", {said} |")
+    assert said in cells["terminal"]
+    assert "L2 0.68 of 200" in cells["html"], "white-box"
+
+
+@pytest.mark.parametrize("broken", [9, 10])
+def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> None:
+    """table.csv, table.json and MLflow: no median or quartile of fewer than ten images, of any attack and threat model."""
+    root = Storage(tmp_path)
+    run, record = record_of(root, broken)
+    kept = broken >= comparison.MIN_BROKEN
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(record))))
+    (row,) = [r for r in rows if (r["model"], r["threat_model"], r["attack"]) == ("control", "transfer", DDN)]
+    quantiles = [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")]
+    assert [bool(row[q]) for q in quantiles] == [kept] * 6
+    assert row["broken"] == str(broken)
+    cells = {r["model"]: r["cells"] for r in report._data(record, root)["rows"]}
+    cell = cells["control"]["transfer/ddn"]
+    assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if kept else (None, 9))
+    published = publish.table_metrics(record, "control")
+    assert ("transfer/ddn/l2_median" in published) == kept
+    assert published["transfer/ddn/broken"] == broken
+    for r in rows:  # BIM breaks nearly all of them, white-box
+        few = int(r["broken"]) < comparison.MIN_BROKEN
+        assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
+    assert run.read_json("run.json") == record, "the record keeps what was measured"
+
+
+def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
+    class Kept:
+        """Takes what a Tracker takes, and keeps the metrics."""
+
+        def __init__(self) -> None:
+            self.found: dict[str, dict[str, Any]] = {}
+
+        def metrics(self, alias: str, values: dict[str, Any]) -> None:
+            self.found[alias] = values
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *a, **k: None
+
+    root = Storage(tmp_path)
+    _, record = record_of(root, 4)
+    tracker = Kept()
+    for e in record["evaluations"]:
+        publish._publish_evaluation(tracker, root, record, e, e["attack"].partition(":")[0], 0)  # type: ignore[arg-type]
+    transferred = tracker.found["evaluation/control/transfer/ddn"]
+    assert transferred["broken"] == 4
+    assert not [name for name in transferred if name.startswith(("l2_", "linf_"))]
+    white_box = tracker.found["evaluation/control/white_box/ddn"]
+    assert (white_box["broken"], white_box["l2_median"]) == (200, 0.68)
+
+
+def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:
+    """A mean over the seeds that happened to break enough would not be of the seeds that the row counts."""
+    run, record = record_of(Storage(tmp_path), 0)
+    record["experiment"]["seeds"] = 3
+    replicates = from_dict(Experiment, record["experiment"]).replicates()
+    for counts, said in (
+        ((10, 12, 30), "L2 0.68 of 10–30"),
+        ((9, 12, 30), "9–30 broken"),
+        ((0, 0, 0), "none broken"),
+        ((12, 12, 12), "L2 0.68 of 12"),
+    ):
+        record["evaluations"] = [
+            {"model": m, "source": "x", "threat_model": "transfer", "attack": DDN, "n": 300, "metrics": metrics_of(k)}
+            for (m, (base, _)), k in zip(
+                [item for item in replicates.items() if item[1][0] == "control"], counts, strict=True
+            )
+        ]
+        (row,) = comparison.over_seeds(record)
+        assert records.norms_over_seeds(row) == said
+        run.write_json("run.json", {**record, "models": {}})
+        out = io.StringIO()
+        tables.print_table(run, console=Console(file=out, width=160))
+        assert said in out.getvalue()
+
+
+def test_a_model_that_gets_nothing_right_cannot_be_broken(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    run, record = record_of(root, 0)
+    for e in record["evaluations"]:
+        if (e["model"], e["attack"]) == ("control", DDN):
+            e["metrics"] = metrics_of(0, right=0)
+    run.write_json("run.json", record)
+    for place, text in shown(run, root).items():
+        assert "nothing to break" in text, place
+        assert "none broken" not in text, place
+
+
+def test_the_rule_is_said_where_there_are_medians(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    run, record = record_of(root, 4)
+    rule = "left out of fewer than 10"
+    assert rule in page_of(records.read_run(run), root)
+    assert rule in tables.markdown(record)
+    out = io.StringIO()
+    tables.print_table(run, console=Console(file=out, width=100))
+    assert rule in " ".join(out.getvalue().split())
+    record["evaluations"] = [e for e in record["evaluations"] if e["attack"] != DDN]
+    assert rule not in tables.markdown({**record, "stages": {}})
