@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.attacks.common import predicted_classes
 from components.attacks.spec import AttackSpec
 from components.errors import UserError
 
 LINF_TOLERANCE = 1e-6
-"""How far a linf norm may exceed eps (absolute)."""
+"""How far a linf norm may exceed eps: absolute, but by no more than eps itself."""
 L2_TOLERANCE = 1e-5
 """How far an L2 norm may exceed eps (relative)."""
 
@@ -32,6 +33,11 @@ _CURVE_POINTS = 101
 _Z95 = 1.959963984540054
 
 
+def largest_norm(norm: str, eps: float) -> float:
+    """Return the largest norm ("l2", "linf") that an example of budget ``eps`` may have, for rounding."""
+    return eps + min(LINF_TOLERANCE, eps) if norm == "linf" else eps * (1 + L2_TOLERANCE)
+
+
 class AttackViolation(UserError):
     """An attack returned something that is no example within its own rules. Its results must not be used."""
 
@@ -47,8 +53,8 @@ def verify_examples(
         indices: N sample numbers, to name the culprit by.
 
     Raises:
-        AttackViolation: wrong shape or dtype, not finite, outside [0,1], or norm > eps (tolerance: linf 1e-6, L2 1e-5
-            relative). Names the attack, the worst sample and its excess.
+        AttackViolation: wrong shape or dtype, not finite, outside [0,1], or norm > eps (tolerance: linf 1e-6 but
+            at most eps, L2 1e-5 relative). Names the attack, the worst sample and its excess.
     """
     if adversarial.shape != clean.shape or adversarial.dtype != torch.float32:
         raise AttackViolation(
@@ -67,9 +73,9 @@ def verify_examples(
     if spec.eps is None:
         return
     l2, linf = _norms(clean, adversarial)
-    norm, limit = (linf, spec.eps + LINF_TOLERANCE) if spec.norm == "linf" else (l2, spec.eps * (1 + L2_TOLERANCE))
+    norm = linf if spec.norm == "linf" else l2
     worst = int(norm.argmax())
-    if norm[worst] > limit:
+    if norm[worst] > largest_norm(str(spec.norm), spec.eps):
         excess = norm[worst] - spec.eps
         _violation(spec, indices, worst, f"has {spec.norm} norm {norm[worst]:.9g}, {excess:.3g} over eps={spec.eps}")
 
@@ -116,9 +122,7 @@ def _predict(model: nn.Module, images: Tensor) -> np.ndarray[Any, Any]:
         return np.empty(0, dtype=np.int32)
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         logits = model(images)
-    # the largest of logits with a NaN among them is NaN, and argmax would call its place a class
-    predicted = torch.where(logits.amax(dim=1).isfinite(), logits.argmax(dim=1), -1)
-    predictions: np.ndarray[Any, Any] = predicted.cpu().numpy().astype(np.int32)
+    predictions: np.ndarray[Any, Any] = predicted_classes(logits).cpu().numpy().astype(np.int32)
     return predictions
 
 
@@ -204,7 +208,7 @@ def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> np.ndar
     first = evaluations[0]
     key = "index" if "index" in first else "label"
     robust: np.ndarray[Any, Any] = first["clean_prediction"] == first["label"]
-    limit = eps + LINF_TOLERANCE if norm == "linf" else eps * (1 + L2_TOLERANCE)
+    limit = largest_norm(norm, eps)
     for columns in evaluations:
         if not np.array_equal(columns[key], first[key]):
             raise ValueError("the evaluations are not of the same samples")

@@ -1,7 +1,7 @@
 """Ray tasks that attack and judge: one task per (set of examples x chunk), its records on storage when it returns.
 
-A chunk of samples is the unit of everything: it has its own random stream (seed, chunk number), its own file of examples and
-its own file of records. Chunks are fixed by the config, so the result is the same for any number of tasks, and a finished
+A chunk of samples is the unit of everything: it has a random stream for each attack (seed, chunk number, attack), its own file
+of examples and its own file of records. Chunks are fixed by the config, so the result is the same for any number of tasks, and a finished
 chunk is never computed again.
 """
 
@@ -45,6 +45,8 @@ CHANGED_SINCE = {
     **{(name, "l2"): 4 for name in FOLLOW_L2_GRADIENTS},  # gradients below 1e-19 are normalised without underflow
 }
 """The same for the attacks, by name and norm, whose examples alone have changed; all others are as they were."""
+SEEDED_BY_NAME = 5
+"""The same for the attacks that draw: each has had random numbers of its own in a chunk since then."""
 TASKS_IN_FLIGHT = 64
 """Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
 STRAGGLER = 3.0
@@ -191,6 +193,11 @@ def in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
     )
 
 
+def _version(spec: AttackSpec) -> int:
+    version = CHANGED_SINCE.get((spec.name, str(spec.norm)), CODE_VERSION)
+    return max(version, SEEDED_BY_NAME) if spec.draws else version
+
+
 def _example_sets(
     evaluations: Sequence[Evaluation], test_address: str, ends_within_a_chunk: int, evaluation: EvaluationConfig
 ) -> tuple[list[_Examples], dict[Evaluation, tuple[str, str]]]:
@@ -199,7 +206,7 @@ def _example_sets(
     for e in evaluations:
         made_on = e.source.identity if e.source else None
         spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
-        version = CHANGED_SINCE.get((spec.name, str(spec.norm)), CODE_VERSION) if spec else CODE_VERSION
+        version = _version(spec) if spec else CODE_VERSION
         if e.source and spec and spec.name == "adaptive":
             made_on = f"{made_on}+{e.source.autoencoder}"
         bfloat16 = in_bfloat16(e.attack, evaluation)
@@ -566,9 +573,16 @@ def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, n
     return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
 
 
-def global_seed(seed: int, chunk: int, address: str) -> int:
-    """For torch's global stream, from which a randomised network draws; not the attack's, whose draws it would repeat."""
-    return stream_seed(seed, chunk, int(content_hash(address)[:15], 16))
+def named_seed(seed: int, chunk: int, name: str) -> int:
+    """Return the seed of one of the random streams of a chunk.
+
+    Args:
+        seed: ``evaluation.seed``.
+        chunk: its number.
+        name: an attack's canonical text, for what the attack draws, so that attacks differ in their random starts and
+            models do not. Or an address, for torch's global stream, from which a randomised network draws.
+    """
+    return stream_seed(seed, chunk, int(content_hash(name)[:15], 16))
 
 
 def _attack_chunks(job: dict[str, Any]) -> None:
@@ -593,7 +607,7 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         if directory.exists(_chunk(i)):
             continue
         model = load_model(job["root"], path, device)
-        torch.manual_seed(global_seed(job["seed"], i, judged))
+        torch.manual_seed(named_seed(job["seed"], i, judged))
         columns, micro_batch = _judge(model, clean, adversarial, labels)
         records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
         _write_table(directory, i, records, {"micro_batch": micro_batch})
@@ -627,9 +641,10 @@ def _make_examples(
             return None
         return load_stand_in(job["root"], job["source"], job["device"], clean.shape[1:], job["bfloat16"])
 
-    torch.manual_seed(global_seed(job["seed"], i, job["examples"]))
+    torch.manual_seed(named_seed(job["seed"], i, job["examples"]))
+    seed = named_seed(job["seed"], i, str(spec))
     adversarial, micro_batch = _craft(
-        spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=stream_seed(job["seed"], i)
+        spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=seed
     )
     seconds = time.perf_counter() - begin
     bfloat16 = job["bfloat16"] and computes_in_bfloat16(copied())

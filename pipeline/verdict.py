@@ -268,7 +268,7 @@ def _measure(job: dict[str, Any]) -> None:
     def attempt(micro_batches: list[slice]) -> dict[str, Any]:
         batch = micro_batches[0].stop
         generator = torch.Generator().manual_seed(stream_seed(job["seed"], job["images"]))
-        torch.manual_seed(attack.global_seed(job["seed"], 0, job["file"]))
+        torch.manual_seed(attack.named_seed(job["seed"], 0, job["file"]))
         if job["attack"]:
             spec = AttackSpec.parse(job["attack"])
             return active_test(model, images, spec, eps=job["eps"], fast=fast, generator=generator, batch=batch)

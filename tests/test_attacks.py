@@ -456,6 +456,30 @@ def test_the_generator_decides(text: str) -> None:
     assert torch.equal(first, other) == (spec.name not in ("noise", "pgd"))
 
 
+@pytest.mark.parametrize(
+    ("text", "draws"),
+    [
+        *((text, text.startswith(("noise", "pgd", "ddn"))) for text in ONE_OF_EACH),
+        ("apgd:eps=0.1,steps=2", True),
+        ("apgd-t:eps=0.1,steps=2", True),
+        ("adaptive:eps=0.1,steps=2", True),
+        ("square:eps=0.1,queries=2", True),
+        ("autoattack:eps=0.1,steps=2,queries=2", True),
+        ("fab-t:steps=2", False),
+        ("fab-t:steps=2,restarts=2", True),
+        ("fgsm:eps=0.1,target=random", True),
+        ("bim:eps=0.1,steps=2,target=least_likely", False),
+        ("cw:steps=2,target=random", True),
+    ],
+)
+def test_a_spec_says_whether_its_attack_draws(text: str, draws: bool) -> None:
+    model, x, generator = linear(4), near_grey(6), seeded(0)
+    spec, before = AttackSpec.parse(text), generator.get_state()
+    auxiliary = (lambda now, rows: 0 * now.flatten(1).sum(dim=1)) if spec.name == "adaptive" else None
+    run_attack(spec, model, x, predict(model, x), auxiliary=auxiliary, generator=generator)
+    assert spec.draws == draws == (not torch.equal(generator.get_state(), before))
+
+
 @pytest.mark.parametrize("text", DETERMINISTIC)
 def test_a_sample_does_not_depend_on_its_neighbours(text: str, blobs: tuple[Tensor, Tensor, list[nn.Module]]) -> None:
     x, y, (model, _) = blobs

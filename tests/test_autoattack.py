@@ -28,7 +28,7 @@ from components.attacks.square import square
 from components.attacks.targets import choose_targets
 from components.config import TrainConfig, from_dict, level_sizes, to_dict
 from components.errors import ConfigError
-from components.models.defend import DefendNet, adaptive_objective
+from components.models.defend import AutoEncoder, DefendNet, adaptive_objective
 from components.robustness import verify_examples
 from pipeline.attack import _craft
 from pipeline.train_step import Shapes, build_net
@@ -925,6 +925,30 @@ def test_the_gradient_of_what_the_adaptive_attacker_adds(objective: str, known: 
         assert risen[i].item() == pytest.approx((slope[i] * way).sum().item(), rel=1e-4)
         assert risen[1 - i] == 0
     assert (slope.flatten(1).norm(dim=1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_latent_of_zero_leaves_the_adaptive_attacker_a_direction(objective: str) -> None:
+    """Black images have a latent and a reconstruction of exactly zero; whatever is brighter has not."""
+
+    class Tenfold(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 10 * x
+
+    class Decoder(nn.Module):
+        def forward(self, features: list[Tensor], latent: Tensor) -> list[Tensor]:
+            return [latent]
+
+    clean = torch.zeros(2, 1, 4, 4)
+    clean[1] = 0.5
+    term = adaptive_objective(AutoEncoder([Tenfold()], Decoder()), clean, objective, 1.0)
+    x = (clean + torch.tensor([1.0, 0.3]).view(2, 1, 1, 1)).clamp(0, 1).requires_grad_()
+    values = term(x, torch.arange(2))
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    assert values.isfinite().all()
+    assert slope.isfinite().all()
+    assert (slope > 0).all()
+    assert values[1].item() == pytest.approx(0.36)  # 0.3^2 / 0.5^2, as ever
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
+from components.attacks.common import is_adversarial
+from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import UserError
 from components.robustness import (
@@ -23,6 +25,7 @@ from components.robustness import (
     usual_budgets,
     verify_examples,
     wilson_interval,
+    worst_case,
 )
 
 LINF, L2, FREE = AttackSpec.parse("bim:eps=0.2"), AttackSpec.parse("pgd:eps=0.5,norm=l2"), AttackSpec.parse("ddn")
@@ -72,6 +75,33 @@ def test_linf_tolerance(excess: float, fails: bool) -> None:
         assert float(str(caught.value).split(", ")[1].split(" over")[0]) == pytest.approx(excess, rel=0.1)
     else:
         verify_examples(clean, adversarial, [70, 71, 72], LINF)
+
+
+@pytest.mark.parametrize(("excess", "fails"), [(0.9e-9, False), (1.1e-9, True), (5e-7, True)])
+def test_the_linf_tolerance_is_at_most_eps_itself(excess: float, fails: bool) -> None:
+    spec = AttackSpec.parse("bim:eps=1e-9")
+    clean = torch.zeros(2, 1, 4, 4)
+    adversarial = clean + 1e-9
+    adversarial[1, 0, 2, 2] += excess
+    if fails:
+        with pytest.raises(AttackViolation, match=r"sample 4 has linf norm .* over eps=1e-09"):
+            verify_examples(clean, adversarial, [3, 4], spec)
+    else:
+        verify_examples(clean, adversarial, [3, 4], spec)
+    zeros = np.zeros(2, np.int32)
+    broken = {"label": zeros, "clean_prediction": zeros, "adversarial_prediction": zeros + 1}
+    judged = {**broken, "linf": np.array([1e-9, 1e-9 + excess])}
+    assert worst_case([judged], "linf", 1e-9).tolist() == [False, fails]
+
+
+@pytest.mark.parametrize("eps", [1e-9, 3.1e-8, 5e-8, 1e-7, 1e-6, 1e-3])
+@pytest.mark.parametrize("text", ["noise", "fgsm", "bim", "pgd", "apgd"])
+def test_attacks_of_a_tiny_eps_keep_to_it_as_far_as_float32_can(text: str, eps: float) -> None:
+    clean = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    spec = AttackSpec.parse(f"{text}:eps={eps}")
+    model, labels = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), torch.zeros(4, dtype=torch.int64)
+    found = run_attack(spec, model, clean, labels, generator=torch.Generator().manual_seed(1))
+    verify_examples(clean, found, range(4), spec)
 
 
 @pytest.mark.parametrize(("excess", "fails"), [(5e-6, False), (3e-5, True)])
@@ -199,6 +229,13 @@ def test_logits_that_are_not_finite_are_no_class() -> None:
         assert out[name].dtype == np.int32
     metrics = summarize(out, LINF, 0)
     assert metrics["accuracy"] == metrics["clean_accuracy"] == pytest.approx(2 / 6)
+
+
+def test_an_attack_takes_logits_that_are_not_finite_as_the_judge_does() -> None:
+    rows = torch.tensor([[3.0, 1.0], [math.nan, 1.0], [1.0, math.nan], [math.inf, 1.0], [-math.inf, 0.0]])
+    labels = torch.tensor([0, 0, 1, 0, 1])
+    assert is_adversarial(rows, labels, targeted=False).tolist() == [False, True, True, True, False]
+    assert is_adversarial(rows, labels, targeted=True).tolist() == [True, False, False, False, True]
 
 
 def test_judge_of_nothing() -> None:

@@ -583,6 +583,44 @@ def test_a_randomised_network_is_judged_the_same_by_any_tasks_in_any_order(text:
         assert other == one
 
 
+def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def spy(*arguments: Any, generator: torch.Generator, **options: Any) -> Any:
+        seeds.append(generator.initial_seed())
+        return search(*arguments, generator=generator, **options)
+
+    monkeypatch.setattr(attack, "search", spy)
+    common = with_network(tmp_path, "own_network:make")
+    job = {"bfloat16": False, "judges": {}, "chunks": CHUNKS}
+    texts = [
+        "noise:eps=0.2",
+        "noise:eps=0.1",
+        "pgd:eps=0.2,steps=1",
+        "apgd:eps=0.2,steps=1",
+        "square:eps=0.2,queries=1",
+    ]
+    for text in texts:
+        source = None if text.startswith("noise") else "models/net"
+        early = text.startswith("pgd")
+        where = {"source": source, "early_leaving": early, "examples": f"examples/{text}"}
+        attack._attack_chunks({**common, **job, **where, "attack": text})
+    assert len(set(seeds)) == len(seeds) == len(texts) * len(CHUNKS)
+    # the examples show it: these two differed in their length alone
+    _, clean, _ = attack.load_images({**common}, 0, 6)
+    signs = [
+        np.sign(attack.read_examples(Storage(common["root"]) / f"examples/{text}", 0) - clean.numpy()).ravel()
+        for text in texts[:2]
+    ]
+    assert abs(np.corrcoef(*signs)[0, 1]) < 0.2
+    # no model and no other setting of the evaluation decides the draws, so that models are compared under the same ones
+    before = seeds[4:6]
+    seeds.clear()
+    where = {"source": "models/net", "early_leaving": False, "examples": "examples/elsewhere"}
+    attack._attack_chunks({**common, **job, **where, "attack": texts[2], "chunks": CHUNKS[::-1]})
+    assert seeds == before[::-1]
+
+
 def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -> None:
     found = []
     for draws in (0, 5):

@@ -44,9 +44,20 @@ def check_batch(inputs: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must be class numbers from 0, got {int(labels.min())}")
 
 
+def predicted_classes(logits: Tensor) -> Tensor:
+    """Return the class of each sample, int64 [N]: -1 (no class) where the largest logit is not finite.
+
+    The largest of logits with a NaN among them is NaN, and argmax would call its place a class.
+    """
+    return torch.where(logits.amax(dim=1).isfinite(), logits.argmax(dim=1), -1)
+
+
 def is_adversarial(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Bool [N]: predicted as the target class (targeted) or as another than the true class."""
-    predicted = logits.argmax(dim=1)
+    """Bool [N]: predicted as the target class (targeted) or as another than the true class.
+
+    "No class" is another than the true one, as it is for the judge.
+    """
+    predicted = predicted_classes(logits)
     return predicted == labels if targeted else predicted != labels
 
 

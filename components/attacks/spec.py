@@ -27,31 +27,43 @@ class _Attack:
     can_leave_early: bool = False
     needs_gradients: bool = True
     judged_on_source_only: bool = False
+    draws: bool = False
 
 
 _BOTH = ("linf", "l2")
 _TARGET: dict[str, Setting] = {"target": ""}
 _ITERATED: dict[str, Setting] = {"steps": 100, "step_size": 0.0}
 _ATTACKS: dict[str, _Attack] = {
-    "noise": _Attack("budget", _BOTH, {}, needs_gradients=False),
+    "noise": _Attack("budget", _BOTH, {}, needs_gradients=False, draws=True),
     "fgsm": _Attack("budget", _BOTH, _TARGET),
     "bim": _Attack("budget", _BOTH, {**_ITERATED, **_TARGET}, can_leave_early=True),
-    "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_leave_early=True),
+    "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_leave_early=True, draws=True),
     "cw": _Attack(
         "minimal_norm",
         ("l2",),
         {"steps": 20, "binary_search_steps": 5, "lr": 0.5, "initial_const": 1.0, "confidence": 0.0, **_TARGET},
     ),
     "ddn": _Attack(
-        "minimal_norm", ("l2",), {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0, **_TARGET}
+        "minimal_norm",
+        ("l2",),
+        {"steps": 100, "gamma": 0.05, "initial_norm": 1.0, "quantization_levels": 0, **_TARGET},
+        draws=True,
     ),
-    "apgd": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "loss": "ce", **_TARGET}, can_leave_early=True),
-    "apgd-t": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}, can_leave_early=True),
+    "apgd": _Attack(
+        "budget", _BOTH, {"steps": 100, "restarts": 1, "loss": "ce", **_TARGET}, can_leave_early=True, draws=True
+    ),
+    "apgd-t": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}, can_leave_early=True, draws=True),
     "fab-t": _Attack("minimal_norm", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}),
-    "square": _Attack("budget", _BOTH, {"queries": 5000}, needs_gradients=False, judged_on_source_only=True),
-    "autoattack": _Attack("budget", _BOTH, {"steps": 100, "queries": 5000}, judged_on_source_only=True),
+    "square": _Attack(
+        "budget", _BOTH, {"queries": 5000}, needs_gradients=False, judged_on_source_only=True, draws=True
+    ),
+    "autoattack": _Attack("budget", _BOTH, {"steps": 100, "queries": 5000}, judged_on_source_only=True, draws=True),
     "adaptive": _Attack(
-        "budget", _BOTH, {**_ITERATED, "restarts": 1, "objective": "latent", "weight": 1.0}, can_leave_early=True
+        "budget",
+        _BOTH,
+        {**_ITERATED, "restarts": 1, "objective": "latent", "weight": 1.0},
+        can_leave_early=True,
+        draws=True,
     ),
 }
 ATTACK_NAMES = tuple(_ATTACKS)
@@ -238,6 +250,12 @@ class AttackSpec:
     def can_leave_early(self) -> bool:
         """Whether ``early_leaving`` means something for this attack."""
         return _ATTACKS[self.name].can_leave_early
+
+    @property
+    def draws(self) -> bool:
+        """Whether the attack takes random numbers: another seed may give other examples."""
+        restarts = self.name == "fab-t" and self.restarts != 1
+        return _ATTACKS[self.name].draws or restarts or self.target == "random"
 
     @property
     def can_target(self) -> bool:

@@ -21,6 +21,9 @@ from components.models.decoders import UnitShape, build_decoder
 
 Noise = Callable[[Tensor], Tensor]
 
+_SMALLEST_REFERENCE = 1e-12
+"""Least squared length by which :func:`adaptive_objective` divides; keeps values and gradients finite."""
+
 
 def unit_shapes(classifier: nn.Module, channels: int, image_size: int) -> list[UnitShape]:
     """Shapes of the encoder units, input to latent, measured by sending one blank image through them; the network is not
@@ -185,6 +188,8 @@ def adaptive_objective(
       shared that is the classifier's own last feature map.
     - reconstruction: |r(x) - r(clean)|^2 / |r(clean)|^2, r being the reconstructed image (level 0).
 
+    A denominator below 1e-12, as a dead network has, counts as 1e-12.
+
     Args:
         autoencoder: an :class:`AutoEncoder` in eval mode.
         clean: float32 [N,C,W,W] in [0,1].
@@ -203,7 +208,7 @@ def adaptive_objective(
 
     with torch.no_grad():
         reference = seen(clean)
-        scale = weight / reference.square().sum(1).clamp_min(torch.finfo(reference.dtype).tiny)
+        scale = weight / reference.square().sum(1).clamp_min(_SMALLEST_REFERENCE)
 
     def term(x: Tensor, rows: Tensor) -> Tensor:
         return (seen(x) - reference[rows]).square().sum(1) * scale[rows]
