@@ -224,7 +224,8 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Largest L2 norm of the gradient; a longer one is scaled down. 0: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast of the forward pass; weights stay float32."""
+    """bfloat16: autocast of the forward pass; weights stay float32. float32 on a GPU has TF32 in convolutions, as is PyTorch's
+    default. Validation is in true float32 either way."""
     channels_last: bool = False
     """Memory format of the network: faster on GPU and with bfloat16 on CPU (refused with float32 on CPU)."""
     normalize_mean: tuple[float, ...] = ()

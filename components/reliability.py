@@ -23,6 +23,7 @@ from components.attacks.pgd import pgd
 from components.attacks.projections import Norm
 from components.attacks.search import search
 from components.attacks.spec import AttackSpec
+from components.precision import true_float32
 from components.robustness import (
     Columns,
     judge,
@@ -60,6 +61,7 @@ POINTS_AT_ONCE = 64
 # --- probe
 
 
+@true_float32()
 def probe(
     model: nn.Module,
     inputs: Tensor,
@@ -163,8 +165,8 @@ def _margin_gradient(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor
 
 
 def _outputs(model: nn.Module, images: Tensor, batch: int = POINTS_AT_ONCE) -> Tensor:
-    """Float32 outputs [N,K] without gradient, autocast switched off."""
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    """Return float32 outputs [N,K], computed without gradient."""
+    with torch.no_grad():
         out = torch.cat([model(part) for part in torch.split(images, min(batch, POINTS_AT_ONCE))])
     if out.ndim != 2 or out.shape[1] < 2:
         raise ValueError(f"a model of [N,K], K >= 2, outputs is needed, got {list(out.shape)}")
@@ -222,6 +224,7 @@ class _Planted(nn.Module):
         return nn.functional.pad(two, (0, len(self.weight) - 2), value=self.never)
 
 
+@true_float32()
 def active_test(
     model: nn.Module,
     inputs: Tensor,

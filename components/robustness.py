@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from components.attacks.common import predicted_classes
 from components.attacks.spec import AttackSpec
 from components.errors import UserError
+from components.precision import true_float32
 
 LINF_TOLERANCE = 1e-6
 """How far a linf norm may exceed eps: absolute, but by no more than eps itself."""
@@ -91,8 +92,9 @@ def _norms(clean: Tensor, adversarial: Tensor) -> tuple[np.ndarray[Any, Any], np
     return l2.cpu().numpy(), linf.cpu().numpy()
 
 
+@true_float32()
 def judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> dict[str, np.ndarray[Any, Any]]:
-    """Judge examples by fresh forward passes in float32 (autocast is switched off).
+    """Judge examples by fresh forward passes in true float32, whatever the process has switched on.
 
     Args:
         model: maps [0,1] images to logits; eval mode is the caller's duty.
@@ -120,7 +122,7 @@ def judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) 
 def _predict(model: nn.Module, images: Tensor) -> np.ndarray[Any, Any]:
     if not len(images):
         return np.empty(0, dtype=np.int32)
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.no_grad():
         logits = model(images)
     predictions: np.ndarray[Any, Any] = predicted_classes(logits).cpu().numpy().astype(np.int32)
     return predictions

@@ -558,14 +558,6 @@ def _test_set(root: str, address: str) -> shards.ShardSet:
     return shards.load(Storage(root), address)
 
 
-def exact_arithmetic(threads: int) -> None:
-    """Verdicts are given in true float32; on a CPU the same on every run, on CUDA as far as cuDNN's choices go (no other kernel is pinned)."""
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-
-
 def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """Rows of a job's test set, and their images in [0,1] and labels on its device."""
     rows = _test_set(job["root"], job["test"]).read_rows(start, stop)
@@ -586,7 +578,7 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
 
 
 def _attack_chunks(job: dict[str, Any]) -> None:
-    exact_arithmetic(job["threads"])
+    torch.set_num_threads(job["threads"])
     for i, start, stop in job["chunks"]:
         _attack_chunk(job, i, start, stop)
 

@@ -41,6 +41,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes
 from components.dct import laplacian_bands, lowpass_pyramid, spectrum, target_levels
 from components.errors import DataError
+from components.precision import true_float32
 from pipeline import checkpoints, figures, records
 from pipeline.attack import Model, read_chunks, read_examples
 from pipeline.plots import first_replicates
@@ -227,7 +228,7 @@ def reconstruct(autoencoder: nn.Module, images: Tensor) -> Tensor:
     parameter = next(autoencoder.parameters(), None)
     size = max(1, BATCH_PIXELS // (images.shape[-1] * images.shape[-2]))
     parts = []
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with torch.no_grad(), true_float32():
         for start in range(0, len(images), size):
             batch = images[start : start + size]
             parts.append(autoencoder(batch if parameter is None else batch.to(parameter.device))[0].float().cpu())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
+from components.precision import true_float32
 from components.robustness import verify_examples
 from pipeline import shards
 from pipeline.jobs import Objective
@@ -47,8 +48,9 @@ class Meter:
         self.images = torch.from_numpy(np.concatenate(columns["image"])[self.rows])
         self.labels = torch.from_numpy(np.concatenate(columns["label"])[self.rows]).long()
 
+    @true_float32()
     def robust_accuracy(self, classifier: nn.Module) -> float:
-        """Share of the images that are still right under the attack; in eval mode, in float32. All ranks must call it.
+        """Share of the images that are still right under the attack; in eval mode, in true float32. All ranks must call it.
 
         Raises:
             AttackViolation: the attack broke its own rules.

@@ -27,6 +27,7 @@ from components.config import Experiment, TrainConfig, from_dict, to_dict
 from components.errors import DataError, UserError
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
+from components.precision import describe
 from components.schedule import Phase, learning_rate, phase_at_epoch
 from pipeline import checkpoints, pretrained
 from pipeline.given import AUTOENCODER, copy_autoencoder
@@ -260,7 +261,7 @@ class Loop:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for start in range(0, len(self.validation), VALIDATION_BATCH):
             batch = self.validation.batch(slice(start, start + VALIDATION_BATCH))
-            sums += validation_sums(self.net, batch, self.config)
+            sums += validation_sums(self.net, batch)
         if self.world > 1:
             dist.all_reduce(sums)
         right, count, error = sums.tolist()
@@ -399,6 +400,7 @@ def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, 
         "validation": history[-1]["validation"],
         "seconds": seconds,
         "images_per_second": rate,
+        "arithmetic": describe(loop.device.type, loop.config.precision),
     }
     files = checkpoints.export(home, loop.net, loop.config, loop.shapes)
     parts = checkpoints.parts_of(loop.net)

@@ -22,6 +22,7 @@ from components.losses import reconstruction_loss, reconstruction_terms
 from components.models.classifiers import build_classifier, load_weights
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
+from components.precision import true_float32
 from components.schedule import Phase
 
 AUGMENT_STREAM = 1
@@ -288,20 +289,21 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_sums(net: nn.Module, batch: Batch, config: TrainConfig) -> Tensor:
-    """float64 [3]: how many are right, how many there are, and the summed squared error per pixel of level 0.
+@true_float32()
+def validation_sums(net: nn.Module, batch: Batch) -> Tensor:
+    """Return float64 [3]: how many are right, how many there are, and the summed squared error per pixel of level 0.
 
-    The network must be in eval mode. What it does not have (a classifier, a reconstruction) counts 0.
+    The network must be in eval mode. What it does not have (a classifier, a reconstruction) counts 0. Computed in true
+    float32, whatever training computes in: a sweep chooses by this accuracy.
     """
     images = batch.images.float().div_(255)
     right = torch.zeros((), device=images.device)
     reconstruction = images
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        if isinstance(net, ComDefend):
-            reconstruction = net(images)
-        else:
-            right = (classifier_of(net)(images).argmax(1) == batch.labels).sum()
-        if isinstance(net, DefendNet):
-            reconstruction = net.autoencoder(images)[0]
+    if isinstance(net, ComDefend):
+        reconstruction = net(images)
+    else:
+        right = (classifier_of(net)(images).argmax(1) == batch.labels).sum()
+    if isinstance(net, DefendNet):
+        reconstruction = net.autoencoder(images)[0]
     error = (reconstruction.float() - images).square().mean((1, 2, 3)).sum()
     return torch.stack([right.double(), torch.tensor(float(len(images)), device=right.device).double(), error.double()])

@@ -258,7 +258,7 @@ def _usual(experiment: Experiment, norm: str) -> float:
 
 
 def _measure(job: dict[str, Any]) -> None:
-    attack.exact_arithmetic(job["threads"])
+    torch.set_num_threads(job["threads"])
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
     fast = None

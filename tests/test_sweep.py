@@ -905,6 +905,8 @@ def test_one_pyramid_set_serves_all_trials(swept: tuple[Path, str, str]) -> None
     assert set(made) == {"train/lowpass", "validation", "test"}
     assert {f"pyramids/{d.name}" for d in (storage / "pyramids").iterdir()} == set(made.values())
     read = {json.loads(f.read_text())["pyramids"]["train"] for f in storage.glob("models/*/model.json")}
+    arithmetic = {json.loads(f.read_text())["arithmetic"] for f in storage.glob("models/*/model.json")}
+    assert arithmetic == {"float32"}
     assert read == {made["train/lowpass"]}
     # computed again they would lie at the same addresses, but be younger than what was trained on them
     trained = min(f.stat().st_mtime_ns for f in storage.glob("models/*/history/*.json"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from components.attacks.common import Auxiliary, is_adversarial, loss_gradient
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
+from components.precision import true_float32
 
 _PASSES = 5
 """So often must the network itself agree: one that draws at random agrees by luck, and tracing keeps one draw."""
@@ -24,6 +25,7 @@ _BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT = 5e-2, 0.5
 """The same in bfloat16, whose eight bits make a hundredth of a trained network's logits and an eighth of its gradients' norm."""
 
 
+@true_float32()
 def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
     """A frozen network with the logits of ``model`` in less time: batch norm folded into the convolutions, channels_last.
 
@@ -54,6 +56,7 @@ def computes_in_bfloat16(fast: nn.Module | None) -> bool:
     return isinstance(fast, _BFloat16)
 
 
+@true_float32()
 def search(
     spec: AttackSpec,
     model: nn.Module,
@@ -69,6 +72,8 @@ def search(
 
     An example may lie so close to the boundary (C&W, DDN and FAB end there) that rounding decides. Without the second
     run such a sample would count as one that withstood. FGSM, a single pass, gains nothing and runs on ``model``.
+
+    Whatever is not in bfloat16 by ``fast`` itself is computed in true float32.
 
     Args:
         fast: what :func:`stand_in` made of ``model``; None: the attack runs on ``model`` alone.
