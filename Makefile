@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # uv compiles nothing at installation: where this is set, each of the dozens of processes that Ray starts would compile torch again
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint smoke bench clean
+.PHONY: demo test lint smoke bench gpu-bundle clean
 
 # uv resolves and links the whole stack in seconds where pip takes minutes
 .venv/installed: pyproject.toml constraints.txt
@@ -37,6 +37,11 @@ smoke: .venv/installed
 
 bench: .venv/installed
 	for b in benchmarks/bench_*.py; do $(BIN)/python $$b || exit 1; done
+
+# for a GPU machine that reaches no network: copy this directory there and run benchmarks/gpu.sh --bundle runs/gpu-bundle
+GPU_DATA ?=
+gpu-bundle: .venv/installed
+	infra/offline-bundle.sh --slim --have infra/gpu-image.txt $(if $(GPU_DATA),--data $(GPU_DATA)) $(RUNS)/gpu-bundle
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,6 +41,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 STORAGE=${STORAGE:-$OUT/storage}
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true RAY_ADDRESS=local PYTHONUNBUFFERED=1
+unset PYTHONDONTWRITEBYTECODE # see Makefile
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && [ -z "$BUNDLE" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 
 DATA=()
@@ -49,6 +50,7 @@ if [ -n "$BUNDLE" ]; then
   if [ ! -d "$SITE" ]; then
     rm -rf "$SITE.part" && mkdir -p "$SITE.part"
     tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
+    "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null # else each of Ray's first processes compiles the same files
     mv "$SITE.part" "$SITE"
   fi
   export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
