@@ -97,6 +97,11 @@ class DataConfig:
     """1 (grey) or 3 (RGB); images of the other mode are converted."""
     num_classes: int = 10
     """Labels are 0..num_classes-1."""
+    class_order: Literal["", "text", "number"] = ""
+    """Order of folder:DIR's class folders, which are labels 0, 1, ...: text (10 before 2, torchvision's) or number (2 before 10,
+    timm's). Empty: where the two differ, refuse."""
+    allow_empty_classes: bool = False
+    """Accept a test split, or a training split without train_limit, in which a class has no image."""
     validation_fraction: float = 0.1
     """Share of the training images held out, by a seeded hash of the sample index. 0 at the paper's scale."""
     split_seed: int = 0

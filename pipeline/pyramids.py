@@ -125,6 +125,8 @@ class _Plan:
         # version: whole training splits, and so the models trained on them, stay where they are.
         if self.split == "test" or self.source.drawn is not None:
             settings["draw"] = {"version": DRAW_VERSION, "seed": data.subset_seed}
+        if data.class_order == "number":
+            settings["class_order"] = data.class_order
         if self.split != "test":  # another validation split leaves the test images what they are
             settings |= {"validation_fraction": data.validation_fraction, "split_seed": data.split_seed}
         return settings

@@ -132,7 +132,9 @@ def open_run(
             sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
         )
         train.check_models(experiment, shapes)
-        sources.check_source(experiment.data, trains=trains(experiment))
+        attacked = experiment.evaluation.test_images
+        for line in sources.check_source(experiment.data, trains=trains(experiment), attacked=attacked):
+            say(line)
         with stage("Ray"):
             cluster.connect()
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)

@@ -9,14 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -25,21 +22,19 @@ from PIL import Image
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
+from pipeline.decode import decode, fitted
+from pipeline.parquet_files import class_names_of, file_digest, image_column_of, open_parquet_file
+from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, parquet_files
 from pipeline.splits import draw_order, held_out
 from pipeline.storage import Storage
 
 Split = Literal["train", "validation", "test"]
 """The logical splits; train and validation are both taken out of the source's training images."""
-SourceSplit = Literal["train", "test"]
 Batch = tuple[np.ndarray, np.ndarray]
 
 SAMPLES = {"mnist": "mnist-sample"}
 """Bundled samples: name -> directory below pipeline/data."""
-_FILE_NAMES: dict[SourceSplit, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
-"""What a split's files or folder may be called, the first that is found counts."""
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"}
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-"""PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so they are refused."""
 
 
 def open_source(data: DataConfig, split: SourceSplit) -> Source:
@@ -72,25 +67,83 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     return source
 
 
-def check_source(data: DataConfig, *, trains: bool = True) -> None:
-    """Find what is wrong with the data before compute is spent: files, columns, labels and one image of each split.
+def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) -> list[str]:
+    """Find what is wrong with the data before compute is spent, and describe each split.
 
     All labels are checked, since no image has to be decoded for that; of the images only the first.
 
     Args:
         trains: False where nothing is trained: the test images are enough.
+        attacked: ``evaluation.test_images``.
+
+    Returns:
+        A line per split, and one for the test images that are attacked where these are only a part: images, classes present,
+        smallest and largest class.
 
     Raises:
-        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`.
+        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a class has no image in a split that no limit
+            has cut, and ``data.allow_empty_classes`` does not allow it.
     """
-    splits: tuple[SourceSplit, ...] = ("train", "test") if trains else ("test",)
-    for split in splits:
+    lines = []
+    class_names: dict[str, tuple[str, ...]] = {}
+    for split in ("train", "test") if trains else ("test",):
         source = open_source(data, split)
-        source.check_labels()
+        labels = source.check_labels()
         source.read(np.zeros(1, np.int64))
-        if split == "train":
-            for part in ("train", "validation") if data.validation_fraction else ("train",):
-                split_rows(source, part)
+        if not data.allow_empty_classes:
+            _check_every_class(source, labels)
+        class_names[split] = source.class_names
+        parts: tuple[Split, ...] = ("train", "validation") if data.validation_fraction else ("train",)
+        for part in parts if split == "train" else ("test",):
+            rows = split_rows(source, part)
+            lines.append(f"{part}: {_describe_classes(source, labels[rows])}")
+            if part == "test" and 0 < attacked < len(rows):
+                lines.append(f"test, attacked: {_describe_classes(source, labels[rows[:attacked]])}")
+    if len(set(class_names.values())) > 1:
+        differ = [pair for pair in zip(class_names["train"], class_names["test"], strict=True) if pair[0] != pair[1]]
+        raise DataError(
+            f"{data.source}: the training and the test images name their classes differently: one label is {differ[0][0]!r} in "
+            f"train and {differ[0][1]!r} in test; they are not splits of one data set"
+        )
+    return lines
+
+
+def _check_every_class(source: Source, labels: np.ndarray) -> None:
+    """Refuse a split in which a class has no image. A limit may leave a class out; the split that it is drawn from may not."""
+    data = source.data
+    if source.drawn is not None:
+        if source.split == "train":
+            return
+        source = open_source(dataclasses.replace(data, test_limit=0), "test")
+        labels = source.labels()
+    empty = sorted(set(range(data.num_classes)) - set(labels.tolist()))
+    if empty:
+        named = ", ".join(f"{source.class_names[i]!r}" for i in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split ({named}). Add "
+            "their images, correct data.num_classes, or set data.allow_empty_classes=true if they are meant to have none"
+        )
+
+
+def _describe_classes(source: Source, labels: np.ndarray) -> str:
+    """Describe some images by their labels: how many, classes present, smallest and largest class."""
+    classes = source.data.num_classes
+    counts = np.bincount(labels, minlength=classes)
+    present = np.flatnonzero(counts)
+    smallest, largest = present[counts[present].argmin()], present[counts[present].argmax()]
+    absent = np.flatnonzero(counts == 0)
+    text = (
+        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {source.class_names[smallest]} "
+        f"({counts[smallest]}), largest {source.class_names[largest]} ({counts[largest]})"
+    )
+    if not len(absent):
+        return text
+    return (
+        text
+        + ", none of "
+        + ", ".join(source.class_names[i] for i in absent[:5])
+        + (", ..." if len(absent) > 5 else "")
+    )
 
 
 def split_rows(source: Source, split: Split) -> np.ndarray:
@@ -171,9 +224,46 @@ class Source:
             "class_names": list(self.class_names),
         }
 
-    def check_labels(self) -> None:
-        """Check every label, reading no image. Raises DataError naming file and row."""
+    def labels(self) -> np.ndarray:
+        """Return the label of every row, int64 [num_rows], reading no image. Raises DataError where one is missing."""
         raise NotImplementedError
+
+    def check_labels(self) -> np.ndarray:
+        """Check the number of classes and every label, reading no image.
+
+        Returns:
+            The labels, int64 [num_rows].
+
+        Raises:
+            DataError: a label is missing or out of range (names file and row), or the source has names for more or fewer classes.
+        """
+        self._check_class_count()
+        labels = self.labels()
+        self._check_label_range(labels, self._row_place)
+        return labels
+
+    def _row_place(self, position: int) -> str:
+        """Return what a message calls a row: its file and number."""
+        return f"{self.place} row {self.numbers[position]}"
+
+    def _check_class_count(self) -> None:
+        """Refuse fewer classes, too: a label is a position, so with weights of more classes each would mean another class."""
+        named = len(self.class_names)
+        if named != self.data.num_classes:
+            raise DataError(
+                f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is {self.data.num_classes}; set "
+                f"data.num_classes={named} (weights of another number of classes then need train.replace_head), or give images of "
+                f"all {self.data.num_classes} classes: a label is a position in the list of classes, which is "
+                + ", ".join(self.class_names[:5])
+                + (", ..." if named > 5 else "")
+            )
+
+    @property
+    def _classes_place(self) -> str:
+        """What a message calls the place that names the classes."""
+        return self.place
+
+    _classes_kind: ClassVar[str] = "named classes"
 
     def read(self, indices: np.ndarray) -> Batch:
         """Decode some rows.
@@ -203,49 +293,13 @@ class Source:
     def _check_label_range(self, labels: np.ndarray, where: Callable[[int], str]) -> None:
         """``where(i)`` says in which file and row ``labels[i]`` is."""
         bad = np.flatnonzero((labels < 0) | (labels >= self.data.num_classes))
-        if len(bad):
-            raise DataError(
-                f"{where(int(bad[0]))}: label {labels[bad[0]]} is not in 0..{self.data.num_classes - 1}; "
-                f"set data.num_classes to this data set's number of classes, or repair the label"
-            )
-
-    def _decode(self, encoded: bytes | Path, where: Callable[[], str], out: np.ndarray) -> None:
-        """Decode an image file into ``out`` uint8 [C,H,W], converted to 1 or 3 channels (transparency is dropped)."""
-        size = self.data.image_size
-        try:
-            with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
-                if image.mode not in _MODES:
-                    raise DataError(
-                        f"{where()}: images of PIL mode {image.mode} (more than 8 bits per channel) are not supported; "
-                        "convert the data set to 8 bits"
-                    )
-                if image.size != (size, size) and self.data.resize == "none":
-                    raise DataError(
-                        f"{where()}: the image is {image.size[0]}x{image.size[1]} pixels, but data.image_size is {size}; "
-                        "set data.image_size, or data.resize=crop"
-                    )
-                mode = "L" if self.data.channels == 1 else "RGB"
-                converted = image if image.mode == mode else image.convert(mode)
-                array = np.asarray(_fitted(converted, size))
-        # PIL has no common base for what a broken file makes it raise
-        except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as e:
-            raise DataError(
-                f"{where()}: the image cannot be decoded ({e}); it is truncated or not an image file. "
-                "Get the file again or remove this row"
-            ) from e
-        out[:] = array[None] if self.data.channels == 1 else array.transpose(2, 0, 1)
-
-
-def _fitted(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side resized to ``size`` pixels (bicubic, antialiased), then the centre cut out."""
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    shorter = min(width, height)
-    # at least size: rounding must not leave a side one pixel short
-    scaled = max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    return image.resize(scaled, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        if not len(bad):
+            return
+        label = labels[bad[0]]
+        remedy = "set data.num_classes to this data set's number of classes, or repair the label"
+        if label < 0:
+            remedy = f"{(labels < 0).sum()} of {len(labels)} labels are negative, which marks images without a label; give labelled ones"
+        raise DataError(f"{where(int(bad[0]))}: label {label} is not in 0..{self.data.num_classes - 1}; {remedy}")
 
 
 # --- Hugging Face image Parquet ------------------------------------------------------------------------------------------
@@ -284,14 +338,19 @@ class ParquetSource(Source):
         """SHA-256 over each file's SHA-256, in order: it changes with any byte, not with names or places."""
         whole = hashlib.sha256()
         for file in self.files:
-            whole.update(_file_digest(self.storage, file.name))
+            whole.update(file_digest(self.storage, file.name))
         return whole.hexdigest()
 
-    def check_labels(self) -> None:
+    def labels(self) -> np.ndarray:
+        parts = [np.empty(0, np.int64)]
         for file, rows, _ in self._by_file(self.numbers):
             with self._open(file) as parquet:
-                labels = self._labels(self._columns(parquet, file, ["label"]), file, 0, rows)
-            self._check_label_range(labels, lambda i, file=file, rows=rows: f"{self._path(file)} row {rows[i]}")
+                parts.append(self._labels(self._columns(parquet, file, ["label"]), file, 0, rows))
+        return np.concatenate(parts)
+
+    def _row_place(self, position: int) -> str:
+        ((file, rows, _),) = self._by_file(self.numbers[position : position + 1])
+        return f"{self._path(file)} row {rows[0]}"
 
     def _by_file(self, numbers: np.ndarray) -> Iterator[tuple[_ParquetFile, np.ndarray, slice]]:
         """Yield each file that sorted row numbers touch, with the rows of that file and which part of ``numbers`` they are."""
@@ -305,7 +364,7 @@ class ParquetSource(Source):
         return f"{self.storage.uri}/{file.name}"
 
     def _open(self, file: _ParquetFile) -> pq.ParquetFile:
-        return _open_parquet_file(self.storage, file.name)
+        return open_parquet_file(self.storage, file.name)
 
     def _columns(
         self, parquet: pq.ParquetFile, file: _ParquetFile, names: list[str], group: int | None = None
@@ -327,6 +386,7 @@ class ParquetSource(Source):
         return column.to_numpy().astype(np.int64)
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        self._check_class_count()
         for file, rows, part in self._by_file(self.numbers[indices]):
             self._read_file(file, rows, images[part], labels[part])
 
@@ -360,64 +420,44 @@ class ParquetSource(Source):
                 f"{self._path(file)} row {row}: there is no image (no bytes; images outside of the Parquet file are not "
                 "read); embed the image or remove this row"
             )
-        self._decode(value, lambda: f"{self._path(file)} row {row}", out)
-
-
-def _open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(storage.fs.open_input_file(storage.path(name)))
-    except FileNotFoundError:
-        raise DataError(
-            f"{storage.uri}/{name} does not exist on this machine; every node must reach the data"
-        ) from None
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(
-            f"{storage.uri}/{name} is not a readable Parquet file ({e}); it is truncated or corrupt: get it again"
-        ) from e
-
-
-_DIGESTS: dict[tuple[str, int, Any], bytes] = {}
-"""SHA-256 of each file read by this process, by path, size and time: a run opens its source once for every split and kind of
-targets, and gigabytes need not be read as often."""
-
-
-def _file_digest(storage: Storage, name: str) -> bytes:
-    path = storage.path(name)
-    info = storage.fs.get_file_info(path)
-    key = f"{storage.uri}/{name}", info.size, info.mtime_ns
-    if key not in _DIGESTS:
-        digest = hashlib.sha256()
-        with storage.fs.open_input_stream(path) as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        _DIGESTS[key] = digest.digest()
-    return _DIGESTS[key]
+        decode(self.data, value, lambda: f"{self._path(file)} row {row}", out)
 
 
 def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
     storage = ParquetSource(
         data=data, split=split, num_rows=0, class_names=(), uri=uri, sample=sample, files=(), image_column=""
     ).storage
-    names = _split_files(storage, split)
+    if not storage.exists():
+        raise DataError(
+            f"{storage.uri} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
+        )
+    names = parquet_files(storage.uri, split, storage.list())
     files: list[_ParquetFile] = []
-    image_column, class_names = "", ()
+    image_column = ""
+    class_names: tuple[str, ...] = ()
     for name in names:
-        with _open_parquet_file(storage, name) as parquet:
+        with open_parquet_file(storage, name) as parquet:
             metadata = parquet.metadata
             files.append(
                 _ParquetFile(name, tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
             )
-            column = _image_column(parquet.schema_arrow, f"{storage.uri}/{name}")
+            column = image_column_of(parquet.schema_arrow, f"{storage.uri}/{name}")
             if image_column and column != image_column:
                 raise DataError(
                     f"{storage.uri}/{name}: its image column is {column!r}, that of {names[0]} {image_column!r}"
                 )
-            image_column, class_names = column, class_names or _class_names(parquet.schema_arrow, data.num_classes)
+            image_column = column
+            named = class_names_of(parquet.schema_arrow)
+            if class_names and named and named != class_names:
+                raise DataError(
+                    f"{storage.uri}/{name}: its classes are not those of {names[0]}; they are of two data sets"
+                )
+            class_names = class_names or named
     return ParquetSource(
         data=data,
         split=split,
         num_rows=sum(f.num_rows for f in files),
-        class_names=class_names,
+        class_names=class_names or tuple(map(str, range(data.num_classes))),
         uri=uri,
         sample=sample,
         files=tuple(files),
@@ -425,75 +465,23 @@ def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -
     )
 
 
-def _split_files(storage: Storage, split: SourceSplit) -> list[str]:
-    """Names of a split's Parquet files, sorted. Raises DataError where there is none or one of a numbered set is missing."""
-    if not storage.exists():
-        raise DataError(
-            f"{storage.uri} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
-        )
-    present = [n for n in storage.list() if n.endswith(".parquet")]
-    for word in _FILE_NAMES[split]:
-        names = [n for n in present if re.match(rf"{word}([-_.]|$)", n)]
-        if not names:
-            continue
-        # name-00001-of-00003.parquet: a file lost in a download would silently be a smaller data set
-        for total in {int(m[1]) for n in names if (m := re.search(r"-of-(\d+)\.parquet$", n))}:
-            of_set = [n for n in names if re.search(rf"-of-0*{total}\.parquet$", n)]
-            if len(of_set) != total:
-                raise DataError(
-                    f"{storage.uri}: {len(of_set)} of {total} {word}-*-of-*.parquet files are there ({', '.join(of_set)}); "
-                    "get the missing ones"
-                )
-        return names
-    wanted = " or ".join(f"{w}-*.parquet" for w in _FILE_NAMES[split][:2])
-    raise DataError(
-        f"{storage.uri}: no file for the {split} split ({wanted}); "
-        + ("there are only " + ", ".join(present[:5]) if present else "the directory has no .parquet file at all")
-    )
-
-
-def _image_column(schema: pa.Schema, where: str) -> str:
-    for name in ("image", "img"):
-        index = schema.get_field_index(name)
-        if index >= 0:
-            kind = schema.field(index).type
-            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-                raise DataError(
-                    f"{where}: column {name!r} is {kind}, not a struct of bytes and path (Hugging Face image)"
-                )
-            break
-    else:
-        raise DataError(f"{where}: no column 'image' or 'img'; it has {', '.join(schema.names)}")
-    label = schema.get_field_index("label")
-    if label < 0 or not pa.types.is_integer(schema.field(label).type):
-        raise DataError(f"{where}: no integer column 'label'; it has {', '.join(schema.names)}")
-    return name
-
-
-def _class_names(schema: pa.Schema, num_classes: int) -> tuple[str, ...]:
-    """Class names out of the schema's ``huggingface`` metadata, or the label numbers."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features["label"]["names"]))
-    except (KeyError, ValueError, TypeError):
-        return tuple(map(str, range(num_classes)))
-
-
 # --- image folder ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(Source):
-    """``DIR/train/CLASS/*`` and ``DIR/test/CLASS/*`` (or ``val``, ``validation``).
+    """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, ``validation``).
 
-    Labels are the positions of the sorted class folders of ``train``. Rows are ordered by a hash of ``CLASS/file``, so that every
-    shard holds a mixture of the classes. Files that are not images by their suffix, or hidden, are left out.
+    Images of a class may lie in folders below its own, at any depth, as torchvision and timm read them. Labels are the positions
+    of the class folders of ``train`` in the order of ``data.class_order``. Rows are ordered by a hash of ``CLASS/file``, so that
+    every shard holds a mixture of the classes. Files that are not images by their suffix are left out, as is all that is hidden.
     """
 
     directory: str
     """Of this split."""
     names: tuple[str, ...]
-    """CLASS/file of every row."""
+    """CLASS/file of every row; CLASS/FOLDER/file where it lies deeper."""
+    _classes_kind: ClassVar[str] = "class folders"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -502,6 +490,10 @@ class FolderSource(Source):
         So touching a file changes it, and an edit that keeps size and mtime goes unseen.
         """
         digest = hashlib.sha256()
+        if (
+            self.split == "test"
+        ):  # a label follows from the training split's folders, some of which may have no test image
+            digest.update("\0".join(self.class_names).encode())
         for name in self.names:
             stat = os.stat(os.path.join(self.directory, name))
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -513,38 +505,38 @@ class FolderSource(Source):
         kept = np.searchsorted(self.numbers, limited.numbers)
         return dataclasses.replace(limited, names=tuple(self.names[i] for i in kept))
 
-    def check_labels(self) -> None:
-        # fewer, too: labels are positions, so with weights of more classes each would mean another class
-        if len(self.class_names) != self.data.num_classes:
-            raise DataError(
-                f"{Path(self.directory).parent}/train has {len(self.class_names)} class folders, but data.num_classes is "
-                f"{self.data.num_classes}; set data.num_classes={len(self.class_names)} (weights of another number of classes "
-                "then need train.replace_head), or add the folders that lack: a label is the position of its folder"
-            )
+    def labels(self) -> np.ndarray:
+        numbers = {name: i for i, name in enumerate(self.class_names)}
+        return np.array([numbers[name.partition("/")[0]] for name in self.names], np.int64)
+
+    @property
+    def _classes_place(self) -> str:
+        return f"{Path(self.directory).parent}/train"
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        self.check_labels()
+        self._check_class_count()
         numbers = {name: i for i, name in enumerate(self.class_names)}
         for position, index in enumerate(indices):
             name = self.names[index]
             labels[position] = numbers[name.partition("/")[0]]
             path = Path(self.directory, name)
-            self._decode(path, lambda path=path, index=index: f"{path} (row {index})", images[position])
+            decode(self.data, path, lambda path=path, index=index: f"{path} (row {index})", images[position])
 
 
 def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource:
     if "://" in root:
         raise ConfigError.of("data.source", data.source, "a local directory for folder:; use parquet: for a URI")
-    classes = _subdirectories(_split_directory(root, "train"))
+    train = _split_directory(root, "train")
+    classes = ordered_classes(train, _subdirectories(train), data.class_order)
     directory = _split_directory(root, split)
     unknown = sorted(set(_subdirectories(directory)) - set(classes))
     if unknown:
         raise DataError(f"{directory}: class folder {unknown[0]!r} is not in train; remove it or add training images")
     names = [
-        f"{label}/{file.name}"
+        name
         for label in _subdirectories(directory)
-        for file in os.scandir(os.path.join(directory, label))
-        if not file.name.startswith(".") and os.path.splitext(file.name)[1].lower() in _IMAGE_SUFFIXES
+        for name in _files_below(directory, label)
+        if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
     ]
     if not names:
         raise DataError(f"{directory}: no image in {directory}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})")
@@ -553,7 +545,7 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
         data=data,
         split=split,
         num_rows=len(names),
-        class_names=tuple(classes),
+        class_names=classes,
         directory=directory,
         names=tuple(names),
     )
@@ -562,10 +554,35 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
 def _split_directory(root: str, split: SourceSplit) -> str:
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*")
-    for word in _FILE_NAMES[split]:
-        if os.path.isdir(os.path.join(root, word)):
-            return os.path.join(root, word)
-    raise DataError(f"{root}: no folder for the {split} split ({' or '.join(_FILE_NAMES[split])})")
+    folders = _subdirectories(root)
+    word = choose_word(root, split, folders)
+    if word is None:
+        there = f"; there are only {', '.join(folders[:5])}" if folders else ""
+        raise DataError(f"{root}: no folder for the {split} split ({' or '.join(WORDS[split])}){there}")
+    return os.path.join(root, word)
+
+
+def _files_below(directory: str, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the files in ``folder`` and in all folders below it, as paths from ``directory``, but for hidden ones.
+
+    Args:
+        directory: the split's.
+        folder: below it.
+        above: real paths of the folders on the way, to notice a link that leads back to one of them.
+
+    Raises:
+        DataError: a link leads back.
+    """
+    path = os.path.realpath(os.path.join(directory, folder))
+    if path in above:
+        raise DataError(f"{directory}/{folder} is a link to a folder that it lies in; remove it")
+    for entry in os.scandir(path):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _files_below(directory, f"{folder}/{entry.name}", (*above, path))
+        else:
+            yield f"{folder}/{entry.name}"
 
 
 def _subdirectories(directory: str) -> list[str]:
@@ -590,9 +607,9 @@ class TorchvisionSource(Source):
         images, labels = _torchvision_arrays(self.name, self.root, self.split == "train")
         return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
-    def check_labels(self) -> None:
+    def labels(self) -> np.ndarray:
         labels = _torchvision_arrays(self.name, self.root, self.split == "train")[1]
-        self._check_label_range(labels[self.numbers], lambda i: f"{self.place} row {self.numbers[i]}")
+        return labels[self.numbers]
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         all_images, all_labels = _torchvision_arrays(self.name, self.root, self.split == "train")
@@ -608,7 +625,7 @@ class TorchvisionSource(Source):
         mode = "L" if self.data.channels == 1 else "RGB"
         for position, row in enumerate(rows):
             image = Image.fromarray(all_images[row]).convert(mode)
-            array = np.asarray(_fitted(image, self.data.image_size))
+            array = np.asarray(fitted(image, self.data.image_size))
             images[position] = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

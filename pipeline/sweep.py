@@ -386,7 +386,8 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
     train.check_models(probed, sweep.shapes)
-    sources.check_source(experiment.data, trains=True)
+    for line in sources.check_source(experiment.data, trains=True, attacked=experiment.evaluation.test_images):
+        say(line)
     with stage("Ray"):
         cluster.connect()
     cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)

@@ -201,6 +201,13 @@ def test_torchvision(tmp_path: Path) -> None:
             b"".join(v.to_bytes(4, "big") for v in (0x801, n)) + bytes(range(n))
         )
     data = DataConfig(source="torchvision:mnist", root=str(tmp_path), validation_fraction=0)
+    with pytest.raises(DataError, match=r"4 of 10 classes have no image in the train split \('6 - six', "):
+        check_source(data)
+    with pytest.raises(
+        DataError, match=r"torchvision:mnist \(train\) has 10 named classes, but data\.num_classes is 11"
+    ):
+        check_source(dataclasses.replace(data, num_classes=11))
+    data = dataclasses.replace(data, allow_empty_classes=True)
     check_source(data)
     source = open_source(data, "train")
     read, labels = source.read(np.array([1, 5]))
@@ -357,11 +364,11 @@ def test_bad_label_is_found_before_compute(directory: Path, label: int | None, m
     encoded = [encode(i) for i in grey(7)]
     write_parquet(directory / "train-00001-of-00002.parquet", encoded, [0, 1, 2, 3, 4, label, 6])
     with pytest.raises(DataError, match=rf"train-00001-of-00002\.parquet row 5: .*{message}"):
-        check_source(of(directory))
+        check_source(of(directory, allow_empty_classes=True))
     with pytest.raises(DataError, match=rf"row 5: .*{message}"):
         open_source(of(directory), "train").read(np.array([15]))
     if label is not None:  # a row that the limit leaves out is nobody's concern
-        limited = of(directory, train_limit=2, validation_fraction=0.0)
+        limited = of(directory, train_limit=2, validation_fraction=0.0, allow_empty_classes=True)
         assert 15 not in open_source(limited, "train").numbers
         check_source(limited)
 
