@@ -81,8 +81,8 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
         smallest and largest class.
 
     Raises:
-        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a class has no image in a split that no limit
-            has cut, and ``data.allow_empty_classes`` does not allow it.
+        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a class has no image in the whole test split, or
+            in a training split without limit, and ``data.allow_empty_classes`` does not allow it; or the splits' class names differ.
     """
     lines = []
     class_names: dict[str, tuple[str, ...]] = {}
@@ -99,7 +99,8 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
             lines.append(f"{part}: {_describe_classes(source, labels[rows])}")
             if part == "test" and 0 < attacked < len(rows):
                 lines.append(f"test, attacked: {_describe_classes(source, labels[rows[:attacked]])}")
-    if len(set(class_names.values())) > 1:
+    unnamed = tuple(map(str, range(data.num_classes)))
+    if len(set(class_names.values()) - {unnamed}) > 1:
         differ = [pair for pair in zip(class_names["train"], class_names["test"], strict=True) if pair[0] != pair[1]]
         raise DataError(
             f"{data.source}: the training and the test images name their classes differently: one label is {differ[0][0]!r} in "

@@ -71,9 +71,9 @@ def parquet_files(place: str, split: SourceSplit, names: Sequence[str]) -> list[
     matches = {name: _PARQUET.fullmatch(name, len(word)) for name in files}
     if strange := [name for name, match in matches.items() if match is None]:
         raise DataError(
-            f"{place}: {', '.join(strange[:5])} is not a file of the split {word!r} ({word}.parquet or "
-            f"{word}-NNNNN-of-NNNNN.parquet), though its name begins so. If it is another split, move it to another directory; if "
-            "it belongs to this one, rename it"
+            f"{place}: {', '.join(strange[:5])} {'is not a file' if len(strange) == 1 else 'are not files'} of the split {word!r}, "
+            f"which is {word}.parquet or {word}-NNNNN-of-NNNNN.parquet. Move the files of another split to another directory, and "
+            "rename those that belong to this one"
         )
     _check_complete(place, word, {name: match for name, match in matches.items() if match is not None})
     return files

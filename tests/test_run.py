@@ -82,6 +82,8 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
     storage, printed = finished
     for part in ("pyramids: train", "train 3/3", "attack", "report", "white-box", "transfer", "n = 20"):
         assert part in printed
+    # before Ray starts; the limit of 20 leaves classes out, which is said and not refused
+    assert 0 < printed.index("test: 20 images, 8 of 10 classes") < printed.index("Ray"), printed[:2000]
     (report,) = storage.glob("runs/*/report/report.html")
     assert str(report) in printed
     assert "mlflow ui" in printed or "mlflow' ui" in printed

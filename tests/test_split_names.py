@@ -123,6 +123,8 @@ def test_files_that_name_their_classes_differently_are_refused(tmp_path: Path) -
     data = DataConfig(source=f"parquet:{tmp_path}", validation_fraction=0.0)
     with pytest.raises(DataError, match="one label is 'i' in train and 'j' in test"):
         check_source(data)
+    put(tmp_path, "test.parquet")  # without names it contradicts none
+    check_source(data)
     put_named(tmp_path / "validation-00000-of-00002.parquet", "abcdefghij")
     put_named(tmp_path / "validation-00001-of-00002.parquet", "klmnopqrst")
     (tmp_path / "test.parquet").unlink()
