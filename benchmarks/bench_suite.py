@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from components.attacks.search import search, stand_in
 from components.attacks.spec import AttackSpec
 from components.robustness import judge, summarize, verify_examples
+from pipeline.comparison import shown_metrics
 
 Attack = Callable[[], Tensor]
 
@@ -260,10 +261,9 @@ def _success(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, examples:
     bounded = examples.clamp(0, 1)
     verify_examples(x, bounded, range(len(x)), spec)
     columns = judge(model, x, bounded, y)
-    found = summarize(columns, spec, 0.0)
-    if spec.kind == "budget" or not found["success_rate"]:  # without an example there is no median
-        return f"{found['success_rate']:.3f}"
-    return f"{found['success_rate']:.3f}, {spec.norm} {found[f'{spec.norm}_median']:.4f}"
+    found = shown_metrics({"metrics": summarize(columns, spec, 0.0), "n": len(x)})
+    median = found[f"{found['norm']}_median"] if found["norm"] else None  # None of too few examples
+    return f"{found['success_rate']:.3f}" + ("" if median is None else f", {spec.norm} {median:.4f}")
 
 
 def main() -> None:

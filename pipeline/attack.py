@@ -184,6 +184,13 @@ class _Examples:
     """Address of the judged records -> path of the model that judges."""
 
 
+def _task_name(examples: _Examples) -> str:
+    """Return what a progress line calls the work on a set of examples: ``ATTACK on MODEL``, or what needs no model."""
+    if examples.attack == "none":
+        return "clean images"
+    return f"{examples.attack} on {examples.source.name}" if examples.source else examples.attack
+
+
 def in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
     """Whether this attack's search runs in bfloat16."""
     return (
@@ -331,8 +338,7 @@ def attack(
     )
 
     def named(tag: tuple[_Examples, list[tuple[int, int, int]]]) -> str:
-        one, _ = tag
-        return f", {one.attack} on {one.source.name if one.source else 'no model'}"
+        return f", {_task_name(tag[0])}"
 
     slow = ""
 

@@ -15,8 +15,8 @@ from pipeline import paper
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
-MIN_BROKEN = 10
-"""Fewest broken images of which a report shows a median or quartile. Those of fewer describe the images, not the attack."""
+MIN_FOR_MEDIAN = 10
+"""Fewest images of which a report shows a median or quartile. That of fewer describes those images, not the attack."""
 
 
 def experiment_of(record: Mapping[str, Any]) -> Experiment:
@@ -77,7 +77,7 @@ def _norms_over_seeds(several: Sequence[Row]) -> Row:
 def shown_metrics(evaluation: Mapping[str, Any]) -> Row:
     """Return the metrics of an evaluation as every table, file and tracker shows them.
 
-    A median or quartile of a norm is over the images that the attack broke, and None if these are fewer than MIN_BROKEN.
+    A median or quartile of a norm is over the images that the attack broke, and None if these are fewer than MIN_FOR_MEDIAN.
 
     Args:
         evaluation: an entry of run.json's ``evaluations``.
@@ -91,7 +91,7 @@ def shown_metrics(evaluation: Mapping[str, Any]) -> Row:
     broken = None
     if "clean_accuracy" in metrics and "success_rate" in metrics:
         broken = round(metrics["success_rate"] * round(metrics["clean_accuracy"] * evaluation["n"]))
-    if broken is None or broken < MIN_BROKEN:
+    if broken is None or broken < MIN_FOR_MEDIAN:
         metrics |= dict.fromkeys((k for k in metrics if k.endswith(("_median", "_q25", "_q75"))), None)
     return {**metrics, "norm": (metrics.get("curve") or {}).get("norm"), "broken": broken}
 

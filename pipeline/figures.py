@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
-from pipeline import plots
+from pipeline import comparison, plots
 from pipeline.comparison import by_seed, experiment_of
 from pipeline.records import attack_text, threat_title
 
@@ -404,7 +404,7 @@ class Ratios:
     gained: int
     """Samples whose reconstruction is nearer to the clean image than the attacked image is."""
     median: float
-    """Over the finite R; nan without any."""
+    """Over the finite R; nan if these are fewer than comparison.MIN_FOR_MEDIAN."""
     largest: float
 
     @classmethod
@@ -418,7 +418,7 @@ class Ratios:
             inside=int(((finite > 0) & (finite < 1)).sum()),
             undefined=len(r) - len(finite),
             gained=int(np.sum(nearer)),
-            median=float(np.median(finite)) if len(finite) else math.nan,
+            median=float(np.median(finite)) if len(finite) >= comparison.MIN_FOR_MEDIAN else math.nan,
             largest=float(finite.max()) if len(finite) else math.nan,
         )
 
@@ -454,7 +454,9 @@ def fig8(stored: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapp
     for model, ratios in found.items():
         parts = [f"{model}: R < 1 for {_of(ratios.below, ratios.n)}"]
         if math.isfinite(ratios.median):
-            parts.append(f"median {ratios.median:.2f}, largest {ratios.largest:.3g}")
+            parts.append(f"median {ratios.median:.2f} of {ratios.n - ratios.undefined:,}")
+        if math.isfinite(ratios.largest):
+            parts.append(f"largest {ratios.largest:.3g}")
         if ratios.undefined:
             parts.append(f"{ratios.undefined:,} without a finite R, as the reconstruction equals the attacked image")
         if beyond[model]:

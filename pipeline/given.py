@@ -108,7 +108,7 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
     )
     return Experiment(
         name=f"attack-{name}",
-        description=f"{known.model}, not trained here, under the full suite of attacks",
+        description=f"{known.model}, not trained here, under attack",
         data=replace(data, source=known.data or data.source, download=known.data.startswith("torchvision:")),
         pyramids=pyramids,
         train=train,

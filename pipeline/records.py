@@ -254,7 +254,7 @@ def norms_note(record: Mapping[str, Any]) -> str:
         return ""
     return (
         "Attacks of any norm: the median of the norm that the attack minimises ([0,1] pixels), and of how many images: those "
-        f"that were classified correctly and that it broke. A median is left out of fewer than {comparison.MIN_BROKEN}."
+        f"that were classified correctly and that it broke. A median is left out of fewer than {comparison.MIN_FOR_MEDIAN}."
     )
 
 
@@ -353,57 +353,118 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
 
 
 def explanation(record: Mapping[str, Any]) -> list[str]:
-    """How to read the numbers, in plain sentences."""
+    """Return plain sentences on how to read the numbers of a run, each about something that is in it."""
+    return [*_threat_models_explained(record), *_controls_explained(record), *_exceptions_explained(record)]
+
+
+def _threat_models_explained(record: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each threat model that the run has."""
+    sources: dict[str, dict[str, None]] = {}
+    for e in record["evaluations"]:
+        sources.setdefault(e["threat_model"], {})[str(e.get("source"))] = None
+    fixed = {
+        "white_box": "White-box: the examples were made on the very model under test. This is the number that says how much a "
+        "model withstands, and no more than that: a stronger attack can only lower it.",
+        "black_box": "Black-box: the examples were made on the very model under test, from its scores alone, without gradients.",
+        "grey_box": "Grey-box: the examples were made on the classifier behind the defense. The attacker does not know what "
+        "stands in front of it.",
+    }
+    caution = (
+        "and then shown to the model under test. A high number says that these examples do not carry over, not that the model "
+        "withstands an attacker who knows it."
+    )
+    out = [sentence for threat, sentence in fixed.items() if threat in sources]
+    for threat, made_on in sources.items():
+        base, _, name = threat.partition(":")
+        if base == "transfer":
+            where = name or f"an undefended model ({', '.join(made_on)})"
+            head = f"Transfer from {name}" if name else "Transfer"
+            out.append(f"{head}: the examples were made on {where} {caution}")
+    return out
+
+
+def _controls_explained(record: Mapping[str, Any]) -> list[str]:
+    """Return what the controls of the run are, or which defended models lack one."""
     role, experiment = roles(record), comparison.experiment_of(record)
     transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer"]
-    source = ", ".join(dict.fromkeys(e["source"] for e in transferred)) or "an undefended model"
     controlled = {experiment.source_of(name) for name, r in role.items() if r == "control"}
     alone = dict.fromkeys(
         e["model"] for e in transferred if role[e["model"]] == "defended" and e["source"] not in controlled
     )
-    control = (
-        f"There is no control for {', '.join(alone)}: no other undefended model of its architecture is in this run. So the "
-        "transfer numbers may be what any other network of another seed would have, and nothing of them can be owed to the "
-        'defense. Add one to "models", e.g. "control:defense=none,seed=1", and run the command again.'
-        if alone
-        else "Control: an undefended model of another seed on the same examples, and random noise of the same size without any "
-        "attacker. Only what a defended model does better than the controls can be owed to its defense."
-    )
+    if alone:
+        return [
+            f"There is no control for {', '.join(alone)}: no other undefended model of its architecture is in this run. So the "
+            "transfer numbers may be what any other network of another seed would have, and nothing of them can be owed to the "
+            'defense. Add one to "models", e.g. "control:defense=none,seed=1", and run the command again.'
+        ]
+    judged = evaluated(record)
+    controls = []
+    if any(role[name] == "control" for name in judged):
+        same = " on the same examples" if any(role[e["model"]] == "control" for e in transferred) else ""
+        controls.append(f"an undefended model of another seed{same}")
+    if any(e["threat_model"] == "random" for e in record["evaluations"]):
+        controls.append("random noise of the same size without any attacker")
+    if not controls:
+        return []
+    said = f"Control: {', and '.join(controls)}."
+    if any(role[name] == "defended" for name in judged):
+        said += " Only what a defended model does better than its controls can be owed to its defense."
+    return [said]
+
+
+def _exceptions_explained(record: Mapping[str, Any]) -> list[str]:
+    """Return what was computed otherwise than usual: in smaller batches, or in bfloat16."""
+    out = []
     split = [
         f"{e['model']} under {e['threat_model']}, {attack_text(e['attack'])}"
         for e in record["evaluations"]
         if e.get("chunks_split_for_memory")
     ]
+    if split:
+        out.append(f"In smaller batches, where memory was short, so with other random starts: {'; '.join(split)}.")
+    if comparison.experiment_of(record).evaluation.search_precision != "bfloat16":
+        return out
+    searched = dict.fromkeys(
+        attack_title(e["attack"])[0] for e in record["evaluations"] if _may_search_in_bfloat16(e["attack"])
+    )
     in_float32 = dict.fromkeys(
         f"{attack_text(e['attack'])} on {e['source']}"
         for e in record["evaluations"]
         if e.get("chunks_searched_in_float32")
     )
-    exceptions = (
-        f" In float32 after all, where there is no such copy of the network: {'; '.join(in_float32)}."
-        if in_float32
-        else ""
-    )
-    return [
-        "White-box: the examples were made on the very model under test. This is the number that says how much a model "
-        "withstands, and no more than that: a stronger attack can only lower it. Black-box: the same, from its scores alone.",
-        f"Transfer: the examples were made on an undefended model ({source}) and then shown to the model under test. A high "
-        "number says that these examples do not carry over, not that the model withstands an attacker who knows it.",
-        control,
-        *(
-            [f"In smaller batches, where memory was short, so with other random starts: {'; '.join(split)}."]
-            if split
-            else []
-        ),
-        *(
-            [
-                "BIM, PGD and adaptive searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
-                + exceptions
-            ]
-            if experiment.evaluation.search_precision == "bfloat16"
-            else []
-        ),
-    ]
+    if searched:
+        said = f"{', '.join(searched)} searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+        if in_float32:
+            said += f" In float32 after all, where there is no such copy of the network: {'; '.join(in_float32)}."
+        out.append(said)
+    return out
+
+
+def _may_search_in_bfloat16(attack: str) -> bool:
+    try:
+        return AttackSpec.parse(attack).may_search_in_bfloat16
+    except ConfigError:  # "none", or an attack of another version
+        return False
+
+
+def evaluated(record: Mapping[str, Any]) -> list[str]:
+    """Return the models that the run has evaluations of, in their order."""
+    return [name for name in roles(record) if any(e["model"] == name for e in record["evaluations"])]
+
+
+def role_titles(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return model -> its role as it is written for people."""
+    made_on = {e.get("source") for e in record["evaluations"] if e.get("source") != e["model"]}
+    return {
+        name: "undefended" if role == "source" and name not in made_on else ROLES[role]
+        for name, role in roles(record).items()
+    }
+
+
+def stage_times(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of each stage by its title: a run that trains nothing reads its models instead."""
+    trains = any(config.epochs for config in comparison.experiment_of(record).variants().values())
+    return {"models" if k == "train" and not trains else k: v for k, v in record["stages"].items()}
 
 
 def is_untrusted(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
@@ -498,14 +559,29 @@ def reliability_in_short(record: Mapping[str, Any]) -> str:
     tested = record.get("reliability") or {}
     if not tested:
         return ""
-    active = [a for one in tested.values() for a in one["active"].values() if a["passed"] is not None]
-    passed = sum(a["passed"] for a in active)
     fired = raised_flags(record)
     where = ", ".join(dict.fromkeys(f["model"] for f in fired))
-    return (
-        f"Reliability: {len(fired)} flags raised{f' ({where})' if fired else ''} on {len(tested)} models; {passed} of {len(active)} attacks "
-        "found the adversarial examples that were planted for them (docs/reliability.md)."
-    )
+    flags = f"{_counted(len(fired), 'flag')} raised ({where})" if fired else "no flag raised"
+    found = _active_tests_in_short([a for one in tested.values() for a in one["active"].values()], len(tested))
+    return f"Reliability: {flags} on {_counted(len(tested), 'model')}; {found} (docs/reliability.md)."
+
+
+def _active_tests_in_short(tests: Sequence[Mapping[str, Any]], models: int) -> str:
+    """Return how many active tests were passed, and how many are undecided."""
+    decided = [t for t in tests if t["passed"] is not None]
+    undecided = len(tests) - len(decided)
+    why = "too few images, or random search finds the planted examples too"
+    if not tests:
+        return f"none of {'its' if models == 1 else 'their'} attacks has an active test"
+    if not decided:
+        return f"the active test of {_counted(undecided, 'attack')} is undecided: {why}"
+    passed, them = sum(t["passed"] for t in decided), "it" if len(decided) == 1 else "them"
+    said = f"{passed} of {_counted(len(decided), 'attack')} found the adversarial examples that were planted for {them}"
+    return said + (f", {undecided} {'is' if undecided == 1 else 'are'} undecided: {why}" if undecided else "")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], list[str], np.ndarray]]:
@@ -561,7 +637,7 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
 
 def in_short(record: Mapping[str, Any]) -> list[str]:
     """One sentence per model: clean accuracy and the attack within a budget that leaves least of it."""
-    said = []
+    said, titles = [], role_titles(record)
     for row in table(record)["rows"]:
         clean = row["cells"].get("clean")
         parts = [] if clean is None else [f"{percent(clean['accuracy'])} % clean"]
@@ -582,7 +658,7 @@ def in_short(record: Mapping[str, Any]) -> list[str]:
             if w["model"] == row["model"] and w["threat_model"] == "white_box"
         ]
         if parts:
-            said.append(f"{row['model']} ({ROLES[row['role']]}): " + ", ".join(parts) + ".")
+            said.append(f"{row['model']} ({titles[row['model']]}): " + ", ".join(parts) + ".")
     return [*said, *filter(None, [reliability_in_short(record)])]
 
 
@@ -596,8 +672,9 @@ def missing(
         said = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
         out.append(f"training diverged, so it was not evaluated: {said}")
         untrained = [name for name in untrained if name not in diverged]
-    if untrained:
-        out.append("not trained yet: " + ", ".join(untrained))
+    for what, given in (("not trained yet", False), ("not read yet", True)):
+        if names := [name for name in untrained if (roles(record)[name] == "given") == given]:
+            out.append(f"{what}: {', '.join(names)}")
     trained = [name for name, model in record["models"].items() if model.get("train", {}).get("epochs", 1)]
     no_history = [name for name in trained if not histories.get(name)]
     if no_history:

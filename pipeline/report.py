@@ -86,12 +86,14 @@ def _pictures(
             what = "bars: mean over the seeds; whiskers: from the least to the greatest of them"
             drawn, drawn_roles = plots.over_replicates(panels, bases), {bases[name]: r for name, r in role.items()}
             drawn_looks = {bases[name]: looks[name] for name in plots.first_replicates(role, bases)}
-        lacking = "A missing bar is 0 % where it has a whisker or a 0, and not measured where it has none."
-        if len(drawn_roles) > plots.MANY_BARS:
-            lacking = "A dash: not measured."
+        lacking = ""
+        if any(bars.keys() < drawn_roles.keys() for groups in drawn.values() for bars in groups.values()):
+            lacking = " A missing bar is 0 % where it has a whisker or a 0, and not measured where it has none."
+            if len(drawn_roles) > plots.MANY_BARS:
+                lacking = " A dash: not measured."
         out["accuracy"] = (
             "Accuracy by threat model",
-            f"{records.counted(record)}; {what}. {lacking}",
+            f"{records.counted(record)}; {what}.{lacking}",
             plots.bars(drawn, drawn_roles, drawn_looks),
         )
     for key, heading, caption, transferred in (
@@ -252,13 +254,16 @@ def _html(
         table=data,
         groups=groups,
         budgets=budgets,
-        roles=records.ROLES,
+        roles=records.role_titles(record),
+        stages=records.stage_times(record),
+        trained=any(role != "given" for role in records.roles(record).values()),
         lacking=lacking,
         counted=records.counted(record),
         explanation=records.explanation(record),
         norms_note=records.norms_note(record),
         untrusted_note=records.untrusted_note(record),
         in_short=records.in_short(record),
+        tested=any(one["active"] for one in (record.get("reliability") or {}).values()),
         reliability=records.in_order(record.get("reliability") or {}, tuple(records.roles(record))),
         pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],
         config=json.dumps(record["experiment"], indent=2, sort_keys=True),

@@ -92,6 +92,11 @@ def trains(experiment: Experiment) -> bool:
     return any(c.epochs for c in experiment.variants().values())
 
 
+def model_stage(experiment: Experiment) -> str:
+    """Return the title of stage 2: a run that trains nothing reads its models."""
+    return "train" if trains(experiment) else "models"
+
+
 def run_address(experiment: Experiment) -> str:
     """``runs/<recipe>-<hash>``: where a run is kept and who tracks it are no part of what it is."""
     config = to_dict(experiment)
@@ -265,7 +270,7 @@ def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
 def train_models(run: Run, sets: Sets) -> list[attack.Model]:
     """Stage 2: every model of the experiment; as many side by side as there is room for."""
     run.publish()
-    with run.timed("train"), stage("train") as bar:
+    with run.timed("train"), stage(model_stage(run.experiment)) as bar:
         models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
@@ -307,7 +312,7 @@ class _TrainProgress(train.Progress):
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         done, total = len(run.record["models"]), len(run.experiment.variants())
         speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
-        say(f"  train {done}/{total}: {name}: {speed}{held_out}")
+        say(f"  {model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
 
 
 def trained_models(run: Run) -> list[attack.Model]:

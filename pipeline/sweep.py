@@ -531,7 +531,7 @@ def _announced(sweep: Sweep, left: int, runs: int) -> list[str]:
     return [
         f"{done + left} trials{asked}{f', {done} done already' if done else ''}, {space.search} search over {over}",
         f"  each: model {sweep.model!r} of {e.name}, {many}{sweep.base.epochs} epochs{stopped}",
-        f"  judged on validation images: clean accuracy, and under white-box {space.attack} on {space.images} of them",
+        f"  judged on validation images: clean accuracy, and under white-box {space.attack} on up to {space.images} of them",
         f"  the choice: {tested.get(sweep.options.evaluate, 'tested once on test images, under the full suite of attacks')}",
         f"  at once: {runs} model{'s' if runs > 1 else ''}, each on {s.workers} worker(s) of {each}",
     ]

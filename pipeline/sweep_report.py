@@ -204,10 +204,12 @@ def paragraphs(record: Mapping[str, Any]) -> list[str]:
     space = record["space"]
     states = [t["state"] for t in record["trials"]]
     counted = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    # fewer than were asked for where the validation split has no more
+    attacked = record["trials"][record["choice"]["trial"] - 1]["epochs"][-1]["n"]
     said = [
         f"{len(states)} trials ({counted}), {space['search']} search, seed {record['seed']}, of model {record['model']} of "
         f"{record['name']}. Accuracies are of validation images: clean on the whole split, robust under white-box "
-        f"{space['attack']} on {space['images']} of them; they choose, and are no result.",
+        f"{space['attack']} on {attacked} of them; they choose, and are no result.",
         conclusion(record) + ".",
     ]
     if measured := references(record):

@@ -45,15 +45,16 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     for flag in records.raised_flags(record):
         said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
         console.print(Text(said, style="yellow"))
-    role = records.roles(record)
+    role, trained = records.roles(record), any(r != "given" for r in records.roles(record).values())
+    of = "sampling of images only, not of seeds" if trained else "sampling of images"
     notes = [
-        f"Accuracy in % of {records.counted(record)}, below it the 95 % Wilson interval (sampling of images only, not of seeds).",
+        f"Accuracy in % of {records.counted(record)}, below it the 95 % Wilson interval ({of}).",
         *filter(None, [records.norms_note(record)]),
         *records.explanation(record),
         *filter(None, [records.untrusted_note(record), records.reliability_in_short(record)]),
     ]
-    if any(r == "control" for r in role.values()):
-        notes.append("Controls here: " + ", ".join(m for m, r in role.items() if r == "control") + ".")
+    if controls := [m for m in records.evaluated(record) if role[m] == "control"]:
+        notes.append(f"Controls here: {', '.join(controls)}.")
     for note in notes:
         console.print(Text(note, style="dim"))
 
@@ -77,7 +78,7 @@ def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence
                 records.norms_over_seeds(row),
             )
         out.append(seeds)
-    if together["paper"]:
+    if any(row["ours"] for row in together["paper"]):
         beside = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=_beside_title(record))
         for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
             beside.add_column(head, justify="right" if head == "paper" else "left")
@@ -136,10 +137,15 @@ def verdict_table(record: Mapping[str, Any]) -> Table | None:
 def _worst(row: Row) -> tuple[str, str]:
     """A worst case, and its interval or, over the seeds, its range."""
     if "mean" in row:
-        value, low, high = records.mean_and_sd(row["mean"], row["sd"]), row["min"], row["max"]
-    else:
-        value, low, high = records.percent(row["accuracy"]), row["accuracy_low"], row["accuracy_high"]
-    return value + records.mark(row), _interval(low, high)
+        value = records.mean_and_sd(row["mean"], row["sd"])
+        return value + records.mark(row), _range(row["seeds"], row["min"], row["max"], "–")
+    value = records.percent(row["accuracy"])
+    return value + records.mark(row), _interval(row["accuracy_low"], row["accuracy_high"])
+
+
+def _range(seeds: int, least: float, greatest: float, to: str) -> str:
+    """Return the range over the seeds. One seed has none: it would look like an interval without width."""
+    return f"{records.percent(least)}{to}{records.percent(greatest)}" if seeds > 1 else "one seed"
 
 
 def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
@@ -251,12 +257,13 @@ def _markdown_models(record: Mapping[str, Any]) -> list[str]:
                 name,
                 "–" if m.get("clean_validation") is None else records.percent(m["clean_validation"]),
                 "–" if error is None else f"{error:.3g}",
-                "–" if seconds is None else f"{seconds:.0f}",
-                "–" if speed is None else f"{speed:.0f}",
+                f"{seconds:.0f}" if seconds else "–",  # 0: not trained here
+                f"{speed:.0f}" if speed else "–",
             )
             rows.append(cells)
         lines += ["", "### Models", "", *markdown_table(heads, rows)]
-        lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
+        if any(m.get("reconstruction_validation") is not None for m in record["models"].values()):
+            lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
     return [*lines, *markdown_made_with(record)]
 
 
@@ -269,6 +276,7 @@ def markdown_made_with(record: Mapping[str, Any]) -> list[str]:
 def made_with(record: Mapping[str, Any]) -> dict[str, str]:
     """Command, revision, hardware, versions and seconds of run.json or sweep.json; what is not known is left out."""
     machine = record["hardware"]
+    stages = records.stage_times(record) if "models" in record else record["stages"]  # sweep.json holds no models
     gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
     made = {
         "Command": record["command"],
@@ -276,7 +284,7 @@ def made_with(record: Mapping[str, Any]) -> dict[str, str]:
         "Finished": records.when(record["finished"]),
         "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
-        "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in record["stages"].items()),
+        "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items()),
     }
     return {what: text for what, text in made.items() if text}
 
@@ -339,7 +347,7 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
                     attack(r),
                     str(r["seeds"]),
                     records.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]) + records.mark(r),
-                    f"{records.percent(r['accuracy_min'])} to {records.percent(r['accuracy_max'])}",
+                    _range(r["seeds"], r["accuracy_min"], r["accuracy_max"], " to "),
                 )
                 for r in seeds
             ],
@@ -360,7 +368,8 @@ def _markdown_across(record: Mapping[str, Any]) -> list[str]:
                 for d in resolved
             ],
         )
-    if printed := together["paper"]:
+    printed = together["paper"]
+    if any(row["ours"] for row in printed):
         add(
             _beside_title(record),
             ("the paper's row", "network", "attack", "paper", "ours, by threat model"),

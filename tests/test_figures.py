@@ -401,11 +401,15 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     for said in (
         "Here it does not always",
         "R < 1 for 3 of 6 (50.0 %)",
-        "median 0.75, largest 1.5",
+        "largest 1.5",
         "1 without a finite R",
         "attacked image is for 2 of 6",
     ):
         assert said in picture[1]
+    assert "median" not in picture[1], "of five images"
+    ten = figures.fig8(_ratios(*[0.25] * 6, *[0.75] * 4, math.inf), {"defend": "defended"}, {"defend": "defend"})
+    assert ten is not None
+    assert "median 0.25 of 10, largest 0.75" in ten[1]
     (axis,) = drawn[0].axes
     assert "R < 1: 3 of 6 (50.0 %)" in axis.get_title()
     heights = [(p.get_x(), p.get_height()) for p in axis.patches if p.get_height()]  # type: ignore[attr-defined]

@@ -83,7 +83,7 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     """table.csv, table.json and MLflow: no median or quartile of fewer than ten images, of any attack and threat model."""
     root = Storage(tmp_path)
     run, record = record_of(root, broken)
-    kept = broken >= comparison.MIN_BROKEN
+    kept = broken >= comparison.MIN_FOR_MEDIAN
     rows = list(csv.DictReader(io.StringIO(tables.to_csv(record))))
     (row,) = [r for r in rows if (r["model"], r["threat_model"], r["attack"]) == ("control", "transfer", DDN)]
     quantiles = [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")]
@@ -96,7 +96,7 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     assert ("transfer/ddn/l2_median" in published) == kept
     assert published["transfer/ddn/broken"] == broken
     for r in rows:  # BIM breaks nearly all of them, white-box
-        few = int(r["broken"]) < comparison.MIN_BROKEN
+        few = int(r["broken"]) < comparison.MIN_FOR_MEDIAN
         assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
     assert run.read_json("run.json") == record, "the record keeps what was measured"
 
