@@ -49,7 +49,10 @@ if [ -n "$BUNDLE" ]; then
   SITE=${TMPDIR:-/tmp}/defendpp-site-$(sha256sum <"$BUNDLE/site.tar.xz" | cut -c1-16)
   if [ ! -d "$SITE" ]; then
     rm -rf "$SITE.part" && mkdir -p "$SITE.part"
-    tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
+    # Python's own tarfile where tar or xz is missing
+    tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" ||
+      "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' \
+        "$BUNDLE/site.tar.xz" "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
     "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null # else each of Ray's first processes compiles the same files
     mv "$SITE.part" "$SITE"
   fi
@@ -80,7 +83,7 @@ for number in $PARTS; do
         part "part 3: $run" $((LIMIT3 + 60)) pipeline "$run" --limit "$LIMIT3" --storage "$STORAGE" "${DATA[@]}"
       done
       # records alone: weights, checkpoints, shards and examples are too large to take away
-      (cd "$STORAGE" 2>/dev/null && find . -type f -size -2000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
+      (cd "$STORAGE" 2>/dev/null && find . -type f -size -5000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
         ! -name '*.npz' -print0 | tar --create --gzip --null --files-from - --file "$OUT/records.tar.gz") ||
         FAILED+=("records.tar.gz")
       ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pack what this project needs at run time into one folder, for machines that reach no package registry.
+# Pack what this project needs at run time into one folder, for machines without a network.
 #
 #   infra/offline-bundle.sh [--python 3.12] [--have FILE] [--slim] [--data DIR] OUT_DIR
 #
@@ -9,7 +9,7 @@
 #   --data DIR        images to take along: the Parquet files of a directory (--data.source parquet:...)
 #
 # OUT_DIR then holds site.tar.xz (unpack it and put the folder on PYTHONPATH), packages.txt (what is in it) and data/.
-# Versions are those of constraints.txt. Packages come from the registry that pip or uv is configured with.
+# Versions are those of constraints.txt. Packages come from the index that uv is configured with.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
