@@ -455,9 +455,19 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         from components.attacks.spec import AttackSpec
 
+        texts: dict[str, str] = {}
         for attack in self.attacks:
-            AttackSpec.parse(attack)
-        _check(len(set(self.attacks)) == len(self.attacks), "evaluation.attacks", self.attacks, "each attack once")
+            canonical = str(AttackSpec.parse(attack))
+            if canonical in texts:
+                both = f"{texts[canonical]} and {attack} are both {canonical}"
+                raise ConfigError.of("evaluation.attacks", self.attacks, f"each attack once; {both}")
+            texts[canonical] = attack
+        _check(
+            len(set(self.threat_models)) == len(self.threat_models),
+            "evaluation.threat_models",
+            self.threat_models,
+            "each threat model once",
+        )
         for threat in self.threat_models:
             _check(
                 threat in ("white_box", "black_box", "transfer")
@@ -545,11 +555,15 @@ class Experiment:
     """MLflow server (http://...) or database (sqlite:///...). Empty: mlflow.db in storage, where that is local."""
 
     def __post_init__(self) -> None:
+        from components.attacks.spec import AttackSpec
+
         _check(bool(self.name), "name", self.name, "a name")
         _check(bool(self.models), "models", self.models, "at least one model")
         _check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         for figure in self.figures:
             _check(figure in FIGURES, "figures", figure, ", ".join(FIGURES))
+        for attack in self.evaluation.attacks:
+            AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
         variants = self.variants()
         self._check_seeds()

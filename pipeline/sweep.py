@@ -193,8 +193,9 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
     """Name and config (of its first replicate) of the recipe's model that the trials are variants of.
 
     Raises:
-        ConfigError: the recipe has no such model, or it cannot be swept.
+        ConfigError: the recipe has no such model, it cannot be swept, or the space's attack does not fit the images.
     """
+    AttackSpec.parse(space.attack).check_fits(experiment.data.channels, experiment.data.image_size)
     models = experiment.firsts()
     if space.model and space.model not in models:
         raise ConfigError.of("space.model", space.model, "one of the recipe's models: " + ", ".join(models))

@@ -179,21 +179,26 @@ def test_text_of_a_spec_is_canonical(text: str, canonical: str) -> None:
 
 
 positive = st.floats(1e-6, 1e3)
+eps_of_either_norm = st.floats(1e-6, 1)
 
 
 @given(
     st.one_of(
         st.builds(
-            AttackSpec, name=st.sampled_from(["noise", "fgsm"]), eps=positive, norm=st.sampled_from(["linf", "l2"])
+            AttackSpec,
+            name=st.sampled_from(["noise", "fgsm"]),
+            eps=eps_of_either_norm,
+            norm=st.sampled_from(["linf", "l2"]),
         ),
         st.builds(
             AttackSpec,
             name=st.sampled_from(["bim", "pgd"]),
-            eps=positive,
+            eps=eps_of_either_norm,
             norm=st.sampled_from(["linf", "l2"]),
             steps=st.integers(1, 999),
-            step_size=st.floats(0, 2),
+            step_size=st.floats(0, 1),
         ),
+        st.builds(AttackSpec, name=st.just("apgd"), eps=positive, norm=st.just("l2")),
         st.builds(
             AttackSpec,
             name=st.just("cw"),
@@ -228,6 +233,13 @@ def test_a_spec_survives_text_dict_and_pickle(spec: AttackSpec) -> None:
         ("fgsm:eps=-0.1", r"fgsm\.eps=-0\.1.*above 0"),
         ("fgsm:eps=nan", r"fgsm\.eps=nan"),
         ("fgsm:eps=inf", r"fgsm\.eps=inf"),
+        ("fgsm:eps=8", r"fgsm\.eps=8\.0 .*at most 1 in linf, in units of \[0,1\] pixels: write 8/255"),
+        ("noise:eps=1.0001", r"noise\.eps=1\.0001 .*at most 1 in linf"),
+        ("autoattack:eps=300", r"autoattack\.eps=300\.0 .*at most 1 in linf, in units of \[0,1\] pixels$"),
+        ("pgd:eps=8/255,step_size=2", r"pgd\.step_size=2\.0 .*at most 1 in linf.*write 2/255"),
+        ("fgsm:eps=-1/-5", r"fgsm\.eps='-1/-5'.*float"),
+        ("fgsm:eps=1/-5", r"fgsm\.eps='1/-5'.*float"),
+        ("fgsm:eps=-1/5", r"fgsm\.eps=-0\.2.*above 0"),
         ("fgsm:eps=1/0", r"fgsm\.eps='1/0'.*float"),
         ("fgsm:eps=big", r"fgsm\.eps='big'.*float"),
         ("cw:norm=linf", r"cw\.norm='linf'.*l2"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from components.attacks.spec import AttackSpec
 from components.config import (
     DataConfig,
     EvaluationConfig,
@@ -166,6 +167,49 @@ def test_unknown_threat_model_and_attack() -> None:
     )
     with pytest.raises(ConfigError, match="deepfool"):
         EvaluationConfig(attacks=("deepfool",))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("bim:eps=0.2", "bim:eps=0.2,steps=100"),
+        ("bim:eps=0.2", "bim:eps=1/5"),
+        ("bim:steps=40,eps=.2", "bim:eps=0.2,steps=40"),
+        ("ddn", "ddn:steps=100"),
+        ("pgd:eps=0.2,norm=linf,restarts=1", "pgd:eps=0.2"),
+    ],
+)
+def test_an_attack_under_two_texts_is_one_attack(first: str, second: str) -> None:
+    attacks = ("cw", first, second)
+    refused(
+        lambda: EvaluationConfig(attacks=attacks),
+        "evaluation.attacks",
+        attacks,
+        f"each attack once; {first} and {second} are both {AttackSpec.parse(first)}",
+    )
+
+
+def test_attacks_that_differ_in_a_setting_are_two() -> None:
+    EvaluationConfig(attacks=("bim:eps=0.2", "bim:eps=0.1", "bim:eps=0.2,steps=40", "bim:eps=0.2,norm=l2"))
+
+
+def test_each_threat_model_once() -> None:
+    twice = ("white_box", "transfer", "white_box")
+    refused(lambda: EvaluationConfig(threat_models=twice), "evaluation.threat_models", twice, "each threat model once")
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "largest", "beyond"), [(1, 28, "28", "28.01"), (3, 32, "55.4", "55.5"), (3, 64, "110", "128")]
+)
+def test_an_l2_budget_beyond_the_longest_perturbation_is_refused(
+    channels: int, size: int, largest: str, beyond: str
+) -> None:
+    def made(eps: str) -> Experiment:
+        evaluation = EvaluationConfig(attacks=("cw", f"pgd:eps={eps},norm=l2"))
+        return experiment(data=DataConfig(channels=channels, image_size=size), evaluation=evaluation)
+
+    made(largest)
+    refused(lambda: made(beyond), "pgd.eps", float(beyond), f"{channels} x {size} x {size} pixels in [0,1]")
 
 
 def experiment(**changes: typing.Any) -> Experiment:

@@ -139,6 +139,7 @@ class AttackSpec:
 
     Raises:
         ConfigError: unknown attack, a field it does not have, a missing eps, or a value out of range.
+            In linf, eps and step_size are at most 1.
     """
 
     name: str
@@ -182,6 +183,33 @@ class AttackSpec:
             if value is None:
                 raise ConfigError.of(f"{self.name}.eps", None, f"{self.name} needs eps, e.g. {self.name}:eps=0.2")
             object.__setattr__(self, name, self._checked(name, value, attack))
+        if self.norm == "linf":
+            self._check_pixel_range()
+
+    def _check_pixel_range(self) -> None:
+        """Refuse lengths beyond 1, the whole range of a pixel: they are meant for pixels from 0 to 255."""
+        for name in ("eps", "step_size"):
+            value = getattr(self, name) or 0
+            if value > 1:
+                instead = f": write {value:g}/255" if value <= 255 else ""
+                raise ConfigError.of(
+                    f"{self.name}.{name}", value, f"at most 1 in linf, in units of [0,1] pixels{instead}"
+                )
+
+    def check_fits(self, channels: int, image_size: int) -> None:
+        """Refuse an L2 budget beyond the longest perturbation of an image, sqrt(channels) * image_size.
+
+        Raises:
+            ConfigError: eps is larger, as it is when it was meant for pixels from 0 to 255.
+        """
+        largest = math.sqrt(channels) * image_size
+        if self.norm == "l2" and self.eps is not None and self.eps > largest:
+            raise ConfigError.of(
+                f"{self.name}.eps",
+                self.eps,
+                f"at most {largest:.4g} in l2, the longest perturbation of {channels} x {image_size} x {image_size} "
+                f"pixels in [0,1]: write {self.eps:g}/255 if it is meant for pixels from 0 to 255",
+            )
 
     def _checked(self, name: str, value: Setting, attack: _Attack) -> Setting:
         where = f"{self.name}.{name}"
@@ -288,6 +316,7 @@ class AttackSpec:
 def _fraction(text: str) -> str:
     numerator, slash, denominator = text.partition("/")
     try:
-        return repr(float(numerator) / float(denominator)) if slash else text
-    except (ValueError, ZeroDivisionError):
+        divisor = float(denominator) if slash else 0.0
+        return repr(float(numerator) / divisor) if divisor > 0 else text
+    except ValueError:
         return text
