@@ -707,6 +707,9 @@ def address(arch: str, **settings: Any) -> str:
 def test_addresses_of_our_networks_stay_as_they_are() -> None:
     """Models that were trained before are found again."""
     assert address("resnet18") == "models/defended-58f8f309fa956334"
+    assert address("resnet18", defense="adversarial", adversarial_attack="pgd") == "models/adversarial-e64ed538fc6ca85b"
+    # DDN's examples against a confident network were others then
+    assert address("resnet18", defense="adversarial", adversarial_attack="ddn") != "models/adversarial-0e0721afd20a6f3a"
     given = {"defense": "none", "epochs": 0, "pretrained": "x.pth"}
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
     config = TrainConfig(arch="torchvision:resnet18", **given).canonical()
