@@ -141,7 +141,8 @@ def _withstands(
     taken = [(e, c) for e, c in judged if threat == ANY or e["threat_model"] in DIRECT]
     if not taken or (threat == ANY and all(e["threat_model"] in DIRECT for e, _ in taken)):
         return None, 0
-    return worst_case([c for _, c in taken], norm, eps), len(taken)
+    # transfer and transfer:NAME may be the same examples on the same model, judged once
+    return worst_case([c for _, c in taken], norm, eps), len({e["path"] for e, _ in taken})
 
 
 def reliability(

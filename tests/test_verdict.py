@@ -287,6 +287,18 @@ def test_worst_cases_come_from_the_records(run: tuple[Storage, Storage, dict[str
     assert by_key[fgsm["model"], "white_box", "linf", 0.2]["accuracy"] < fgsm["metrics"]["accuracy"]
 
 
+def test_the_same_examples_under_two_threat_models_are_one_evaluation(
+    run: tuple[Storage, Storage, dict[str, Any]],
+) -> None:
+    root, _, record = run
+    again = [
+        {**e, "threat_model": "transfer:no_defense"} for e in record["evaluations"] if e["threat_model"] == "transfer"
+    ]
+    assert again
+    both = {**record, "evaluations": [*record["evaluations"], *again]}
+    assert worst_cases(root, both) == worst_cases(root, record)
+
+
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
     judgements = verdict.Judgements(root, record["evaluations"], fake_run.CHUNK)

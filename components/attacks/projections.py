@@ -11,7 +11,7 @@ from torch import Tensor
 Norm = Literal["linf", "l2"]
 
 _TINY = 1e-30  # keeps a division by a norm of zero finite
-_LARGEST_EXPONENT = 126  # 2^126 and 2^-126 are normal float32 numbers
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**125  # the inverse of each is a normal float32 number, too
 _ROUNDING = 2.0**-25  # largest rounding error of a float32 sum in [0,1]
 
 
@@ -43,8 +43,8 @@ def _of_middling_size(x: Tensor) -> tuple[Tensor, Tensor]:
     Confident networks have gradients below 1e-22, whose squares are zero or imprecise in float32.
     A power of two rounds nothing, so norms of ordinary size are those of the plain sum, bit for bit.
     """
-    _, exponent = torch.frexp(x.flatten(1).abs().amax(dim=1))
-    scale = torch.exp2(-exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).to(x.dtype))
+    largest = x.flatten(1).abs().amax(dim=1).clamp(_SMALLEST, _LARGEST)
+    scale = torch.frexp(largest).mantissa / largest  # a quotient that is a power of two is exact on every device
     return x * per_sample(scale), scale
 
 
