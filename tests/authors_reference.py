@@ -1,12 +1,13 @@
-"""Inputs of the frozen comparison with the authors' AutoAttack, and the script that freezes their figures.
+"""Inputs of the frozen comparison with the authors' attacks, and the script that freezes their figures.
 
 ``tests/test_authors_reference.py`` runs our attacks on these inputs and compares them with the figures
 in ``tests/authors_reference.json``. Those come from the authors' own code, which is not part of this
-repository. To make them again, clone https://github.com/fra31/auto-attack and run, from the root,
+repository. To make them again, clone https://github.com/fra31/auto-attack (APGD, FAB and Square) and
+https://github.com/jeromerony/adversarial-library (DDN, by its author, and C&W), and run, from the root,
 
-    PYTHONPATH=.:CLONE python tests/authors_reference.py
+    PYTHONPATH=.:CLONE:OTHER_CLONE python tests/authors_reference.py
 
-The script imports their package and changes nothing in how it searches. It only supplies the random
+The script imports the two packages and changes nothing in how they search. It only supplies the random
 numbers (theirs and ours draw in different orders) and watches the model's inputs.
 """
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,18 @@ from torch import Tensor, nn
 
 FIGURES = Path(__file__).with_suffix(".json")
 POOL, CHANNELS, SIDE, CLASSES, HIDDEN = 60, 2, 17, 6, 24
-# Images of the pool on which neither rounding (relative noise of 3e-7 in the pixels) decides any step, nor a
-# documented difference between APGD and theirs: how the first step counts at the first checkpoint.
-CHOSEN = (6, 21, 22, 24, 26, 35, 37, 40, 46, 57)
+# Images of the pool on which rounding decides no step of APGD (tried: relative noise of 3e-7 in the pixels).
+CHOSEN = (6, 21, 22, 24, 26, 35, 37, 40, 46, 47)
 SAMPLES = len(CHOSEN)
+# On the last image a documented difference decides: whether the first step counts at APGD-T's first checkpoint.
+APGD_T_SAMPLES = SAMPLES - 1
 PIXELS = CHANNELS * SIDE * SIDE
 TARGETS = 3
 APGD_STEPS, APGD_T_STEPS, FAB_STEPS, QUERIES = 50, 30, 12, 120
 EPS = {"linf": 0.005, "l2": 0.1}
 SQUARE_EPS = {"linf": 0.02, "l2": 0.4}
+DDN = {"steps": 25, "gamma": 0.05, "initial_norm": 0.15}
+CW = {"steps": 12, "binary_search_steps": 4, "lr": 0.05, "initial_const": 0.003, "confidence": 0.5}
 
 
 class Draws:
@@ -92,6 +98,11 @@ def inputs(network: nn.Module) -> tuple[Tensor, Tensor]:
         return x, network(x).argmax(dim=1)
 
 
+def aims(y: Tensor, targeted: bool) -> Tensor:
+    """The classes to hand to DDN and C&W: for a targeted attack, the ones to reach."""
+    return (y + 1) % CLASSES if targeted else y
+
+
 def start_draws(run: int) -> Tensor:
     """Numbers from which run ``run`` of APGD, or of a restart of FAB, makes its random start."""
     return of_the_chosen(Draws(100 + run))
@@ -145,6 +156,7 @@ def freeze_apgd_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str
     from autoattack.autopgd_base import APGDAttack_targeted
 
     runs: list[dict[str, Any]] = []
+    x, y = x[:APGD_T_SAMPLES], y[:APGD_T_SAMPLES]
 
     class Watched(APGDAttack_targeted):
         def attack_single_run(self, inputs: Tensor, labels: Tensor, x_init: Tensor | None = None) -> Any:
@@ -225,17 +237,52 @@ def freeze_square(network: Network, x: Tensor, y: Tensor, norm: str, rescale: bo
     return {"passes": attack.passes, "robust": (network(found).argmax(1) == y).int().tolist()}
 
 
+def freeze_ddn(network: Network, x: Tensor, y: Tensor, targeted: bool) -> dict[str, Any]:
+    """Freeze every iterate but the last, which theirs does not look at, and the smallest norm among them."""
+    from adv_lib.attacks import ddn
+
+    network.seen.clear()
+    options = {"steps": DDN["steps"], "γ": DDN["gamma"], "init_norm": DDN["initial_norm"], "levels": None}
+    found = ddn(network, x, aims(y, targeted), targeted=targeted, **options)
+    return {"passes": numbers(network.seen), "norms": numbers([norms(found - x, "l2")])[0]}
+
+
+def freeze_cw(network: Network, x: Tensor, y: Tensor, targeted: bool) -> dict[str, Any]:
+    """Freeze every iterate of every search step, and the smallest norm found."""
+    from adv_lib.attacks import carlini_wagner_l2
+
+    network.seen.clear()
+    options = {
+        "confidence": CW["confidence"],
+        "learning_rate": CW["lr"],
+        "initial_const": CW["initial_const"],
+        "binary_search_steps": CW["binary_search_steps"],
+        "max_iterations": CW["steps"] + 1,  # theirs looks at an iterate before its step, not after
+        "abort_early": False,
+    }
+    found = carlini_wagner_l2(network, x, aims(y, targeted), targeted=targeted, **options)
+    return {"passes": numbers(network.seen), "norms": numbers([norms(found - x, "l2")])[0]}
+
+
+def source(package: Any, repository: str) -> str:
+    """Name a repository and the revision of the clone that a package was imported from."""
+    command = ["git", "-C", Path(package.__file__).parent, "rev-parse", "HEAD"]
+    return f"{repository} {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}"
+
+
 def freeze() -> dict[str, Any]:
+    sys.modules["visdom"] = mock.Mock()  # adversarial-library imports it for plots
+    import adv_lib
     import autoattack
 
     torch.set_num_threads(1)
-    clone = Path(autoattack.__file__).parent
-    revision = subprocess.run(["git", "-C", clone, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     network = Network()
     x, y = inputs(network)
     figures: dict[str, Any] = {
-        "source": "github.com/fra31/auto-attack",
-        "revision": revision.stdout.strip(),
+        "sources": [
+            source(autoattack, "github.com/fra31/auto-attack"),
+            source(adv_lib, "github.com/jeromerony/adversarial-library"),
+        ],
         "made_by": "tests/authors_reference.py",
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -248,10 +295,19 @@ def freeze() -> dict[str, Any]:
         figures[f"apgd-t-{norm}"] = freeze_apgd_t(network, x, y, norm)
         figures[f"fab-t-{norm}"] = freeze_fab_t(network, x, y, norm)
         figures[f"square-{norm}"] = freeze_square(network, x, y, norm, rescale=True)
+    for targeted in (False, True):
+        suffix = "-targeted" if targeted else ""
+        figures[f"ddn{suffix}"] = freeze_ddn(network, x, y, targeted)
+        figures[f"cw{suffix}"] = freeze_cw(network, x, y, targeted)
     figures["square-unrescaled-linf"] = freeze_square(network, x, y, "linf", rescale=False)
     return figures
 
 
+def as_text(figures: dict[str, Any]) -> str:
+    """Write JSON with one line for each list of numbers."""
+    text = json.dumps(figures, indent=1)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text) + "\n"
+
+
 if __name__ == "__main__":
-    # one line for each pass
-    FIGURES.write_text(json.dumps(freeze(), indent=0).replace(",\n", ",").replace("[\n", "[").replace("\n]", "]"))
+    FIGURES.write_text(as_text(freeze()))

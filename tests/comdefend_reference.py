@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import datetime
 import io
-import json
 import math
 import re
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from authors_reference import Draws
+from authors_reference import Draws, as_text
 from torch import Tensor, nn
 
 FIGURES = Path(__file__).with_suffix(".json")
@@ -108,4 +107,4 @@ if __name__ == "__main__":
         "date": datetime.date.today().isoformat(),
         **{case: freeze_case(case) for case in CASES},
     }
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+    FIGURES.write_text(as_text(figures))
