@@ -108,7 +108,7 @@ def test_the_controls_that_are_named_were_run() -> None:
     assert said(defended, control).startswith("Control: an undefended model of another seed on the same examples. ")
     both = said(defended, control, noise)
     assert "another seed on the same examples, and random noise of the same size without any attacker. Only" in both
-    assert "defended model" not in said(control, {**noise, "model": "control"}), "there is none"
+    assert "a defended model" not in said(control, {**noise, "model": "control"}), "there is none"
 
 
 def test_an_undefended_model_is_the_source_of_transfer_only_where_there_is_transfer(tmp_path: Path) -> None:

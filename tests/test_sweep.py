@@ -727,7 +727,7 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     assert text == sweep_report.markdown(record)
     for part in (
         "| 6 |",
-        "white-box pgd:eps=0.1,steps=10 on 200",
+        "white-box pgd:eps=0.1,steps=10 on 100",
         "control: clean 95.0 %",
         f"`{record['command']}`",
         "torch 2.",
