@@ -253,8 +253,8 @@ def norms_note(record: Mapping[str, Any]) -> str:
     if not any(e["metrics"].get("curve") for e in record["evaluations"]):
         return ""
     return (
-        "Attacks of any norm: the median of the norm that the attack minimises ([0,1] pixels), and of how many images: those "
-        f"that were classified correctly and that it broke. A median is left out of fewer than {comparison.MIN_FOR_MEDIAN}."
+        "Attacks of any norm: the median norm ([0,1] pixels) of the examples that broke an image which was classified "
+        f"correctly, and how many such images there are. With fewer than {comparison.MIN_FOR_MEDIAN}, no median is shown."
     )
 
 
@@ -496,8 +496,21 @@ def untrusted_note(record: Mapping[str, Any]) -> str:
 
 
 def worst_cases(record: Mapping[str, Any]) -> list[Row]:
-    """The worst case per sample of each model and budget, with the budget and threat model as they are written for people."""
-    return [{**_worst_titled(w), "untrusted": _untrusted_in(record, w)} for w in record.get("worst_case") or []]
+    """Return the worst case per sample of each model and budget, with the budget and threat model as written for people.
+
+    A record also holds the worst case over noise and what was made on the model itself, as threat model "any". It is left out
+    where no examples of other models were shown to the model.
+    """
+    shown = _shown_examples_of_others(record)
+    return [
+        {**_worst_titled(w), "untrusted": _untrusted_in(record, w)}
+        for w in record.get("worst_case") or []
+        if w["threat_model"] != "any" or w["model"] in shown
+    ]
+
+
+def _shown_examples_of_others(record: Mapping[str, Any]) -> set[str]:
+    return {e["model"] for e in record["evaluations"] if e.get("source") not in (None, e["model"])}
 
 
 def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
@@ -505,15 +518,22 @@ def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
     bases = comparison.experiment_of(record).bases()
     keys = ("norm", "eps", "threat_model")
     doubted = {(bases[w["model"]], *(w[k] for k in keys)) for w in worst_cases(record) if w["untrusted"]}
+    shown = {bases[model] for model in _shown_examples_of_others(record)}
     return [
         {**_worst_titled(w), "untrusted": (w["model"], *(w[k] for k in keys)) in doubted}
         for w in comparison.worst_over_seeds(record)
+        if w["threat_model"] != "any" or w["model"] in shown
     ]
 
 
 def worst_case_pairs(record: Mapping[str, Any]) -> list[Row]:
-    """The worst case of one model against that of another on the same samples (exact McNemar test)."""
-    return [_worst_titled(w) for w in record.get("worst_case_pairs") or []]
+    """Return the worst case of one model against that of another on the same samples (exact McNemar test)."""
+    shown = _shown_examples_of_others(record)
+    return [
+        _worst_titled(w)
+        for w in record.get("worst_case_pairs") or []
+        if w["threat_model"] != "any" or {w["model"], w["against"]} <= shown
+    ]
 
 
 def _worst_titled(row: Mapping[str, Any]) -> Row:
@@ -575,8 +595,8 @@ def _active_tests_in_short(tests: Sequence[Mapping[str, Any]], models: int) -> s
         return f"none of {'its' if models == 1 else 'their'} attacks has an active test"
     if not decided:
         return f"the active test of {_counted(undecided, 'attack')} is undecided: {why}"
-    passed, them = sum(t["passed"] for t in decided), "it" if len(decided) == 1 else "them"
-    said = f"{passed} of {_counted(len(decided), 'attack')} found the adversarial examples that were planted for {them}"
+    passed = sum(t["passed"] for t in decided)
+    said = f"{passed} of {len(decided)} attacks found the adversarial examples that were planted for them"
     return said + (f", {undecided} {'is' if undecided == 1 else 'are'} undecided: {why}" if undecided else "")
 
 

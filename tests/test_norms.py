@@ -166,7 +166,7 @@ def test_a_model_that_gets_nothing_right_cannot_be_broken(tmp_path: Path) -> Non
 def test_the_rule_is_said_where_there_are_medians(tmp_path: Path) -> None:
     root = Storage(tmp_path)
     run, record = record_of(root, 4)
-    rule = "left out of fewer than 10"
+    rule = "With fewer than 10, no median is shown."
     assert rule in page_of(records.read_run(run), root)
     assert rule in tables.markdown(record)
     out = io.StringIO()

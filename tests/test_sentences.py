@@ -133,7 +133,7 @@ UNDECIDED = {**PASSED, "n": 4, "share": None, "passed": None}
         ({"a": {}, "b": {}}, "no flag raised on 2 models; none of their attacks has an active test"),
         (
             {"a": {"x": PASSED, "y": UNDECIDED}},
-            "1 of 1 attack found the adversarial examples that were planted for it, 1 is undecided",
+            "1 of 1 attacks found the adversarial examples that were planted for them, 1 is undecided",
         ),
         (
             {"a": {"x": PASSED, "y": {**PASSED, "passed": False}}, "b": {"x": PASSED}},
@@ -269,3 +269,28 @@ def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_pat
         ["--model", str(file), "--arch", "own_network:make", "--evaluation.attacks", "pgd:eps=0.3"]
     )
     assert "full suite" not in parsed.description
+
+
+def test_a_worst_case_over_transferred_examples_is_of_models_that_were_shown_some(tmp_path: Path) -> None:
+    """Noise belongs to no model: it alone makes no worst case "also transferred to it"."""
+    root = Storage(tmp_path)
+    record = given(evaluation("net", "random", "noise:eps=0.3"))
+    bounds = {
+        "norm": "linf",
+        "eps": 0.3,
+        "n": 4,
+        "accuracy": 0.25,
+        "accuracy_low": 0.1,
+        "accuracy_high": 0.9,
+        "attacks": 1,
+    }
+    record["worst_case"] = [{"model": "net", "threat_model": threat, **bounds} for threat in ("white_box", "any")]
+    for place, text in whole(record, root).items():
+        assert "made on the model itself" in text, place
+        assert "also transferred" not in text, place
+    fake = fake_run.write(root, gallery=False).read_json("run.json")
+    fake["worst_case"] = [{"model": m, "threat_model": "any", **bounds} for m in fake_run.MODELS]
+    assert [w["model"] for w in records.worst_cases(fake)] == ["control", "defend"]
+    pair = {"threat_model": "any", "norm": "linf", "eps": 0.3, "n": 4, "only_model": 1, "only_against": 0, "p": 1.0}
+    fake["worst_case_pairs"] = [{"model": a, "against": "control", **pair} for a in ("no_defense", "defend")]
+    assert [w["model"] for w in records.worst_case_pairs(fake)] == ["defend"]
