@@ -36,6 +36,12 @@ from components.robustness import (
 _P = 0.01  # a paired difference is significant below
 _SUM_TOLERANCE = 1e-4  # of the sum of probabilities, absolute
 _NOISE_TOLERANCE = 1e-4  # of two outputs for one input, relative to the largest output
+_BATCH_TOLERANCE = 1e-4
+"""Most by which the outputs for one image may differ from batch to batch, relative to the largest output."""
+_NOISE_FACTOR = 3
+"""A random network's outputs must differ by this many times its own noise to depend on the batch."""
+_DEPENDENT_SHARE = 0.05
+"""Share of images, beyond one, that may differ: rounding moves an honest network across a step of its own, but rarely."""
 _DEAD_SHARE = 0.05  # of images without a usable gradient
 _TINY_GRADIENT = 1e-30  # L2 norm; below, attacks in either norm begin to fail (docs/reliability.md)
 _UNBOUNDED_LIMIT = 0.01  # what the accuracy at unbounded eps may be
@@ -91,7 +97,10 @@ def probe(
         ``random_output``: {``passes``, ``largest_difference`` between the outputs of one batch, ``largest_output``,
         ``changed`` predictions}; ``zero_gradients``: {``n`` correct clean images, and of their gradients of
         ``cross_entropy`` and ``margin`` how many are ``zero`` in every pixel, ``not_finite``, ``tiny`` (L2 norm in
-        (0, 1e-30))}; ``accuracy_by_eps``: PGD of 20 steps at eps, 2 eps, 4 eps ... and the whole range, each
+        (0, 1e-30))}; ``batch_dependence``: {``n``, ``batches`` of other images, number or order that each image was
+        shown in, ``largest_difference`` from the outputs of the first pass, ``largest_output``, ``dependent`` images
+        whose outputs differ by more than 1e-4 of it and three times ``random_output``, ``changed`` predictions};
+        ``accuracy_by_eps``: PGD of 20 steps at eps, 2 eps, 4 eps ... and the whole range, each
         {``eps``, ``correct``: N booleans}; ``unbounded_accuracy``: share of N that withstood every one of them;
         ``accuracy_by_steps``: PGD at eps, each {``steps``, ``correct``}.
 
@@ -132,6 +141,7 @@ def probe(
         kept: list[bool] = (right & (_outputs(model, adversarial, at_once).argmax(dim=1) == labels)).tolist()
         return kept
 
+    noise = max(float((other - first).abs().max()) for other in passes)
     gradients = {
         "cross_entropy": torch.cat([cross_entropy_gradient(model, inputs[p], labels[p], False)[0] for p in parts]),
         "margin": torch.cat([_margin_gradient(model, inputs[p], labels[p]) for p in parts]),
@@ -146,10 +156,11 @@ def probe(
         "output": _kind_of_output(first),
         "random_output": {
             "passes": _PASSES,
-            "largest_difference": max(float((other - first).abs().max()) for other in passes),
+            "largest_difference": noise,
             "largest_output": float(first.abs().max()),
             "changed": int(torch.stack([p.argmax(dim=1) != first.argmax(dim=1) for p in passes]).any(dim=0).sum()),
         },
+        "batch_dependence": _batch_dependence(model, inputs, first, noise, at_once),
         "zero_gradients": {
             "n": int(right.sum()),
             **{loss: _dead_gradients(gradient[right]) for loss, gradient in gradients.items()},
@@ -157,6 +168,34 @@ def probe(
         "accuracy_by_eps": by_eps,
         "unbounded_accuracy": sum(_survivors(by_eps)) / n,
         "accuracy_by_steps": [{"steps": steps, "correct": correct_after(eps, steps)} for steps in _STEPS],
+    }
+
+
+def _batch_dependence(model: nn.Module, inputs: Tensor, first: Tensor, noise: float, at_once: int) -> dict[str, Any]:
+    """Compare the outputs for each image alone, in reversed batches of three, and among negatives of all images.
+
+    Args:
+        first: outputs [N,K] of ``inputs`` in their order, ``at_once`` at a time.
+        noise: largest difference between passes of the same batches.
+    """
+    n = len(inputs)
+    order = torch.randperm(2 * n, generator=torch.Generator().manual_seed(0)).to(inputs.device)
+    among_negatives = torch.empty_like(first.repeat(2, 1))
+    among_negatives[order] = _outputs(model, torch.cat([inputs, 1 - inputs])[order], at_once)
+    others = [
+        _outputs(model, inputs, 1),
+        _outputs(model, inputs.flip(0), min(3, at_once)).flip(0),
+        among_negatives[:n],
+    ]
+    differences = torch.stack([(other - first).abs().amax(dim=1) for other in others]).amax(dim=0)
+    largest = float(first.abs().max())
+    return {
+        "n": n,
+        "batches": len(others),
+        "largest_difference": float(differences.max()),
+        "largest_output": largest,
+        "dependent": int((differences > max(_BATCH_TOLERANCE * largest, _NOISE_FACTOR * noise)).sum()),
+        "changed": int(torch.stack([o.argmax(dim=1) != first.argmax(dim=1) for o in others]).any(dim=0).sum()),
     }
 
 
@@ -435,6 +474,7 @@ def flags(
         _not_falling_with_steps(probe),
         _zero_gradients(probe),
         _random_output(probe),
+        _batch_dependent(probe),
         _not_logits(probe),
         _active_test_failed(active or ()),
     ]
@@ -608,6 +648,23 @@ def _random_output(probe: Mapping[str, Any]) -> Flag:
         f"(largest output {seen['largest_output']:.3g}); {seen['changed']} of {probe['n']} predictions change.",
         remedy="Attack the expectation: average the gradient over many passes at each step (EOT), and judge every "
         "example by many passes, too.",
+    )
+
+
+def _batch_dependent(probe: Mapping[str, Any]) -> Flag:
+    seen = probe["batch_dependence"]
+    n = seen["n"]
+    return Flag(
+        name="batch_dependent_output",
+        fired=seen["dependent"] > max(_DEPENDENT_SHARE * n, min(1, n - 1)),
+        measured=f"The outputs of {seen['dependent']} of {n} images depend on the batch that they are shown in: in "
+        f"{seen['batches']} batches of other images, number or order they differ by up to "
+        f"{seen['largest_difference']:.3g} (largest output {seen['largest_output']:.3g}); {seen['changed']} of {n} "
+        "predictions change.",
+        remedy="Accuracy depends on evaluation.chunk_size and on the neighbours of each image, and an attack on one "
+        "image moves the outputs of others: no number here is that of a classifier of single images. Put every batch "
+        "norm into eval mode, with running statistics (track_running_stats=True), and remove whatever averages or "
+        "normalises over the batch; then evaluate again.",
     )
 
 

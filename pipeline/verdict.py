@@ -22,7 +22,7 @@ from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Part of every address here. Raise it when the same settings would measure something else."""
 ANY = "any"
 """The threat model of a worst case over all that was made, also on other models."""
