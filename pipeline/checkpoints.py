@@ -15,6 +15,7 @@ from torch import nn
 
 from components.config import TrainConfig, from_dict, to_dict
 from components.errors import DataError
+from components.models import libraries
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from pipeline.jobs import source_hash
@@ -183,7 +184,8 @@ def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "
     """
     tensors, config, shapes, where = _read(path, "classifier")
     module = build_net(dataclasses.replace(config, defense="none"), shapes)
-    _load_strictly(module, tensors, where)
+    # an export of an earlier version may hold heads that are not built any more
+    _load_strictly(module, libraries.tensors_for(config.arch, tensors), where)
     return module.to(device).eval()
 
 

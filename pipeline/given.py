@@ -14,6 +14,7 @@ from torch import Tensor
 
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError, UserError
+from components.models import libraries
 from components.models.defend import DefendNet
 from components.robustness import usual_eps
 from pipeline import checkpoints, pretrained
@@ -26,6 +27,8 @@ main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm l
 
   --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS
   --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module (docs/networks.md).
+           torchvision:googlenet and :inception_v3 transform their images as torchvision's own weights want it; for others:
+           torchvision:googlenet,transform_input=false
            A file that this project exported knows its own; the adaptive attack takes the autoencoder.safetensors beside it
   --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
   --eps    budget of the attacks; without it the field's usual one: 0.3 for grey images, 8/255 up to 64 pixels, 4/255 above
@@ -86,7 +89,7 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
         config, shapes = base
         train = replace(
             train,
-            arch=config.arch,
+            arch=libraries.explicit(config.arch, bool(config.pretrained)),
             width=config.width,
             normalize_mean=config.normalize_mean,
             normalize_std=config.normalize_std,

@@ -23,14 +23,13 @@ from components.config import (
     to_dict,
 )
 from components.errors import ConfigError
+from components.models import libraries
 from components.search import Point
 
 CODE_VERSION = 1
 """Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
 NOT_FINITE = "not-finite.json"
 """In a model's directory: the step at which its loss was not finite."""
-LIBRARIES = ("torchvision", "timm")
-"""Whose networks are named LIBRARY:NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +101,8 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     defaults = to_dict(TrainConfig())
     settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
     parts: list[Any] = [CODE_VERSION, settings, said, dict(identity), workers, weights]
+    if config.pretrained and (spelt := libraries.explicit(config.arch, True)) != config.arch:
+        parts.append(spelt)  # earlier versions built it as without weights
     if source := source_hash(config.arch):
         parts.append(source)
     # changes of one defense alone, which must not rename the models of the others
@@ -121,7 +122,7 @@ def source_hash(arch: str) -> str:
         ConfigError: there is no such module, or it has no file.
     """
     module, colon, _ = arch.partition(":")
-    if not colon or module in LIBRARIES:
+    if not colon or module in libraries.LIBRARIES:
         return ""
     try:
         spec = importlib.util.find_spec(module)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from components.config import ConfigError, TrainConfig
 from components.errors import DataError
+from components.models import libraries
 from pipeline.storage import Storage
 
 MLFLOW = "mlflow:"
@@ -30,7 +31,8 @@ def read(config: TrainConfig, tracking_uri: str = "") -> dict[str, Tensor]:
     """
     where = config.pretrained
     if where.startswith("torchvision:"):
-        return _torchvision(config.arch.removeprefix("torchvision:"), where.partition(":")[2])
+        name = libraries.parse(config.arch)[1] if libraries.is_library(config.arch) else config.arch
+        return _torchvision(name, where.partition(":")[2])
     text, data = read_file(where, tracking_uri)
     name = text.rpartition("/")[2]
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes, to_dict
 from components.errors import UserError
+from components.models import libraries
 from pipeline import (
     attack,
     cluster,
@@ -270,6 +271,9 @@ def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
 def train_models(run: Run, sets: Sets) -> list[attack.Model]:
     """Stage 2: every model of the experiment; as many side by side as there is room for."""
     run.publish()
+    for name, config in run.experiment.variants().items():
+        for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
+            say(f"  {name}: {note}")
     with run.timed("train"), stage(model_stage(run.experiment)) as bar:
         models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}

@@ -19,6 +19,7 @@ from components.config import Shapes, TrainConfig
 from components.config import stored_levels as stored_levels
 from components.dct import target_levels
 from components.losses import reconstruction_loss, reconstruction_terms
+from components.models import libraries
 from components.models.classifiers import build_classifier, load_weights
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
@@ -65,9 +66,11 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
         std=config.normalize_std,
         seed=config.seed,
         needs_adapter=config.defense == "defend++" or config.noise_location == "latent",
+        pretrained=bool(config.pretrained),
     )
     if weights is not None:
-        load_weights(classifier, dict(weights), config.pretrained, replace_head=config.replace_head)
+        tensors = libraries.tensors_for(config.arch, weights)
+        load_weights(classifier, tensors, config.pretrained, replace_head=config.replace_head)
     if config.defense != "defend++":
         return classifier
     return DefendNet(

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from components.config import Shapes, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
-from components.models import classifiers
 from components.models.adapter import Adapter, Normalize, apply_head, check_adapter, encoder_blocks, encoder_units
 from components.models.classifiers import ARCHITECTURES, build_classifier, load_weights
 from components.models.decoders import (
@@ -35,7 +34,7 @@ from components.models.decoders import (
 )
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 from pipeline import checkpoints
-from pipeline.jobs import LIBRARIES, model_address
+from pipeline.jobs import model_address
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -714,7 +713,6 @@ def test_addresses_of_our_networks_stay_as_they_are() -> None:
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
     config = TrainConfig(arch="torchvision:resnet18", **given).canonical()
     assert model_address(config, shapes, {}, 1, "weights/0.safetensors") == "models/undefended-d572f4398ccde87f"
-    assert set(LIBRARIES) == set(classifiers._LIBRARIES)
 
 
 def test_an_edited_network_of_ones_own_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

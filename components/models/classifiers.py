@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from components.errors import ConfigError, DataError
+from components.models import libraries
 from components.models.adapter import (
     Adapter,
     Normalize,
@@ -303,6 +304,7 @@ def build_classifier(
     std: Sequence[float] = (),
     seed: int = 0,
     needs_adapter: bool = True,
+    pretrained: bool = False,
 ) -> nn.Module:
     """An untrained classifier whose initial weights follow from ``seed`` alone: images [N, C, W, W] in [0,1] to logits.
 
@@ -311,6 +313,7 @@ def build_classifier(
             ``FUNCTION(num_classes=..., channels=..., image_size=..., width=...)``, that returns the network and its
             Adapter (docs/networks.md), or ``torchvision:NAME`` or ``timm:NAME``, which have no adapter.
         needs_adapter: False lets a function return a network alone, which is enough where nobody asks for its blocks.
+        pretrained: whether weights will be loaded, for which a library may build its network otherwise.
         width: channels of the first stage; 64 is the standard network.
         mean, std: per-channel normalisation inside the network; empty: none.
 
@@ -322,7 +325,10 @@ def build_classifier(
         torch.manual_seed(seed)
         if arch in _BUILDERS:
             return _BUILDERS[arch](num_classes, channels, width, image_size < SMALL_IMAGE, mean, std)
-        classifier, adapter = _made_elsewhere(arch, num_classes, channels, image_size, width, needs_adapter)
+        if libraries.is_library(arch):
+            classifier, adapter = _of_library(arch, num_classes, channels, image_size, needs_adapter, pretrained), None
+        else:
+            classifier, adapter = _made_elsewhere(arch, num_classes, channels, image_size, width, needs_adapter)
     try:
         attach(classifier, adapter, mean, std)
         if adapter is not None:
@@ -334,47 +340,33 @@ def build_classifier(
     return classifier
 
 
-def _torchvision(name: str, num_classes: int, channels: int) -> nn.Module:
-    if channels != 3:
-        raise ConfigError("torchvision's networks take 3 channels: set data.channels=3, which repeats the grey one")
-    models = importlib.import_module("torchvision.models")
-    net: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
-    return net
-
-
-def _timm(name: str, num_classes: int, channels: int) -> nn.Module:
-    timm = importlib.import_module("timm")
-    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
-    return net
-
-
-# imported only where they are asked for: torchvision costs six seconds of CPU, timm need not be there
-_LIBRARIES: Mapping[str, Callable[[str, int, int], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+def _of_library(
+    arch: str, num_classes: int, channels: int, image_size: int, needs_adapter: bool, pretrained: bool
+) -> nn.Module:
+    library = arch.partition(":")[0]
+    if needs_adapter:
+        raise ConfigError.of(
+            "train.arch",
+            arch,
+            "a network with an adapter, where the defense needs its blocks: return it with one from a function of your "
+            "own, MODULE:FUNCTION (docs/networks.md)",
+        )
+    try:
+        return libraries.build(arch, num_classes, channels, image_size, pretrained=pretrained)
+    except ConfigError:
+        raise
+    except ImportError as e:
+        raise ConfigError.of(
+            "train.arch", arch, f"a network of an installed library ({e}): pip install {library}"
+        ) from e
+    except Exception as e:  # each library has its own way to say that it does not know a name
+        raise ConfigError.of("train.arch", arch, f"a name that {library} can build ({type(e).__name__}: {e})") from e
 
 
 def _made_elsewhere(
     arch: str, num_classes: int, channels: int, image_size: int, width: int, needs_adapter: bool
 ) -> tuple[nn.Module, Adapter | None]:
-    """The network of a library, or what MODULE:FUNCTION returns, checked."""
-    library, _, name = arch.partition(":")
-    if library in _LIBRARIES and name:
-        if needs_adapter:
-            raise ConfigError.of(
-                "train.arch",
-                arch,
-                "a network with an adapter, where the defense needs its blocks: return it with one from a function of your "
-                "own, MODULE:FUNCTION (docs/networks.md)",
-            )
-        try:
-            return _LIBRARIES[library](name, num_classes, channels), None
-        except ImportError as e:
-            raise ConfigError.of(
-                "train.arch", arch, f"a network of an installed library ({e}): pip install {library}"
-            ) from e
-        except Exception as e:  # each library has its own way to say that it does not know a name
-            raise ConfigError.of(
-                "train.arch", arch, f"a name that {library} can build ({type(e).__name__}: {e})"
-            ) from e
+    """Return what MODULE:FUNCTION returns, checked."""
     function = _import(arch)
     try:
         made = function(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
