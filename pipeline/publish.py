@@ -49,6 +49,7 @@ def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: fl
     model = record.get("models", {}).get(name, {})
     role = records.roles(record).get(name)
     tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
+    tags["warning"] = next((row["sentence"] for row in records.near_chance(record) if row["model"] == name), None)
     # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
     params = flatten(model.get("train") or records.model_config(record, name))
     tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
@@ -183,6 +184,8 @@ def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
             found[key] = worst["accuracy"]
             if worst["untrusted"]:
                 found[f"untrusted/{key}"] = 1.0
+    if any(row["model"] == model for row in records.near_chance(record)):
+        found["flag/clean_accuracy_near_chance"] = 1.0
     tested = (record.get("reliability") or {}).get(model, {})
     for flag in tested.get("flags", []):
         found[f"flag/{flag['name']}"] = float(flag["fired"])

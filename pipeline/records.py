@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig, parse_spec, to_dict
 from components.errors import ConfigError, DataError
-from components.robustness import mcnemar
+from components.robustness import mcnemar, wilson_interval
 from pipeline import comparison, plots
 from pipeline.storage import Storage
 
@@ -574,6 +574,42 @@ def raised_flags(record: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+def near_chance(record: Mapping[str, Any]) -> list[Row]:
+    """Find the models whose accuracy on clean images cannot be told from guessing: their robust accuracy means nothing.
+
+    Of K classes chance is 1/K. A model is near it if the lower end of the Wilson interval of its clean accuracy is at
+    most 1.5/K, and at most chance plus a twentieth of what is left to 1 (for two classes 52.5 %, not 75 %).
+
+    Returns:
+        {model, accuracy, n, chance, sentence} for each, in the order of the models.
+    """
+    clean = {e["model"]: e for e in record.get("evaluations") or () if e["threat_model"] == "clean"}
+    if not clean:
+        return []
+    chance = 1 / record["experiment"]["data"]["num_classes"]
+    limit = min(1.5 * chance, chance + 0.05 * (1 - chance))
+    rows = []
+    for model in in_order(clean, tuple(roles(record))):
+        n, accuracy = clean[model]["n"], clean[model]["metrics"]["accuracy"]
+        low, high = wilson_interval(round(accuracy * n), n)
+        if low > limit:
+            continue
+        if accuracy > limit:
+            verdict = f"cannot be told from chance ({percent(chance)} %) by so few images: raise evaluation.test_images"
+        else:
+            where = "below" if high < chance else "near"
+            verdict = (
+                f"is {where} chance ({percent(chance)} %): check the order of the classes, the normalisation "
+                "(train.normalize_mean, train.normalize_std), the channels (RGB or BGR), the image size and the weights"
+            )
+        sentence = (
+            f"{model}: clean accuracy {percent(accuracy)} % (n = {n}) {verdict}. Robust accuracies of such a model "
+            "mean nothing."
+        )
+        rows.append({"model": model, "accuracy": accuracy, "n": n, "chance": chance, "sentence": sentence})
+    return rows
+
+
 def reliability_in_short(record: Mapping[str, Any]) -> str:
     """One sentence that says whether the numbers can be trusted; empty where nobody looked."""
     tested = record.get("reliability") or {}
@@ -657,7 +693,7 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
 
 def in_short(record: Mapping[str, Any]) -> list[str]:
     """One sentence per model: clean accuracy and the attack within a budget that leaves least of it."""
-    said, titles = [], role_titles(record)
+    said, titles = [row["sentence"] for row in near_chance(record)], role_titles(record)
     for row in table(record)["rows"]:
         clean = row["cells"].get("clean")
         parts = [] if clean is None else [f"{percent(clean['accuracy'])} % clean"]

@@ -64,6 +64,7 @@ def _data(record: Mapping[str, Any], root: Storage) -> dict[str, Any]:
         "worst_case_over_seeds": records.worst_over_seeds(record),
         "worst_case_pairs": records.worst_case_pairs(record),
         "flags": records.raised_flags(record),
+        "near_chance": records.near_chance(record),
         "comparisons": records.comparisons(record, root),
         **records.across(record),
     }

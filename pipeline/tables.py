@@ -42,6 +42,8 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
         console.print(part)
     if verdicts := verdict_table(record):
         console.print(verdicts)
+    for row in records.near_chance(record):
+        console.print(Text(row["sentence"], style="bold yellow"))
     for flag in records.raised_flags(record):
         said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
         console.print(Text(said, style="yellow"))
@@ -221,6 +223,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     """Description and table for places that show Markdown, such as MLflow's page of a run."""
     data = records.table(record)
     lines = [record["experiment"].get("description", ""), ""]
+    lines += [f"**{row['sentence']}**\n" for row in records.near_chance(record)]
     heads = [
         " ".join(
             filter(None, (c["threat_title"], c["attack_title"] if c["threat_model"] != "clean" else "", c["settings"]))

@@ -1,0 +1,75 @@
+"""A model whose clean accuracy is that of guessing is named wherever its numbers stand."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_run
+import pytest
+from rich.console import Console
+
+from pipeline import records, report, tables
+from pipeline.publish import table_metrics
+from pipeline.storage import Storage
+
+
+def record(right: int, n: int, classes: int) -> dict[str, Any]:
+    clean = {"model": "m", "threat_model": "clean", "attack": "none", "n": n, "metrics": {"accuracy": right / n}}
+    attacked = {**clean, "threat_model": "white_box", "metrics": {"accuracy": 0.0}}
+    experiment = {"data": {"num_classes": classes}, "models": ["m"], "train": {}}
+    return {"experiment": experiment, "models": {"m": {}}, "evaluations": [attacked, clean]}
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "classes", "said"),
+    [
+        (9, 100, 10, "9.0 % (n = 100) is near chance (10.0 %)"),
+        (0, 100, 10, "0.0 % (n = 100) is below chance (10.0 %)"),
+        (3, 1000, 1000, "0.3 % (n = 1000) cannot be told"),
+        (1, 1000, 1000, "is near chance (0.1 %)"),
+        (520, 1000, 2, "is near chance (50.0 %)"),
+        (1, 4, 10, "cannot be told from chance (10.0 %) by so few images"),
+        (0, 4, 10, "is near chance"),
+        (34, 100, 10, ""),
+        (4, 8, 10, ""),
+        (60, 100, 2, "cannot be told"),
+        (740, 1000, 2, ""),  # 1.5 times chance would be 75 %
+        (30, 1000, 1000, ""),
+    ],
+)
+def test_an_accuracy_of_guessing_is_named(
+    right: int, n: int, classes: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "roles", lambda _: {"m": "undefended"})
+    rows = records.near_chance(record(right, n, classes))
+    if not said:
+        assert rows == []
+        return
+    (row,) = rows
+    assert said in row["sentence"]
+    assert "mean nothing" in row["sentence"]
+    assert ("normalisation" in row["sentence"]) != ("test_images" in row["sentence"])
+
+
+def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
+    root = Storage(str(tmp_path))
+    run = fake_run.write(root)
+    made = run.read_json("run.json")
+    assert records.near_chance(made) == []
+    (clean,) = [e for e in made["evaluations"] if (e["model"], e["threat_model"]) == ("control", "clean")]
+    clean["metrics"]["accuracy"] = 0.09
+    run.write_json("run.json", made)
+    sentence = "control: clean accuracy 9.0 % (n = 300) is near chance (10.0 %)"
+    out = io.StringIO()
+    tables.print_table(run, console=Console(file=out, width=400))
+    assert sentence in out.getvalue()
+    paths = report.build(run, root)
+    assert sentence in run.read_bytes(paths["html"]).decode()
+    assert sentence in run.read_bytes(paths["table_md"]).decode()
+    (row,) = json.loads(run.read_bytes(paths["table_json"]))["near_chance"]
+    assert row["model"] == "control"
+    assert table_metrics(made, "control")["flag/clean_accuracy_near_chance"] == 1
+    assert "flag/clean_accuracy_near_chance" not in table_metrics(made, "defend")
