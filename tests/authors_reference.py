@@ -41,7 +41,7 @@ APGD_STEPS, APGD_T_STEPS, FAB_STEPS, QUERIES = 50, 30, 12, 120
 EPS = {"linf": 0.005, "l2": 0.1}
 SQUARE_EPS = {"linf": 0.02, "l2": 0.4}
 DDN = {"steps": 25, "gamma": 0.05, "initial_norm": 0.15}
-CW = {"steps": 12, "binary_search_steps": 4, "lr": 0.05, "initial_const": 0.003, "confidence": 0.5}
+CW = {"steps": 12, "binary_search_steps": 4, "lr": 0.05, "initial_const": 0.02, "confidence": 8.0}
 
 
 class Draws:
