@@ -35,7 +35,11 @@ def published(name: str) -> dict[str, Tensor]:
     extra = {"aux_logits": True, "init_weights": False} if name in libraries._TRANSFORMING else {}
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        tensors = torchvision.models.get_model(name, weights=None, **extra).state_dict()
+        net = torchvision.models.get_model(name, weights=None, **extra)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Conv2d):  # initial weights would let no image through
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        tensors = net.state_dict()
     if name.startswith("densenet"):  # and without the counts of batch norm, which PyTorch had not yet
         dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
         return {dotted.sub(r"\1.\2", k): t for k, t in tensors.items() if not k.endswith("num_batches_tracked")}
@@ -62,6 +66,10 @@ def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
             torch.testing.assert_close(net(x), expected)
             assert isinstance(net.train()(x), Tensor)
             net.load_state_dict(build_net(config, SHAPES, pretrained.read(config)).state_dict())
+        if name in libraries._TRANSFORMING:
+            other = of(f"torchvision:{name},transform_input=false", str(tmp_path / "all.pth"))
+            plain = build_net(other, SHAPES, pretrained.read(other)).eval()(x)
+            assert float((plain - expected).abs().max()) > 0.1 * float(expected.abs().max()), "else nothing is tested"
         checkpoints.export(Storage(str(tmp_path)), net, config, SHAPES)
         torch.testing.assert_close(checkpoints.load_classifier(tmp_path)(x), expected)
 
