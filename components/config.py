@@ -270,8 +270,8 @@ class TrainConfig:
                 "reconstruction_reduction",
             }
             unused |= {"schedule"}
-        elif self.targets == "none":  # eq. 3 without the levels that lambda weighs
-            unused |= {"lam"}
+        elif self.targets == "none" or (self.reconstruction_weight == 0 and self.schedule == "joint"):
+            unused |= {"lam"}  # eq. 3 has no level that lambda weighs
         if self.defense == "comdefend":
             unused |= {"arch", "pretrained", "replace_head", "normalize_mean", "normalize_std"}
         else:
@@ -327,7 +327,8 @@ class TrainConfig:
             self.noise_location == "none" or self.defense in ("none", "defend++"),
             "train.noise_location",
             self.noise_location,
-            f"none with defense={self.defense!r}, whose training adds no such noise",
+            f"none with defense={self.defense!r}, whose training adds no such noise; set it on the models that have it, "
+            "as in --models NAME:noise_location=latent",
         )
         _check(
             0 < self.adversarial_share <= 1,
@@ -567,7 +568,14 @@ class Experiment:
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
         variants = self.variants()
         self._check_seeds()
+        longest = math.sqrt(self.data.channels) * self.data.image_size
         for name, config in variants.items():
+            _check(
+                config.adversarial_max_norm <= longest,
+                f"models[{name}].adversarial_max_norm",
+                config.adversarial_max_norm,
+                f"at most {longest:.4g}, the longest L2 perturbation of these images in [0,1]",
+            )
             if config.normalize_mean:
                 _check(
                     len(config.normalize_mean) == self.data.channels,
@@ -644,7 +652,11 @@ class Experiment:
                 "models",
                 self.models,
                 f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
-                f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)",
+                + (
+                    f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)"
+                    if config.epochs
+                    else "remove one of them: both are the weights of train.pretrained"
+                ),
             )
         named = all("seed" in parse_spec(text)[1] for text in self.models)
         _check(

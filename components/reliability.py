@@ -664,7 +664,8 @@ def _batch_dependent(probe: Mapping[str, Any]) -> Flag:
         remedy="Accuracy depends on evaluation.chunk_size and on the neighbours of each image, and an attack on one "
         "image moves the outputs of others: no number here is that of a classifier of single images. Put every batch "
         "norm into eval mode, with running statistics (track_running_stats=True), and remove whatever averages or "
-        "normalises over the batch; then evaluate again.",
+        "normalises over the batch; then evaluate again. A network that computes in bfloat16 or TF32 by itself may differ "
+        "for that alone: evaluate it in float32.",
     )
 
 

@@ -108,7 +108,7 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     # changes of one defense alone, which must not rename the models of the others
     if config.defense == "comdefend":
         parts.append("penalty on the bits")
-    if config.defense == "adversarial" and workers > 1:
+    if config.defense == "adversarial" and workers > 1 and "validation" not in identity:
         parts.append("batch norm statistics shared after every epoch")
     if config.defense == "adversarial" and config.adversarial_attack == "ddn":
         parts.append("l2_norms")  # DDN lost the direction of gradients below 1e-19 before

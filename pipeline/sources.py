@@ -491,9 +491,8 @@ class FolderSource(Source):
         So touching a file changes it, and an edit that keeps size and mtime goes unseen.
         """
         digest = hashlib.sha256()
-        if (
-            self.split == "test"
-        ):  # a label follows from the training split's folders, some of which may have no test image
+        # a label is the position of a training folder, in which there may be no image of this split
+        if self.split == "test" or self.data.allow_empty_classes:
             digest.update("\0".join(self.class_names).encode())
         for name in self.names:
             stat = os.stat(os.path.join(self.directory, name))

@@ -34,7 +34,8 @@ def draw_order(numbers: np.ndarray, seed: int) -> np.ndarray:
     """Return the order in which rows are drawn. Its first N entries are a draw of N rows without replacement.
 
     The order sorts the rows by a hash of number and seed. Three properties follow: the draw of N rows is a prefix of the draw
-    of N+k rows; rows appended to a source do not change the order of the others; a source sorted by class gives a mixture.
+    of N+k rows; rows appended to a Parquet or torchvision source do not change the order of the others (in a folder, a new file
+    shifts them); a source sorted by class gives a mixture.
 
     Args:
         numbers: int64 [n], distinct row numbers in the whole split.

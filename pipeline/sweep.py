@@ -61,7 +61,7 @@ main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--see
   --space           a file of tune_spaces/ (or its name alone), or your own copy of one (docs/sweeps.md)
   --trials          configurations in all, instead of what the space says; more than before: the sweep goes on
   --search          grid, random or tpe, instead of what the space says
-  --seed            of random and tpe (not of the models: that is --train.seed or a model's own). 0
+  --seed            of random and tpe (not of the models, which name their own in --models). 0
   --max-concurrent  models trained at once at the most; without it as many as there is room for
   --resume          refuse to begin: there must be a sweep of these settings that goes on. Without it, the same command goes on too
   --evaluate        the last step, the chosen configuration on test images beside undefended and control. full: under the full suite of
@@ -248,12 +248,12 @@ def probe(experiment: Experiment, space: Space, base: TrainConfig, seed: int = 0
             with contextlib.suppress(ConfigError):  # were it frequent, a draw had shown it; it is recorded as failed
                 trial_config(experiment, base, point)
                 points.append(point)
-    models: dict[TrainConfig, str] = {}
+    models: dict[TrainConfig, str] = {_but_for_reals(base): "base"}
     for number, point in enumerate(points, 1):
         models.setdefault(_but_for_reals(trial_config(experiment, base, point)), _as_model(number, point))
     evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
     return replace(
-        experiment, train=base, models=("base", *models.values()), seeds=1, evaluation=evaluation, figures=(), paper=""
+        experiment, train=base, models=tuple(models.values()), seeds=1, evaluation=evaluation, figures=(), paper=""
     )
 
 
@@ -303,9 +303,15 @@ def final_experiment(
     models = experiment.firsts()
     chosen = replace_typed(models[name], _as_text(point), "space")
     undefended = [
-        texts[n] for n, c in models.items() if c.defense == "none" and (c.arch, c.width) == (chosen.arch, chosen.width)
+        texts[n]
+        for n, c in models.items()
+        # a choice without a defense may be the recipe's own undefended model, which is then no control of it
+        if c.defense == "none"
+        and (c.arch, c.width) == (chosen.arch, chosen.width)
+        and c.canonical() != chosen.canonical()
     ][:2]
     taken = {models[parse_spec(text)[0]].seed for text in undefended}
+    taken |= {chosen.seed} if chosen.defense == "none" else set()
     free = (seed for seed in range(3) if seed not in taken)
     names = (n for n in ("no_defense", "control") if n not in map(_base, undefended))
     while len(undefended) < 2:

@@ -22,7 +22,7 @@ from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
 from pipeline.train_step import stream_seed
 
-CODE_VERSION = 4
+CODE_VERSION = 3
 """Part of every address here. Raise it when the same settings would measure something else."""
 ANY = "any"
 """The threat model of a worst case over all that was made, also on other models."""
@@ -226,6 +226,8 @@ def _jobs(
             *(["runner_up"] if text and AttackSpec.parse(text).target in ("random", "least_likely") else []),
             # the norms of gradients below 1e-19 underflowed at first
             *(["l2_norms"] if norm == "l2" and name in attack.FOLLOW_L2_GRADIENTS else []),
+            # the probe had no passes of other batches at first
+            *([] if text else ["batch_dependence"]),
         ]
         out.append(
             {

@@ -517,6 +517,20 @@ def test_a_network_that_is_its_own_control_is_refused(models: tuple[str, ...], s
         experiment(models=models, seeds=seeds)
 
 
+def test_equal_weights_under_two_names_are_refused_with_a_remedy_that_helps() -> None:
+    given = "epochs=0,pretrained=x.pth,defense=none"
+    with pytest.raises(ConfigError, match=r"remove one of them: both are the weights of train\.pretrained"):
+        experiment(models=(f"a:{given},seed=0", f"b:{given},seed=1"))
+
+
+def test_lengths_beyond_the_pixel_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"models\[a\].adversarial_max_norm=255.0 .*at most 28"):
+        experiment(models=("no_defense:defense=none", "a:defense=adversarial,adversarial_max_norm=255,seed=1"))
+    for attack in ("ddn:initial_norm=255", "bim:eps=1,step_size=40,norm=l2"):
+        with pytest.raises(ConfigError, match="at most 28 in l2"):
+            experiment(evaluation=EvaluationConfig(attacks=(attack,)))
+
+
 def test_equal_defended_models_of_one_replicate_are_trained_once() -> None:
     experiment(models=("no_defense:defense=none", "a:seed=1", "b:seed=1,checkpoint_every_epochs=2"))
 

@@ -21,6 +21,8 @@ from components.attacks.pgd import pgd
 from components.attacks.registry import run_attack
 from components.attacks.search import search
 from components.attacks.spec import AttackSpec
+from components.errors import ConfigError
+from components.models.adapter import check_output
 from components.reliability import Flag, Judged, active_test, flags, probe
 from components.robustness import AttackViolation, judge
 
@@ -480,6 +482,19 @@ def test_an_output_that_depends_on_its_neighbours(name: str, images: int, test_i
 @pytest.mark.parametrize("name", BATCH_INDEPENDENT)
 def test_an_output_of_the_image_alone(name: str, images: int, at_once: int, test_images: Batch) -> None:
     assert not dependence_of(fresh(BATCH_INDEPENDENT[name]), test_images[0][:images], at_once).fired
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda c: nn.BatchNorm1d(c, track_running_stats=False), lambda c: nn.LayerNorm(c)], ids=["batch", "layer"]
+)
+def test_a_network_that_takes_no_single_image_is_refused_when_it_is_built(norm: Callable[[int], nn.Module]) -> None:
+    """PyTorch has no statistics of one value per channel: every attack that is left with one image would fail."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), norm(3))
+    if isinstance(net[2], nn.LayerNorm):
+        check_output(net, 1, 2, 3)
+        return
+    with pytest.raises(ConfigError, match="one at a time, though it does on several: put every batch norm into eval"):
+        check_output(net, 1, 2, 3)
 
 
 def test_only_the_batch_flag_fires_where_only_the_batch_is_wrong(honest: nn.Module, test_images: Batch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -159,6 +160,20 @@ def test_negative_labels_are_called_unlabelled(tmp_path: Path) -> None:
     data = put(tmp_path, "test.parquet", labels=[-1] * 10)
     with pytest.raises(DataError, match=r"label -1 .*10 of 10 labels are negative, which marks images without a label"):
         check_source(data, trains=False)
+
+
+def test_another_list_of_classes_is_another_training_set(tmp_path: Path) -> None:
+    """Labels are positions: an empty class that moves them must not leave the address as it was."""
+    prints = []
+    for empty in ("b", "d"):
+        shutil.rmtree(tmp_path / "train", ignore_errors=True)
+        images(tmp_path, "a/0.png", "c/0.png")
+        for name in ("a", "c"):
+            os.utime(tmp_path / "train" / name / "0.png", (0, 0))
+        (tmp_path / "train" / empty).mkdir()
+        data = DataConfig(source=f"folder:{tmp_path}", num_classes=3, allow_empty_classes=True)
+        prints.append(open_source(data, "train").fingerprint)
+    assert prints[0] != prints[1]
 
 
 def test_a_class_folder_without_an_image_is_refused_unless_allowed(tmp_path: Path) -> None:

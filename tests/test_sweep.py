@@ -338,6 +338,21 @@ def test_the_probe_has_one_network_of_those_that_differ_in_real_numbers_and_the_
     assert (largest.width, largest.batch_size) == (200, 2000)
 
 
+def test_an_undefended_model_is_swept_over_values_that_are_its_own_and_its_controls() -> None:
+    """A trial may be the recipe's own model, and the choice its source or control: neither is refused as its own control."""
+    e = recipe()
+    space = Space(parameters={"lr": Choice([e.train.lr, 0.01])}, model="no_defense", search="grid")
+    name, base = sweep.varied_model(e, space)
+    assert "base" in sweep.probe(e, space, base).variants()
+    for point in space.points(0):
+        final = sweep.final_experiment(e, name, point)
+        assert len({c.canonical() for c in final.variants().values()}) == 3, point
+    undefended = sweep.final_experiment(
+        e, "defend", {"defense": "none"}
+    )  # with defend's seed it is the recipe's control
+    assert len({c.canonical() for c in undefended.variants().values()}) == 3
+
+
 def test_what_a_person_is_told_before_anything_is_computed(tmp_path: Path) -> None:
     few = Space(parameters={"shared_blocks": IntRange(1, 4)}, trials=24, asha=Asha(grace_epochs=4))
     said = "\n".join(sweep._announced(opened(tmp_path, few, []), 4, 1))

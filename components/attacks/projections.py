@@ -17,7 +17,7 @@ _ROUNDING = 2.0**-25  # largest rounding error of a float32 sum in [0,1]
 
 def l2_norms(x: Tensor) -> Tensor:
     """Return the L2 norm of each sample, [N]; right for every size that float32 can hold."""
-    scaled, scale = _of_middling_size(x)
+    scaled, scale = _rescaled(x)
     return _plain_l2_norms(scaled) / scale
 
 
@@ -28,7 +28,7 @@ def per_sample(values: Tensor) -> Tensor:
 
 def unit_l2(x: Tensor) -> Tensor:
     """Scale each sample to L2 norm 1, however small or large it is; a zero sample stays zero."""
-    scaled, _ = _of_middling_size(x)
+    scaled, _ = _rescaled(x)
     return scaled / per_sample(_plain_l2_norms(scaled).clamp_min(_TINY))
 
 
@@ -37,7 +37,7 @@ def _plain_l2_norms(x: Tensor) -> Tensor:
     return norms
 
 
-def _of_middling_size(x: Tensor) -> tuple[Tensor, Tensor]:
+def _rescaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return each sample times a power of two that brings its largest pixel near 1, and these factors [N].
 
     Confident networks have gradients below 1e-22, whose squares are zero or imprecise in float32.

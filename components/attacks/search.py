@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from components.attacks.common import Auxiliary, is_adversarial, loss_gradient
+from components.attacks.projections import l2_norms
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.precision import true_float32
@@ -156,7 +157,7 @@ def _agree(model: nn.Module, fast: nn.Module, images: Tensor, logits_within: flo
 
     def passes(net: nn.Module) -> tuple[Tensor, Tensor]:
         gradient, logits, _ = loss_gradient(net, images, weighted)
-        return logits, gradient.flatten(1)
+        return logits, gradient
 
     try:
         found, found_slope = passes(fast)
@@ -167,7 +168,8 @@ def _agree(model: nn.Module, fast: nn.Module, images: Tensor, logits_within: flo
     for _ in range(_PASSES):
         wanted, slope = passes(model)
         near = (wanted - found).abs().amax(dim=1) <= logits_within * wanted.abs().amax(dim=1)
-        along = (slope - found_slope).norm(dim=1) <= slopes_within * slope.norm(dim=1)
-        if not near.all() or not (slope.norm(dim=1) > 0).all() or along.float().mean() < _SLOPES:
+        length = l2_norms(slope)
+        along = l2_norms(slope - found_slope) <= slopes_within * length
+        if not near.all() or not (length > 0).all() or along.float().mean() < _SLOPES:
             return False
     return True

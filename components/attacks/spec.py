@@ -197,19 +197,22 @@ class AttackSpec:
                 )
 
     def check_fits(self, channels: int, image_size: int) -> None:
-        """Refuse an L2 budget beyond the longest perturbation of an image, sqrt(channels) * image_size.
+        """Refuse L2 lengths beyond the longest perturbation of an image, sqrt(channels) * image_size.
 
         Raises:
-            ConfigError: eps is larger, as it is when it was meant for pixels from 0 to 255.
+            ConfigError: eps, the step size or the initial norm is larger, as it is when it was meant for pixels from 0
+                to 255.
         """
         largest = math.sqrt(channels) * image_size
-        if self.norm == "l2" and self.eps is not None and self.eps > largest:
-            raise ConfigError.of(
-                f"{self.name}.eps",
-                self.eps,
-                f"at most {largest:.4g} in l2, the longest perturbation of {channels} x {image_size} x {image_size} "
-                f"pixels in [0,1]: write {self.eps:g}/255 if it is meant for pixels from 0 to 255",
-            )
+        for field in ("eps", "step_size", "initial_norm") if self.norm == "l2" else ("initial_norm",):
+            length = getattr(self, field)
+            if length is not None and length > largest:
+                raise ConfigError.of(
+                    f"{self.name}.{field}",
+                    length,
+                    f"at most {largest:.4g} in l2, the longest perturbation of {channels} x {image_size} x {image_size} "
+                    f"pixels in [0,1]: write {length:g}/255 if it is meant for pixels from 0 to 255",
+                )
 
     def _checked(self, name: str, value: Setting, attack: _Attack) -> Setting:
         where = f"{self.name}.{name}"

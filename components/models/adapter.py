@@ -238,6 +238,7 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
         _enliven(net, generator)
         _run(net, images.clone(), f"{name} does not run on {what}")  # sets the statistics
         net.eval()
+        _logits(net, images[:1], num_classes)
         called.clear()
         expected = _logits(net, images, num_classes)
         in_forward = called.copy()
@@ -270,19 +271,25 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
 
 
 def check_output(classifier: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> None:
-    """Make sure that a network without an adapter runs on such images and gives logits [N, num_classes]. It is not changed.
+    """Make sure that a network without an adapter runs on such images, two or one at a time, and gives logits [N, num_classes].
 
     Raises:
         ConfigError: it does not.
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(classifier):
-        _logits(classifier, torch.zeros(2, channels, image_size, image_size, device=device), num_classes)
+        for n in (2, 1):
+            _logits(classifier, torch.zeros(n, channels, image_size, image_size, device=device), num_classes)
 
 
 def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
     name, what = type(net).__name__, f"images of {images.shape[1]}x{images.shape[2]}x{images.shape[3]}"
-    logits = _run(net, images.clone(), f"{name} does not run on {what}")
+    otherwise = f"{name} does not run on {what}"
+    if len(images) == 1:
+        otherwise += (
+            ", one at a time, though it does on several: put every batch norm into eval mode, with running statistics"
+        )
+    logits = _run(net, images.clone(), otherwise)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ConfigError(f"{name} does not give logits [N, classes] for {what}")
     if num_classes is not None and logits.shape[1] != num_classes:
