@@ -567,7 +567,6 @@ class Experiment:
             AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
         variants = self.variants()
-        self._check_seeds()
         longest = math.sqrt(self.data.channels) * self.data.image_size
         for name, config in variants.items():
             _check(
@@ -611,6 +610,7 @@ class Experiment:
                 0,
                 "at least 1 where seeds is above 1: weights that are given have no other seed",
             )
+        self._check_seeds()
         bases = set(self.bases().values())
         explicit = self.evaluation.transfer_source
         if explicit and "transfer" in self.evaluation.threat_models:

@@ -409,6 +409,7 @@ def test_budget_is_never_exceeded(
 ) -> None:
     name, _, norm = text.partition(",")
     steps = ",steps=4" if name in ("bim", "pgd") else ""
+    eps = eps if norm else eps / 3  # of pixels in [0,1]
     spec = AttackSpec.parse(f"{name}:eps={eps}{steps}{',' + norm if norm else ''}")
     x = torch.rand(5, 1, 8, 8, generator=seeded(seed))
     x = x.round() if black_and_white else x

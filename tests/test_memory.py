@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,14 @@ def test_the_auto_encoder_and_precision_count() -> None:
     assert training_bytes(halved, SHAPES, 64) < 0.85 * training_bytes(bare, SHAPES, 64)
 
 
-@pytest.mark.parametrize("defense", ["adversarial", "comdefend", "defend++"])
-@pytest.mark.parametrize("noise", ["none", "latent", "input"])
+@pytest.mark.parametrize(
+    ("defense", "noise"),
+    [
+        ("adversarial", "none"),
+        ("comdefend", "none"),
+        *itertools.product(["none", "defend++"], ["none", "latent", "input"]),
+    ],
+)
 def test_every_kind_of_model_can_be_counted(defense: str, noise: str) -> None:
     config = TrainConfig(width=4, defense=defense, noise_location=noise, targets="linear")  # type: ignore[arg-type]
     assert training_bytes(config.canonical(), SHAPES, 8) > training_bytes(config.canonical(), SHAPES, 0) > 0

@@ -70,6 +70,13 @@ def images(n: int = 10) -> tuple[Tensor, Tensor]:
     return torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 3
 
 
+def _plain() -> None:
+    """Set PyTorch's defaults."""
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+
+
 def _legacy() -> None:
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -100,6 +107,7 @@ def lowered(request: pytest.FixtureRequest) -> Iterator[None]:
     b = torch.backends
     operations = (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
     before = [operation.fp32_precision for operation in operations]
+    _plain()  # whatever another test has left switched
     LOWERED[how]()
     b.cudnn.benchmark = True
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,9 +115,7 @@ def lowered(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         assert state() == start, "what was switched on before is switched on afterwards"
     b.cudnn.benchmark = False
-    b.fp32_precision = "none"
-    b.cudnn.allow_tf32 = True
-    torch.set_float32_matmul_precision("highest")
+    _plain()
     for operation, value in zip(operations, before, strict=True):
         operation.fp32_precision = value
 

@@ -118,7 +118,7 @@ def test_without_low_pass_only_level_0_has_a_target() -> None:
 # --- adversarial training
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1])
 def test_the_loss_is_that_of_the_examples_and_their_share_of_the_clean(share: float) -> None:
     config = tiny(defense="adversarial", adversarial_attack="fgsm", adversarial_share=share, adversarial_eps=0.1)
     net = build_net(config, SHAPES)
@@ -158,7 +158,7 @@ def test_adversarial_training_resists_what_it_was_trained_on() -> None:
         module = PhaseModule(net, "classifier" if defense == "none" else "adversarial", config)
         optimizer = make_optimizer(net, config)
         net.train()
-        for _ in range(30):
+        for _ in range(60):  # 30 are not enough on every processor
             train_step(module, optimizer, given, lr=0.05, config=config, generator=generator)
         net.eval()
         clean = given.images.float() / 255
