@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 @functools.cache  # asked for each of two thousand tests
 def _starts_ray(file: Path) -> bool:
-    text = file.read_text()
-    return "ray_cluster" in text or "mark.cluster" in text
+    return re.search(r"\bray_cluster\b|mark\.cluster\b", file.read_text()) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

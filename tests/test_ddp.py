@@ -34,8 +34,6 @@ from pipeline.train_step import (
     train_step,
 )
 
-pytestmark = pytest.mark.cluster
-
 WORLD = 2
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 CPU = torch.device("cpu")

@@ -597,7 +597,6 @@ def server(database: DatabaseMaker, tmp_path: Path) -> Iterator[MlflowServer]:
     server.kill()
 
 
-@pytest.mark.cluster
 def test_a_server_killed_on_the_way_gets_everything(run: Storage, root: Storage, server: MlflowServer) -> None:
     record = run.read_json("run.json")
     tracking.check_reachable(server.uri)
