@@ -55,7 +55,8 @@ fi
 
 # the filter for x86 machine code and a large dictionary make it a seventh smaller than xz -6
 tar --create --directory "$SITE/site" --owner 0 --group 0 --sort name . |
-  xz --x86 --lzma2=preset=6,dict=64MiB >"$OUT/site.tar.xz"
+  xz --x86 --lzma2=preset=6,dict=64MiB >"$OUT/site.tar.xz.part"
+mv "$OUT/site.tar.xz.part" "$OUT/site.tar.xz" # packing takes minutes; a half-packed file must not look whole
 if [ -n "$DATA" ]; then
   mkdir -p "$OUT/data"
   cp -f "$DATA"/*.parquet "$OUT/data/"
