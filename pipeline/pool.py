@@ -195,8 +195,6 @@ def _what_is_left(home: Storage, objective: Objective) -> str:
 class _Between(train.Between):
     """Measures each epoch, and stops a model that nobody wants any more."""
 
-    reports = False
-
     def __init__(
         self,
         meter: Meter,

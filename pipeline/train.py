@@ -324,10 +324,11 @@ class DataCache:
 
 
 class Between:
-    """What all ranks do between two epochs of a model; as it is, nothing but to tell Ray Train."""
+    """Hooks that every rank calls after an epoch; these do nothing.
 
-    reports = True
-    """Ray Train takes a report every 2 s; who trains one small model after another had better not wait for that."""
+    No epoch is reported to Ray Train: it takes a report every 2 s, which a small model's epoch would wait for, and nothing
+    reads them. The driver follows the records on storage.
+    """
 
     def measure(self, loop: Loop, record: Mapping[str, Any]) -> None:
         """Called before the epoch counts as done: killed meanwhile, it is trained and measured again."""
@@ -348,8 +349,6 @@ def train_model(
     Raises:
         NonFiniteLoss: on every rank alike.
     """
-    import ray.train
-
     config = from_dict(TrainConfig, job["config"])
     shapes = from_dict(Shapes, settings["shapes"])
     train_data = data.get("train", job["pyramids"], levels=stored_levels(config))
@@ -382,9 +381,6 @@ def train_model(
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
             if loop.epoch % config.checkpoint_every_epochs == 0 or loop.epoch == config.epochs:
                 loop.save(kept)
-        metrics = {"address": job["address"], "epoch": loop.epoch, "phase": record["phase"], **record["validation"]}
-        if between.reports:
-            ray.train.report(metrics)
         if loop.epoch < config.epochs and between.stop(loop):
             return
     if data.rank == 0:

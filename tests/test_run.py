@@ -35,7 +35,7 @@ SMALL = [
     "mnist-smoke",
     *("--data.train-limit", "400", "--data.test-limit", "20"),
     *("--scaling.workers", "2", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
-    *("--scaling.parallel-models", "2"),  # side by side, but not all three: each Train run starts five processes
+    *("--scaling.parallel-models", "1"),  # each Train run starts five processes; test_tables trains side by side
 ]
 
 
@@ -258,7 +258,7 @@ def test_chunks_are_shared_between_evaluations_on_more_and_on_fewer_images(
 ALTERNATING = (
     *("--models", "defend:seed=3", "--evaluation.threat-models", "white_box"),
     *("--train.schedule", "alternating", "--train.cycles", "1", "--train.autoencoder-epochs", "2"),
-    *("--train.classifier-epochs", "2", "--train.epochs", "10", "--train.noise-location", "latent"),
+    *("--train.classifier-epochs", "2", "--train.epochs", "16", "--train.noise-location", "latent"),
 )
 
 
@@ -317,17 +317,17 @@ def test_driver_and_worker_killed_and_continued_equals_unbroken_bit_for_bit(
     assert weights == files_below(unbroken, "models/*/*.safetensors")
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(unbroken: Path, ray_cluster: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_its_step(
+    unbroken: Path, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     storage = tmp_path / "s"
     shutil.copytree(unbroken.with_name("shards-only"), storage)
     absurd = ("--models", "defend:lr=1e30", "--evaluation.threat-models", "white_box")
     # the shards are the same: a run record of these settings is all that is missing
     run_here(command("pyramids", storage, *absurd))
-    done = run(command("train", storage, *absurd), ray_cluster)
-    assert done.returncode == 1
-    assert "not finite at step" in done.stderr
-    assert "Last good checkpoint" in done.stderr
-    assert "Traceback" not in done.stderr
+    said = refused(command("train", storage, *absurd), capsys)
+    assert "not finite at step" in said
+    assert "Last good checkpoint" in said
     assert not list(storage.glob("models/*/classifier.safetensors"))
 
 

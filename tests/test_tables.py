@@ -18,6 +18,10 @@ from pipeline.recipes import RECIPES
 pytestmark = pytest.mark.cluster
 
 
+# one Ray Train run after the other: each starts five processes, which costs more than these models' training
+ONE_RUN = ("--scaling.parallel-models", "1")
+
+
 def run_recipe(name: str, storage: Path, *more: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Its record and the data of its report."""
     assert main(["run", name, "--storage", str(storage), *more]) == 0
@@ -33,7 +37,7 @@ Result = tuple[Path, dict[str, Any], dict[str, Any]]
 def defenses(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """Every defense on MNIST: table 2 with Adv. PGD and the PGD column."""
     storage = tmp_path_factory.mktemp("tables")
-    return storage, *run_recipe("table2-pgd-smoke", storage)
+    return storage, *run_recipe("table2-pgd-smoke", storage, *ONE_RUN)
 
 
 def test_every_defense_meets_its_threat_models(defenses: Result) -> None:
@@ -112,7 +116,7 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
 def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_path: Path) -> None:
     """Table 8 without ResNet-50: 32x32 in colour, crops, the alternating schedule, every source on every network."""
     models = [m for m in RECIPES["table8-smoke"].make().models if "resnet50" not in m and "control" not in m]
-    record, table = run_recipe("table8-smoke", tmp_path, "--models", *models)
+    record, table = run_recipe("table8-smoke", tmp_path, *ONE_RUN, "--models", *models)
     assert set(record["models"]) == {m.partition(":")[0] for m in models}
     assert all(row["ours"] for row in table["paper"] if row["arch"] != "resnet50")
     for e in record["evaluations"]:
@@ -135,7 +139,7 @@ def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path)
     torch.save(network.state_dict(), weights)
     pretrained = ("--train.pretrained", str(weights), "--train.replace-head")
     record, _ = run_recipe(
-        "table4-smoke", tmp_path, *pretrained, "--models", "no_defense:defense=none", "defend:seed=1"
+        "table4-smoke", tmp_path, *ONE_RUN, *pretrained, "--models", "no_defense:defense=none", "defend:seed=1"
     )
     assert record["data"]["levels"] == [64, 32, 16, 8]
     assert (tmp_path / "weights").is_dir()
@@ -143,7 +147,7 @@ def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path)
 
 
 def test_seeds_and_a_model_that_diverges(ray_cluster: str, tmp_path: Path) -> None:
-    """Two seeds of each; what diverges is told, and the rest goes on."""
+    """Two seeds of each, trained side by side; what diverges is told, and the rest goes on."""
     models = ("--models", "no_defense:defense=none", "control:defense=none,seed=1", "wild:seed=1,lr=1e30")
     attacks = ("--evaluation.attacks", "fgsm:eps=0.2")
     record, table = run_recipe("eq3-smoke", tmp_path, *models, *attacks, "--seeds", "2")
