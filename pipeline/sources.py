@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -96,7 +97,8 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
         parts: tuple[Split, ...] = ("train", "validation") if data.validation_fraction else ("train",)
         for part in parts if split == "train" else ("test",):
             rows = split_rows(source, part)
-            lines.append(f"{part}: {_describe_classes(source, labels[rows])}")
+            left_out = f"; {source.left_out}" if source.left_out and part == split else ""
+            lines.append(f"{part}: {_describe_classes(source, labels[rows])}{left_out}")
             if part == "test" and 0 < attacked < len(rows):
                 lines.append(f"test, attacked: {_describe_classes(source, labels[rows[:attacked]])}")
     unnamed = tuple(map(str, range(data.num_classes)))
@@ -195,6 +197,9 @@ class Source:
     """Names of labels 0..; the numbers themselves where the source has no names."""
     drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Sorted int64 [num_rows]: numbers, in the whole split, of the rows that a limit has kept. None: no limit, all rows."""
+
+    left_out: str = field(default="", compare=False)
+    """Files of the split that are no images, in words; empty: none."""
 
     @property
     def place(self) -> str:
@@ -532,12 +537,8 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
     unknown = sorted(set(_subdirectories(directory)) - set(classes))
     if unknown:
         raise DataError(f"{directory}: class folder {unknown[0]!r} is not in train; remove it or add training images")
-    names = [
-        name
-        for label in _subdirectories(directory)
-        for name in _files_below(directory, label)
-        if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
-    ]
+    files = [name for label in _subdirectories(directory) for name in _files_below(directory, label)]
+    names = [name for name in files if _suffix(name) in _IMAGE_SUFFIXES]
     if not names:
         raise DataError(f"{directory}: no image in {directory}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})")
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
@@ -548,6 +549,7 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
         class_names=classes,
         directory=directory,
         names=tuple(names),
+        left_out=_left_out(directory, files),
     )
 
 
@@ -560,6 +562,21 @@ def _split_directory(root: str, split: SourceSplit) -> str:
         there = f"; there are only {', '.join(folders[:5])}" if folders else ""
         raise DataError(f"{root}: no folder for the {split} split ({' or '.join(WORDS[split])}){there}")
     return os.path.join(root, word)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _left_out(directory: str, files: Sequence[str]) -> str:
+    """Say which files of a split are no images by their suffix, or lie beside the class folders; empty if there are none."""
+    beside = [e.name for e in os.scandir(directory) if e.is_file() and not e.name.startswith(".")]
+    kinds = [_suffix(name) or "without suffix" for name in files if _suffix(name) not in _IMAGE_SUFFIXES]
+    kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in beside]
+    if not kinds:
+        return ""
+    counted = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(kinds).items()))
+    return f"{len(kinds)} file{'s' if len(kinds) > 1 else ''} left out ({counted})"
 
 
 def _files_below(directory: str, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:

@@ -162,6 +162,16 @@ def test_negative_labels_are_called_unlabelled(tmp_path: Path) -> None:
         check_source(data, trains=False)
 
 
+def test_files_that_are_no_images_are_counted(tmp_path: Path) -> None:
+    """A class of .heic files would otherwise be a class without images, or with fewer, without a word."""
+    data = images(tmp_path, "a/0.png", "b/0.png")
+    for name in ("a/1.heic", "a/2.HEIC", "a/notes", "stray.png", ".hidden.png", "a/.DS_Store"):
+        (tmp_path / "test" / name).write_bytes(PNG)
+    train, test = check_source(data)
+    assert "left out" not in train
+    assert test.endswith("; 4 files left out (.heic 2, .png beside the class folders 1, without suffix 1)")
+
+
 def test_another_list_of_classes_is_another_training_set(tmp_path: Path) -> None:
     """Labels are positions: an empty class that moves them must not leave the address as it was."""
     prints = []
@@ -191,7 +201,7 @@ def test_a_class_folder_without_an_image_is_refused_unless_allowed(tmp_path: Pat
         check_source(data)
     lines = check_source(replace(data, allow_empty_classes=True))
     assert lines == [
-        "train: 3 images, 3 of 3 classes, smallest a (1), largest a (1)",
+        "train: 3 images, 3 of 3 classes, smallest a (1), largest a (1); 1 file left out (.txt 1)",
         "test: 2 images, 2 of 3 classes, smallest a (1), largest a (1), none of b",
     ]
 
