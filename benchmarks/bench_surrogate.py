@@ -11,16 +11,13 @@ neither network has seen, never on test images.
 from __future__ import annotations
 
 import argparse
-import io
 import platform
 import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,9 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
-from components.config import Shapes, TrainConfig  # noqa: E402
+from components.config import DataConfig, Shapes, TrainConfig  # noqa: E402
 from components.models.comdefend import ComDefend, Reformed  # noqa: E402
+from components.precision import true_float32  # noqa: E402
 from components.schedule import learning_rate, phase_at_epoch  # noqa: E402
+from pipeline import environment  # noqa: E402
+from pipeline.sources import open_source  # noqa: E402
 from pipeline.train_step import Batch, PhaseModule, build_net, gaussian_noise, make_optimizer, train_step  # noqa: E402
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
@@ -40,9 +40,8 @@ WIDTHS = {"sigma / 10": 0.1, "sigma / 3": 1 / 3, "sigma": 1.0, "3 sigma": 3.0, "
 
 def load(rows: int) -> tuple[Tensor, Tensor]:
     """Return images uint8 [N,1,28,28] and labels int64 [N] of the bundled training images."""
-    table = pq.read_table(next((ROOT / "pipeline/data/mnist-sample").glob("train*.parquet"))).slice(0, rows)
-    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("L")) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).unsqueeze(1), torch.tensor(table["label"].to_pylist())
+    images, labels = open_source(DataConfig(), "train").read(np.arange(rows))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def train(config: TrainConfig, images: Tensor, labels: Tensor, steps: int) -> nn.Module:
@@ -75,6 +74,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, text: str) -> tuple[float, f
     return 100 * (~wrong).float().mean().item(), norms.median().item() if len(norms) else float("nan")
 
 
+@true_float32()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=8, help="of both networks; 64 is the paper's")
@@ -88,11 +88,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cpu":
         torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False
     images, labels = (t.to(args.device) for t in load(args.train_images + args.samples))
     known = slice(args.train_images)
     x, y = images[args.train_images :].float() / 255, labels[args.train_images :]
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    hardware = environment.hardware()
+    name = hardware["gpus"][0] if args.device == "cuda" else hardware["cpu"]
     print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}; {vars(args)}", flush=True)
     attacks = [f"pgd:eps={eps},steps=20" for eps in args.eps] + ["ddn:steps=40"]
     results: dict[str, list[list[float]]] = {name: [] for name in WIDTHS}

@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-import platform
 import shlex
 import signal
 import statistics
@@ -35,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(ROOT / "benchmarks"))]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -42,10 +42,13 @@ from components.attacks.common import is_adversarial, loss_gradient, norms  # no
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.search import computes_in_bfloat16, stand_in  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
-from components.config import Shapes, TrainConfig, level_sizes, stored_levels  # noqa: E402
+from components.config import DataConfig, Shapes, TrainConfig, level_sizes, stored_levels  # noqa: E402
 from components.models.defend import DefendNet, Noise, adaptive_objective  # noqa: E402
+from components.precision import true_float32  # noqa: E402
 from components.schedule import Phase, phase_at_epoch  # noqa: E402
+from pipeline import environment  # noqa: E402
 from pipeline.recipes import RECIPES  # noqa: E402
+from pipeline.sources import open_source  # noqa: E402
 from pipeline.train_step import (  # noqa: E402
     Batch,
     PhaseModule,
@@ -117,27 +120,13 @@ def _short(value: Any) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of Python and of the packages that matter, the processor, the GPU and the revision."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, Any] = {"python": platform.python_version(), "cpus": os.cpu_count(), "cuda": torch.version.cuda}
-    for package in ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pandas", "optuna"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        found["cudnn"] = torch.backends.cudnn.version()
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    found["revision"] = git.stdout.strip() or os.environ.get("REVISION", "unknown")
-    return found
-
-
-def exact() -> None:
-    """Compute float32 in float32: no TF32, as attacks and verdicts do."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Return the versions of Python and of the packages that matter, the processor, the GPU and the revision."""
+    machine = environment.hardware()
+    found = {**environment.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
+    if machine["gpus"]:
+        found |= {"gpu": machine["gpus"][0], "cudnn": torch.backends.cudnn.version()}
+    revision = environment.git(ROOT)["revision"] or os.environ.get("REVISION", "unknown")
+    return {**found, "revision": revision}
 
 
 # -- part 1 ----------------------------------------------------------------------------------------------------------------
@@ -201,12 +190,12 @@ def check_models(rows: Rows, device: torch.device, quick: bool) -> None:
                 check_step(rows, f"step {table} {name} {phase}", phase, config, shapes, device, 4 if quick else 16)
 
 
+@true_float32()
 def check_step(
     rows: Rows, name: str, phase: Phase, config: TrainConfig, shapes: Shapes, device: torch.device, size: int
 ) -> None:
     """Add the row of one model in one phase: float32 on CPU and device, and bfloat16 with channels_last on the device."""
     with rows.guarded(name):
-        exact()
         plain = dataclasses.replace(config, precision="float32", channels_last=False)
         batch = random_batch(shapes, size, levels=stored_levels(config))
         nets = [build_net(plain, shapes) for _ in range(3)]
@@ -237,21 +226,13 @@ def check_step(
 
 def sample_images(count: int) -> tuple[Tensor, Tensor]:
     """Return the first images of the bundled MNIST sample: uint8 [N,1,28,28] and int64 [N]."""
-    import io
-
-    import numpy as np
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    file = next(iter(sorted((ROOT / "pipeline" / "data").rglob("train*.parquet"))))
-    table = pq.read_table(file).slice(0, count)
-    pixels = [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("L")) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).unsqueeze(1), torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+    images, labels = open_source(DataConfig(), "train").read(np.arange(count))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+@true_float32()
 def trained_net(device: torch.device, width: int, steps: int) -> DefendNet:
     """Train a Defend++ network for a few steps on the bundled sample, in float32."""
-    exact()
     config = TrainConfig(width=width, lr=0.05, clip_norm=1.0, reconstruction_weight=10.0, seed=1)
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
     images, labels = (x.to(device) for x in sample_images(64 * steps))
@@ -267,9 +248,9 @@ def trained_net(device: torch.device, width: int, steps: int) -> DefendNet:
     return net.eval()
 
 
+@true_float32()
 def check_attacks(rows: Rows, device: torch.device, quick: bool) -> None:
     """Compare every attack on the device with the same attack on the CPU, on one trained network."""
-    exact()
     count = 8 if quick else 48
     net = trained_net(device, 4 if quick else 16, 10 if quick else 60)
     host = copy.deepcopy(net).cpu()
