@@ -641,14 +641,14 @@ class Experiment:
 
     def _check_seeds(self) -> None:
         """Refuse a control that is its own source, replicates that are one network, and a seed without influence."""
-        seen: dict[TrainConfig, str] = {}
+        seen: dict[TrainConfig, tuple[str, int]] = {}
         for name, (base, replicate, config) in self._expanded().items():
-            twin = seen.setdefault(config.canonical(), name)
+            twin, of = seen.setdefault(config.canonical(), (name, replicate))
             if twin == name:
                 continue
             # one network under two names, both defended and of one replicate, is merely trained once
             _check(
-                config.defense != "none" and replicate == self._expanded()[twin][1],
+                config.defense != "none" and replicate == of,
                 "models",
                 self.models,
                 f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
@@ -685,6 +685,11 @@ class Experiment:
     def bases(self) -> dict[str, str]:
         """Name of each model -> its name in ``models``."""
         return {name: base for name, (base, _, _) in self._expanded().items()}
+
+    @property
+    def trains(self) -> bool:
+        """Tell whether any model is trained; those that are given need the test images alone."""
+        return any(config.epochs for config in self.variants().values())
 
     def firsts(self) -> dict[str, TrainConfig]:
         """Each name in ``models`` -> the config of its first replicate."""

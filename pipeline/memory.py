@@ -73,7 +73,7 @@ def check_gpu_memory(
     Raises:
         ResourceError: naming the model, what it takes, what the GPU has and which settings to change.
     """
-    if not experiment.scaling.gpu or not any(c.epochs for c in experiment.variants().values()):
+    if not experiment.scaling.gpu or not experiment.trains:
         return
     has = _gpu_bytes()
     if has is not None:

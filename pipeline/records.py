@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.attacks.spec import AttackSpec
-from components.config import TrainConfig, parse_spec, to_dict
+from components.config import Experiment, TrainConfig, parse_spec, to_dict
 from components.errors import ConfigError, DataError
 from components.robustness import mcnemar, wilson_interval
 from pipeline import comparison, plots
@@ -462,9 +462,14 @@ def role_titles(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def stage_times(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the seconds of each stage by its title: a run that trains nothing reads its models instead."""
-    trains = any(config.epochs for config in comparison.experiment_of(record).variants().values())
-    return {"models" if k == "train" and not trains else k: v for k, v in record["stages"].items()}
+    """Return the seconds of each stage by its title."""
+    title = model_stage(comparison.experiment_of(record))
+    return {title if k == "train" else k: v for k, v in record["stages"].items()}
+
+
+def model_stage(experiment: Experiment) -> str:
+    """Return the title of stage 2: a run that trains nothing reads its models."""
+    return "train" if experiment.trains else "models"
 
 
 def is_untrusted(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:

@@ -66,7 +66,7 @@ class Run:
 
     @property
     def splits(self) -> tuple[sources.Split, ...]:
-        if not trains(self.experiment):
+        if not self.experiment.trains:
             return ("test",)
         held_out: tuple[sources.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
         return ("train", *held_out, "test")
@@ -86,16 +86,6 @@ class Run:
         finally:
             self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
             self.save()
-
-
-def trains(experiment: Experiment) -> bool:
-    """Whether any model is trained; those that are given need the test images alone."""
-    return any(c.epochs for c in experiment.variants().values())
-
-
-def model_stage(experiment: Experiment) -> str:
-    """Return the title of stage 2: a run that trains nothing reads its models."""
-    return "train" if trains(experiment) else "models"
 
 
 def run_address(experiment: Experiment) -> str:
@@ -139,7 +129,7 @@ def open_run(
         )
         train.check_models(experiment, shapes)
         attacked = experiment.evaluation.test_images
-        for line in sources.check_source(experiment.data, trains=trains(experiment), attacked=attacked):
+        for line in sources.check_source(experiment.data, trains=experiment.trains, attacked=attacked):
             say(line)
         with stage("Ray"):
             cluster.connect()
@@ -223,7 +213,7 @@ def make_pyramids(run: Run) -> Sets:
                 addresses[f"train/{targets}" if split == "train" else split] = made.address
                 rows = {**(run.record["data"] or {}).get("rows", {}), split: made.num_rows}
                 run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
-    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if trains(e) else ""
+    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if e.trains else ""
     run.record["data"] |= {
         "source": e.data.source,
         "hash": content_hash(bare, addresses["test"]),
@@ -274,7 +264,7 @@ def train_models(run: Run, sets: Sets) -> list[attack.Model]:
     for name, config in run.experiment.variants().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
-    with run.timed("train"), stage(model_stage(run.experiment)) as bar:
+    with run.timed("train"), stage(records.model_stage(run.experiment)) as bar:
         models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
@@ -316,7 +306,7 @@ class _TrainProgress(train.Progress):
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         done, total = len(run.record["models"]), len(run.experiment.variants())
         speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
-        say(f"  {model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
+        say(f"  {records.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
 
 
 def trained_models(run: Run) -> list[attack.Model]:

@@ -266,7 +266,7 @@ class Source:
 
     @property
     def _classes_place(self) -> str:
-        """What a message calls the place that names the classes."""
+        """Return what a message calls the place that names the classes."""
         return self.place
 
     _classes_kind: ClassVar[str] = "named classes"

@@ -21,7 +21,7 @@ from pipeline.given import AUTOENCODER
 from pipeline.jobs import TrainingData
 from pipeline.main import main, parse
 from pipeline.recipes import RECIPES, full_suite
-from pipeline.run import _as_subjects, trains
+from pipeline.run import _as_subjects
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
 from pipeline.verdict import budgets
@@ -58,7 +58,7 @@ def test_a_strangers_file_with_its_network(stranger: Path) -> None:
     assert (config.pretrained, experiment.data.source) == (str(stranger), "folder:/images")
     assert experiment.evaluation.attacks == full_suite("0.3")
     assert experiment.evaluation.threat_models == ("white_box", "black_box")
-    assert not trains(experiment)
+    assert not experiment.trains
 
 
 def test_our_own_file_knows_what_it_is(exported: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from components.config import Experiment, TrainConfig, to_dict
-from pipeline import attack, records, report, run, sweep_report, tables
+from pipeline import attack, records, report, sweep_report, tables
 from pipeline.storage import Storage
 
 NET = Experiment(
@@ -179,8 +179,8 @@ def test_a_stage_that_trains_nothing_is_not_called_train(tmp_path: Path) -> None
         if place != "terminal":
             assert "train 2" not in text, place
             assert re.search(r"models:? 2", text), place
-    assert run.model_stage(NET) == "models"
-    assert run.model_stage(fake_run.experiment()) == "train"
+    assert records.model_stage(NET) == "models"
+    assert records.model_stage(fake_run.experiment()) == "train"
     trained = fake_run.write(root, gallery=False).read_json("run.json")
     assert "train 6 min" in whole(trained, root)["html"]
 
