@@ -180,8 +180,7 @@ def _batch_dependence(model: nn.Module, inputs: Tensor, first: Tensor, noise: fl
     """
     n = len(inputs)
     order = torch.randperm(2 * n, generator=torch.Generator().manual_seed(0)).to(inputs.device)
-    among_negatives = torch.empty_like(first.repeat(2, 1))
-    among_negatives[order] = _outputs(model, torch.cat([inputs, 1 - inputs])[order], at_once)
+    among_negatives = _outputs(model, torch.cat([inputs, 1 - inputs])[order], at_once)[order.argsort()]
     others = [
         _outputs(model, inputs, 1),
         _outputs(model, inputs.flip(0), min(3, at_once)).flip(0),

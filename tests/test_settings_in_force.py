@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from test_ddp import SHAPES, Shards
 from torch import Tensor
 
-from components.config import Shapes, TrainConfig, stored_levels
+from components.config import TrainConfig, stored_levels
 from components.errors import ConfigError
 from pipeline.train import Loop, RankData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHAPES = Shapes(image_size=14, channels=1, num_classes=4, sizes=(14, 7))
 BASE: dict[str, Any] = {"width": 2, "batch_size": 4, "lr": 0.02, "epochs": 4, "shared_blocks": 2}
 BASES: dict[str, dict[str, Any]] = {
     "none": {"defense": "none"},
@@ -86,23 +84,11 @@ NOT_TRIED = {
 }
 
 
-class Shards:
-    """A shard set in memory, whose levels are those of one kind of targets."""
-
-    num_rows = 4
-    level_columns = ("level_1",)
-
-    def __init__(self, targets: str) -> None:
-        self.targets = targets
-
-    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        rng = np.random.default_rng(0)
-        data = {
-            "image": rng.integers(0, 256, (4, 1, 14, 14), dtype=np.uint8),
-            "label": np.arange(4),
-            "level_1": rng.random((4, 1, 7, 7)).astype(np.float16) + (self.targets == "linear"),
-        }
-        yield {name: data[name] for name in columns}
+def shards(targets: str) -> Shards:
+    """Return four rows in memory, whose levels are those of one kind of targets."""
+    made = Shards(4)
+    made.columns["level_1"] += targets == "linear"
+    return made
 
 
 def changed(config: TrainConfig, field: str) -> TrainConfig:
@@ -112,7 +98,7 @@ def changed(config: TrainConfig, field: str) -> TrainConfig:
 
 
 def weights(config: TrainConfig) -> list[Tensor]:
-    data = RankData(Shards(config.targets), 0, 1, torch.device("cpu"), levels=stored_levels(config))
+    data = RankData(shards(config.targets), 0, 1, torch.device("cpu"), levels=stored_levels(config))
     loop = Loop(config, SHAPES, data, None)
     for _ in range(config.epochs):
         loop.run_epoch()

@@ -284,7 +284,7 @@ class AttackSpec:
 
     @property
     def draws(self) -> bool:
-        """Whether the attack takes random numbers: another seed may give other examples."""
+        """Tell whether the attack takes random numbers: another seed may give other examples."""
         restarts = self.name == "fab-t" and self.restarts != 1
         return _ATTACKS[self.name].draws or restarts or self.target == "random"
 
