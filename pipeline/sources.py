@@ -26,7 +26,7 @@ from components.errors import ConfigError, DataError
 from pipeline.decode import decode, fitted
 from pipeline.parquet_files import class_names_of, file_digest, image_column_of, open_parquet_file
 from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, parquet_files
-from pipeline.splits import draw_order, held_out
+from pipeline.splits import draw_order, split_indices
 from pipeline.storage import Storage
 
 Split = Literal["train", "validation", "test"]
@@ -121,7 +121,7 @@ def _check_every_class(source: Source, labels: np.ndarray) -> None:
         labels = source.labels()
     empty = sorted(set(range(data.num_classes)) - set(labels.tolist()))
     if empty:
-        named = ", ".join(f"{source.class_names[i]!r}" for i in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        named = _first_names([repr(source.class_names[i]) for i in empty])
         raise DataError(
             f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split ({named}). Add "
             "their images, correct data.num_classes, or set data.allow_empty_classes=true if they are meant to have none"
@@ -135,18 +135,16 @@ def _describe_classes(source: Source, labels: np.ndarray) -> str:
     present = np.flatnonzero(counts)
     smallest, largest = present[counts[present].argmin()], present[counts[present].argmax()]
     absent = np.flatnonzero(counts == 0)
-    text = (
-        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {source.class_names[smallest]} "
-        f"({counts[smallest]}), largest {source.class_names[largest]} ({counts[largest]})"
-    )
-    if not len(absent):
-        return text
+    none = f", none of {_first_names([source.class_names[i] for i in absent])}" if len(absent) else ""
     return (
-        text
-        + ", none of "
-        + ", ".join(source.class_names[i] for i in absent[:5])
-        + (", ..." if len(absent) > 5 else "")
+        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {source.class_names[smallest]} "
+        f"({counts[smallest]}), largest {source.class_names[largest]} ({counts[largest]}){none}"
     )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first five of some names, and dots where there are more."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def split_rows(source: Source, split: Split) -> np.ndarray:
@@ -170,8 +168,8 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
     if split == "test":
         rows = draw_order(source.numbers, data.subset_seed)
     else:
-        validation = held_out(source.numbers, data.validation_fraction, data.split_seed)
-        rows = np.flatnonzero(validation == (split == "validation")).astype(np.int64)
+        trained, validation = split_indices(source.numbers, data.validation_fraction, data.split_seed)
+        rows = trained if split == "train" else validation
     if not len(rows):
         raise DataError(
             f"{data.source}: the {split} split is empty with {source.num_rows} images and "
@@ -260,8 +258,7 @@ class Source:
                 f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is {self.data.num_classes}; set "
                 f"data.num_classes={named} (weights of another number of classes then need train.replace_head), or give images of "
                 f"all {self.data.num_classes} classes: a label is a position in the list of classes, which is "
-                + ", ".join(self.class_names[:5])
-                + (", ..." if named > 5 else "")
+                + _first_names(self.class_names)
             )
 
     @property

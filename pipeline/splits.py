@@ -65,18 +65,16 @@ def held_out(numbers: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return hashes < np.uint64(int(fraction * 2**64))
 
 
-def split_indices(num_rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``num_rows`` training rows into those trained on and those held out.
+def split_indices(numbers: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split training rows into those trained on and those held out.
 
     Rows added at the end never move another row, since only its own number and the seed decide.
 
     Args:
-        num_rows: images in all.
-        fraction: expected share held out, in [0, 1).
-        seed: another seed gives an independent split.
+        numbers, fraction, seed: as for :func:`held_out`.
 
     Returns:
-        (training rows, validation rows), each a sorted int64 array.
+        Positions in ``numbers``: (training rows, validation rows), each a sorted int64 array.
     """
-    validation = held_out(np.arange(num_rows, dtype=np.int64), fraction, seed)
+    validation = held_out(numbers, fraction, seed)
     return np.flatnonzero(~validation).astype(np.int64), np.flatnonzero(validation).astype(np.int64)

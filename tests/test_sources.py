@@ -237,13 +237,13 @@ def test_fingerprint_follows_the_bytes_not_the_place(directory: Path, tmp_path_f
 
 
 def test_split_is_a_partition_and_stable() -> None:
-    train, held_out = split_indices(60_000, 0.1, 0)
+    train, held_out = split_indices(np.arange(60_000), 0.1, 0)
     np.testing.assert_array_equal(np.sort(np.concatenate([train, held_out])), np.arange(60_000))
     assert len(held_out) == pytest.approx(6000, abs=300)
     # rows added at the end move none of the others
-    np.testing.assert_array_equal(split_indices(1000, 0.1, 0)[1], held_out[held_out < 1000])
+    np.testing.assert_array_equal(split_indices(np.arange(1000), 0.1, 0)[1], held_out[held_out < 1000])
     # a larger share keeps what a smaller one held out
-    assert set(held_out) < set(split_indices(60_000, 0.2, 0)[1])
+    assert set(held_out) < set(split_indices(np.arange(60_000), 0.2, 0)[1])
     # the exact rows are part of every stored result: they must never change
     assert held_out[:8].tolist() == [1, 18, 25, 27, 43, 47, 58, 73]
     # splitmix64's published first output for seed 0
@@ -251,18 +251,18 @@ def test_split_is_a_partition_and_stable() -> None:
 
 
 def test_seeds_give_independent_splits() -> None:
-    a, b = set(split_indices(60_000, 0.1, 0)[1]), set(split_indices(60_000, 0.1, 1)[1])
+    a, b = set(split_indices(np.arange(60_000), 0.1, 0)[1]), set(split_indices(np.arange(60_000), 0.1, 1)[1])
     assert len(a & b) == pytest.approx(600, abs=120)
     # neighbouring seeds must not merely swap neighbouring rows
     assert len({r ^ 1 for r in a} & b) == pytest.approx(600, abs=120)
 
 
 def test_split_extremes() -> None:
-    train, held_out = split_indices(100, 0.0, 0)
+    train, held_out = split_indices(np.arange(100), 0.0, 0)
     assert len(train) == 100
     assert held_out.dtype == np.int64
     assert len(held_out) == 0
-    assert [len(x) for x in split_indices(0, 0.5, 0)] == [0, 0]
+    assert [len(x) for x in split_indices(np.arange(0), 0.5, 0)] == [0, 0]
 
 
 def test_limits_come_before_the_split(directory: Path) -> None:
