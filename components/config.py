@@ -641,23 +641,7 @@ class Experiment:
 
     def _check_seeds(self) -> None:
         """Refuse a control that is its own source, replicates that are one network, and a seed without influence."""
-        seen: dict[TrainConfig, tuple[str, int]] = {}
-        for name, (base, replicate, config) in self._expanded().items():
-            twin, of = seen.setdefault(config.canonical(), (name, replicate))
-            if twin == name:
-                continue
-            # one network under two names, both defended and of one replicate, is merely trained once
-            _check(
-                config.defense != "none" and replicate == of,
-                "models",
-                self.models,
-                f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
-                + (
-                    f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)"
-                    if config.epochs
-                    else "remove one of them: both are the weights of train.pretrained"
-                ),
-            )
+        _check_twins(self.models, self.train, self.seeds)
         named = all("seed" in parse_spec(text)[1] for text in self.models)
         _check(
             self.train.seed == 0 or not named,
@@ -725,6 +709,25 @@ def _expand(models: tuple[str, ...], train: TrainConfig, seeds: int) -> dict[str
             _check(name not in out, "models", text, "each model name once")
             out[name] = base, replicate, dataclasses.replace(config, seed=config.seed + SEED_STRIDE * replicate)
     return out
+
+
+@functools.lru_cache(maxsize=64)  # a report makes its experiment out of the record again and again
+def _check_twins(models: tuple[str, ...], train: TrainConfig, seeds: int) -> None:
+    """Refuse one network under two names, unless both are defended and of one replicate: then it is merely trained once."""
+    seen: dict[TrainConfig, tuple[str, int]] = {}
+    for name, (base, replicate, config) in _expand(models, train, seeds).items():
+        twin, of = seen.setdefault(config.canonical(), (name, replicate))
+        _check(
+            twin == name or (config.defense != "none" and replicate == of),
+            "models",
+            models,
+            f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
+            + (
+                f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)"
+                if config.epochs
+                else "remove one of them: both are the weights of train.pretrained"
+            ),
+        )
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
