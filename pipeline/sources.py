@@ -535,7 +535,8 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
     if unknown:
         raise DataError(f"{directory}: class folder {unknown[0]!r} is not in train; remove it or add training images")
     files = [name for label in _subdirectories(directory) for name in _files_below(directory, label)]
-    names = [name for name in files if _suffix(name) in _IMAGE_SUFFIXES]
+    suffixes = [_suffix(name) for name in files]
+    names = [name for name, suffix in zip(files, suffixes, strict=True) if suffix in _IMAGE_SUFFIXES]
     if not names:
         raise DataError(f"{directory}: no image in {directory}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})")
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
@@ -546,7 +547,7 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
         class_names=classes,
         directory=directory,
         names=tuple(names),
-        left_out=_left_out(directory, files),
+        left_out=_left_out(directory, suffixes),
     )
 
 
@@ -565,10 +566,15 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _left_out(directory: str, files: Sequence[str]) -> str:
-    """Say which files of a split are no images by their suffix, or lie beside the class folders; empty if there are none."""
+def _left_out(directory: str, suffixes: Sequence[str]) -> str:
+    """Say which files of a split are no images by their suffix, or lie beside the class folders; empty if there are none.
+
+    Args:
+        directory: the split's.
+        suffixes: of all files in its class folders.
+    """
     beside = [e.name for e in os.scandir(directory) if e.is_file() and not e.name.startswith(".")]
-    kinds = [_suffix(name) or "without suffix" for name in files if _suffix(name) not in _IMAGE_SUFFIXES]
+    kinds = [suffix or "without suffix" for suffix in suffixes if suffix not in _IMAGE_SUFFIXES]
     kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in beside]
     if not kinds:
         return ""
