@@ -32,7 +32,7 @@ from components.models.defend import adaptive_objective
 from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
 from pipeline.cluster import ResourceError, attack_bundle, room_for, unwrap
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join_uri
 from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
@@ -314,7 +314,7 @@ def attack(
     tell = progress or (lambda done, total, note: None)
     tell(total - sum(left.values()), total, "chunks")
     common = {
-        "root": root.uri,
+        "root": root.full_uri,
         "test": test.address,
         "seed": config.seed,
         "device": "cuda" if scaling.gpus_per_attack else "cpu",
@@ -623,7 +623,7 @@ def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...], 
 
 @functools.lru_cache(maxsize=2)
 def _autoencoder(root: str, address: str, device: str) -> nn.Module:
-    return checkpoints.load_autoencoder(f"{root}/{address}", device)
+    return checkpoints.load_autoencoder(join_uri(root, address), device)
 
 
 def _make_examples(

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import os
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from components.models import libraries
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from pipeline.jobs import source_hash
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net, classifier_of
 
 SCHEMA = 1
@@ -63,27 +65,54 @@ def list_checkpoints(storage: Storage) -> list[str]:
     return [name for name in storage.list() if name.startswith("epoch-") and name.endswith(".pt")]
 
 
-def load_checkpoint(
-    storage: Storage,
-    name: str,
-    *,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    shapes: Shapes,
-) -> int:
-    """Load the state into network and optimizer and return how many epochs are done.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint from which training goes on."""
+
+    path: str
+    """Empty where training starts from the beginning."""
+    data: bytes
+    damaged: tuple[str, ...]
+    """Paths of newer checkpoints, which cannot be read."""
+
+
+def newest_whole(storage: Storage) -> Found:
+    """Return the newest checkpoint below a directory that is not damaged. The damaged ones are left for inspection, until
+    their epoch is trained again.
 
     Raises:
-        StorageError: it does not exist or cannot be read.
+        StorageError: the storage cannot be read.
+    """
+    damaged = []
+    for name in reversed(list_checkpoints(storage)):
+        data, path = storage.read_bytes(name), f"{storage.uri}/{name}"
+        if _is_whole(data):
+            return Found(path, data, tuple(damaged))
+        damaged.append(path)
+    return Found("", b"", tuple(damaged))
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether all checksums of a checkpoint's zip archive are right. (torch.load does not compare them.)"""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError):
+        return False
+
+
+def load_checkpoint(
+    found: Found, *, net: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, shapes: Shapes
+) -> int:
+    """Load a checkpoint into network and optimizer and return how many epochs are done.
+
+    Raises:
         DataError: a corrupt file, another schema version, or a checkpoint of another model.
     """
-    path = f"{storage.uri}/{name}"
+    path = found.path
     try:
-        state = torch.load(io.BytesIO(storage.read_bytes(name)), map_location="cpu", weights_only=True)
-    except StorageError:
-        raise
-    except Exception as e:  # torch raises whatever the unzipper or the unpickler met
+        state = torch.load(io.BytesIO(found.data), map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises whatever the unpickler met
         raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != SCHEMA:

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.redaction import without_password
+
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
 ROOT = Path(__file__).resolve().parent.parent
 """Where this project's source lies: a checkout, a Ray job's copy of one, or site-packages."""
@@ -94,8 +96,3 @@ def _cpu_name() -> str:
 def command(argv: list[str]) -> str:
     """The command line as it can be pasted into a shell, without passwords of URIs."""
     return without_password(shlex.join(["python", *argv]))
-
-
-def without_password(text: str) -> str:
-    """``text`` with the ``user:password@`` of every URI in it replaced by ``***@``."""
-    return re.sub(r"(\w://)[^/@\s'\"]+@", r"\1***@", text)

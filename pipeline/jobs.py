@@ -30,6 +30,8 @@ CODE_VERSION = 1
 """Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
 NOT_FINITE = "not-finite.json"
 """In a model's directory: the step at which its loss was not finite."""
+FAILED_MODEL = "failed.json"
+"""In a model's directory: why it could not be trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

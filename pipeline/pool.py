@@ -6,25 +6,29 @@ A worker group that Ray Train starts again after a death takes up the model that
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from components.config import Experiment, TrainConfig, from_dict, stored_levels, to_dict
+from components.config import Experiment, from_dict, to_dict
 from components.errors import UserError
 from pipeline import checkpoints, train
 from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
+from pipeline.lease import Lease
 from pipeline.objective import Meter
 from pipeline.progress import say
+from pipeline.ranks import Ranks
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import classifier_of
 
 POLL_S = 0.3
+BUSY, LEFT = "busy", "left"
+"""What is to be done with a model that another run is training, and with one that no trial wants any more."""
 CLOSE_S = 60.0
 """How long the end of a sweep waits for its runs to end."""
 
@@ -54,10 +58,11 @@ class Pool:
         self._queue, self._ray, self._fail = queue, ray, fail
         settings = {
             "queue": queue,
-            "root": root.uri,
+            "root": root.full_uri,
             "shapes": to_dict(plan.shapes),
             "objective": to_dict(plan.objective),
             "threads": experiment.scaling.threads_per_worker,
+            "token": secrets.token_hex(8),
         }
         self._alive = runs
         self._lock = threading.Lock()
@@ -106,30 +111,38 @@ def _serve(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    ranks = Ranks(rank, world, device)
+    agreed = ranks.agreed
     root, queue, number = Storage(settings["root"]), settings["queue"], settings["run"]
     objective = from_dict(Objective, settings["objective"])
-    data = train.DataCache(root, rank, world, device)
+    data = train.DataCache(root, ranks)
     meter: Meter | None = None
 
-    def agreed(ask: Callable[[], Any]) -> Any:
-        """What rank 0 finds, on every rank."""
-        found = [ask() if rank == 0 else None]
-        if world > 1:
-            dist.broadcast_object_list(found, src=0, device=device)
-        return found[0]
+    lease: Lease | None = None
 
     def next_order() -> tuple[dict[str, Any] | None, str]:
+        nonlocal lease
         order = ray.get(queue.take.remote(number))
-        return order, _what_is_left(root / order["address"], objective) if order else ""
+        if not order:
+            return order, ""
+        lease = Lease(root / order["address"], f"{settings['token']}-{number}")
+        return order, what_to_do(order)
 
-    def load(order: Mapping[str, Any]) -> None:
-        """The data that all trials share, before the model that is trained on them: damaged, they are not that model's fault."""
-        data.get("train", order["pyramids"], levels=stored_levels(from_dict(TrainConfig, order["config"])))
-        data.get("validation", order["pyramids"], levels=False)
+    def what_to_do(order: Mapping[str, Any]) -> str:
+        home = root / order["address"]
+        left = _what_is_left(home, objective)
+        if left != "train":
+            return left
+        assert lease is not None
+        if lease.try_acquire():  # the run that held it may have finished the model in between
+            return _what_is_left(home, objective)
+        return LEFT if ray.get(queue.cancelled.remote(order["address"], number)) else BUSY
 
     def serve(order: Mapping[str, Any], left: str) -> tuple[str, str]:
-        """State and reason."""
+        """Return state and reason."""
         home = root / order["address"]
+        if left == LEFT:
+            return "", ""
         try:
             if left == "train":
                 between = _Between(
@@ -137,52 +150,65 @@ def _serve(settings: dict[str, Any]) -> None:
                     home,
                     objective,
                     agreed,
-                    lambda a=order["address"]: ray.get(queue.cancelled.remote(a, number)),
+                    lambda a=order["address"]: (
+                        ray.get(queue.cancelled.remote(a, number)) or not (lease is not None and lease.held)
+                    ),
                 )
                 train.train_model(dict(order), home, data, settings, between)
                 return ("" if between.stopped else DONE), ""
             if left == "measure":
-                _measure_finished(home, meter, objective)
+                _measure_finished(home, meter, objective, agreed)
             elif left == DIVERGED:
-                raise train.NonFiniteLoss(home.read_json(NOT_FINITE)["step"])
+                raise train.NonFiniteLoss(agreed(lambda: home.read_json(NOT_FINITE)["step"]))
         except train.NonFiniteLoss as e:  # on every rank alike
             if rank == 0:
                 home.write_json(NOT_FINITE, {"step": e.step})
             return DIVERGED, f"the loss was not finite at step {e.step}"
         return DONE, ""
 
-    while True:
+    def serve_next() -> bool:
+        """Take the next model and see it through. Returns False where there will be none any more."""
+        nonlocal meter
         try:
             order, left = agreed(next_order)
             if order is None:
-                return
+                return False
             if not order:
                 time.sleep(POLL_S)
-                continue
+                return True
+            while left == BUSY:
+                time.sleep(POLL_S)
+                left = agreed(lambda: what_to_do(order))
             if left == "train":
-                load(order)
+                data.load(order)
             meter = meter or Meter(objective, root, rank, world, device)
         except (UserError, OSError) as e:  # storage or shards: of no one model, and every next one would fail too
             ray.get(queue.close.remote(str(e) if isinstance(e, UserError) else f"{root.uri} cannot be read: {e}"))
             if world > 1:
                 raise
-            continue
+            return True
         try:
             state, reason = serve(order, left)
         except StorageError as e:
             ray.get(queue.close.remote(str(e)))
             if world > 1:
                 raise
-            continue
+            return True
         except Exception as e:
             reason = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
             ray.get(queue.end.remote(order["address"], FAILED, reason))
             if world > 1:  # other ranks wait for this one within a step: only a new group comes out of that
                 raise
             torch.cuda.empty_cache()
-            continue
+            return True
         if rank == 0:
             ray.get(queue.end.remote(order["address"], state, reason))
+        return True
+
+    while serve_next():
+        if lease is not None:
+            lease.release()
+            lease = None
 
 
 def _what_is_left(home: Storage, objective: Objective) -> str:
@@ -218,11 +244,13 @@ class _Between(train.Between):
         return self.stopped
 
 
-def _measure_finished(home: Storage, meter: Meter, objective: Objective) -> None:
-    """A model that another run trained, which did not measure it: its last epoch alone can be."""
-    model = home.read_json("model.json")
+def _measure_finished(
+    home: Storage, meter: Meter, objective: Objective, agreed: Callable[[Callable[[], Any]], Any]
+) -> None:
+    """Measure a model that another run trained without measuring it: only its last epoch can be."""
+    model = agreed(lambda: home.read_json("model.json"))
     epoch, clean = model["train"]["epochs"] - 1, model["validation"]["accuracy"]
-    classifier = checkpoints.load_classifier(home.uri, meter.device)
+    classifier = checkpoints.load_classifier(home.full_uri, meter.device)
     found = meter.record(classifier, epoch, clean, 0.0)
     if meter.rank == 0:
         home.write_json(objective.file(epoch), found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,7 +35,9 @@ from pipeline import (
     train,
     verdict,
 )
+from pipeline.lease import Lease
 from pipeline.progress import Bar, say, stage
+from pipeline.redaction import redacted
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, stored_levels
 
@@ -53,6 +55,8 @@ class Run:
     """runs/<recipe>-<hash> below root."""
     record: dict[str, Any]
     tracker: tracking.Tracker
+    lease: Lease | None = field(default=None, kw_only=True)
+    """Held while this process works on the directory."""
 
     @property
     def shapes(self) -> Shapes:
@@ -72,6 +76,8 @@ class Run:
         return ("train", *held_out, "test")
 
     def save(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
         self.storage.write_json("run.json", self.record)
 
     def publish(self) -> None:
@@ -91,8 +97,8 @@ class Run:
 def run_address(experiment: Experiment) -> str:
     """``runs/<recipe>-<hash>``: where a run is kept and who tracks it are no part of what it is."""
     config = to_dict(experiment)
-    for field in ("storage", "tracking_uri", "description"):
-        del config[field]
+    for name in ("storage", "tracking_uri", "description"):
+        del config[name]
     # what the machine may use does not change the run either, but for the number of workers
     config["scaling"] = {"workers": config["scaling"]["workers"]}
     return f"runs/{experiment.name}-{content_hash(config)}"
@@ -120,6 +126,7 @@ def open_run(
     if needs_tracking:
         tracking.check_reachable(uri)
     storage = root / run_address(experiment)
+    Lease(storage).check_free()
     if not records_only:
         shapes = Shapes(
             image_size=experiment.data.image_size,
@@ -136,6 +143,17 @@ def open_run(
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
         if will_train:
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
+    lease = Lease(storage).acquire()  # before the record is read
+    try:
+        return _opened(experiment, root, storage, tracking.Tracker(uri, storage, echo=say), lease, records_only)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _opened(
+    experiment: Experiment, root: Storage, storage: Storage, tracker: tracking.Tracker, lease: Lease, records_only: bool
+) -> Run:
     if storage.exists("run.json"):
         record = storage.read_json("run.json")
         if record.get("schema") != SCHEMA:
@@ -151,7 +169,8 @@ def open_run(
         root=root,
         storage=storage,
         record=record,
-        tracker=tracking.Tracker(uri, storage, echo=say),
+        tracker=tracker,
+        lease=lease,
     )
     if not records_only:
         run.record |= environment.environment()
@@ -163,7 +182,7 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": experiment.name,
-        "experiment": to_dict(experiment),
+        "experiment": recorded(experiment),
         "created": _now(),
         "finished": None,
         "data": None,
@@ -171,6 +190,12 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
         "evaluations": [],
         "stages": {},
     }
+
+
+def recorded(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as records hold it: without the user and password of its tracking server."""
+    config: dict[str, Any] = redacted(to_dict(experiment))
+    return {**config, "tracking_uri": config["tracking_uri"].replace("***@", "")}
 
 
 def _now() -> str:
@@ -384,7 +409,7 @@ def register(run: Run, models: list[attack.Model]) -> None:
             continue
         if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
             continue
-        classifier = checkpoints.load_classifier(f"{run.root.uri}/{model.path}")
+        classifier = checkpoints.load_classifier(run.root.join(model.path))
         example = _example(data.channels, data.image_size)
         run.tracker.register_model(
             f"model/{model.name}",
@@ -455,3 +480,6 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         run.tracker.flush()
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise
+    finally:
+        if run.lease is not None:
+            run.lease.release()

@@ -1,59 +1,110 @@
 """Files of a run on any storage: a local path or a URI that pyarrow or fsspec knows (``s3://bucket/path``).
 
-One small class, so that every stage has the same guarantees: a file is whole or absent, and a full disk or an
-unreachable bucket is one clear error.
+One small class gives every stage the same guarantees. A file is whole or absent. A storage that does not answer is asked
+again for RETRY_S seconds. A full disk or an unreachable bucket is one clear error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from components.errors import ConfigError, UserError
+from pipeline.progress import say
+from pipeline.redaction import check_no_secret
+
+T = TypeVar("T")
+
+RETRY_S = 180.0
+"""How long an operation is repeated while the storage fails for a reason that may pass."""
+LONGEST_PAUSE_S = 10.0
+PASSING_ERRNO = {
+    getattr(errno, name)
+    for name in (
+        *("EAGAIN", "EINTR", "EIO", "EREMOTEIO", "ESTALE", "EPIPE", "ETIMEDOUT"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETRESET", "ENETUNREACH", "ENOTCONN"),
+    )
+    if hasattr(errno, name)
+}
+PASSING_TEXT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTLING|REQUEST_TIMEOUT|REQUEST_LIMIT_EXCEEDED"
+    r"|curlCode: (?!60\b|51\b)|HTTP (?:response code|status):? (?:429|5\d\d)|(?:timed? ?out|temporarily|try again)",
+    re.IGNORECASE,
+)
+"""Object stores say in words what went wrong. (curl's 51 and 60 are certificates, which do not mend themselves.)"""
 
 
 class StorageError(UserError):
     """The storage could not be read or written; what was already written is kept."""
 
 
+def may_pass(error: BaseException) -> bool:
+    """Tell whether an error of a file system may be gone in a moment (a lost connection, an overloaded server)."""
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return False
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in PASSING_ERRNO
+    return bool(PASSING_TEXT.search(str(error)))
+
+
 class Storage:
     """A directory on some file system. Picklable: workers open their own connection.
 
     Args:
-        uri: absolute or ``~`` path, or URI (``file://``, ``s3://``, ``gs://``, or any fsspec protocol).
+        uri: absolute or ``~`` path, or URI (``file://``, ``s3://``, ``gs://``, or any fsspec protocol), with pyarrow's
+            options behind a ``?`` (``s3://bucket/path?region=eu-west-1&endpoint_override=minio:9000``).
 
     Raises:
-        ConfigError: a relative path (it would mean another place on every node), or an unknown protocol.
+        ConfigError: a relative path (it would mean another place on every node), an unknown protocol, or a URI with a
+            password or key, which would stand in every record.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         text = os.fspath(uri)
-        if not re.match(r"^[a-z][a-z0-9+.-]*://", text):
+        self._query = ""
+        if _is_uri(text):
+            check_no_secret("storage", text)
+            if not text.startswith("file://"):
+                text, mark, options = text.partition("?")
+                self._query = mark + options
+        else:
             text = os.path.expanduser(text)
             if not os.path.isabs(text):
                 raise ConfigError.of("storage", text, "an absolute path, a ~ path or a URI such as s3://bucket/path")
             text = os.path.normpath(text)
         self.uri = text.rstrip("/") or "/"
-        self.fs, self.root = _resolve(self.uri)
+        """For people: without the options."""
+        self.fs, self.root = _resolve(self.full_uri)
+
+    @property
+    def full_uri(self) -> str:
+        """URI that opens this directory again, options included."""
+        return self.uri + self._query
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
-        return type(self), (self.uri,)
+        return type(self), (self.full_uri,)
 
     def __repr__(self) -> str:
-        return f"Storage({self.uri!r})"
+        return f"Storage({self.full_uri!r})"
 
-    def __truediv__(self, name: str) -> Storage:
-        return type(self)(f"{self.uri}/{name}")
+    def __truediv__(self, name: str) -> Self:
+        below = type(self).__new__(type(self))
+        # one connection serves the whole tree: opening one costs an object store a round trip or two
+        below.__dict__.update(self.__dict__)
+        below.uri, below.root = f"{self.uri.rstrip('/')}/{name}", self.path(name)
+        return below
 
     @property
     def is_local(self) -> bool:
@@ -67,41 +118,118 @@ class Storage:
         return Path(self.root)
 
     def path(self, name: str) -> str:
-        """Path of a file below this directory, for use with ``self.fs``."""
+        """Path of a file below this directory, for use with ``self.fs``.
+
+        Raises:
+            StorageError: the name leads out of the directory. Names come from records, which others may have written.
+        """
+        if ".." in name.split("/"):
+            raise StorageError(f"{name!r} leads out of {self.uri}: a name below a storage has no '..'")
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
+    def join(self, name: str) -> str:
+        """URI of a file or directory below, options included, for what opens it by itself."""
+        return (self / name).full_uri
+
+    def _patiently(self, action: Callable[[], T], patience_s: float | None = None) -> T:
+        """Return what ``action`` returns. It is repeated for RETRY_S (or ``patience_s``) seconds while it fails for a
+        reason that may pass; the user is told once.
+        """
+        deadline = time.monotonic() + (RETRY_S if patience_s is None else patience_s)
+        pause, told = 0.5, False
+        while True:
+            try:
+                return action()
+            except (OSError, pa.ArrowException) as e:
+                if not may_pass(e) or time.monotonic() + pause > deadline:
+                    raise
+                if not told:
+                    say(f"storage {self.uri} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
+                    told = True
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    @contextlib.contextmanager
+    def _errors(self, name: str, done: str) -> Iterator[None]:
+        """Turn what a file system raises into one StorageError."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise StorageError(f"{self.uri}/{name} does not exist") from None
+        except (OSError, pa.ArrowException) as e:
+            raise StorageError(f"{self.uri}/{name} could not be {done}: {e}") from e
+
     def exists(self, name: str = "") -> bool:
-        return self.fs.get_file_info(self.path(name)).type != pafs.FileType.NotFound
+        path = self.path(name)
+        with self._errors(name, "read"):
+            return self._patiently(lambda: self.fs.get_file_info(path)).type != pafs.FileType.NotFound
 
     def list(self, name: str = "") -> list[str]:
         """Names of the files and directories directly below, sorted; empty where there is no such directory."""
-        selector = pafs.FileSelector(self.path(name), allow_not_found=True)
         # names that begin with a dot are files half written
-        return sorted(i.base_name for i in self.fs.get_file_info(selector) if not i.base_name.startswith("."))
+        return sorted(i.base_name for i in self._infos(name) if not i.base_name.startswith("."))
+
+    def _infos(self, name: str) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(name), allow_not_found=True)
+        with self._errors(name, "listed"):
+            return list(self._patiently(lambda: self.fs.get_file_info(selector)))
 
     def read_bytes(self, name: str) -> bytes:
-        try:
-            with self.fs.open_input_stream(self.path(name)) as stream:
-                return stream.read()
-        except FileNotFoundError:
-            raise StorageError(f"{self.uri}/{name} does not exist") from None
-        except OSError as e:
-            raise StorageError(f"{self.uri}/{name} could not be read: {e}") from e
+        path = self.path(name)
+
+        def read() -> bytes:
+            with self.fs.open_input_stream(path) as stream:
+                return bytes(stream.read())
+
+        with self._errors(name, "read"):
+            return self._patiently(read)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[pa.NativeFile]:
-        """A file to seek in, for who needs a part of it."""
-        try:
-            with self.fs.open_input_file(self.path(name)) as file:
-                yield file
-        except FileNotFoundError:
-            raise StorageError(f"{self.uri}/{name} does not exist") from None
-        except OSError as e:
-            raise StorageError(f"{self.uri}/{name} could not be read: {e}") from e
+        """Open a file for random access."""
+        path = self.path(name)
+        with self._errors(name, "read"), self._patiently(lambda: self.fs.open_input_file(path)) as file:
+            yield file
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file or nothing: to a temporary name and then moved, or as one object on an object store."""
+        self._write(name, data)
+
+    def write_if_absent(self, name: str, data: bytes) -> bool:
+        """Write a whole file unless there is one of that name. Returns whether it was written.
+
+        Atomic on a local or network file system. An object store has no such operation that pyarrow offers: of two that
+        write in the same moment the later stands there, so ask again who did.
+        """
+        if not self.is_local:
+            if self.exists(name):
+                return False
+            self._write(name, data)
+            return True
+        temporary = f".{name.rpartition('/')[2]}.{secrets.token_hex(4)}.tmp"
+        beside = f"{name.rpartition('/')[0]}/{temporary}".lstrip("/")
+        self._write(beside, data)
+        try:
+            os.link(self.path(beside), self.path(name))
+            return True
+        except FileExistsError:
+            return False
+        except OSError as e:
+            raise StorageError(f"{self.uri}/{name} could not be written: {e}") from e
+        finally:
+            self.delete(beside)
+
+    def _write(self, name: str, data: bytes | pa.Buffer, patience_s: float | None = None) -> None:
         path = self.path(name)
+        try:
+            self._patiently(lambda: self._write_once(path, data), patience_s)
+        except (OSError, pa.ArrowException) as e:
+            raise StorageError(
+                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
+                "make room or give another storage, then run the same command again to continue"
+            ) from e
+
+    def _write_once(self, path: str, data: bytes | pa.Buffer) -> None:
         parent, _, base = path.rpartition("/")
         temporary = path if self._is_object_store else f"{parent}/.{base}.{secrets.token_hex(4)}.tmp"
         try:
@@ -119,14 +247,11 @@ class Storage:
                     stream.write(data)
                 if temporary != path:
                     self.fs.move(temporary, path)
-        except OSError as e:
+        except BaseException:  # a task that is cancelled while it writes leaves nothing either
             if temporary != path:
                 with contextlib.suppress(OSError):
                     self.fs.delete_file(temporary)
-            raise StorageError(
-                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
-                "make room or give another storage, then run the same command again to continue"
-            ) from e
+            raise
 
     @property
     def _is_object_store(self) -> bool:
@@ -138,8 +263,9 @@ class Storage:
 
         ``older_than_s`` seconds without a change tell them from those that another process is writing now.
         """
-        selector = pafs.FileSelector(self.path(directory), allow_not_found=True)
-        for info in self.fs.get_file_info(selector):
+        if self._is_object_store:  # there are none: an object appears when it is complete
+            return
+        for info in self._infos(directory):
             half_written = info.base_name.startswith(".") and info.base_name.endswith(".tmp")
             if half_written and info.mtime and time.time() - info.mtime.timestamp() > older_than_s:
                 with contextlib.suppress(OSError):  # another process may have been quicker
@@ -158,23 +284,33 @@ class Storage:
 
     def delete(self, name: str) -> None:
         """Delete a file; not an error where there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.delete_file(self.path(name))
+        path = self.path(name)
+        with self._errors(name, "deleted"), contextlib.suppress(FileNotFoundError):
+            self._patiently(lambda: self.fs.delete_file(path))
 
     def check_writable(self) -> None:
-        """Write and delete a small file, before hours of compute are spent.
+        """Write and delete a small file, before hours of compute are spent. Does not wait for what does not answer.
 
         Raises:
             StorageError: naming the storage and the system's reason.
         """
         name = f"write-test-{secrets.token_hex(4)}"
         try:
-            self.write_bytes(name, b"x" * 4096)
+            self._write(name, b"x" * 4096, patience_s=0.0)
             self.delete(name)
-        except (StorageError, OSError) as e:
+        except StorageError as e:
             raise StorageError(
                 f"storage {self.uri} is not writable: {e.__cause__ or e}. Give another one with --storage"
             ) from e
+
+
+def _is_uri(text: str) -> bool:
+    return re.match(r"^[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def join_uri(root: str, name: str) -> str:
+    """URI of a file or directory below ``root``, which may have options behind a ``?``."""
+    return Storage(root).join(name)
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -47,7 +47,7 @@ from pipeline import (
     tuner,
 )
 from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
-from pipeline.owner import Owner, check_free
+from pipeline.lease import Lease
 from pipeline.progress import say, stage
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
@@ -155,14 +155,13 @@ class Sweep(run.Run):
     model: str
     """Name, in the recipe, of the model that is varied."""
     base: TrainConfig
-    owner: Owner | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     """Guards the record, which the driver's threads share."""
 
     def save(self) -> None:
         with self.lock:
-            if self.owner is not None:
-                self.owner.check()
+            if self.lease is not None:
+                self.lease.check()
             self.storage.write_json("sweep.json", self.record)
 
     def publish(self) -> None:
@@ -375,7 +374,7 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
         raise UserError(
             f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
         )
-    check_free(storage)
+    Lease(storage).check_free()
     root.check_writable()
     uri = experiment.tracking_uri or tracking.default_uri(root)
     tracking.check_reachable(uri)
@@ -399,11 +398,11 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
         cluster.connect()
     cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
     memory.check_gpu_memory(probed, sweep.shapes)
-    sweep.owner = Owner(storage)  # before its record is read
+    sweep.lease = Lease(storage).acquire()  # before its record is read
     try:
         _open_record(sweep, name)
     except BaseException:
-        sweep.owner.release()
+        sweep.lease.release()
         raise
     return sweep, probed
 
@@ -424,7 +423,7 @@ def _open_record(sweep: Sweep, space_name: str) -> None:
             "seed": sweep.options.seed,
             "model": sweep.model,
             "base": to_dict(sweep.base),
-            "experiment": to_dict(experiment),
+            "experiment": run.recorded(experiment),
             "created": run._now(),
             "data": None,
             "trials": [],
@@ -473,8 +472,8 @@ def execute(experiment: Experiment, options: Options) -> None:
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
         raise
     finally:
-        if sweep.owner is not None:
-            sweep.owner.release()
+        if sweep.lease is not None:
+            sweep.lease.release()
 
 
 def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
@@ -483,7 +482,7 @@ def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
     uri = experiment.tracking_uri or tracking.default_uri(sweep.root)
     weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
     return Plan(
-        root=sweep.root.uri,
+        root=sweep.root.full_uri,
         experiment=experiment,
         base=sweep.base,
         shapes=sweep.shapes,
@@ -572,7 +571,7 @@ def _conclude(sweep: Sweep) -> None:
             "rule": sweep_report.rule(sweep.space.clean_tolerance),
         }
         final = sweep.final(chosen["parameters"])
-        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": to_dict(final)})
+        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": run.recorded(final)})
         sweep.save()
     say(sweep_report.conclusion(sweep.record))
     _report(sweep)
@@ -590,7 +589,7 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     data = sweep.experiment.data
     sweep.tracker.register_model(
         publish.trial_alias(chosen),
-        checkpoints.load_classifier(f"{sweep.root.uri}/{path}"),
+        checkpoints.load_classifier(sweep.root.join(path)),
         run._example(data.channels, data.image_size),
         metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
         **publish.choice_version(sweep.record, sweep.storage),

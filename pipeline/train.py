@@ -30,8 +30,11 @@ from components.models.defend import DefendNet
 from components.precision import describe
 from components.schedule import Phase, learning_rate, phase_at_epoch
 from pipeline import checkpoints, pretrained
+from pipeline.assignment import ATTEMPT, Assignment
 from pipeline.given import AUTOENCODER, copy_autoencoder
-from pipeline.jobs import NOT_FINITE, Job, TrainingData, model_address
+from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job, TrainingData, model_address
+from pipeline.progress import say
+from pipeline.ranks import Ranks
 from pipeline.storage import Storage, StorageError
 from pipeline.train_step import (
     ADVERSARIAL_STREAM,
@@ -51,6 +54,12 @@ from pipeline.train_step import (
 
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
+HALF_WRITTEN_S = 60.0
+"""A temporary file that old belongs to a process that is gone."""
+POLL_S = 2.0
+"""How often a worker group looks whether a model that another run trains is finished or free."""
+VISIBLE_S = 90.0
+"""How long a network file system may hide a new file (NFS caches directory entries for up to a minute)."""
 FINITE_CHECK_STEPS = 100
 MAX_CONTROLLER_FAILURES = 3
 """How often Ray may fail to place the workers; without a limit it would try for ever."""
@@ -133,6 +142,7 @@ class Loop:
         self.config, self.shapes, self.data, self.validation = config, shapes, data, validation
         self.rank, self.world = rank, world
         self.device = device or torch.device("cpu")
+        self.ranks = Ranks(rank, world, self.device)
         self.local_batch = config.batch_size // world
         self.steps_per_epoch = len(data) // self.local_batch
         if self.steps_per_epoch == 0:
@@ -145,15 +155,24 @@ class Loop:
         self.has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
         self.optimizer = make_optimizer(self.net, config)
         self.epoch = 0
+        self.resumed: dict[str, Any] = {}
+        """What the next epoch's record says about the checkpoint it went on from (docs/records.md)."""
         self._module: nn.Module | None = None
         self._phase: Phase | None = None
 
     def resume(self, storage: Storage) -> None:
-        """Continue from the newest checkpoint below a directory, if there is one."""
-        if names := checkpoints.list_checkpoints(storage):
+        """Continue from the newest whole checkpoint below a directory, if there is one.
+
+        Rank 0 reads the file and sends its bytes, so that all ranks go on from the same state whatever each node's file
+        system shows.
+        """
+        found = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
+        if found.path:
             self.epoch = checkpoints.load_checkpoint(
-                storage, names[-1], net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
+                found, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
             )
+        if found.damaged:
+            self.resumed = {"from": found.path, "damaged": list(found.damaged)}
 
     def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""
@@ -218,7 +237,9 @@ class Loop:
         names = list(steps[0][3])
         values = torch.stack([torch.stack([t[n] for n in names]) for *_, t in steps]).float().cpu().tolist()
         rate = self.steps_per_epoch * self.local_batch * self.world / seconds
+        resumed, self.resumed = self.resumed, {}
         return {
+            **({"resumed": resumed} if resumed else {}),
             "epoch": epoch,
             "phase": phase,
             "seconds": seconds,
@@ -282,32 +303,90 @@ class NonFiniteLoss(Exception):
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: the jobs of its run in their order."""
+    """Train the models of one Ray Train run, on one of its workers."""
     import ray.train
 
     torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    root = Storage(settings["root"])
-    # asked before any training, when nobody writes: all ranks must come to the same list
-    todo = [job for job in settings["jobs"] if not root.exists(f"{job['address']}/model.json")]
-    data = DataCache(root, rank, world, device)
-    for job in todo:
-        home = root / job["address"]
-        try:
-            train_model(job, home, data, settings)
-        except NonFiniteLoss as e:
-            # told, not raised: a failure would be tried again, and would come again
-            if rank == 0:
-                home.write_json(NOT_FINITE, {"step": e.step})
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    train_models(settings["jobs"], Storage(settings["root"]), ranks, settings)
+
+
+def train_models(orders: Sequence[dict[str, Any]], root: Storage, ranks: Ranks, settings: Mapping[str, Any]) -> None:
+    """Train models one after the other, on every rank of a worker group. Knows nothing of Ray.
+
+    A model that fails is recorded (FAILED_MODEL, NOT_FINITE) and does not stop those behind it. A model that another run is
+    training is left to that run: this one trains the others first and then waits.
+
+    Args:
+        orders: see :meth:`pipeline.jobs.Job.order`.
+        settings: ``shapes``; ``token``, which names this worker group also after a restart; ``max_failures``.
+
+    Raises:
+        StorageError, DataError: of the storage or the shards, which all models share.
+        ModelFailed: on several ranks only a new worker group can go on. Started again, it takes the next model.
+    """
+    assignment = Assignment(orders, root, settings["token"], settings["max_failures"])
+    data = DataCache(root, ranks)
+    try:
+        while (order := ranks.agreed(assignment.take)) is not None:
+            if not order:
+                time.sleep(POLL_S)
+                continue
+            data.load(order)
+            _train_one(order, root / order["address"], data, settings, _WhileLeased(ranks, assignment))
+            assignment.leave()
+    finally:
+        assignment.leave()
+
+
+def _train_one(
+    order: dict[str, Any], home: Storage, data: DataCache, settings: Mapping[str, Any], between: Between
+) -> None:
+    failure = ""
+    try:
+        train_model(order, home, data, settings, between)
+    except NonFiniteLoss as e:  # on every rank alike
+        if data.ranks.rank == 0:
+            home.write_json(NOT_FINITE, {"step": e.step, "token": settings["token"]})
+    except StorageError:
+        raise
+    except Exception as e:
+        if data.ranks.world > 1 and _lost_a_rank(e):
+            raise
+        failure = reason_of(e)
+    if failure:
+        home.write_json(FAILED_MODEL, {"reason": failure, "token": settings["token"]})
+        if data.ranks.world > 1:  # the other ranks wait for this one within a step
+            raise ModelFailed(failure)
+        torch.cuda.empty_cache()  # here, where the error no longer holds the failed batch's tensors
+
+
+class ModelFailed(Exception):
+    """A model failed on one of several ranks; why is recorded on the storage."""
+
+
+def reason_of(error: Exception) -> str:
+    """One line that says why a model could not be trained, and what to do about it."""
+    if isinstance(error, UserError):
+        return str(error)
+    first = next(iter(str(error).splitlines()), "")
+    reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        reason += ". Lower train.batch_size or train.width, or train on GPUs with more memory"
+    return reason
+
+
+def _lost_a_rank(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone, which is no fault of the model."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
 class DataCache:
     """The last used data of each split: models that are trained one after the other mostly train on the same."""
 
-    def __init__(self, root: Storage, rank: int, world: int, device: torch.device) -> None:
-        self.root, self.rank, self.world, self.device = root, rank, world, device
+    def __init__(self, root: Storage, ranks: Ranks) -> None:
+        self.root, self.ranks = root, ranks
         self.kept: dict[str, tuple[tuple[str, bool], RankData]] = {}
 
     def get(self, split: str, addresses: Mapping[str, str], levels: bool) -> RankData | None:
@@ -318,9 +397,15 @@ class DataCache:
         key = (addresses[split], levels)
         if split not in self.kept or self.kept[split][0] != key:
             self.kept.pop(split, None)  # before the next is loaded: both may not fit
-            loaded = RankData(shards.load(self.root, key[0]), self.rank, self.world, self.device, levels=levels)
+            ranks = self.ranks
+            loaded = RankData(shards.load(self.root, key[0]), ranks.rank, ranks.world, ranks.device, levels=levels)
             self.kept[split] = key, loaded
         return self.kept[split][1]
+
+    def load(self, order: Mapping[str, Any]) -> None:
+        """Read what a model is trained on. Damaged shards are no fault of the model, so they are met before it starts."""
+        self.get("train", order["pyramids"], levels=stored_levels(from_dict(TrainConfig, order["config"])))
+        self.get("validation", order["pyramids"], levels=False)
 
 
 class Between:
@@ -338,8 +423,18 @@ class Between:
         return False
 
 
+class _WhileLeased(Between):
+    """Leaves a model that another run has taken over."""
+
+    def __init__(self, ranks: Ranks, assignment: Assignment) -> None:
+        self.ranks, self.assignment = ranks, assignment
+
+    def stop(self, loop: Loop) -> bool:
+        return not self.ranks.agreed(lambda: self.assignment.holds)
+
+
 def train_model(
-    job: dict[str, Any], home: Storage, data: DataCache, settings: dict[str, Any], between: Between | None = None
+    job: dict[str, Any], home: Storage, data: DataCache, settings: Mapping[str, Any], between: Between | None = None
 ) -> None:
     """Train a model, or go on where it was left, and export it; called on every rank of a Ray Train worker group.
 
@@ -358,36 +453,40 @@ def train_model(
         shapes,
         train_data,
         data.get("validation", job["pyramids"], levels=False),
-        rank=data.rank,
-        world=data.world,
-        device=data.device,
+        rank=data.ranks.rank,
+        world=data.ranks.world,
+        device=data.ranks.device,
         weights=pretrained.load(data.root, job["weights"]) if job["weights"] else None,
     )
     kept = home / "checkpoints"
+    if data.ranks.rank == 0:
+        for directory in ("", "checkpoints", "history"):  # of workers that were killed while they wrote
+            home.delete_stale(directory, HALF_WRITTEN_S)
     loop.resume(kept)
     last_live = 0.0
 
     def live(done: int, total: int, loss: Callable[[], float]) -> None:
         nonlocal last_live
-        if data.rank == 0 and time.monotonic() - last_live >= LIVE_INTERVAL_S:
+        if data.ranks.rank == 0 and time.monotonic() - last_live >= LIVE_INTERVAL_S:
             last_live = time.monotonic()
-            home.write_json("live.json", {"done": done, "total": total, "loss": loss()})
+            with suppress(StorageError):  # it only moves the progress bar
+                home.write_json("live.json", {"done": done, "total": total, "loss": loss()})
 
     between = between or Between()
     while loop.epoch < config.epochs:
         record = loop.run_epoch(live)
         between.measure(loop, record)
-        if data.rank == 0:
+        if data.ranks.rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
             if loop.epoch % config.checkpoint_every_epochs == 0 or loop.epoch == config.epochs:
                 loop.save(kept)
         if loop.epoch < config.epochs and between.stop(loop):
             return
-    if data.rank == 0:
-        _export(loop, home, job, settings)
+    if data.ranks.rank == 0 and not home.exists("model.json"):  # never over one that others may be reading
+        _export(loop, home, job)
 
 
-def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, Any]) -> None:
+def _export(loop: Loop, home: Storage, job: dict[str, Any]) -> None:
     history = [home.read_json(f"history/{name}") for name in home.list("history")][: loop.config.epochs]
     seconds = sum(h["seconds"] for h in history)
     rate = sum(h["images_per_second"] * h["seconds"] for h in history) / seconds
@@ -404,6 +503,8 @@ def _export(loop: Loop, home: Storage, job: dict[str, Any], settings: dict[str, 
     # what it takes to continue is not needed any more, and is three times as large as the model
     for name in checkpoints.list_checkpoints(home / "checkpoints"):
         home.delete(f"checkpoints/{name}")
+    for name in ("live.json", ATTEMPT, FAILED_MODEL, NOT_FINITE):
+        home.delete(name)
 
 
 def _write_model(
@@ -439,7 +540,7 @@ def _take_as_given(job: Job, shapes: Shapes, root: Storage) -> None:
     files, parts = checkpoints.export(home, net, job.config, shapes), checkpoints.parts_of(net)
     if job.autoencoder:
         home.write_bytes(AUTOENCODER, root.read_bytes(job.autoencoder))
-        files, parts = [*files, AUTOENCODER], {**parts, "autoencoder": checkpoints.load_autoencoder(home.uri)}
+        files, parts = [*files, AUTOENCODER], {**parts, "autoencoder": checkpoints.load_autoencoder(home.full_uri)}
     measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
     _write_model(home, files, parts, job.config, shapes, job.pyramids, job.weights, measured)
 
@@ -511,24 +612,54 @@ def train(
         if not job.config.epochs and not (root / job.address).exists("model.json"):
             _take_as_given(job, shapes, root)
     watch.look()
-    allowed = experiment.allow_diverged
+    allowed, token = experiment.allow_diverged, secrets.token_hex(8)
     todo = [j for j in {j.address: j for j in jobs}.values() if j.name not in watch.finished]
     if allowed:  # trained again, it would diverge again
         todo = [j for j in todo if not (root / j.address).exists(NOT_FINITE)]
     if todo:
-        for job in todo:
-            (root / job.address).delete(NOT_FINITE)  # an earlier try's
-        settings = {"shapes": to_dict(shapes), "root": root.uri, "threads": experiment.scaling.threads_per_worker}
+        settings = {
+            "shapes": to_dict(shapes),
+            "root": root.full_uri,
+            "threads": experiment.scaling.threads_per_worker,
+            "token": token,
+        }
         with watch.following():
             _fit_side_by_side(_groups(todo, parallel_runs(experiment)), settings, experiment, root)
-    diverged = {j.name: _diverged_at(root / j.address) for j in jobs if j.name not in watch.finished}
-    if diverged and not allowed:
-        _refuse_not_finite([j for j in jobs if j.name in diverged], root)
-    return {j.name: watch.finished.get(j.name) or {"diverged": diverged[j.name]} for j in jobs}
+    missing = [j for j in jobs if j.name not in watch.finished]
+    ends = {j.name: _end_of(root / j.address, watch, token if j in todo else "") for j in missing}
+    ends = {name: end for name, end in ends.items() if name not in watch.finished}
+    refused = [j for j in jobs if j.name in ends and not (allowed and "step" in ends[j.name])]
+    if refused:
+        _refuse(refused, ends, root)
+    return {j.name: watch.finished.get(j.name) or {"diverged": ends[j.name]["step"]} for j in jobs}
 
 
-def _diverged_at(home: Storage) -> int:
-    return int(home.read_json(NOT_FINITE)["step"])
+def _end_of(home: Storage, watch: _Watch, token: str) -> dict[str, Any]:
+    """Return the record of how a model that is not finished ended: ``step`` where it diverged, else ``reason``.
+
+    Its workers have ended, so there is one of this call's token. A network file system may show it late, and another run
+    may have tried the model since and written over it.
+
+    Raises:
+        StorageError: there is none.
+    """
+    deadline = time.monotonic() + VISIBLE_S
+    while True:
+        names = home.list()
+        if "model.json" in names:
+            watch.look()
+            return {}
+        for name in (FAILED_MODEL, NOT_FINITE):
+            if name in names:
+                end = dict(home.read_json(name))
+                if end.get("token", "").startswith(token) or time.monotonic() > deadline:
+                    return end
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"the training workers have ended, but {home.uri} holds no model: the storage is not the same directory on "
+                "every node. Give a storage that all nodes share"
+            )
+        time.sleep(1.0)
 
 
 def parallel_runs(experiment: Experiment) -> int:
@@ -554,10 +685,10 @@ def _groups(jobs: Sequence[Job], runs: int) -> list[list[Job]]:
 def _fit_side_by_side(
     groups: Sequence[Sequence[Job]], settings: dict[str, Any], experiment: Experiment, root: Storage
 ) -> None:
-    """Every group in a Ray Train run of its own. The first error is raised when all have ended: nothing else is lost."""
-    if len(groups) == 1:  # in this thread, where Ray Train ends its workers on Ctrl-C
-        _fit(groups[0], settings, experiment, root)
-        return
+    """Train every group in a Ray Train run of its own. The first error is raised when all have ended: nothing else is lost.
+
+    No run is in the main thread: Ray Train would take Ctrl-C over there, and never give it back.
+    """
     errors: list[Exception] = []
 
     def fit(group: Sequence[Job]) -> None:
@@ -579,18 +710,32 @@ def _fit_side_by_side(
 def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
     from pipeline.cluster import unwrap
 
-    config = {**settings, "jobs": [job.order() for job in group]}
-    try:
-        fit_workers(_worker, config, experiment, root, max_failures=experiment.scaling.max_failures)
-    except Exception as e:
-        mine = unwrap(e)
-        if mine is not None:
-            raise mine from e
-        names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
-        raise TrainingError(
-            f"training of {names} failed more than scaling.max_failures={experiment.scaling.max_failures} times: {e}\n"
-            f"Checkpoints are kept below {root.uri}/models; the same command continues from the last one"
-        ) from e
+    failures = experiment.scaling.max_failures
+    token = f"{settings['token']}-{secrets.token_hex(4)}"
+    config = {**settings, "jobs": [job.order() for job in group], "token": token, "max_failures": failures}
+    while True:
+        before = _progress_of(group, root)
+        try:
+            return fit_workers(_worker, config, experiment, root, max_failures=failures)
+        except Exception as e:
+            mine = unwrap(e)
+            if mine is not None:
+                raise mine from e
+            if _progress_of(group, root) != before:
+                # failures count since the last progress: a spot node is lost now and then in days of training
+                continue
+            names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
+            raise TrainingError(
+                f"training of {names} failed more than scaling.max_failures={failures} times: {e}\n"
+                f"Checkpoints are kept below {root.uri}/models; the same command continues from the last one"
+            ) from e
+
+
+def _progress_of(group: Sequence[Job], root: Storage) -> list[Any]:
+    """What changes on the storage when an epoch or a model of the group ends, one way or another."""
+    homes = [root / job.address for job in group]
+    ends = ("model.json", FAILED_MODEL, NOT_FINITE)
+    return [(len(home.list("history")), [home.exists(name) for name in ends]) for home in homes]
 
 
 def fit_workers(
@@ -603,9 +748,10 @@ def fit_workers(
 ) -> None:
     """One Ray Train run from its start to its end: ``worker(config)`` on every rank. Raises what Ray Train does."""
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from pipeline.cluster import train_bundle
+    from pipeline.process_group import NodeTorchConfig
 
     scaling = experiment.scaling
     # nothing of Ray's own state is continued: the models' directories say how far they are
@@ -613,7 +759,7 @@ def fit_workers(
     trainer = TorchTrainer(
         worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if scaling.gpu else "gloo"),
+        torch_config=NodeTorchConfig(backend="nccl" if scaling.gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
         ),
@@ -634,20 +780,24 @@ def fit_workers(
             root.fs.delete_dir(ray_files.root)
 
 
-def _refuse_not_finite(jobs: Sequence[Job], root: Storage) -> None:
-    said = []
+def _refuse(jobs: Sequence[Job], ends: Mapping[str, Mapping[str, Any]], root: Storage) -> None:
+    lines = []
     for job in jobs:
-        home = root / job.address
+        home, end = root / job.address, ends[job.name]
+        if "step" not in end:
+            lines.append(f"training of {job.name} failed: {end['reason']}")
+            continue
         names = checkpoints.list_checkpoints(home / "checkpoints")
         good = f"{home.uri}/checkpoints/{names[-1]}" if names else "none was written yet"
-        said.append(
-            f"training of {job.name} stopped: the loss was not finite at step {_diverged_at(home)}. "
-            f"Last good checkpoint: {good}"
+        lines.append(
+            f"training of {job.name} stopped: the loss was not finite at step {end['step']}. Last good checkpoint: {good}"
         )
-    said.append(
-        "Lower train.lr or train.reconstruction_weight, or set train.clip_norm; with allow_diverged the run goes on without"
-    )
-    raise TrainingError("\n".join(said))
+    if any("step" in ends[job.name] for job in jobs):
+        lines.append(
+            "Lower train.lr or train.reconstruction_weight, or set train.clip_norm; with allow_diverged the run goes on without"
+        )
+    lines.append("The other models are trained and kept; the same command tries these again")
+    raise TrainingError("\n".join(lines))
 
 
 class _Watch:
@@ -687,18 +837,25 @@ class _Watch:
         done = threading.Event()
 
         def follow() -> None:
+            told = ""
             while not done.wait(LIVE_INTERVAL_S):
-                with suppress(StorageError):  # a file being replaced, a storage out of reach for a moment: look again
+                try:
                     self.look()
+                except Exception as e:  # whatever it is passes or comes again at the end, where it is raised
+                    if str(e) != told:
+                        say(f"progress cannot be read or published for the moment ({e}); training goes on")
+                        told = str(e)
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
         try:
             yield
-        finally:
-            done.set()
-            thread.join()
-            self.look()
+        except BaseException:
+            done.set()  # without waiting: whoever interrupts wants the end
+            raise
+        done.set()
+        thread.join()
+        self.look()
 
 
 def _finished_model(home: Storage, address: str) -> dict[str, Any]:

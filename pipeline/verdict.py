@@ -232,7 +232,7 @@ def _jobs(
         out.append(
             {
                 "file": f"reliability/{content_hash(*said)}.json",
-                "root": root.uri,
+                "root": root.full_uri,
                 "test": test.address,
                 "model": model.address,
                 "name": model.name,

@@ -1,0 +1,197 @@
+"""Leases on directories of a storage: two processes that worked on one run, sweep or model would overwrite each other's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from components.errors import UserError
+from pipeline.progress import say
+from pipeline.storage import Storage, StorageError
+
+FILE = "owner.json"
+HEARTBEAT_S = 10.0
+EXPIRY_S = 25.0
+"""A holder whose heartbeat does not change for so long, while somebody watches, is gone. Clocks are not compared."""
+STALE_S = 60.0
+"""A process of this machine that has not renewed its lease for so long counts as gone even if its number is still in use."""
+SETTLE_S = 1.0
+"""Where a file cannot be created atomically (object stores): how long after writing it one looks who wrote last."""
+
+
+class Lease:
+    """The right to write into a directory, held in its ``owner.json`` and renewed by a heartbeat until :meth:`release`.
+
+    A holder on this machine whose process is gone loses the lease at once; any other when its heartbeat stands still for
+    EXPIRY_S seconds of watching. A lost lease is noticed at the next heartbeat.
+
+    Args:
+        token: names the holder. A holder that comes back under the same token (a worker group that was started again) has its
+            lease still.
+    """
+
+    def __init__(self, directory: Storage, token: str = "") -> None:
+        self._directory = directory
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "processes": _process_namespace(),
+            "token": token or secrets.token_hex(8),
+        }
+        self._beats = 0
+        self._seen: tuple[Any, float] | None = None
+        self._taken_by: Mapping[str, Any] | None = None
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._thread is not None and self._taken_by is None and not self._released.is_set()
+
+    def try_acquire(self) -> bool:
+        """Take the lease if it is free. Call it again and again to wait: a holder's death is seen by watching it."""
+        if self.held:
+            return True
+        holder = self._holder()
+        if holder is not None and holder["token"] != self._mine["token"]:
+            if self._lives(holder):
+                return False
+            with suppress(StorageError):
+                self._directory.delete(FILE)  # of those that see it dead, one creates the file anew
+            holder = None
+        if holder is not None:
+            self._beat()
+        elif not self._directory.write_if_absent(FILE, self._text()):
+            return False
+        if not self._directory.is_local:
+            time.sleep(SETTLE_S)
+        if (now := self._holder()) is not None and now["token"] != self._mine["token"]:
+            return False
+        self._taken_by = None
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True)
+        self._thread.start()
+        return True
+
+    def acquire(self) -> Lease:
+        """Take the lease, watching a holder that may be gone until that is certain.
+
+        Raises:
+            UserError: another process holds it and lives; names host, process and what to do.
+        """
+        told = False
+        first: Any = None
+        while not self.try_acquire():
+            holder = self._holder()
+            if holder is None:
+                continue
+            first = first or _heartbeat(holder)
+            if self._is_here(holder) or _heartbeat(holder) != first:
+                raise UserError(_refusal(self._directory, holder))
+            if not told:
+                say(
+                    f"{self._directory.uri} was left by {_name(holder)}; waiting up to {EXPIRY_S:.0f} s to see whether it lives"
+                )
+                told = True
+            time.sleep(min(0.5, HEARTBEAT_S / 4))
+        return self
+
+    def check_free(self) -> None:
+        """Raise as :meth:`acquire` where that is certain at once, without taking the lease."""
+        holder = self._holder()
+        if holder is not None and self._is_here(holder) and self._lives(holder):
+            raise UserError(_refusal(self._directory, holder))
+
+    def check(self) -> None:
+        """Raise UserError where another process has taken the lease meanwhile."""
+        if self._taken_by is not None:
+            raise UserError(
+                f"{self._directory.uri} was taken over by {_name(self._taken_by)}: this command ends, that one goes on"
+            )
+
+    def holder_name(self) -> str:
+        """Process and host of the current holder, for messages; empty where there is none."""
+        holder = self._holder()
+        return "" if holder is None else _name(holder)
+
+    def release(self) -> None:
+        """Give the lease back."""
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join(HEARTBEAT_S)
+        with suppress(StorageError):
+            if self._thread is not None and self._taken_by is None:
+                self._directory.delete(FILE)
+
+    def _text(self) -> bytes:
+        self._beats += 1
+        return json.dumps({**self._mine, "heartbeat": self._beats, "alive": time.time()}).encode()
+
+    def _beat(self) -> None:
+        self._directory.write_bytes(FILE, self._text())
+
+    def _keep_beating(self) -> None:
+        while self._taken_by is None and not self._released.wait(HEARTBEAT_S):
+            with suppress(StorageError):  # who writes records reports a storage out of reach
+                holder = self._holder()
+                if holder is not None and holder["token"] != self._mine["token"]:
+                    self._taken_by = holder
+                else:
+                    self._beat()
+
+    def _holder(self) -> dict[str, Any] | None:
+        with suppress(StorageError):  # there is none, or it is just being replaced
+            holder = self._directory.read_json(FILE)
+            if isinstance(holder, dict) and {"host", "pid", "token"} <= holder.keys():
+                return holder
+        return None
+
+    def _is_here(self, holder: Mapping[str, Any]) -> bool:
+        """Whether the holder's process number means something on this machine (containers may share a host's name)."""
+        return all(holder.get(key) == self._mine[key] for key in ("host", "processes"))
+
+    def _lives(self, holder: Mapping[str, Any]) -> bool:
+        if self._is_here(holder):  # one clock, so its reading counts; a process that nobody reaped still has its number
+            return _runs(holder["pid"]) and time.time() - holder.get("alive", 0.0) < STALE_S
+        beat = _heartbeat(holder)
+        if self._seen is None or self._seen[0] != beat:
+            self._seen = beat, time.monotonic()
+        return time.monotonic() - self._seen[1] < EXPIRY_S
+
+
+def _heartbeat(holder: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    return holder["token"], holder.get("heartbeat"), holder.get("alive")
+
+
+def _name(holder: Mapping[str, Any]) -> str:
+    return f"process {holder['pid']} on {holder['host']}"
+
+
+def _refusal(directory: Storage, holder: Mapping[str, Any]) -> str:
+    return (
+        f"{directory.uri} is being worked on by {_name(holder)}: let it end, or end it (a job: ray job list, ray job stop ID), "
+        "then run the same command again"
+    )
+
+
+def _process_namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # no Linux: there are no containers either
+        return 0
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing, only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
