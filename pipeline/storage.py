@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 RETRY_S = 180.0
 """How long an operation is repeated while the storage fails for a reason that may pass."""
-LONGEST_PAUSE_S = 10.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 PASSING_ERRNO = {
     getattr(errno, name)
     for name in (
@@ -136,7 +136,7 @@ class Storage:
         reason that may pass; the user is told once.
         """
         deadline = time.monotonic() + (RETRY_S if patience_s is None else patience_s)
-        pause, told = 0.5, False
+        pause, told = FIRST_PAUSE_S, False
         while True:
             try:
                 return action()

@@ -22,10 +22,12 @@ from components.errors import DataError
 from components.models.classifiers import ResNet18
 from components.models.defend import DefendNet
 from pipeline.checkpoints import (
+    Found,
     export,
     load_autoencoder,
     load_checkpoint,
     load_classifier,
+    newest_whole,
     save_checkpoint,
 )
 from pipeline.storage import Storage, StorageError
@@ -155,7 +157,9 @@ def load(directory: Path, config: TrainConfig | None = None, shapes: Shapes = SH
     config = config or tiny()
     net = build_net(config, shapes)
     optimizer = make_optimizer(net, config)
-    return load_checkpoint(Storage(directory), CHECKPOINT, net=net, optimizer=optimizer, config=config, shapes=shapes)
+    found = newest_whole(Storage(directory))
+    assert found.path == f"{directory}/{CHECKPOINT}"
+    return load_checkpoint(found, net=net, optimizer=optimizer, config=config, shapes=shapes)
 
 
 def test_epochs_done(tmp_path: Path) -> None:
@@ -163,18 +167,43 @@ def test_epochs_done(tmp_path: Path) -> None:
     assert load(tmp_path) == 3
 
 
-def test_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=rf"{tmp_path}/{CHECKPOINT} does not exist"):
-        load(tmp_path)
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_whole(Storage(tmp_path)) == Found("", b"", ())
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
-def test_truncated_checkpoint(tmp_path: Path, part: float) -> None:
-    path = saved(tmp_path)
-    data = path.read_bytes()
+def spoil(path: Path, part: float) -> None:
+    """Cut a file off behind a part of it; or, where all of it stays, turn one bit in its middle."""
+    data = bytearray(path.read_bytes())
+    if part == 1.0:
+        data[len(data) // 2] ^= 1
     path.write_bytes(data[: int(part * len(data))])
-    with pytest.raises(DataError, match=rf"{path} is corrupt .*delete it"):
-        load(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99, 1.0])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, part: float) -> None:
+    config = tiny(epochs=3)
+    straight = make_loop(config)
+    for _ in range(2):
+        straight.run_epoch()
+        straight.save(Storage(tmp_path))
+    straight.run_epoch()
+    newest = tmp_path / "epoch-00002.pt"
+    spoil(newest, part)
+    again = make_loop(config)
+    again.resume(Storage(tmp_path))
+    assert again.epoch == 1
+    record = again.run_epoch()
+    assert record["resumed"] == {"from": f"{tmp_path}/epoch-00001.pt", "damaged": [str(newest)]}
+    assert "resumed" not in again.run_epoch()
+    for a, b in zip(straight.net.state_dict().values(), again.net.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_starts_anew_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    spoil(saved(tmp_path), 0.5)
+    loop = make_loop(tiny())
+    loop.resume(Storage(tmp_path))
+    assert (loop.epoch, loop.resumed["from"]) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from components.errors import ConfigError
+from pipeline import storage as storages
 from pipeline.storage import Storage, StorageError
 
 
@@ -87,6 +90,112 @@ def test_read_errors(storage: Storage) -> None:
     storage.write_bytes("broken.json", b'{"a": ')
     with pytest.raises(StorageError, match="not valid JSON"):
         storage.read_json("broken.json")
+
+
+class Flaky(LocalFileSystem):
+    """A file system whose connection is lost in so many of the next calls."""
+
+    failures = 0
+    error: OSError = OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Couldn't connect")
+
+    def _maybe_fail(self) -> None:
+        if type(self).failures:
+            type(self).failures -= 1
+            raise self.error
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        self._maybe_fail()
+        return super().info(*args, **kwargs)
+
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        self._maybe_fail()
+        return super().open(*args, **kwargs)
+
+
+@pytest.mark.parametrize("operation", ["exists", "list", "read_bytes", "write_bytes"])
+@pytest.mark.parametrize("error", [Flaky.error, OSError(errno.ECONNRESET, "reset"), OSError(errno.ESTALE, "stale")])
+def test_a_storage_that_fails_for_a_moment_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], operation: str, error: OSError
+) -> None:
+    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(Flaky, "error", error)
+    one = Storage(tmp_path)
+    one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
+    one.write_bytes("a", b"1")
+    arguments = {"list": [], "write_bytes": ["a", b"2"]}.get(operation, ["a"])
+    monkeypatch.setattr(Flaky, "failures", 3)
+    getattr(one, operation)(*arguments)
+    assert Flaky.failures == 0
+    assert capsys.readouterr().out.count("does not answer") == 1, "said once"
+    monkeypatch.setattr(storages, "RETRY_S", 0.05)
+    monkeypatch.setattr(Flaky, "failures", 1000)
+    with pytest.raises(StorageError, match=f"{tmp_path}.*{re.escape(str(error))}"):
+        getattr(one, operation)(*arguments)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no"), OSError(errno.ENOSPC, "full"), OSError("AWS Error ACCESS_DENIED")]
+)
+def test_what_does_not_pass_is_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    monkeypatch.setattr(Flaky, "error", error)
+    monkeypatch.setattr(Flaky, "failures", 1)
+    one = Storage(tmp_path)
+    one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
+    with pytest.raises(StorageError):
+        one.exists("a")
+    assert Flaky.failures == 0
+
+
+def test_options_of_a_uri_are_no_part_of_the_path() -> None:
+    one = Storage("s3://bucket/dir?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http")
+    below = one / "models" / "a"
+    assert (one.root, below.root) == ("bucket/dir", "bucket/dir/models/a")
+    assert below.uri == "s3://bucket/dir/models/a"
+    assert below.full_uri == "s3://bucket/dir/models/a?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http"
+    assert one.join("models/a") == below.full_uri
+    for again in (Storage(below.full_uri), pickle.loads(pickle.dumps(below))):
+        assert again.root == below.root
+        assert again.fs.region == "eu-west-1"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAEXAMPLE:hunter2@bucket/dir",
+        "s3://bucket/dir?access_key=AKIAEXAMPLE&secret_key=hunter2",
+        "abfss://container@account/dir?sas_token=hunter2",
+        "ftp://user:hunter2@host/dir",
+    ],
+)
+def test_a_uri_with_a_password_is_refused_without_repeating_it(uri: str) -> None:
+    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
+        Storage(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_names_do_not_lead_out_of_a_storage(storage: Storage) -> None:
+    for act in (storage.read_bytes, storage.exists, storage.list, lambda name: storage / name):
+        with pytest.raises(StorageError, match=r"'\.\./other' leads out of"):
+            act("../other")
+
+
+def test_a_file_is_created_by_one(storage: Storage) -> None:
+    assert storage.write_if_absent("a/b", b"1")
+    assert not storage.write_if_absent("a/b", b"2")
+    assert storage.read_bytes("a/b") == b"1"
+    assert storage.list("a") == ["b"]
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Storage(tmp_path).write_bytes("a", b"1")
+    assert os.listdir(tmp_path) == []
 
 
 def test_check_writable(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from ray import cloudpickle
 from components.config import Experiment, ScalingConfig, Shapes, TrainConfig, to_dict
 from components.errors import ConfigError, UserError
 from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import environment, jobs, owner, run, sweep, sweep_report, tracking, train, tuner
+from pipeline import environment, jobs, lease, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
 from pipeline.pool import Pool
@@ -654,48 +653,20 @@ def test_what_test_images_were_used_for_before_stays_in_the_record(
 # -- whose sweep it is -----------------------------------------------------------------------------------------------------
 
 
-def mark(directory: Path, host: str, pid: int, age: float) -> None:
-    Storage(str(directory)).write_json(
-        owner.FILE, {"host": host, "pid": pid, "token": "other", "alive": time.time() - age}
-    )
-
-
-def test_a_sweep_that_another_process_runs_is_refused_until_that_one_is_gone(tmp_path: Path) -> None:
-    directory = Storage(str(tmp_path))
-    here = socket.gethostname()
-    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        ended.wait()
-    for host, pid in (("elsewhere", 1), (here, os.getpid())):
-        mark(tmp_path, host, pid, 5)
-        with pytest.raises(UserError, match=f"process {pid} on {host}, last sign of life 5 s ago.*ray job stop"):
-            owner.Owner(directory)
-    for host, pid, age in (("elsewhere", 1, owner.STALE_S + 1), (here, ended.pid, 1)):
-        mark(tmp_path, host, pid, age)
-        mine = owner.Owner(directory)
-        assert directory.read_json(owner.FILE)["pid"] == os.getpid()
-        with pytest.raises(UserError, match="being worked on"):
-            owner.Owner(directory)
-        mine.release()
-        assert not directory.exists(owner.FILE)
-
-
 def test_a_sweep_that_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(owner, "BEAT_S", 0.01)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.01)
     one = opened(tmp_path, BLOCKS, [])
-    one.owner = owner.Owner(one.storage)
-    begin = one.storage.read_json(owner.FILE)["alive"]
-    deadline = time.monotonic() + 30
-    while one.storage.read_json(owner.FILE)["alive"] == begin:
-        assert time.monotonic() < deadline, "no sign of life"
+    one.lease = lease.Lease(one.storage).acquire()
     one.save()
-    while one.owner._thread.is_alive():  # written at the same moment, the later sign stands
+    other = {"host": "elsewhere", "pid": 7, "token": "other"}
+    deadline = time.monotonic() + 30
+    while one.lease.held:
         assert time.monotonic() < deadline, "not noticed"
-        mark(tmp_path / "sweeps/s", "elsewhere", 7, 0)
-        one.owner._thread.join(0.05)
+        one.storage.write_json(lease.FILE, other)
+        time.sleep(0.02)
     with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
         one.save()
-    one.owner.release()
-    assert one.storage.read_json(owner.FILE)["pid"] == 7, "it is the other's"
+    one.lease.release()
 
 
 def test_a_second_command_is_refused_before_it_joins_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -703,9 +674,10 @@ def test_a_second_command_is_refused_before_it_joins_ray(tmp_path: Path, capsys:
     options, rest = sweep.parse_options(asked[1:])
     name, space = sweep.load_space(options)
     address = sweep.sweep_address(parse("sweep", rest), name, space, 0)
-    mark(tmp_path / address, "elsewhere", 7, 0)
+    held = lease.Lease(Storage(tmp_path) / address).acquire()
     assert main(asked) == 1
-    assert "process 7 on elsewhere" in capsys.readouterr().err
+    held.release()
+    assert f"is being worked on by process {os.getpid()}" in capsys.readouterr().err
     assert not (tmp_path / "mlflow.db").exists()
 
 
