@@ -15,6 +15,7 @@ from ray.autoscaler.sdk import request_resources
 
 from components.config import ScalingConfig
 from components.errors import UserError
+from pipeline import interrupts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,11 +44,14 @@ def connect() -> None:
     # each of these announces a future default of Ray that does not concern a user of this tool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    # Tune would wait for its trials on Ctrl-C; they continue from their records anyway
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     try:
-        if _starts_own():
-            ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-        else:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        with interrupts.kept():
+            if _starts_own():
+                ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            else:
+                ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise UserError(
             f"Ray cluster {os.environ.get('RAY_ADDRESS', 'auto')!r} cannot be joined ({e}). Start one with infra/local-cluster.sh, "

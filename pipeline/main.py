@@ -12,6 +12,8 @@ from pathlib import Path
 # started as a script: Python puts this file's folder on the path, the packages lie one above
 sys.path[:] = [str(Path(__file__).resolve().parent.parent), *(p for p in sys.path if p != str(Path(__file__).parent))]
 
+from pipeline import interrupts  # noqa: E402
+
 HELP = """\
 Trains Defend++ and what it is compared with, attacks all of them, and reports what the numbers mean.
 
@@ -58,8 +60,8 @@ def main(arguments: list[str]) -> int:
     except UserError as e:
         complain(str(e))
         return 2 if isinstance(e, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as e:
+        return interrupts.exit_status(e)
 
 
 def sweep(arguments: list[str]) -> int:
@@ -152,4 +154,9 @@ def list_recipes() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    interrupts.install()
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt as e:  # while something was imported
+        status = interrupts.exit_status(e)
+    interrupts.leave(status)

@@ -848,14 +848,17 @@ class _Watch:
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()
+        interrupted = False
         try:
             yield
-        except BaseException:
-            done.set()  # without waiting: whoever interrupts wants the end
+        except KeyboardInterrupt:
+            interrupted = True
             raise
-        done.set()
-        thread.join()
-        self.look()
+        finally:
+            done.set()
+            if not interrupted:  # it may be publishing to a server that does not answer
+                thread.join()
+                self.look()
 
 
 def _finished_model(home: Storage, address: str) -> dict[str, Any]:

@@ -90,14 +90,15 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
             if pending:
                 tuner.fit()
             following.wait_for_references()
+        pool.close()
     except Exception as e:
+        pool.close()
         # Tune wraps what a callback raises
         mine = following.error or cluster.unwrap(e)
         if mine is None:
             raise
         raise mine from None
-    finally:
-        pool.close()
+    finally:  # where the user interrupts, nobody waits for the pool
         with suppress(OSError):
             sweep.root.fs.delete_dir(files.root)
     if following.error is not None:
@@ -317,11 +318,16 @@ class Following:
         thread = threading.Thread(target=guarded, daemon=True)
         with table.shown():
             thread.start()
+            interrupted = False
             try:
                 yield
+            except KeyboardInterrupt:
+                interrupted = True
+                raise
             finally:
                 done.set()
-                thread.join()
+                if not interrupted:  # it may be publishing to a server that does not answer
+                    thread.join()
         table.print()
 
     def wait_for_references(self) -> None:
