@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -12,10 +14,12 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from components.config import ScalingConfig
 from components.errors import UserError
 from pipeline import interrupts
+from pipeline.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,6 +97,53 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
             request_resources(bundles=[train] * scaling.workers)
             asked = True
         time.sleep(2)
+
+
+def check_shared(root: Storage) -> None:
+    """Let every node read a file of the storage and write one, before anything is computed.
+
+    Raises:
+        StorageError: a node does not see what this process wrote, or this process does not see what the node wrote.
+    """
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    if root.is_local and len(nodes) <= 1:
+        return
+    name = f"shared-test-{secrets.token_hex(8)}"
+    try:
+        root.write_bytes(f"{name}/driver", name.encode())
+        task = ray.remote(_touch_storage)
+        answers = {
+            node["NodeID"]: task.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(root.full_uri, name, node["NodeID"])
+            for node in nodes
+        }
+        for node in nodes:
+            reason = ray.get(answers[node["NodeID"]])
+            if not reason and not root.exists(f"{name}/{node['NodeID']}"):
+                reason = "what it writes there is not seen here"
+            if reason:
+                raise StorageError(
+                    f"storage {root.uri} is not shared by node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}): "
+                    f"{reason}. Give a directory that every node mounts, or an object store (s3://BUCKET/PATH)"
+                )
+    finally:
+        for file in ("driver", *(node["NodeID"] for node in nodes)):
+            root.delete(f"{name}/{file}")
+        with contextlib.suppress(OSError):
+            root.fs.delete_dir(root.path(name))
+
+
+def _touch_storage(uri: str, name: str, node: str) -> str:
+    """Read what the driver wrote and write a file beside it, in a task. Returns what went wrong, or an empty string."""
+    try:
+        root = Storage(uri)
+        if root.read_bytes(f"{name}/driver") != name.encode():
+            return "it reads something else there"
+        root.write_bytes(f"{name}/{node}", b"")
+    except UserError as e:
+        return str(e)
+    return ""
 
 
 def train_bundle(scaling: ScalingConfig) -> dict[str, float]:

@@ -141,6 +141,7 @@ def open_run(
         with stage("Ray"):
             cluster.connect()
         cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
+        cluster.check_shared(root)
         if will_train:
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read

@@ -397,6 +397,7 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
     with stage("Ray"):
         cluster.connect()
     cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
+    cluster.check_shared(root)
     memory.check_gpu_memory(probed, sweep.shapes)
     sweep.lease = Lease(storage).acquire()  # before its record is read
     try:

@@ -17,13 +17,25 @@ from torch import Tensor, nn
 from components.attacks.spec import AttackSpec
 from components.config import to_dict
 from components.robustness import judge
-from pipeline import attack
+from pipeline import attack, cluster
 from pipeline.cluster import ResourceError
 from pipeline.recipes import RECIPES
 from pipeline.records import explanation
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- a storage that is not shared
+
+
+def test_a_storage_that_nodes_do_not_share_is_refused_before_compute(ray_cluster: str, tmp_path: Path) -> None:
+    cluster.check_shared(Storage(f"file://{tmp_path}/shared"))
+    # a directory as fsspec sees it, shared by all processes, and one that is another in every process
+    cluster.check_shared(Storage(f"local://{tmp_path}/shared"))
+    assert not list((tmp_path / "shared").glob("*"))
+    with pytest.raises(StorageError, match=r"memory://run is not shared by node \S+ .*does not exist.*every node mounts"):
+        cluster.check_shared(Storage("memory://run"))
 
 
 # --- stragglers
