@@ -32,7 +32,7 @@ from components.models.defend import adaptive_objective
 from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
 from pipeline.cluster import ResourceError, attack_bundle, room_for, unwrap
-from pipeline.storage import Storage, join_uri
+from pipeline.storage import HALF_WRITTEN_S, Storage, join_uri
 from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
@@ -291,7 +291,10 @@ def attack(
             _once(root, f"{judged}/spec.json", {**said, "examples": one.address, "model": path})
 
     # a listing per directory, not a question per chunk: on an object store each question is a round trip
-    present = {a: set(root.list(a)) for one in sets for a in (one.address, *one.judges)}
+    directories = [a for one in sets for a in (one.address, *one.judges)]
+    for directory in directories:
+        root.delete_stale(directory, HALF_WRITTEN_S)
+    present = {a: set(root.list(a)) for a in directories}
     todo: list[tuple[_Examples, list[tuple[int, int, int]]]] = []
     for one in sets:
         lacking = [c for c in chunks if any(_chunk(c[0]) not in present[judged] for judged in one.judges)]

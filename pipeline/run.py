@@ -38,7 +38,7 @@ from pipeline import (
 from pipeline.lease import Lease
 from pipeline.progress import Bar, say, stage
 from pipeline.redaction import redacted
-from pipeline.storage import Storage
+from pipeline.storage import HALF_WRITTEN_S, Storage
 from pipeline.train_step import Shapes, stored_levels
 
 SCHEMA = 1
@@ -144,6 +144,8 @@ def open_run(
         cluster.check_shared(root)
         if will_train:
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
+    if records_only and not storage.exists("run.json"):
+        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     lease = Lease(storage).acquire()  # before the record is read
     try:
         return _opened(experiment, root, storage, tracking.Tracker(uri, storage, echo=say), lease, records_only)
@@ -155,13 +157,13 @@ def open_run(
 def _opened(
     experiment: Experiment, root: Storage, storage: Storage, tracker: tracking.Tracker, lease: Lease, records_only: bool
 ) -> Run:
+    for directory in ("", "report", "report/plots"):
+        storage.delete_stale(directory, HALF_WRITTEN_S)
     if storage.exists("run.json"):
         record = storage.read_json("run.json")
         if record.get("schema") != SCHEMA:
             raise UserError(f"{storage.uri}/run.json has schema {record.get('schema')}, this version reads {SCHEMA}")
         say(f"continuing {storage.uri}")
-    elif records_only:
-        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     else:
         record = _new_record(experiment)
         say(f"new run at {storage.uri}")

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 RETRY_S = 180.0
 """How long an operation is repeated while the storage fails for a reason that may pass."""
+HALF_WRITTEN_S = 60.0
+"""A temporary file that has not grown for so long belongs to a process that is gone."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 PASSING_ERRNO = {
     getattr(errno, name)

@@ -35,7 +35,7 @@ from pipeline.given import AUTOENCODER, copy_autoencoder
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job, TrainingData, model_address
 from pipeline.progress import say
 from pipeline.ranks import Ranks
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import HALF_WRITTEN_S, Storage, StorageError
 from pipeline.train_step import (
     ADVERSARIAL_STREAM,
     DROPOUT_STREAM,
@@ -54,8 +54,6 @@ from pipeline.train_step import (
 
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
-HALF_WRITTEN_S = 60.0
-"""A temporary file that old belongs to a process that is gone."""
 POLL_S = 2.0
 """How often a worker group looks whether a model that another run trains is finished or free."""
 VISIBLE_S = 90.0

@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import torchvision
 from mlflow_server import MlflowServer
 from safetensors.torch import load_file
+from terminal import Terminal
 
 from components.config import DataConfig, from_dict
 from pipeline.checkpoints import load_autoencoder, load_classifier
@@ -315,6 +317,47 @@ def test_driver_and_worker_killed_and_continued_equals_unbroken_bit_for_bit(
     weights = files_below(storage, "models/*/*.safetensors")
     assert len(weights) == 2
     assert weights == files_below(unbroken, "models/*/*.safetensors")
+
+
+def statuses(storage: Path) -> dict[str, str]:
+    """Name -> status of the runs in the storage's MLflow database."""
+    with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
+        return dict(database.execute("select name, status from runs"))
+
+
+def test_ctrl_c_and_sigterm_end_every_stage_at_once_and_leave_nothing_running(
+    finished: tuple[Path, str], ray_cluster: str, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    new, whole = tmp_path / "new", tmp_path / "whole"
+    shutil.copytree(finished[0], whole)
+    long = ("--train.epochs", "100", "--models", "a:defense=none", "b:defense=none,seed=1")
+    slow = ("--evaluation.attacks", "pgd:eps=0.2,steps=50000", "--evaluation.threat-models", "white_box")
+    stages: dict[str, tuple[list[str], Callable[[str], bool], int]] = {
+        "pyramids": (command("run", new, *long, *slow), lambda text: "pyramids: test" in text, signal.SIGINT),
+        "train": (
+            command("run", new, *long, *slow),
+            lambda _: len(list(new.glob("models/*/history/*"))) > 1,
+            signal.SIGTERM,
+        ),
+        "attack": (command("run", whole, *slow), lambda text: "0/4 chunks" in text, signal.SIGINT),
+        "report": (command("report", whole), lambda text: "report" in text.partition("runs/")[2], signal.SIGTERM),
+    }
+    seconds = {}
+    for stage, (arguments, reached, number) in stages.items():
+        terminal = Terminal(arguments, environment)
+        terminal.wait_until(reached)
+        begin = time.monotonic()
+        terminal.ctrl_c() if number == signal.SIGINT else os.kill(terminal.pid, number)
+        status = terminal.end()
+        seconds[stage] = time.monotonic() - begin
+        assert status == 128 + number, (stage, terminal.text[-3000:])
+        assert "Traceback" not in terminal.text, (stage, terminal.text[-3000:])
+        assert "the same command continues" in terminal.text
+        if stage == "train":
+            assert statuses(new) == {"mnist-smoke": "KILLED", "a": "KILLED"}
+    print("seconds from the signal to the end:", {stage: round(s, 1) for stage, s in seconds.items()})
+    assert max(seconds.values()) < 20, "below five on a machine that does nothing else"
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(

@@ -34,7 +34,9 @@ def test_a_storage_that_nodes_do_not_share_is_refused_before_compute(ray_cluster
     # a directory as fsspec sees it, shared by all processes, and one that is another in every process
     cluster.check_shared(Storage(f"local://{tmp_path}/shared"))
     assert not list((tmp_path / "shared").glob("*"))
-    with pytest.raises(StorageError, match=r"memory://run is not shared by node \S+ .*does not exist.*every node mounts"):
+    with pytest.raises(
+        StorageError, match=r"memory://run is not shared by node \S+ .*does not exist.*every node mounts"
+    ):
         cluster.check_shared(Storage("memory://run"))
 
 
