@@ -28,7 +28,7 @@ class Assignment:
     def __init__(self, orders: Sequence[Mapping[str, Any]], root: Storage, token: str, max_failures: int) -> None:
         self._root, self._token, self._max_failures = root, token, max_failures
         self._left = {order["address"]: dict(order) for order in orders}
-        self._leases = {address: Lease(root / address, token) for address in self._left}
+        self._watched: dict[str, Lease] = {}
         self._held: Lease | None = None
 
     def take(self) -> dict[str, Any] | None:
@@ -41,8 +41,9 @@ class Assignment:
             home = self._root / address
             if self._is_over(home):
                 del self._left[address]
-            elif self._leases[address].try_acquire():
-                self._held = self._leases[address]
+            # the same object each time: it watches whether the holder's heartbeat changes
+            elif self._watched.setdefault(address, Lease(home, self._token)).try_acquire():
+                self._held = self._watched.pop(address)
                 # the one that held it may have finished it in between
                 if not self._is_over(home) and self._count_attempt(home):
                     return self._left[address]
@@ -59,10 +60,6 @@ class Assignment:
         """Give the lease of the model that was taken back."""
         if self._held is not None:
             self._held.release()
-            # a lease ends when it is given back: a model that is left unfinished is acquired anew
-            self._leases = {
-                a: Lease(self._root / a, self._token) if x is self._held else x for a, x in self._leases.items()
-            }
             self._held = None
 
     def _is_over(self, home: Storage) -> bool:
