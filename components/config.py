@@ -84,7 +84,7 @@ class DataConfig:
 
     source: str = "sample:mnist"
     """KIND:WHERE. sample:mnist (bundled), parquet:DIR (Hugging Face image layout), folder:DIR (DIR/train/CLASS/*,
-    DIR/test/CLASS/*), torchvision:mnist or torchvision:cifar10 (see root and download)."""
+    DIR/test/CLASS/*; see test_split), torchvision:mnist or torchvision:cifar10 (see root and download)."""
     root: str = ""
     """Directory of torchvision's files (only for torchvision:...). Empty: ~/.cache/defendpp."""
     download: bool = False
@@ -100,6 +100,13 @@ class DataConfig:
     class_order: Literal["", "text", "number"] = ""
     """Order of folder:DIR's class folders, which are labels 0, 1, ...: text (10 before 2, torchvision's) or number (2 before 10,
     timm's). Empty: where the two differ, refuse."""
+    test_split: str = ""
+    """Name of the source's split that the test images are taken from: validation, val, or another one that it has. Empty: test,
+    or else validation, valid or val. train only where nothing is trained."""
+    image_column: str = ""
+    """Column of parquet:DIR with the images. Empty: image or img, or the only column of images."""
+    label_column: str = ""
+    """Column of parquet:DIR with the labels. Empty: label or labels, or the only column that is named like labels."""
     allow_empty_classes: bool = False
     """Accept a test split, or a training split without train_limit, in which a class has no image."""
     validation_fraction: float = 0.1

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from components.config import DataConfig
 from components.errors import DataError
+from pipeline.user_files import LFS_POINTER, reason
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 """PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so they are refused."""
+_MAX_PIXELS = 1 << 28
+"""Pixels of a resized image before its centre is cut out. A strip of 1x60000 would take gigabytes."""
 
 
-def decode(data: DataConfig, encoded: bytes | Path, where: Callable[[], str], out: np.ndarray) -> None:
-    """Decode an image file into ``out`` uint8 [C,H,W], converted to 1 or 3 channels (transparency is dropped).
+def decode(data: DataConfig, encoded: bytes, where: Callable[[], str], out: np.ndarray) -> None:
+    """Decode an image file into ``out`` uint8 [C,H,W], converted to 1 or 3 channels.
+
+    As torchvision's folders do: transparency is dropped, an animation is its first frame, and EXIF's orientation is ignored.
 
     Args:
         data: says the size, the channels and whether the image may be resized.
-        encoded: the file, or its content.
+        encoded: the content of the file.
         where: returns what a message calls the image.
 
     Raises:
@@ -29,11 +33,11 @@ def decode(data: DataConfig, encoded: bytes | Path, where: Callable[[], str], ou
     """
     size = data.image_size
     try:
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             if image.mode not in _MODES:
                 raise DataError(
-                    f"{where()}: images of PIL mode {image.mode} (more than 8 bits per channel) are not supported; "
-                    "convert the data set to 8 bits"
+                    f"{where()}: images of PIL mode {image.mode} (more than 8 bits per channel, or a colour space that PIL does "
+                    "not convert) are not supported; convert the data set to 8 bits, grey or RGB"
                 )
             if image.size != (size, size) and data.resize == "none":
                 raise DataError(
@@ -43,13 +47,25 @@ def decode(data: DataConfig, encoded: bytes | Path, where: Callable[[], str], ou
             mode = "L" if data.channels == 1 else "RGB"
             converted = image if image.mode == mode else image.convert(mode)
             array = np.asarray(fitted(converted, size))
-    # PIL has no common base for what a broken file makes it raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as e:
-        raise DataError(
-            f"{where()}: the image cannot be decoded ({e}); it is truncated or not an image file. "
-            "Get the file again or remove this row"
-        ) from e
+    except DataError:
+        raise
+    # The decoders have no common base for what a broken file makes them raise: TypeError, RuntimeError and NotImplementedError
+    # have been seen beside OSError and ValueError.
+    except Exception as e:
+        raise DataError(f"{where()}: the image cannot be decoded ({_cause(encoded, e)}") from e
     out[:] = array[None] if data.channels == 1 else array.transpose(2, 0, 1)
+
+
+def _cause(encoded: bytes, error: Exception) -> str:
+    """Return why an image could not be decoded, and what to do."""
+    if encoded.startswith(LFS_POINTER):
+        return "it is a Git LFS pointer, not the file itself). Run `git lfs pull` where the data set was cloned"
+    if isinstance(error, UnidentifiedImageError):
+        # PIL's own text names only the buffer that it was given.
+        why = f"none of Pillow's formats; {len(encoded)} bytes"
+    else:
+        why = reason(error)
+    return f"{why}); it is truncated or not an image file. Get the file again or remove it"
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
@@ -60,5 +76,7 @@ def fitted(image: Image.Image, size: int) -> Image.Image:
     shorter = min(width, height)
     # at least size: rounding must not leave a side one pixel short
     scaled = max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
+    if scaled[0] * scaled[1] > _MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are too long a strip to resize to {size} pixels")
     left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
     return image.resize(scaled, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))

@@ -1,28 +1,166 @@
-"""Parquet files of images in the Hugging Face layout: opening them, their digests, and what their schemas say."""
+"""Parquet files of images in the Hugging Face layout: finding and opening them, their digests, and what their schemas say."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from components.config import DataConfig
 from components.errors import DataError
+from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 from pipeline.storage import Storage
+from pipeline.user_files import LFS_POINTER, Listing, first_names, is_text, list_directory, printable, reason
+
+_LEVELS = 3
+"""Levels of folders searched for Parquet files: the directory itself, ``data/`` or ``CONFIG/`` in it, and one level more."""
+_MAX_FOLDERS = 1000
+"""Folders of one level that are looked into. A directory of more is not of the Hub's layout but, say, one of class folders."""
+
+
+def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[str]:
+    """Return the paths of a split's Parquet files, from the directory ``storage``.
+
+    The files are in the directory itself, or in the only folder that has splits, one or two levels below (``data``, or a
+    configuration's name). See :func:`pipeline.split_names.parquet_files` for their names.
+
+    Raises:
+        DataError: there are none, several folders have splits, or the files found are not one complete split.
+    """
+    folder, files, by_folder = _splits_place(storage, test_split)
+    place = f"{storage.uri}/{folder}".rstrip("/")
+    found = parquet_files(place, split, files, by_folder, test_split)
+    return [_joined(folder, name) for name in found]
+
+
+def split_names_in(storage: Storage, test_split: str) -> list[str]:
+    """Return the names of all splits that the directory has, sorted."""
+    _, files, by_folder = _splits_place(storage, test_split)
+    return sorted({split_of(name) for name in files} | set(by_folder))
+
+
+def _splits_place(storage: Storage, test_split: str) -> tuple[str, list[str], dict[str, list[str]]]:
+    """Return the folder that holds the splits, its Parquet files, and those of each folder in it that is called as a split.
+
+    Where no folder holds any split, it is the directory itself.
+    """
+    words = split_words(test_split)
+    level = [""]
+    top: tuple[str, list[str], dict[str, list[str]]] | None = None
+    for depth in range(_LEVELS):
+        places = []
+        below = []
+        for folder in level:
+            listing = _listing(storage, folder, may_fail=depth > 0)
+            files = [name for name in listing.files if split_of(name)]
+            by_folder = {}
+            for name in listing.folders:
+                if name.lower() not in words:
+                    below.append(_joined(folder, name))
+                    continue
+                inner = _listing(storage, _joined(folder, name), may_fail=True)
+                if parts := [part for part in inner.files if split_of(part)]:
+                    by_folder[name] = parts
+                _refuse_broken(storage, _joined(folder, name), inner, test_split)
+            if by_folder or any(names_split(name, test_split) for name in files):
+                places.append((folder, files, by_folder))
+            if depth == 0 or places[-1:] == [(folder, files, by_folder)]:
+                _refuse_broken(storage, folder, listing, test_split)
+            top = top or (folder, files, by_folder)
+        if len(places) > 1:
+            names = [folder for folder, _, _ in places]
+            raise DataError(
+                f"{storage.uri} has splits in {len(names)} folders, which are data sets or configurations of their own: "
+                f"{first_names(names)}. Give the one that you mean as data.source, for example "
+                f"parquet:{printable(f'{storage.uri}/{names[0]}')}"
+            )
+        if places:
+            return places[0]
+        level = below if len(below) <= _MAX_FOLDERS else []
+    assert top is not None
+    return top
+
+
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _refuse_broken(storage: Storage, folder: str, listing: Listing, test_split: str) -> None:
+    """Refuse what is called as a Parquet file and is none, or has a name that Arrow cannot open.
+
+    Left out, it would be a part of a split that nobody misses.
+    """
+    place = printable(f"{storage.uri}/{folder}".rstrip("/"))
+    for names, fault in (
+        (listing.broken, "neither a file nor a folder (a link to nothing, a pipe, a socket or a device)"),
+        ([name for name in listing.folders if names_split(name, test_split)], "a folder, not a file"),
+        ([name for name in listing.files if not is_text(name)], "not a name in UTF-8"),
+    ):
+        if parquet := [name for name in names if split_of(name)]:
+            raise DataError(
+                f"{place}/{printable(parquet[0])} is {fault}"
+                + (f" (the first of {len(parquet)})" if len(parquet) > 1 else "")
+                + "; replace, rename or remove it"
+            )
+
+
+def _listing(storage: Storage, folder: str, *, may_fail: bool) -> Listing:
+    """List a folder of the storage; an empty listing where it cannot be read and ``may_fail``."""
+    try:
+        if storage.is_local:
+            # Arrow's own listing leaves out broken links, and fails at a name that is not UTF-8.
+            return list_directory(storage.path(folder))
+        with reading(f"{storage.uri}/{folder}"):
+            infos = storage.fs.get_file_info(pafs.FileSelector(storage.path(folder)))
+    except DataError:
+        if may_fail:
+            return Listing()
+        raise
+    visible = sorted((info.base_name, info.type) for info in infos if not info.base_name.startswith("."))
+    return Listing(
+        files=[name for name, kind in visible if kind == pafs.FileType.File],
+        folders=[name for name, kind in visible if kind == pafs.FileType.Directory],
+    )
 
 
 def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
+    """Open a Parquet file and read its footer.
+
+    Raises:
+        DataError: it is gone, or is no Parquet file.
+    """
+    with reading(f"{storage.uri}/{name}"):
+        file = storage.fs.open_input_file(storage.path(name))
+        try:
+            parquet = pq.ParquetFile(file)
+            _ = parquet.schema_arrow  # a schema that Arrow cannot represent fails here
+            return parquet
+        except (pa.ArrowException, OSError):
+            file.seek(0)
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise DataError(
+                    f"{printable(f'{storage.uri}/{name}')} is a Git LFS pointer, not the file itself; run `git lfs pull` where the "
+                    "data set was cloned"
+                ) from None
+            raise
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turn what the file system or Arrow raises into a DataError about ``where``."""
     try:
-        return pq.ParquetFile(storage.fs.open_input_file(storage.path(name)))
+        yield
     except FileNotFoundError:
+        raise DataError(f"{printable(where)} does not exist on this machine; every node must reach the data") from None
+    except (pa.ArrowException, OSError, UnicodeError) as e:
         raise DataError(
-            f"{storage.uri}/{name} does not exist on this machine; every node must reach the data"
-        ) from None
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(
-            f"{storage.uri}/{name} is not a readable Parquet file ({e}); it is truncated or corrupt: get it again"
+            f"{printable(where)} is not a readable Parquet file ({reason(e)}); it is truncated or corrupt: get it again"
         ) from e
 
 
@@ -32,40 +170,82 @@ targets, and gigabytes need not be read as often."""
 
 
 def file_digest(storage: Storage, name: str) -> bytes:
-    path = storage.path(name)
-    info = storage.fs.get_file_info(path)
-    key = f"{storage.uri}/{name}", info.size, info.mtime_ns
-    if key not in _DIGESTS:
-        digest = hashlib.sha256()
-        with storage.fs.open_input_stream(path) as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        _DIGESTS[key] = digest.digest()
-    return _DIGESTS[key]
+    """Return the SHA-256 of a file. Raises DataError where it is gone or cannot be read."""
+    with reading(f"{storage.uri}/{name}"):
+        path = storage.path(name)
+        info = storage.fs.get_file_info(path)
+        key = f"{storage.uri}/{name}", info.size, info.mtime_ns
+        if key not in _DIGESTS:
+            digest = hashlib.sha256()
+            with storage.fs.open_input_stream(path) as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+            _DIGESTS[key] = digest.digest()
+        return _DIGESTS[key]
 
 
-def image_column_of(schema: pa.Schema, where: str) -> str:
-    for name in ("image", "img"):
-        index = schema.get_field_index(name)
-        if index >= 0:
-            kind = schema.field(index).type
-            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-                raise DataError(
-                    f"{where}: column {name!r} is {kind}, not a struct of bytes and path (Hugging Face image)"
-                )
-            break
-    else:
-        raise DataError(f"{where}: no column 'image' or 'img'; it has {', '.join(schema.names)}")
-    label = schema.get_field_index("label")
-    if label < 0 or not pa.types.is_integer(schema.field(label).type):
-        raise DataError(f"{where}: no integer column 'label'; it has {', '.join(schema.names)}")
-    return name
+_IMAGE_NAMES = ("image", "img")
+_LABEL_NAMES = ("label", "labels")
+_LABEL_LIKE = ("fine_label", "coarse_label", "class", "class_id", "class_label", "cls", "category", "target")
+"""Names of label columns on the Hub. Those of the second line count where none of the first is there, and only one of them is."""
 
 
-def class_names_of(schema: pa.Schema) -> tuple[str, ...]:
+def columns_of(schema: pa.Schema, data: DataConfig, where: str) -> tuple[str, str]:
+    """Return the names of the columns with the images and with the labels.
+
+    Raises:
+        DataError: there is none, several may be meant, or the one that is named is of another type.
+    """
+    images = {f.name: f.type for f in schema if _is_image(f.type)}
+    labels = {f.name: f.type for f in schema if pa.types.is_integer(f.type)}
+    classes = [name for name in labels if class_names_of(schema, name)]
+    image = data.image_column or next((name for name in _IMAGE_NAMES if name in schema.names), "")
+    label = data.label_column or next((name for name in _LABEL_NAMES if name in schema.names), "")
+    like = [name for name in labels if name in _LABEL_LIKE]
+    return (
+        _column(schema, where, "image", image, images, list(images)),
+        _column(schema, where, "label", label, labels, like or classes),
+    )
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Tell whether a column's type is the Hub's for images: a struct with the encoded file in ``bytes``."""
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    content = kind.field("bytes").type
+    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_binary_view(content))
+
+
+_TYPES = {"image": "a struct of bytes and path (Hugging Face image)", "label": "integers"}
+
+
+def _column(
+    schema: pa.Schema, where: str, what: str, name: str, fitting: dict[str, pa.DataType], candidates: list[str]
+) -> str:
+    """Return the column ``name``, or the only candidate where no name is known."""
+    columns = ", ".join(f"{printable(f.name)} ({str(f.type)[:40]})" for f in schema)
+    setting = f"name the column in data.{what}_column"
+    if name:
+        if schema.names.count(name) != 1:
+            count = "no column" if name not in schema.names else "more than one column"
+            raise DataError(f"{where}: {count} {name!r}; it has {columns}")
+        if name not in fitting:
+            raise DataError(
+                f"{where}: column {name!r} is {str(schema.field(name).type)[:40]}, not {_TYPES[what]}; {setting}, or convert it. "
+                f"It has {columns}"
+            )
+        return name
+    if len(candidates) != 1:
+        found = "no column" if not candidates else f"{' and '.join(map(repr, candidates))}: more than one column"
+        usual = " or ".join(map(repr, _IMAGE_NAMES if what == "image" else _LABEL_NAMES))
+        raise DataError(f"{where}: {found} of {what}s ({usual}, {_TYPES[what]}); {setting}. It has {columns}")
+    return candidates[0]
+
+
+def class_names_of(schema: pa.Schema, label: str) -> tuple[str, ...]:
     """Return the class names in the schema's ``huggingface`` metadata; empty where there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features["label"]["names"]))
+        return tuple(map(str, features[label]["names"]))
     except (KeyError, ValueError, TypeError):
         return ()

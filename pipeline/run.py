@@ -99,6 +99,10 @@ def run_address(experiment: Experiment) -> str:
     config = to_dict(experiment)
     for name in ("storage", "tracking_uri", "description"):
         del config[name]
+    # These settings came later. At their defaults they leave the addresses of earlier runs as they are.
+    for name in ("test_split", "image_column", "label_column"):
+        if not config["data"][name]:
+            del config["data"][name]
     # what the machine may use does not change the run either, but for the number of workers
     config["scaling"] = {"workers": config["scaling"]["workers"]}
     return f"runs/{experiment.name}-{content_hash(config)}"

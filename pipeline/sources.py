@@ -24,10 +24,19 @@ from PIL import Image
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
 from pipeline.decode import decode, fitted
-from pipeline.parquet_files import class_names_of, file_digest, image_column_of, open_parquet_file
-from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, parquet_files
+from pipeline.parquet_files import (
+    class_names_of,
+    columns_of,
+    file_digest,
+    find_parquet,
+    open_parquet_file,
+    reading,
+    split_names_in,
+)
+from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes
 from pipeline.splits import draw_order, split_indices
 from pipeline.storage import Storage
+from pipeline.user_files import Listing, first_names, is_text, list_directory, printable, read_file, reason
 
 Split = Literal["train", "validation", "test"]
 """The logical splits; train and validation are both taken out of the source's training images."""
@@ -46,7 +55,7 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
 
     Raises:
         DataError: the directory, the split's files or a column is missing, a Parquet file is corrupt, or no image is left.
-        ConfigError: there is no such sample or torchvision data set.
+        ConfigError: there is no such sample or torchvision data set, or its path is not UTF-8.
     """
     kind, _, where = data.source.partition(":")
     source: Source
@@ -82,14 +91,22 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
         smallest and largest class.
 
     Raises:
-        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a class has no image in the whole test split, or
-            in a training split without limit, and ``data.allow_empty_classes`` does not allow it; or the splits' class names differ.
+        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a file cannot be read; or a class has no image in
+            the whole test split, or in a training split without limit, and ``data.allow_empty_classes`` does not allow it; or the
+            splits' class names differ; or the test images are those that are trained on.
     """
+    if trains and data.test_split.lower() in WORDS["train"]:
+        raise ConfigError.of(
+            "data.test_split",
+            data.test_split,
+            "another split, since models are trained on this one and would be tested on it",
+        )
     lines = []
     class_names: dict[str, tuple[str, ...]] = {}
     for split in ("train", "test") if trains else ("test",):
         source = open_source(data, split)
         labels = source.check_labels()
+        source.check_files()
         source.read(np.zeros(1, np.int64))
         if not data.allow_empty_classes:
             _check_every_class(source, labels)
@@ -121,7 +138,7 @@ def _check_every_class(source: Source, labels: np.ndarray) -> None:
         labels = source.labels()
     empty = sorted(set(range(data.num_classes)) - set(labels.tolist()))
     if empty:
-        named = _first_names([repr(source.class_names[i]) for i in empty])
+        named = first_names([repr(source.class_names[i]) for i in empty])
         raise DataError(
             f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split ({named}). Add "
             "their images, correct data.num_classes, or set data.allow_empty_classes=true if they are meant to have none"
@@ -135,16 +152,11 @@ def _describe_classes(source: Source, labels: np.ndarray) -> str:
     present = np.flatnonzero(counts)
     smallest, largest = present[counts[present].argmin()], present[counts[present].argmax()]
     absent = np.flatnonzero(counts == 0)
-    none = f", none of {_first_names([source.class_names[i] for i in absent])}" if len(absent) else ""
+    none = f", none of {first_names([source.class_names[i] for i in absent])}" if len(absent) else ""
     return (
-        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {source.class_names[smallest]} "
-        f"({counts[smallest]}), largest {source.class_names[largest]} ({counts[largest]}){none}"
+        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {printable(source.class_names[smallest])} "
+        f"({counts[smallest]}), largest {printable(source.class_names[largest])} ({counts[largest]}){none}"
     )
-
-
-def _first_names(names: Sequence[str]) -> str:
-    """Return the first five of some names, and dots where there are more."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def split_rows(source: Source, split: Split) -> np.ndarray:
@@ -180,7 +192,10 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
 
 def _absolute(where: str) -> str:
     """Ray's workers have another working directory: a relative path is resolved once, by whoever opens the source."""
-    return where if "://" in where else os.path.abspath(os.path.expanduser(where))
+    path = where if "://" in where else os.path.abspath(os.path.expanduser(where))
+    if not is_text(path):
+        raise ConfigError.of("path", path, "a path in UTF-8; rename the directory of the data, or link to it")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +258,17 @@ class Source:
         """
         self._check_class_count()
         labels = self.labels()
+        if len(labels) and (labels < 0).all():
+            raise DataError(self._unlabelled())
         self._check_label_range(labels, self._row_place)
         return labels
+
+    def _unlabelled(self) -> str:
+        """Say that the split has no labels, as the test splits of some public data sets, and which other ones have some."""
+        return f"{self.place}: all {self.num_rows} labels are negative, which marks images without a label. Give labelled ones"
+
+    def check_files(self) -> None:
+        """Check that every file can be read, where a look at its entry in the directory tells. Raises DataError."""
 
     def _row_place(self, position: int) -> str:
         """Return what a message calls a row: its file and number."""
@@ -258,7 +282,7 @@ class Source:
                 f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is {self.data.num_classes}; set "
                 f"data.num_classes={named} (weights of another number of classes then need train.replace_head), or give images of "
                 f"all {self.data.num_classes} classes: a label is a position in the list of classes, which is "
-                + _first_names(self.class_names)
+                + first_names(self.class_names)
             )
 
     @property
@@ -320,7 +344,7 @@ class _ParquetFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(Source):
-    """Files of the Hugging Face image layout: struct column ``image`` or ``img`` of ``bytes`` and ``path``, integer ``label``.
+    """Files of the Hugging Face image layout: a struct column of ``bytes`` and ``path``, and a column of integer labels.
 
     Its rows are those of the files in the order of their names. A read decompresses the row groups that it touches, so the
     memory it takes is that of one row group (of encoded images).
@@ -331,6 +355,7 @@ class ParquetSource(Source):
     sample: str
     files: tuple[_ParquetFile, ...]
     image_column: str
+    label_column: str
 
     @property
     def storage(self) -> Storage:
@@ -340,6 +365,10 @@ class ParquetSource(Source):
     def fingerprint(self) -> str:
         """SHA-256 over each file's SHA-256, in order: it changes with any byte, not with names or places."""
         whole = hashlib.sha256()
+        # Without these settings the columns follow from the files.
+        chosen = f"{self.data.image_column}\0{self.data.label_column}"
+        if chosen != "\0":
+            whole.update(chosen.encode())
         for file in self.files:
             whole.update(file_digest(self.storage, file.name))
         return whole.hexdigest()
@@ -348,8 +377,24 @@ class ParquetSource(Source):
         parts = [np.empty(0, np.int64)]
         for file, rows, _ in self._by_file(self.numbers):
             with self._open(file) as parquet:
-                parts.append(self._labels(self._columns(parquet, file, ["label"]), file, 0, rows))
+                parts.append(self._labels(self._columns(parquet, file, [self.label_column]), file, 0, rows))
         return np.concatenate(parts)
+
+    def _unlabelled(self) -> str:
+        text = super()._unlabelled()
+        if self.split == "train":
+            return text
+        others = [name for name in split_names_in(self.storage, self.data.test_split) if self._has_labels(name)]
+        others.sort(key=lambda name: name.lower() in WORDS["train"])
+        return f"{text}: set data.test_split to a split that has labels ({first_names(others)})" if others else text
+
+    def _has_labels(self, split: str) -> bool:
+        """Tell whether another split of the same directory has labels."""
+        try:
+            other = open_source(dataclasses.replace(self.data, test_split=split, test_limit=0), "test")
+            return bool((other.labels() >= 0).any())
+        except DataError:
+            return False
 
     def _row_place(self, position: int) -> str:
         ((file, rows, _),) = self._by_file(self.numbers[position : position + 1])
@@ -364,7 +409,7 @@ class ParquetSource(Source):
                 yield file, numbers[low:high] - starts[number], slice(int(low), int(high))
 
     def _path(self, file: _ParquetFile) -> str:
-        return f"{self.storage.uri}/{file.name}"
+        return printable(f"{self.storage.uri}/{file.name}")
 
     def _open(self, file: _ParquetFile) -> pq.ParquetFile:
         return open_parquet_file(self.storage, file.name)
@@ -378,11 +423,11 @@ class ParquetSource(Source):
             return parquet.read_row_group(group, columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as e:
             part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
-            raise DataError(f"{self._path(file)}{part}: the Parquet file is corrupt ({e}); get it again") from e
+            raise DataError(f"{self._path(file)}{part}: the Parquet file is corrupt ({reason(e)}); get it again") from e
 
     def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int, rows: np.ndarray) -> np.ndarray:
         """Return the labels of some rows of the file, int64; ``table`` begins at ``first_row``."""
-        column = table["label"].take(pa.array(rows - first_row))
+        column = table[self.label_column].take(pa.array(rows - first_row))
         if column.null_count:
             row = rows[column.is_null().to_pylist().index(True)]
             raise DataError(f"{self._path(file)} row {row}: the label is missing; repair or remove this row")
@@ -400,7 +445,7 @@ class ParquetSource(Source):
                 low, high = np.searchsorted(rows, starts[group : group + 2])
                 if low == high:
                     continue
-                table = self._columns(parquet, file, [self.image_column, "label"], group)
+                table = self._columns(parquet, file, [self.image_column, self.label_column], group)
                 wanted = rows[low:high]
                 labels[low:high] = self._labels(table, file, int(starts[group]), wanted)
                 self._check_label_range(
@@ -427,44 +472,49 @@ class ParquetSource(Source):
 
 
 def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
-    storage = ParquetSource(
-        data=data, split=split, num_rows=0, class_names=(), uri=uri, sample=sample, files=(), image_column=""
-    ).storage
-    if not storage.exists():
-        raise DataError(
-            f"{storage.uri} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
-        )
-    names = parquet_files(storage.uri, split, storage.list())
+    empty = ParquetSource(
+        data=data,
+        split=split,
+        num_rows=0,
+        class_names=(),
+        uri=uri,
+        sample=sample,
+        files=(),
+        image_column="",
+        label_column="",
+    )
+    storage = empty.storage
+    with reading(storage.uri):
+        if not storage.exists():
+            raise DataError(
+                f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
+            )
+    names = find_parquet(storage, split, data.test_split)
     files: list[_ParquetFile] = []
-    image_column = ""
+    columns = "", ""
     class_names: tuple[str, ...] = ()
     for name in names:
+        where = printable(f"{storage.uri}/{name}")
         with open_parquet_file(storage, name) as parquet:
             metadata = parquet.metadata
             files.append(
                 _ParquetFile(name, tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
             )
-            column = image_column_of(parquet.schema_arrow, f"{storage.uri}/{name}")
-            if image_column and column != image_column:
-                raise DataError(
-                    f"{storage.uri}/{name}: its image column is {column!r}, that of {names[0]} {image_column!r}"
-                )
-            image_column = column
-            named = class_names_of(parquet.schema_arrow)
+            found = columns_of(parquet.schema_arrow, data, where)
+            if len(files) > 1 and found != columns:
+                raise DataError(f"{where}: its columns of images and labels are {found}, those of {names[0]} {columns}")
+            columns = found
+            named = class_names_of(parquet.schema_arrow, columns[1])
             if class_names and named and named != class_names:
-                raise DataError(
-                    f"{storage.uri}/{name}: its classes are not those of {names[0]}; they are of two data sets"
-                )
+                raise DataError(f"{where}: its classes are not those of {names[0]}; they are of two data sets")
             class_names = class_names or named
-    return ParquetSource(
-        data=data,
-        split=split,
+    return dataclasses.replace(
+        empty,
         num_rows=sum(f.num_rows for f in files),
         class_names=class_names or tuple(map(str, range(data.num_classes))),
-        uri=uri,
-        sample=sample,
         files=tuple(files),
-        image_column=image_column,
+        image_column=columns[0],
+        label_column=columns[1],
     )
 
 
@@ -473,15 +523,18 @@ def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(Source):
-    """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, ``validation``).
+    """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, ``validation``, or ``data.test_split``).
 
     Images of a class may lie in folders below its own, at any depth, as torchvision and timm read them. Labels are the positions
-    of the class folders of ``train`` in the order of ``data.class_order``. Rows are ordered by a hash of ``CLASS/file``, so that
-    every shard holds a mixture of the classes. Files that are not images by their suffix are left out, as is all that is hidden.
+    of the class folders of ``train``, or of the test split where there is no ``train``, in the order of ``data.class_order``. Rows
+    are ordered by a hash of ``CLASS/file``, so that every shard holds a mixture of the classes. Files that are not images by their
+    suffix are left out, as is all that is hidden.
     """
 
     directory: str
     """Of this split."""
+    classes_directory: str
+    """Of the split whose class folders the labels follow."""
     names: tuple[str, ...]
     """CLASS/file of every row; CLASS/FOLDER/file where it lies deeper."""
     _classes_kind: ClassVar[str] = "class folders"
@@ -497,9 +550,25 @@ class FolderSource(Source):
         if self.split == "test" or self.data.allow_empty_classes:
             digest.update("\0".join(self.class_names).encode())
         for name in self.names:
-            stat = os.stat(os.path.join(self.directory, name))
+            stat = self._stat(name)
             digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    def check_files(self) -> None:
+        empty = [name for name in self.names if self._stat(name).st_size == 0]
+        locked = [name for name in self.names if not os.access(f"{self.directory}/{name}", os.R_OK)]
+        for names, fault in ((empty, "is empty"), (locked, "cannot be read by this user")):
+            if names:
+                raise DataError(_first_of(self.directory, names, f"{fault}; get the file again or remove it"))
+
+    def _stat(self, name: str) -> os.stat_result:
+        try:
+            return os.stat(f"{self.directory}/{name}")
+        except OSError as e:
+            raise DataError(
+                f"{printable(f'{self.directory}/{name}')} was there when the folder was listed, and is gone now ({reason(e)}); "
+                "run again when nothing changes the data set"
+            ) from e
 
     def limited(self, rows: int) -> Self:
         limited = super().limited(rows)
@@ -513,7 +582,19 @@ class FolderSource(Source):
 
     @property
     def _classes_place(self) -> str:
-        return f"{Path(self.directory).parent}/train"
+        return printable(self.classes_directory)
+
+    def _check_class_count(self) -> None:
+        """Do not take a folder without any image for a class: its number would be the advice."""
+        if len(self.class_names) != self.data.num_classes:
+            empty = [label for label in self.class_names if not _holds_image(self.classes_directory, label)]
+            if empty:
+                raise DataError(
+                    f"{self._classes_place} has {len(self.class_names)} folders, and {len(empty)} of them hold no image "
+                    f"({first_names(empty)}), but data.num_classes is {self.data.num_classes}; each folder there must be a class, "
+                    "with its images below it"
+                )
+        super()._check_class_count()
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         self._check_class_count()
@@ -521,92 +602,154 @@ class FolderSource(Source):
         for position, index in enumerate(indices):
             name = self.names[index]
             labels[position] = numbers[name.partition("/")[0]]
-            path = Path(self.directory, name)
-            decode(self.data, path, lambda path=path, index=index: f"{path} (row {index})", images[position])
+            path = f"{self.directory}/{name}"
+            where = f"{printable(path)} (row {index})"
+            decode(self.data, read_file(path), lambda where=where: where, images[position])
 
 
 def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource:
     if "://" in root:
         raise ConfigError.of("data.source", data.source, "a local directory for folder:; use parquet: for a URI")
-    train = _split_directory(root, "train")
-    classes = ordered_classes(train, _subdirectories(train), data.class_order)
-    directory = _split_directory(root, split)
-    unknown = sorted(set(_subdirectories(directory)) - set(classes))
-    if unknown:
-        raise DataError(f"{directory}: class folder {unknown[0]!r} is not in train; remove it or add training images")
-    files = [name for label in _subdirectories(directory) for name in _files_below(directory, label)]
+    directory = _split_directory(root, split, data.test_split)
+    listing = list_directory(directory)
+    classes_directory, folders = directory, listing.folders
+    # The labels of a network follow the training folders. Where nothing is trained there may be none.
+    if split == "test" and choose_word(root, "train", list_directory(root).folders):
+        train = _split_directory(root, "train")
+        if training_folders := list_directory(train).folders:
+            classes_directory, folders = train, training_folders
+    _check_class_folders(directory, listing, classes_directory, folders)
+    files, broken = _files_below(directory, listing.folders)
+    if broken := sorted([*listing.broken, *broken]):
+        fault = "is neither a file nor a folder (a link to nothing, a pipe, a socket or a device); replace or remove it"
+        raise DataError(_first_of(directory, broken, fault))
+    if strange := [name for name in (*folders, *files) if not is_text(name)]:
+        raise DataError(_first_of(directory, strange, "has a name that is not UTF-8; rename it"))
     suffixes = [_suffix(name) for name in files]
     names = [name for name, suffix in zip(files, suffixes, strict=True) if suffix in _IMAGE_SUFFIXES]
     if not names:
-        raise DataError(f"{directory}: no image in {directory}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+        raise DataError(_no_image(directory, listing))
     names.sort(key=lambda n: hashlib.sha256(n.encode()).digest())
     return FolderSource(
         data=data,
         split=split,
         num_rows=len(names),
-        class_names=classes,
+        class_names=ordered_classes(classes_directory, folders, data.class_order),
         directory=directory,
+        classes_directory=classes_directory,
         names=tuple(names),
-        left_out=_left_out(directory, suffixes),
+        left_out=_left_out(listing, suffixes),
     )
 
 
-def _split_directory(root: str, split: SourceSplit) -> str:
+def _split_directory(root: str, split: SourceSplit, test_split: str = "") -> str:
     if not os.path.isdir(root):
-        raise DataError(f"{root} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*")
-    folders = _subdirectories(root)
-    word = choose_word(root, split, folders)
+        raise DataError(
+            f"{printable(root)} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*"
+        )
+    folders = list_directory(root).folders
+    word = choose_word(root, split, folders, test_split)
     if word is None:
-        there = f"; there are only {', '.join(folders[:5])}" if folders else ""
-        raise DataError(f"{root}: no folder for the {split} split ({' or '.join(WORDS[split])}){there}")
+        names = test_split if split == "test" and test_split else " or ".join(WORDS[split])
+        there = f"; there are only {first_names(folders)}" if folders else ""
+        remedy = ". Name one of them in data.test_split" if split == "test" and folders else ""
+        raise DataError(f"{printable(root)}: no folder for the {split} split ({printable(names)}){there}{remedy}")
     return os.path.join(root, word)
+
+
+def _check_class_folders(directory: str, listing: Listing, classes_directory: str, folders: Sequence[str]) -> None:
+    """Refuse folders of a split that are no classes: its own are unknown in the training split, or there is but one in all.
+
+    Args:
+        directory: the split's.
+        listing: of it.
+        classes_directory: that of the split whose folders are the classes.
+        folders: these.
+    """
+    unknown = [name for name in listing.folders if name not in set(folders)]
+    if unknown and len(unknown) < len(listing.folders):
+        number = f"{len(unknown)} class folders are" if len(unknown) > 1 else "1 class folder is"
+        raise DataError(
+            f"{printable(directory)}: {number} not in {printable(os.path.basename(classes_directory))} ({first_names(unknown)}); "
+            "remove them or add training images"
+        )
+    if unknown or len(folders) == 1:
+        root = os.path.dirname(directory)
+        lists = [
+            f"{split}/{name}"
+            for split in list_directory(root).folders
+            for name in list_directory(f"{root}/{split}").files
+            if name.endswith("annotations.txt")
+        ]
+        text = (
+            f"{printable(directory)} is not sorted into class folders: it has {first_names(listing.folders)}"
+            + (f", of which none is in {printable(classes_directory)}" if unknown else " alone")
+            + ". Move each image into a folder named by its class, or name another split in data.test_split"
+        )
+        if lists:
+            text += f". {printable(lists[0])} seems to name the class of each image, as Tiny ImageNet's does"
+        raise DataError(text)
+
+
+def _no_image(directory: str, listing: Listing) -> str:
+    """Say that a split has no image in a class folder, and where images or Parquet files are instead."""
+    text = f"{printable(directory)}: no image in {printable(directory)}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})"
+    beside = [name for name in listing.files if _suffix(name) in _IMAGE_SUFFIXES]
+    if beside:
+        text += f"; {len(beside)} images lie beside the class folders: move each into the folder of its class"
+    elif any(_suffix(name) == ".parquet" for name in listing.files):
+        text += "; it has Parquet files, which data.source=parquet:DIR reads"
+    return text
+
+
+def _first_of(directory: str, names: Sequence[str], fault: str) -> str:
+    """Return a message about the first of some files that have the same fault, and how many there are."""
+    more = f" (the first of {len(names)})" if len(names) > 1 else ""
+    return f"{printable(f'{directory}/{names[0]}')}{more} {fault}"
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _left_out(directory: str, suffixes: Sequence[str]) -> str:
+def _left_out(listing: Listing, suffixes: Sequence[str]) -> str:
     """Say which files of a split are no images by their suffix, or lie beside the class folders; empty if there are none.
 
     Args:
-        directory: the split's.
+        listing: of the split's directory.
         suffixes: of all files in its class folders.
     """
-    beside = [e.name for e in os.scandir(directory) if e.is_file() and not e.name.startswith(".")]
     kinds = [suffix or "without suffix" for suffix in suffixes if suffix not in _IMAGE_SUFFIXES]
-    kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in beside]
+    kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in listing.files]
     if not kinds:
         return ""
-    counted = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(kinds).items()))
+    counted = ", ".join(f"{printable(kind)} {count}" for kind, count in sorted(Counter(kinds).items()))
     return f"{len(kinds)} file{'s' if len(kinds) > 1 else ''} left out ({counted})"
 
 
-def _files_below(directory: str, folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files in ``folder`` and in all folders below it, as paths from ``directory``, but for hidden ones.
-
-    Args:
-        directory: the split's.
-        folder: below it.
-        above: real paths of the folders on the way, to notice a link that leads back to one of them.
+def _files_below(directory: str, folders: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files in ``folders`` and in all folders below them, and what is neither, as paths from ``directory``.
 
     Raises:
-        DataError: a link leads back.
+        DataError: a folder cannot be listed, or a link leads back to a folder that it lies in.
     """
-    path = os.path.realpath(os.path.join(directory, folder))
-    if path in above:
-        raise DataError(f"{directory}/{folder} is a link to a folder that it lies in; remove it")
-    for entry in os.scandir(path):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(directory, f"{folder}/{entry.name}", (*above, path))
-        else:
-            yield f"{folder}/{entry.name}"
+    files, broken = [], []
+    # each with the real paths of the folders on the way to it
+    pending: list[tuple[str, frozenset[str]]] = [(folder, frozenset()) for folder in reversed(folders)]
+    while pending:
+        folder, above = pending.pop()
+        path = os.path.realpath(f"{directory}/{folder}")
+        if path in above:
+            raise DataError(f"{printable(f'{directory}/{folder}')} is a link to a folder that it lies in; remove it")
+        listing = list_directory(path)
+        files += [f"{folder}/{name}" for name in listing.files]
+        broken += [f"{folder}/{name}" for name in listing.broken]
+        pending += [(f"{folder}/{name}", above | {path}) for name in reversed(listing.folders)]
+    return files, broken
 
 
-def _subdirectories(directory: str) -> list[str]:
-    return sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+def _holds_image(directory: str, folder: str) -> bool:
+    return any(_suffix(name) in _IMAGE_SUFFIXES for name in _files_below(directory, [folder])[0])
 
 
 # --- torchvision -----------------------------------------------------------------------------------------------------------
@@ -620,19 +763,21 @@ class TorchvisionSource(Source):
 
     name: str
     root: str
+    train: bool
+    """Whether these are torchvision's training images."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all pixels and labels of the split."""
-        images, labels = _torchvision_arrays(self.name, self.root, self.split == "train")
+        images, labels = _torchvision_arrays(self.name, self.root, self.train)
         return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
     def labels(self) -> np.ndarray:
-        labels = _torchvision_arrays(self.name, self.root, self.split == "train")[1]
+        labels = _torchvision_arrays(self.name, self.root, self.train)[1]
         return labels[self.numbers]
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        all_images, all_labels = _torchvision_arrays(self.name, self.root, self.split == "train")
+        all_images, all_labels = _torchvision_arrays(self.name, self.root, self.train)
         rows = self.numbers[indices]
         labels[:] = all_labels[rows]
         self._check_label_range(labels, lambda i: f"{self.place} row {rows[i]}")
@@ -652,8 +797,11 @@ class TorchvisionSource(Source):
 def _open_torchvision(data: DataConfig, split: SourceSplit, name: str) -> TorchvisionSource:
     if name not in _TORCHVISION:
         raise ConfigError.of("data.source", data.source, "torchvision:" + " or torchvision:".join(_TORCHVISION))
+    if data.test_split not in ("", "train", "test"):
+        raise ConfigError.of("data.test_split", data.test_split, f"train or test, the splits of torchvision:{name}")
     root = _absolute(data.root or "~/.cache/defendpp")
-    dataset = _torchvision_dataset(name, root, split == "train", data.download)
+    train = "train" in (split, data.test_split)
+    dataset = _torchvision_dataset(name, root, train, data.download)
     return TorchvisionSource(
         data=data,
         split=split,
@@ -661,6 +809,7 @@ def _open_torchvision(data: DataConfig, split: SourceSplit, name: str) -> Torchv
         class_names=tuple(map(str, dataset.classes)),
         name=name,
         root=root,
+        train=train,
     )
 
 
@@ -669,9 +818,10 @@ def _torchvision_dataset(name: str, root: str, train: bool, download: bool) -> A
 
     try:
         return getattr(torchvision.datasets, _TORCHVISION[name])(root, train=train, download=download)
-    except (RuntimeError, OSError, EOFError, ValueError) as e:
+    # torchvision checks MNIST's files by assertions and lookups
+    except (RuntimeError, OSError, EOFError, ValueError, AssertionError, LookupError) as e:
         raise DataError(
-            f"torchvision:{name} is not usable in {root} ({str(e).splitlines()[0]}); set data.download=true, or data.root to "
+            f"torchvision:{name} is not usable in {printable(root)} ({reason(e)}); set data.download=true, or data.root to "
             "where torchvision's files are"
         ) from e
 

@@ -7,26 +7,51 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from components.errors import DataError
+from pipeline.user_files import first_names, printable
 
 SourceSplit = Literal["train", "test"]
 
 WORDS: dict[SourceSplit, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
 """What a split's files or folder may be called, in any case. ``test`` counts before the names of a validation split."""
-_PARQUET = re.compile(r"-(?P<index>\d+)-of-(?P<total>\d+)(-[0-9a-z]+)?\.parquet|\.parquet", re.IGNORECASE)
-"""What follows the split's word in the name of a Parquet file: WORD.parquet, WORD-NNNNN-of-NNNNN.parquet, or the latter with a
-hash at its end, as older uploads to the Hugging Face Hub have it."""
+_FILE = re.compile(
+    r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<total>\d+)(?:-[0-9a-z]+)?)?\.parquet", re.IGNORECASE | re.DOTALL
+)
+"""Name of a split's Parquet file: SPLIT.parquet, SPLIT-NNNNN-of-NNNNN.parquet, or the latter with a hash at its end, as older
+uploads to the Hugging Face Hub have it."""
 
 
-def choose_word(place: str, split: SourceSplit, words: Sequence[str]) -> str | None:
+def split_words(test_split: str = "") -> set[str]:
+    """Return what splits are usually called, and ``data.test_split``, in lower case."""
+    return {word for words in WORDS.values() for word in words} | ({test_split.lower()} if test_split else set())
+
+
+def names_split(file: str, test_split: str = "") -> bool:
+    """Tell whether the name of a Parquet file is, or begins as, that of a split."""
+    return bool({_beginning(file).lower(), split_of(file).lower()} & split_words(test_split))
+
+
+def split_of(name: str) -> str:
+    """Return the split that a Parquet file belongs to by its name; empty for another file."""
+    match = _FILE.fullmatch(name)
+    return match["split"] if match else ""
+
+
+def _beginning(name: str) -> str:
+    match = re.match(r"[a-z]+", name, re.IGNORECASE)
+    return match[0] if match else ""
+
+
+def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split: str = "") -> str | None:
     """Return the name, as it is spelled there, by which the directory ``place`` has a split.
 
     Args:
         place: for the message.
         words: names in the directory that may be a split's.
+        test_split: ``data.test_split``, the name that is meant for the test images; empty where the user did not say.
 
     Returns:
         None if there is none.
@@ -34,48 +59,92 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str]) -> str | N
     Raises:
         DataError: two names fit equally well: val beside validation, or Test beside test.
     """
-    fitting = sorted({word for word in words if word.lower() in WORDS[split]})
+    if split == "test" and test_split in words and test_split:
+        return test_split
+    named = (test_split.lower(),) if split == "test" and test_split else WORDS[split]
+    fitting = sorted({word for word in words if word.lower() in named})
     tests = [word for word in fitting if word.lower() in ("train", "test")] or fitting
     if len(tests) > 1:
+        remedy = ", or name it in data.test_split" if split == "test" else ""
         raise DataError(
-            f"{place} has {' and '.join(map(repr, tests))}, and each may be the {split} split; keep the one that you mean and move "
-            "the other to another directory"
+            f"{printable(place)} has {' and '.join(map(repr, tests))}, and each may be the {split} split; keep the one that you "
+            f"mean and move the other to another directory{remedy}"
         )
     return tests[0] if tests else None
 
 
-def parquet_files(place: str, split: SourceSplit, names: Sequence[str]) -> list[str]:
-    """Return the names of a split's Parquet files: WORD.parquet, or a complete set of WORD-NNNNN-of-NNNNN[-hash].parquet.
+def parquet_files(
+    place: str, split: SourceSplit, names: Sequence[str], folders: Mapping[str, Sequence[str]], test_split: str = ""
+) -> list[str]:
+    """Return the Parquet files of a split in a directory.
+
+    They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, there or in a folder called SPLIT, which
+    may also have NNNN.parquet, as the Hub's own conversion writes them.
 
     Args:
         place: the directory, for messages.
-        names: the files in it.
+        names: the Parquet files in it.
+        folders: name of each folder in it that has Parquet files -> these.
+        test_split: ``data.test_split``.
 
     Returns:
-        The split's files, sorted.
+        Paths of the split's files from the directory, sorted.
 
     Raises:
         DataError: there is none, one of a numbered set is missing or there twice, or a file whose name begins like the split's is
             not one of its files (test_hard.parquet beside test.parquet).
     """
-    present = [name for name in names if name.lower().endswith(".parquet")]
-    beginnings = {name: match[0] for name in present if (match := re.match(r"[a-z]+", name, re.IGNORECASE))}
-    word = choose_word(place, split, list(beginnings.values()))
+    # A name that the user gave means itself alone. One that is guessed must not be the beginning of others.
+    named = split == "test" and bool(test_split)
+    word_of = {name: split_of(name) if named else _beginning(name) for name in names}
+    word = choose_word(place, split, [*word_of.values(), *folders], test_split)
     if word is None:
-        wanted = " or ".join(f"{w}.parquet, {w}-NNNNN-of-NNNNN.parquet" for w in WORDS[split][:2])
+        raise DataError(_no_split(place, split, names, folders, test_split))
+    files = sorted(name for name, of in word_of.items() if of == word)
+    if files and word in folders:
         raise DataError(
-            f"{place}: no file for the {split} split ({wanted}); "
-            + ("there are only " + ", ".join(present[:5]) if present else "the directory has no .parquet file at all")
+            f"{printable(place)} has the split {word!r} twice: {first_names(files)}, and the folder {word!r}; move one of them to "
+            "another directory"
         )
-    files = sorted(name for name, beginning in beginnings.items() if beginning == word)
-    matches = {name: _PARQUET.fullmatch(name, len(word)) for name in files}
-    if strange := [name for name, match in matches.items() if match is None]:
+    if not files:
+        return [f"{word}/{name}" for name in _checked(f"{place}/{word}", word, sorted(folders[word]), numbered=True)]
+    return _checked(place, word, files)
+
+
+def _no_split(
+    place: str, split: SourceSplit, names: Sequence[str], folders: Mapping[str, Sequence[str]], test_split: str
+) -> str:
+    words = (test_split,) if split == "test" and test_split else WORDS[split][:2]
+    wanted = " or ".join(f"{word}.parquet, {word}-NNNNN-of-NNNNN.parquet" for word in words)
+    text = f"{printable(place)}: no file for the {split} split ({printable(wanted)}, or these in a folder); "
+    if not names and not folders:
+        return (
+            text + "the directory has no .parquet file at all, nor have the folders that are one or two levels below it"
+        )
+    there = sorted(({split_of(name) for name in names} | set(folders)) - set(WORDS["train"]))
+    remedy = f". Name one of its splits in data.test_split: {first_names(there)}" if split == "test" and there else ""
+    return text + f"there are only {first_names([*names, *(f'{folder}/' for folder in folders)])}{remedy}"
+
+
+def _checked(place: str, word: str, files: list[str], numbered: bool = False) -> list[str]:
+    """Return the files of a split if each is one and none is missing."""
+    if numbered and all(re.fullmatch(r"\d+\.parquet", name, re.IGNORECASE) for name in files):
+        files = sorted(files, key=lambda name: int(name.partition(".")[0]))
+        indices = [int(name.partition(".")[0]) for name in files]
+        if indices not in (list(range(len(files))), list(range(1, len(files) + 1))):
+            raise DataError(
+                f"{printable(place)}: the numbers of its files have a gap ({first_names(files)}); get the missing ones, and keep "
+                "each once"
+            )
+        return files
+    if strange := [name for name in files if split_of(name) != word]:
+        forms = f"{word}.parquet or {word}-NNNNN-of-NNNNN.parquet" + (" or NNNN.parquet" if numbered else "")
         raise DataError(
-            f"{place}: {', '.join(strange[:5])} {'is not a file' if len(strange) == 1 else 'are not files'} of the split {word!r}, "
-            f"which is {word}.parquet or {word}-NNNNN-of-NNNNN.parquet. Move the files of another split to another directory, and "
-            "rename those that belong to this one"
+            f"{printable(place)}: {first_names(strange)} {'is not a file' if len(strange) == 1 else 'are not files'} of the split "
+            f"{word!r}, which is {printable(forms)}. Move the files of another split to another directory, and rename those that "
+            "belong to this one" + ("" if numbered or word == "train" else f"; or set data.test_split={word}")
         )
-    _check_complete(place, word, {name: match for name, match in matches.items() if match is not None})
+    _check_complete(place, word, {name: match for name in files if (match := _FILE.fullmatch(name))})
     return files
 
 
@@ -84,8 +153,8 @@ def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) ->
     totals = sorted({int(match["total"]) if match["total"] else 0 for match in matches.values()})
     if len(totals) > 1 or (totals == [0] and len(matches) > 1):
         raise DataError(
-            f"{place}: {', '.join(list(matches)[:5])} are not one set of files; keep the one that is the split {word!r} and move "
-            "the others to another directory"
+            f"{printable(place)}: {first_names(list(matches))} are not one set of files; keep the one that is the split {word!r} "
+            "and move the others to another directory"
         )
     total = totals[0]
     if not total:
@@ -95,14 +164,14 @@ def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) ->
         twice = next(i for i in indices if indices.count(i) > 1)
         same = [name for name, match in matches.items() if int(match["index"]) == twice]
         raise DataError(
-            f"{place}: {' and '.join(same)} are the same part of the split {word!r}; keep one of them and move the other to another "
-            "directory"
+            f"{printable(place)}: {' and '.join(map(printable, same))} are the same part of the split {word!r}; keep one of them "
+            "and move the other to another directory"
         )
     # some writers count from 1
-    if indices not in (list(range(total)), list(range(1, total + 1))):
+    if len(matches) != total or indices not in (list(range(total)), list(range(1, total + 1))):
         raise DataError(
-            f"{place}: {len(matches)} of {total} {word}-*-of-*.parquet files are there ({', '.join(list(matches)[:5])}); get the "
-            "missing ones"
+            f"{printable(place)}: {len(matches)} of {total} {printable(word)}-*-of-*.parquet files are there "
+            f"({first_names(list(matches))}); get the missing ones"
         )
 
 

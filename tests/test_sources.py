@@ -25,6 +25,8 @@ from pipeline.splits import split_indices, splitmix64
 SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "data" / "mnist-sample"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
+ONE = pa.array([{"bytes": b"1", "path": ""}], IMAGE)
+
 
 def encode(array: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
@@ -318,10 +320,16 @@ def test_corrupt_parquet(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"picture": [b"1"], "label": [0]}, "no column 'image' or 'img'; it has picture, label"),
+        (
+            {"picture": [b"1"], "label": [0]},
+            r"no column of images \('image' or 'img'.* It has picture \(binary\), label",
+        ),
         ({"image": [b"1"], "label": [0]}, "column 'image' is binary, not a struct"),
-        ({"image": pa.array([{"bytes": b"1", "path": ""}], IMAGE), "class": [0]}, "no integer column 'label'"),
-        ({"image": pa.array([{"bytes": b"1", "path": ""}], IMAGE), "label": ["cat"]}, "no integer column 'label'"),
+        ({"image": ONE, "size": [0]}, "no column of labels .*data.label_column"),
+        (
+            {"image": ONE, "label": ["cat"]},
+            "column 'label' is string, not integers; name the column in data.label_column",
+        ),
     ],
 )
 def test_wrong_columns(tmp_path: Path, table: dict[str, Any], message: str) -> None:
@@ -388,6 +396,12 @@ def test_folder_errors(tmp_path: Path) -> None:
         open_source(data(), "test")
     with pytest.raises(DataError, match=r"d/train/a/1\.png \(row 0\): the image cannot be decoded"):
         open_source(data(num_classes=3), "train").read(np.array([0]))
+    with pytest.raises(
+        DataError, match=r"3 folders, and 2 of them hold no image \(b, c\), but data\.num_classes is 2;"
+    ):
+        open_source(data(num_classes=2), "train").check_labels()
+    for label in ("b", "c"):
+        (tmp_path / "d" / "train" / label / "1.png").write_bytes(encode(grey(1)[0]))
     for classes in (2, 10):  # too few folders, too: with weights of 10 classes label 1 need not be folder "b"
         with pytest.raises(DataError, match=rf"3 class folders, but data\.num_classes is {classes}; set .*=3"):
             open_source(data(num_classes=classes), "train").check_labels()

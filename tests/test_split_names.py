@@ -158,7 +158,10 @@ def test_a_class_without_a_test_image_is_refused_unless_allowed(tmp_path: Path) 
 
 def test_negative_labels_are_called_unlabelled(tmp_path: Path) -> None:
     data = put(tmp_path, "test.parquet", labels=[-1] * 10)
-    with pytest.raises(DataError, match=r"label -1 .*10 of 10 labels are negative, which marks images without a label"):
+    with pytest.raises(DataError, match=r"\(test\): all 10 labels are negative, which marks images without a label"):
+        check_source(data, trains=False)
+    put(tmp_path, "test.parquet", labels=[*range(10), -1])
+    with pytest.raises(DataError, match=r"row 10: label -1 .*1 of 11 labels are negative"):
         check_source(data, trains=False)
 
 
