@@ -406,7 +406,12 @@ def test_folder_errors(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"3 class folders, but data\.num_classes is {classes}; set .*=3"):
             open_source(data(num_classes=classes), "train").check_labels()
     (tmp_path / "d" / "test" / "zebra").mkdir(parents=True)
-    with pytest.raises(DataError, match="'zebra' is not in train"):
+    with pytest.raises(
+        DataError, match=r"d/test is not sorted into class folders: it has zebra, of which none is in .*/train"
+    ):
+        open_source(data(), "test")
+    (tmp_path / "d" / "test" / "a").mkdir()
+    with pytest.raises(DataError, match=r"d/test: 1 class folder is not in train \(zebra\); remove"):
         open_source(data(), "test")
     with pytest.raises(ConfigError, match="use parquet: for a URI"):
         open_source(DataConfig(source="folder:s3://bucket/x"), "train")
