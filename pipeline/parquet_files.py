@@ -216,6 +216,10 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_binary_view(content))
 
 
+def _shown(kind: pa.DataType) -> str:
+    return printable(str(kind)[:60])
+
+
 _TYPES = {"image": "a struct of bytes and path (Hugging Face image)", "label": "integers"}
 
 
@@ -223,7 +227,7 @@ def _column(
     schema: pa.Schema, where: str, what: str, name: str, fitting: dict[str, pa.DataType], candidates: list[str]
 ) -> str:
     """Return the column ``name``, or the only candidate where no name is known."""
-    columns = ", ".join(f"{printable(f.name)} ({str(f.type)[:40]})" for f in schema)
+    columns = ", ".join(f"{printable(f.name)} ({_shown(f.type)})" for f in schema)
     setting = f"name the column in data.{what}_column"
     if name:
         if schema.names.count(name) != 1:
@@ -231,7 +235,7 @@ def _column(
             raise DataError(f"{where}: {count} {name!r}; it has {columns}")
         if name not in fitting:
             raise DataError(
-                f"{where}: column {name!r} is {str(schema.field(name).type)[:40]}, not {_TYPES[what]}; {setting}, or convert it. "
+                f"{where}: column {name!r} is {_shown(schema.field(name).type)}, not {_TYPES[what]}; {setting}, or convert it. "
                 f"It has {columns}"
             )
         return name

@@ -451,16 +451,10 @@ class ParquetSource(Source):
                 self._check_label_range(
                     labels[low:high], lambda i, wanted=wanted: f"{self._path(file)} row {wanted[i]}"
                 )
-                # flatten, unlike field, makes bytes null where the whole struct is
-                encoded = table[self.image_column].combine_chunks().flatten()[self._bytes_index(table)]
-                for row, value, out in zip(
-                    wanted, encoded.take(wanted - starts[group]).to_pylist(), images[low:high], strict=True
-                ):
-                    self._decode_row(value, file, int(row), out)
-
-    def _bytes_index(self, table: pa.Table) -> int:
-        index: int = table.schema.field(self.image_column).type.get_field_index("bytes")
-        return index
+                column = table[self.image_column]
+                for row, out in zip(wanted, images[low:high], strict=True):
+                    encoded = column[int(row - starts[group])]
+                    self._decode_row(encoded["bytes"].as_py() if encoded.is_valid else None, file, int(row), out)
 
     def _decode_row(self, value: bytes | None, file: _ParquetFile, row: int, out: np.ndarray) -> None:
         if not value:
@@ -734,17 +728,19 @@ def _files_below(directory: str, folders: Sequence[str]) -> tuple[list[str], lis
         DataError: a folder cannot be listed, or a link leads back to a folder that it lies in.
     """
     files, broken = [], []
-    # each with the real paths of the folders on the way to it
-    pending: list[tuple[str, frozenset[str]]] = [(folder, frozenset()) for folder in reversed(folders)]
+    # Each with its path, free of links, and those of the folders on the way to it. Only a link needs the slow os.path.realpath.
+    pending = [(f, os.path.realpath(f"{directory}/{f}"), frozenset[str]()) for f in reversed(folders)]
     while pending:
-        folder, above = pending.pop()
-        path = os.path.realpath(f"{directory}/{folder}")
+        folder, path, above = pending.pop()
         if path in above:
             raise DataError(f"{printable(f'{directory}/{folder}')} is a link to a folder that it lies in; remove it")
         listing = list_directory(path)
         files += [f"{folder}/{name}" for name in listing.files]
         broken += [f"{folder}/{name}" for name in listing.broken]
-        pending += [(f"{folder}/{name}", above | {path}) for name in reversed(listing.folders)]
+        for name in reversed(listing.folders):
+            below = f"{path}/{name}"
+            below = os.path.realpath(below) if os.path.islink(below) else below
+            pending.append((f"{folder}/{name}", below, above | {path}))
     return files, broken
 
 

@@ -79,11 +79,10 @@ def printable(name: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.splitlines()[0]
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return what an error says, in one printable line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    lines = text.strip().splitlines()
+    return printable(lines[0]) if lines else type(error).__name__
 
 
 def first_names(names: Sequence[str], count: int = 5) -> str:

@@ -1,0 +1,397 @@
+"""Whatever lies in a user's directory is read as torchvision reads it, or refused by one error that names it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_layouts import PNG, folders, hub, outcome
+from test_sources import IMAGE, encode, grey, write_parquet
+
+from components.config import DataConfig
+from components.errors import ConfigError, DataError
+from pipeline.decode import decode, fitted
+from pipeline.sources import check_source, open_source
+
+# --- what is no file ------------------------------------------------------------------------------------------------------
+
+
+def link(to: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(to)
+
+
+def socket_at(path: Path) -> None:
+    # the address of a socket is at most 107 bytes long
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as s:
+            s.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+NO_FILE: dict[str, Callable[[Path], None]] = {
+    "link to nothing": link("gone"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "pipe": os.mkfifo,
+    "socket": socket_at,
+    "device": link("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILE)
+@pytest.mark.parametrize("name", ["a/sub/9.png", "a/9", "c"])
+def test_what_is_no_file_is_refused_in_a_folder(tmp_path: Path, kind: str, name: str) -> None:
+    data = folders(tmp_path, *(f"{split}/{label}/0.png" for split in ("train", "test") for label in "ab"))
+    (tmp_path / "train" / name).parent.mkdir(exist_ok=True)
+    NO_FILE[kind](tmp_path / "train" / name)
+    with pytest.raises(DataError, match=rf"/train/{name} is neither a file nor a folder"):
+        check_source(data)
+    check_source(data, trains=False)
+    NO_FILE[kind](tmp_path / "train" / "a" / "zz.jpg")
+    with pytest.raises(DataError, match=r"\(the first of 2\) is neither"):
+        check_source(data)
+
+
+@pytest.mark.parametrize("kind", NO_FILE)
+@pytest.mark.parametrize("name", ["train-00001-of-00002.parquet", "test/0001.parquet", "other.parquet"])
+def test_what_is_no_file_is_refused_among_parquet_files(tmp_path: Path, kind: str, name: str) -> None:
+    data = hub(tmp_path, "train-00000-of-00001.parquet", "test/0000.parquet")
+    NO_FILE[kind](tmp_path / name)
+    with pytest.raises(DataError, match=rf"/{name} is neither a file nor a folder .*; replace, rename or remove it"):
+        check_source(data)
+
+
+def test_a_folder_is_no_parquet_file(tmp_path: Path) -> None:
+    data = hub(tmp_path, "train.parquet", "test.parquet/part-00000.parquet")
+    with pytest.raises(DataError, match=r"/test\.parquet is a folder, not a file; replace, rename or remove"):
+        check_source(data)
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    folders(tmp_path / "real", "a/0.png", "b/0.png")
+    (tmp_path / "data" / "val").mkdir(parents=True)
+    for label in ("a", "b"):
+        (tmp_path / "data" / "val" / label).symlink_to(tmp_path / "real" / label)
+    (tmp_path / "data" / "val" / "a" / "1.png").symlink_to(tmp_path / "real" / "b" / "0.png")
+    data = DataConfig(source=f"folder:{tmp_path}/data", num_classes=2)
+    assert check_source(data, trains=False)[0].startswith("test: 3 images")
+
+
+def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folders(tmp_path, "val/a/0.png", "val/b/0.png", "val/b/1.png")
+    (tmp_path / "val" / "b" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"val/b/1\.png is empty; get the file again"):
+        check_source(data, trains=False)
+    (tmp_path / "val" / "b" / "1.png").write_bytes(PNG)
+    source = open_source(data, "test")
+    (tmp_path / "val" / "b" / "1.png").unlink()
+    for look in (lambda: source.fingerprint, source.check_files):
+        with pytest.raises(DataError, match=r"val/b/1\.png was there when .* gone now \(No such file"):
+            look()
+    (tmp_path / "val" / "b" / "1.png").mkdir()
+    with pytest.raises(DataError, match=r"val/b/1\.png cannot be read \(Is a directory\)"):
+        source.read(np.arange(3))
+    (tmp_path / "val" / "b" / "1.png").rmdir()
+    # these tests may run as root, who may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: "/a/" not in path)
+    with pytest.raises(DataError, match=r"val/a/0\.png cannot be read by this user"):
+        check_source(data, trains=False)
+
+
+def test_a_parquet_file_that_vanishes_is_named(tmp_path: Path) -> None:
+    data = hub(tmp_path, "test.parquet")
+    source = open_source(data, "test")
+    (tmp_path / "test.parquet").unlink()
+    for look in (lambda: source.fingerprint, source.labels, lambda: source.read(np.arange(1))):
+        with pytest.raises(DataError, match=r"/test\.parquet does not exist on this machine"):
+            look()
+    (tmp_path / "test.parquet").mkdir()
+    for look in (lambda: source.fingerprint, source.labels):
+        with pytest.raises(DataError, match=r"/test\.parquet is not a readable Parquet file"):
+            look()
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folders(tmp_path, "val/a/0.png", "val/b/0.png")
+    scandir = os.scandir
+
+    def refused(path: str) -> Any:
+        if path.endswith("/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"/val/b cannot be listed \(Permission denied\)"):
+        check_source(data, trains=False)
+
+
+@pytest.mark.parametrize("source", ["parquet:{}/x.parquet", "folder:{}/x.parquet", "parquet:{}/" + "n" * 300])
+def test_a_source_that_is_no_directory(tmp_path: Path, source: str) -> None:
+    hub(tmp_path, "x.parquet")
+    with pytest.raises(DataError, match=r"(cannot be listed|is not a directory|File name too long)"):
+        open_source(DataConfig(source=source.format(tmp_path)), "test")
+
+
+# --- names ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a b", "línea\nnueva", "\U0001f98b", "%20", "n" * 250, "'\"$(x)", "\x7f", "\xa0"])
+def test_names_in_utf8_are_read(tmp_path: Path, name: str) -> None:
+    data = folders(tmp_path / name, f"val/{name}/{name}.png", "val/zz/0.png")
+    assert outcome(data) == "read"
+    (tmp_path / name / "val" / name / f"{name}.png").write_bytes(b"no image")
+    assert "the image cannot be decoded" in outcome(data)
+    data = hub(tmp_path / "p" / name, "data/test.parquet")
+    assert outcome(data) == "read"
+    (tmp_path / "p" / name / "data" / "test.parquet").write_bytes(b"no Parquet")
+    assert "is not a readable Parquet file" in outcome(data)
+
+
+def test_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    data = folders(tmp_path, "val/a/0.png", "val/b/0.png")
+    for name in (b"val/a/caf\xe9.png", b"val/b/\xff.png"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(PNG)
+    assert r"/val/a/caf\udce9.png (the first of 2) has a name that is not UTF-8; rename it" in outcome(data)
+    data = folders(tmp_path / "c", "val/a/0.png", "val/b/0.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/c/val/\xff")).mkdir()
+    assert r"/c/val/\udcff has a name that is not UTF-8" in outcome(
+        replace(data, allow_empty_classes=True, num_classes=3)
+    )
+    data = hub(tmp_path / "p", "test.parquet")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/p/\xff.txt")).write_bytes(b"")
+    assert outcome(data) == "read"
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/p/test-\xff.parquet")).write_bytes(b"")
+    assert r"/p/test-\udcff.parquet is not a name in UTF-8; replace, rename" in outcome(data)
+    for kind in ("folder", "parquet"):
+        with pytest.raises(ConfigError, match=r"udcff' is not possible: a path in UTF-8"):
+            open_source(DataConfig(source=f"{kind}:/data/\udcff"), "test")
+        with pytest.raises(ConfigError, match=r"x00b' is not possible: a path in UTF-8"):
+            open_source(DataConfig(source=f"{kind}:/data/a\0b"), "test")
+
+
+# --- images ---------------------------------------------------------------------------------------------------------------
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def animated(kind: str) -> bytes:
+    frames = [Image.fromarray(frame) for frame in grey(3)]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def float_tiff() -> bytes:
+    return encode(Image.fromarray(np.random.default_rng(0).random((28, 28), np.float32)), "TIFF")
+
+
+READABLE: dict[str, bytes] = {
+    "grey": encode(RGB.convert("L")),
+    "black and white": encode(RGB.convert("1")),
+    "grey with transparency": encode(RGB.convert("LA")),
+    "transparency": encode(RGB.convert("RGBA")),
+    "palette": encode(RGB.convert("P")),
+    "palette with a transparent colour": encode(RGB.convert("P"), transparency=3),
+    "palette with transparencies": encode(RGB.convert("P"), transparency=bytes(range(256))),
+    "transparent colour": encode(RGB, transparency=(0, 0, 0)),
+    "interlaced GIF": encode(RGB.convert("P"), "GIF", interlace=1),
+    "animated GIF": animated("GIF"),
+    "animated WebP": animated("WEBP"),
+    "animated PNG": animated("PNG"),
+    "WebP": encode(RGB, "WEBP"),
+    "WebP with transparency": encode(RGB.convert("RGBA"), "WEBP", lossless=True),
+    "JPEG": encode(RGB, "JPEG"),
+    "progressive JPEG": encode(RGB, "JPEG", progressive=True),
+    "grey JPEG": encode(RGB.convert("L"), "JPEG"),
+    "CMYK JPEG": encode(RGB.convert("CMYK"), "JPEG"),
+    "rotated JPEG": encode(RGB, "JPEG", exif=exif(6)),
+    "JPEG with bytes at its end": encode(RGB, "JPEG") + b"end",
+    "multi-picture JPEG": encode(RGB, "MPO", save_all=True, append_images=[RGB]),
+    "CMYK TIFF": encode(RGB.convert("CMYK"), "TIFF"),
+    "multi-page TIFF": encode(RGB, "TIFF", save_all=True, append_images=[RGB.convert("L")]),
+    "BMP": encode(RGB, "BMP"),
+    "PPM": encode(RGB, "PPM"),
+}
+
+
+def at(channels: int = 3, **changes: Any) -> DataConfig:
+    return DataConfig(channels=channels, **changes)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("name", READABLE)
+def test_images_are_read_as_torchvision_reads_them(tmp_path: Path, name: str) -> None:
+    from torchvision.datasets.folder import pil_loader
+
+    (tmp_path / "image").write_bytes(READABLE[name])
+    expected = np.asarray(pil_loader(str(tmp_path / "image"))).transpose(2, 0, 1)
+    out = np.empty((3, 28, 28), np.uint8)
+    decode(at(), READABLE[name], lambda: name, out)
+    np.testing.assert_array_equal(out, expected)
+
+
+def bomb() -> bytes:
+    """A small file that says it is of 10^10 pixels."""
+    png = bytearray(encode(RGB.convert("1")))
+    png[16:24] = (100_000).to_bytes(4, "big") * 2
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    return bytes(png)
+
+
+def bad_tiff() -> bytes:
+    """A TIFF whose width is a fraction: Pillow raises TypeError."""
+    tiff = encode(Image.new("L", (28, 28)), "TIFF")
+    at_width = tiff.index(b"\x00\x01\x03\x00\x01\x00\x00\x00") if tiff[:2] == b"MM" else tiff.index(b"\x00\x01\x04\x00")
+    return tiff[: at_width + 2] + b"\x05\x00" + tiff[at_width + 4 :]
+
+
+BAD: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "none of Pillow's formats; 0 bytes"),
+    "text": (b"no image at all", "none of Pillow's formats; 15 bytes"),
+    "HTML": (b"<!DOCTYPE html><html>404</html>", "none of Pillow's formats"),
+    "truncated JPEG": (READABLE["JPEG"][:400], "cannot be decoded"),
+    "truncated WebP": (READABLE["WebP"][:200], "cannot be decoded"),
+    "truncated GIF": (READABLE["animated GIF"][:100], "cannot be decoded"),
+    "truncated PNG": (READABLE["transparency"][:100], "cannot be decoded"),
+    "truncated TIFF": (READABLE["CMYK TIFF"][:300], "cannot be decoded"),
+    "TIFF with a fraction for its width": (bad_tiff(), "cannot be decoded"),
+    "unknown DDS": (b"DDS " + (124).to_bytes(4, "little") + b"\1" * 120, "cannot be decoded"),
+    "16-bit PNG": (encode(grey(1)[0].astype(np.uint16) * 256), "PIL mode I;16 .*convert the data set"),
+    "32-bit TIFF": (encode(Image.fromarray(grey(1)[0].astype(np.int32)), "TIFF"), "PIL mode I "),
+    "float TIFF": (float_tiff(), "PIL mode F "),
+    "LAB TIFF": (encode(Image.new("LAB", (28, 28)), "TIFF"), "PIL mode LAB "),
+    "1x1": (encode(RGB.resize((1, 1))), "1x1 pixels, but data.image_size is 28"),
+    "bomb": (bomb(), "exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_cannot_be_read_are_named(name: str, channels: int) -> None:
+    encoded, message = BAD[name]
+    with pytest.raises(DataError, match=r"^x\.png row 3: .*" + message) as refused:
+        decode(at(channels), encoded, lambda: "x.png row 3", np.empty((channels, 28, 28), np.uint8))
+    assert "0x" not in str(refused.value), "an address of this process's memory"
+    assert "\n" not in str(refused.value)
+
+
+def test_small_and_long_images_are_resized_or_refused() -> None:
+    out = np.empty((3, 224, 224), np.uint8)
+    decode(at(image_size=224, resize="crop"), BAD["1x1"][0], lambda: "x", out)
+    assert (out == out[:, :1, :1]).all()
+    strip = encode(Image.new("L", (60_000, 1)))
+    with pytest.raises(DataError, match=r"60000x1 pixels are too long a strip to resize to 224 pixels"):
+        decode(at(image_size=224, resize="crop"), strip, lambda: "x", out)
+    assert fitted(Image.new("L", (3000, 28)), 28).size == (28, 28)
+
+
+@settings(max_examples=300, deadline=None)
+@example("JPEG", [(0.9, 0)], 0.5)
+@given(
+    name=st.sampled_from(list(READABLE)),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=4),
+    kept=st.floats(0, 1) | st.just(1.0),
+)
+def test_damaged_images_are_read_or_named(name: str, edits: list[tuple[float, int]], kept: float) -> None:
+    damaged = bytearray(READABLE[name])
+    for place, value in edits:  # most fields that matter are at the beginning
+        damaged[int(place**3 * (len(damaged) - 1))] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            decode(at(), bytes(damaged[: int(kept * len(damaged))]), lambda: "x", np.empty((3, 28, 28), np.uint8))
+        except DataError as e:
+            assert str(e).startswith("x: ")  # noqa: PT017
+
+
+# --- Parquet --------------------------------------------------------------------------------------------------------------
+
+STRUCTS: dict[str, pa.DataType] = {
+    "text": pa.struct([("bytes", pa.string()), ("path", pa.string())]),
+    "a list of numbers": pa.struct([("bytes", pa.list_(pa.uint8())), ("path", pa.string())]),
+    "numbers": pa.struct([("bytes", pa.int64())]),
+    "no bytes": pa.struct([("path", pa.string())]),
+    "a list of images": pa.list_(IMAGE),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTS)
+def test_images_of_another_type_are_refused(tmp_path: Path, kind: str) -> None:
+    table = pa.table({"image": pa.nulls(2, STRUCTS[kind]), "label": [0, 1]})
+    pq.write_table(table, tmp_path / "test.parquet")
+    message = r"test\.parquet: column 'image' is .*, not a struct of bytes and path .*data\.image_column"
+    with pytest.raises(DataError, match=message):
+        check_source(DataConfig(source=f"parquet:{tmp_path}", num_classes=2), trains=False)
+
+
+@pytest.mark.parametrize("kind", [pa.large_binary(), pa.binary_view()])
+def test_images_of_large_binary_are_read(tmp_path: Path, kind: pa.DataType) -> None:
+    images = pa.array([{"bytes": PNG, "path": None}] * 2, pa.struct([("bytes", kind), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": images, "label": [0, 1]}), tmp_path / "test.parquet")
+    assert outcome(DataConfig(source=f"parquet:{tmp_path}", num_classes=2)) == "read"
+
+
+def test_parquet_files_without_rows(tmp_path: Path) -> None:
+    data = hub(tmp_path, "test-00000-of-00002.parquet", classes=3)
+    schema = pq.read_schema(tmp_path / "test-00000-of-00002.parquet")
+    pq.ParquetWriter(tmp_path / "test-00001-of-00002.parquet", schema).close()  # no row group at all
+    assert outcome(data) == "read"
+    for rows in ([], [0]):
+        path = tmp_path / "test-00000-of-00002.parquet"
+        with pq.ParquetWriter(path, schema) as writer:
+            for _ in rows:
+                writer.write_table(schema.empty_table())
+        assert outcome(data).endswith("the test split has no image; give a data.source that has some")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1", b"\0" * 5000])
+def test_files_that_are_no_parquet(tmp_path: Path, content: bytes) -> None:
+    data = hub(tmp_path, "test.parquet")
+    (tmp_path / "test.parquet").write_bytes(content)
+    assert "/test.parquet is not a readable Parquet file" in outcome(data)
+
+
+def test_a_bad_image_is_named_by_file_and_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "test.parquet", [PNG, PNG, None, PNG], [0, 1, 2, 0])
+    assert "/test.parquet row 2: there is no image" in outcome(DataConfig(source=f"parquet:{tmp_path}", num_classes=3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_parquet_files_are_read_or_named(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, int]]
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+    data = hub(directory, "test.parquet")
+    damaged = bytearray((directory / "test.parquet").read_bytes())
+    for place, value in edits:
+        damaged[int(place * (len(damaged) - 1))] = value
+    (directory / "test.parquet").write_bytes(damaged)
+    outcome(replace(data, allow_empty_classes=True))
+
+
+def test_the_reason_is_one_line() -> None:
+    from pipeline.user_files import reason
+
+    assert reason(OSError(2, "No such file", "x")) == "No such file"
+    assert reason(ValueError("one\ntwo")) == "one"
+    assert reason(EOFError()) == "EOFError"
