@@ -140,6 +140,10 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
         try:
             parquet = pq.ParquetFile(file)
             _ = parquet.schema_arrow  # a schema that Arrow cannot represent fails here
+            rows = row_counts(parquet)
+            # An image takes a byte at least, so a damaged number must not make arrays of its size.
+            if min(rows, default=0) < 0 or sum(rows) > file.size():
+                raise pa.ArrowInvalid(f"its footer says {sum(rows)} rows")
             return parquet
         except (pa.ArrowException, OSError):
             file.seek(0)
@@ -149,6 +153,12 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
                     "data set was cloned"
                 ) from None
             raise
+
+
+def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
+    """Return the number of rows in each row group."""
+    metadata = parquet.metadata
+    return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
 @contextlib.contextmanager

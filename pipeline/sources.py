@@ -31,6 +31,7 @@ from pipeline.parquet_files import (
     find_parquet,
     open_parquet_file,
     reading,
+    row_counts,
     split_names_in,
 )
 from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes
@@ -417,10 +418,15 @@ class ParquetSource(Source):
     def _columns(
         self, parquet: pq.ParquetFile, file: _ParquetFile, names: list[str], group: int | None = None
     ) -> pa.Table:
+        rows = file.num_rows if group is None else file.row_group_rows[group]
         try:
             if group is None:
-                return parquet.read(columns=names, use_threads=False)
-            return parquet.read_row_group(group, columns=names, use_threads=False)
+                table = parquet.read(columns=names, use_threads=False)
+            else:
+                table = parquet.read_row_group(group, columns=names, use_threads=False)
+            if table.num_rows != rows:
+                raise pa.ArrowInvalid(f"it holds {table.num_rows} rows where its footer says {rows}")
+            return table
         except (pa.ArrowException, OSError) as e:
             part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
             raise DataError(f"{self._path(file)}{part}: the Parquet file is corrupt ({reason(e)}); get it again") from e
@@ -490,10 +496,7 @@ def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -
     for name in names:
         where = printable(f"{storage.uri}/{name}")
         with open_parquet_file(storage, name) as parquet:
-            metadata = parquet.metadata
-            files.append(
-                _ParquetFile(name, tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
-            )
+            files.append(_ParquetFile(name, row_counts(parquet)))
             found = columns_of(parquet.schema_arrow, data, where)
             if len(files) > 1 and found != columns:
                 raise DataError(f"{where}: its columns of images and labels are {found}, those of {names[0]} {columns}")
