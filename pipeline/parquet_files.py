@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,30 @@ _MAX_FOLDERS = 1000
 """Folders of one level that are looked into. A directory of more is not of the Hub's layout but, say, one of class folders."""
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A folder of a data set, as far as Parquet files go."""
+
+    folder: str
+    """Path from the directory that the user gave; empty for that itself."""
+    listing: Listing
+    splits: dict[str, Listing]
+    """Name of each folder in it that is called as a split and has Parquet files -> what that holds."""
+    others: list[str]
+    """Names of its other folders."""
+
+    @property
+    def files(self) -> list[str]:
+        return _parquet(self.listing.files)
+
+    def holds_splits(self, test_split: str) -> bool:
+        return bool(self.splits) or any(names_split(name, test_split) for name in _parquet(self.listing.names))
+
+
+def _parquet(names: Sequence[str]) -> list[str]:
+    return [name for name in names if split_of(name)]
+
+
 def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[str]:
     """Return the paths of a split's Parquet files, from the directory ``storage``.
 
@@ -33,95 +58,85 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     Raises:
         DataError: there are none, several folders have splits, or the files found are not one complete split.
     """
-    folder, files, by_folder = _splits_place(storage, test_split)
-    place = f"{storage.uri}/{folder}".rstrip("/")
-    found = parquet_files(place, split, files, by_folder, test_split)
-    return [_joined(folder, name) for name in found]
+    place = _find_place(storage, test_split)
+    at = _joined(storage.uri, place.folder)
+    _refuse_broken(at, place.listing, test_split)
+    for name, listing in place.splits.items():
+        _refuse_broken(f"{at}/{name}", listing, test_split)
+    folders = {name: _parquet(listing.files) for name, listing in place.splits.items()}
+    return [_joined(place.folder, name) for name in parquet_files(at, split, place.files, folders, test_split)]
 
 
 def split_names_in(storage: Storage, test_split: str) -> list[str]:
     """Return the names of all splits that the directory has, sorted."""
-    _, files, by_folder = _splits_place(storage, test_split)
-    return sorted({split_of(name) for name in files} | set(by_folder))
+    place = _find_place(storage, test_split)
+    return sorted({split_of(name) for name in place.files} | set(place.splits))
 
 
-def _splits_place(storage: Storage, test_split: str) -> tuple[str, list[str], dict[str, list[str]]]:
-    """Return the folder that holds the splits, its Parquet files, and those of each folder in it that is called as a split.
-
-    Where no folder holds any split, it is the directory itself.
-    """
-    words = split_words(test_split)
-    level = [""]
-    top: tuple[str, list[str], dict[str, list[str]]] | None = None
-    for depth in range(_LEVELS):
-        places = []
-        below = []
-        for folder in level:
-            listing = _listing(storage, folder, may_fail=depth > 0)
-            files = [name for name in listing.files if split_of(name)]
-            by_folder = {}
-            for name in listing.folders:
-                if name.lower() not in words:
-                    below.append(_joined(folder, name))
-                    continue
-                inner = _listing(storage, _joined(folder, name), may_fail=True)
-                if parts := [part for part in inner.files if split_of(part)]:
-                    by_folder[name] = parts
-                _refuse_broken(storage, _joined(folder, name), inner, test_split)
-            if by_folder or any(names_split(name, test_split) for name in files):
-                places.append((folder, files, by_folder))
-            if depth == 0 or places[-1:] == [(folder, files, by_folder)]:
-                _refuse_broken(storage, folder, listing, test_split)
-            top = top or (folder, files, by_folder)
+def _find_place(storage: Storage, test_split: str) -> _Place:
+    """Return the folder that holds the splits; the directory itself where none does."""
+    top = _look(storage, "", test_split)
+    level = [top]
+    for _ in range(_LEVELS):
+        places = [place for place in level if place.holds_splits(test_split)]
         if len(places) > 1:
-            names = [folder for folder, _, _ in places]
+            names = [place.folder for place in places]
             raise DataError(
-                f"{storage.uri} has splits in {len(names)} folders, which are data sets or configurations of their own: "
+                f"{printable(storage.uri)} has splits in {len(names)} folders, which are data sets or configurations of their own: "
                 f"{first_names(names)}. Give the one that you mean as data.source, for example "
                 f"parquet:{printable(f'{storage.uri}/{names[0]}')}"
             )
         if places:
             return places[0]
-        level = below if len(below) <= _MAX_FOLDERS else []
-    assert top is not None
+        below = [_joined(place.folder, name) for place in level for name in place.others]
+        level = [_look(storage, folder, test_split) for folder in below] if len(below) <= _MAX_FOLDERS else []
     return top
 
 
+def _look(storage: Storage, folder: str, test_split: str) -> _Place:
+    """List a folder, and those in it that are called as a split."""
+    words = split_words(test_split)
+    try:
+        listing = _listing(storage, folder)
+    except DataError:
+        if not folder:
+            raise
+        listing = Listing()  # a folder beside the splits is nobody's concern
+    inner = {name: _listing(storage, _joined(folder, name)) for name in listing.folders if name.lower() in words}
+    return _Place(
+        folder=folder,
+        listing=listing,
+        splits={name: found for name, found in inner.items() if _parquet(found.names)},
+        others=[name for name in listing.folders if name not in inner],
+    )
+
+
 def _joined(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+    return "/".join(part for part in (folder, name) if part)
 
 
-def _refuse_broken(storage: Storage, folder: str, listing: Listing, test_split: str) -> None:
+def _refuse_broken(place: str, listing: Listing, test_split: str) -> None:
     """Refuse what is called as a Parquet file and is none, or has a name that Arrow cannot open.
 
     Left out, it would be a part of a split that nobody misses.
     """
-    place = printable(f"{storage.uri}/{folder}".rstrip("/"))
     for names, fault in (
         (listing.broken, "neither a file nor a folder (a link to nothing, a pipe, a socket or a device)"),
         ([name for name in listing.folders if names_split(name, test_split)], "a folder, not a file"),
         ([name for name in listing.files if not is_text(name)], "not a name in UTF-8"),
     ):
-        if parquet := [name for name in names if split_of(name)]:
-            raise DataError(
-                f"{place}/{printable(parquet[0])} is {fault}"
-                + (f" (the first of {len(parquet)})" if len(parquet) > 1 else "")
-                + "; replace, rename or remove it"
-            )
+        if parquet := _parquet(names):
+            more = f" (the first of {len(parquet)})" if len(parquet) > 1 else ""
+            raise DataError(f"{printable(f'{place}/{parquet[0]}')} is {fault}{more}; replace, rename or remove it")
 
 
-def _listing(storage: Storage, folder: str, *, may_fail: bool) -> Listing:
-    """List a folder of the storage; an empty listing where it cannot be read and ``may_fail``."""
-    try:
-        if storage.is_local:
-            # Arrow's own listing leaves out broken links, and fails at a name that is not UTF-8.
-            return list_directory(storage.path(folder))
-        with reading(f"{storage.uri}/{folder}"):
-            infos = storage.fs.get_file_info(pafs.FileSelector(storage.path(folder)))
-    except DataError:
-        if may_fail:
-            return Listing()
-        raise
+def _listing(storage: Storage, folder: str) -> Listing:
+    """List a folder of the storage. Raises DataError."""
+    if storage.is_local:
+        # Arrow's own listing leaves out broken links, and fails at a name that is not UTF-8.
+        return list_directory(storage.path(folder))
+    with reading(_joined(storage.uri, folder), "cannot be listed", "check the path and your access to it"):
+        infos = storage.fs.get_file_info(pafs.FileSelector(storage.path(folder)))
     visible = sorted((info.base_name, info.type) for info in infos if not info.base_name.startswith("."))
     return Listing(
         files=[name for name, kind in visible if kind == pafs.FileType.File],
@@ -162,16 +177,18 @@ def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
 
 
 @contextlib.contextmanager
-def reading(where: str) -> Iterator[None]:
-    """Turn what the file system or Arrow raises into a DataError about ``where``."""
+def reading(
+    where: str,
+    fault: str = "is not a readable Parquet file",
+    remedy: str = "it is truncated or corrupt: get it again",
+) -> Iterator[None]:
+    """Turn what the file system or Arrow raises into a DataError: ``where``, ``fault``, the reason, ``remedy``."""
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{printable(where)} does not exist on this machine; every node must reach the data") from None
     except (pa.ArrowException, OSError, UnicodeError) as e:
-        raise DataError(
-            f"{printable(where)} is not a readable Parquet file ({reason(e)}); it is truncated or corrupt: get it again"
-        ) from e
+        raise DataError(f"{printable(where)} {fault} ({reason(e)}); {remedy}") from e
 
 
 _DIGESTS: dict[tuple[str, int, Any], bytes] = {}
@@ -181,7 +198,7 @@ targets, and gigabytes need not be read as often."""
 
 def file_digest(storage: Storage, name: str) -> bytes:
     """Return the SHA-256 of a file. Raises DataError where it is gone or cannot be read."""
-    with reading(f"{storage.uri}/{name}"):
+    with reading(f"{storage.uri}/{name}", "cannot be read", "check the file and your access to it"):
         path = storage.path(name)
         info = storage.fs.get_file_info(path)
         key = f"{storage.uri}/{name}", info.size, info.mtime_ns

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -191,11 +192,11 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
     return rows
 
 
-def _absolute(where: str) -> str:
+def _absolute(where: str, setting: str = "data.source") -> str:
     """Ray's workers have another working directory: a relative path is resolved once, by whoever opens the source."""
     path = where if "://" in where else os.path.abspath(os.path.expanduser(where))
     if not is_text(path):
-        raise ConfigError.of("path", path, "a path in UTF-8; rename the directory of the data, or link to it")
+        raise ConfigError.of(setting, path, "a path in UTF-8; rename the directory of the data, or link to it")
     return path
 
 
@@ -484,7 +485,7 @@ def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -
         label_column="",
     )
     storage = empty.storage
-    with reading(storage.uri):
+    with reading(storage.uri, "cannot be opened", "check the path and your access to it"):
         if not storage.exists():
             raise DataError(
                 f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
@@ -547,13 +548,16 @@ class FolderSource(Source):
         if self.split == "test" or self.data.allow_empty_classes:
             digest.update("\0".join(self.class_names).encode())
         for name in self.names:
-            stat = self._stat(name)
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            found = self._stat(name)
+            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def check_files(self) -> None:
-        empty = [name for name in self.names if self._stat(name).st_size == 0]
-        locked = [name for name in self.names if not os.access(f"{self.directory}/{name}", os.R_OK)]
+        stats = {name: self._stat(name) for name in self.names}
+        empty = [name for name, found in stats.items() if found.st_size == 0]
+        # On a network's file system each call takes its time, so only files that are not open to everybody are asked about.
+        closed = [name for name, found in stats.items() if not found.st_mode & stat.S_IROTH]
+        locked = [name for name in closed if not os.access(f"{self.directory}/{name}", os.R_OK)]
         for names, fault in ((empty, "is empty"), (locked, "cannot be read by this user")):
             if names:
                 raise DataError(_first_of(self.directory, names, f"{fault}; get the file again or remove it"))
@@ -563,8 +567,8 @@ class FolderSource(Source):
             return os.stat(f"{self.directory}/{name}")
         except OSError as e:
             raise DataError(
-                f"{printable(f'{self.directory}/{name}')} was there when the folder was listed, and is gone now ({reason(e)}); "
-                "run again when nothing changes the data set"
+                f"{printable(f'{self.directory}/{name}')} was listed, but cannot be looked at now ({reason(e)}); restore it, or run "
+                "again when nothing changes the data set"
             ) from e
 
     def limited(self, rows: int) -> Self:
@@ -644,8 +648,11 @@ def _split_directory(root: str, split: SourceSplit, test_split: str = "") -> str
         raise DataError(
             f"{printable(root)} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*"
         )
-    folders = list_directory(root).folders
+    listing = list_directory(root)
+    folders = listing.folders
     word = choose_word(root, split, folders, test_split)
+    if word is None and (broken := choose_word(root, split, listing.broken, test_split)):
+        raise DataError(f"{printable(f'{root}/{broken}')} is no folder but a broken link; replace or remove it")
     if word is None:
         names = test_split if split == "test" and test_split else " or ".join(WORDS[split])
         there = f"; there are only {first_names(folders)}" if folders else ""
@@ -663,7 +670,7 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
         classes_directory: that of the split whose folders are the classes.
         folders: these.
     """
-    unknown = [name for name in listing.folders if name not in set(folders)]
+    unknown = sorted(set(listing.folders) - set(folders))
     if unknown and len(unknown) < len(listing.folders):
         number = f"{len(unknown)} class folders are" if len(unknown) > 1 else "1 class folder is"
         raise DataError(
@@ -798,7 +805,7 @@ def _open_torchvision(data: DataConfig, split: SourceSplit, name: str) -> Torchv
         raise ConfigError.of("data.source", data.source, "torchvision:" + " or torchvision:".join(_TORCHVISION))
     if data.test_split not in ("", "train", "test"):
         raise ConfigError.of("data.test_split", data.test_split, f"train or test, the splits of torchvision:{name}")
-    root = _absolute(data.root or "~/.cache/defendpp")
+    root = _absolute(data.root or "~/.cache/defendpp", "data.root")
     train = "train" in (split, data.test_split)
     dataset = _torchvision_dataset(name, root, train, data.download)
     return TorchvisionSource(

@@ -26,6 +26,10 @@ class Listing:
     broken: list[str] = field(default_factory=list)
     """What is neither a file nor a folder: a link to nothing or to itself, a pipe, a socket, a device."""
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.files, *self.folders, *self.broken]
+
 
 def list_directory(path: str) -> Listing:
     """List a local directory; links count as what they lead to.

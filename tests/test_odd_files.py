@@ -76,6 +76,13 @@ def test_what_is_no_file_is_refused_among_parquet_files(tmp_path: Path, kind: st
         check_source(data)
 
 
+def test_a_broken_link_to_a_split_is_named(tmp_path: Path) -> None:
+    data = folders(tmp_path, "train/a/0.png", "train/b/0.png")
+    (tmp_path / "val").symlink_to("gone")
+    with pytest.raises(DataError, match=r"/val is no folder but a broken link"):
+        check_source(data)
+
+
 def test_a_folder_is_no_parquet_file(tmp_path: Path) -> None:
     data = hub(tmp_path, "train.parquet", "test.parquet/part-00000.parquet")
     with pytest.raises(DataError, match=r"/test\.parquet is a folder, not a file; replace, rename or remove"):
@@ -101,13 +108,14 @@ def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path, monkeypatch:
     source = open_source(data, "test")
     (tmp_path / "val" / "b" / "1.png").unlink()
     for look in (lambda: source.fingerprint, source.check_files):
-        with pytest.raises(DataError, match=r"val/b/1\.png was there when .* gone now \(No such file"):
+        with pytest.raises(DataError, match=r"val/b/1\.png was listed, but cannot be looked at now \(No such file"):
             look()
     (tmp_path / "val" / "b" / "1.png").mkdir()
     with pytest.raises(DataError, match=r"val/b/1\.png cannot be read \(Is a directory\)"):
         source.read(np.arange(3))
     (tmp_path / "val" / "b" / "1.png").rmdir()
     # these tests may run as root, who may read everything
+    (tmp_path / "val" / "a" / "0.png").chmod(0o600)
     monkeypatch.setattr(os, "access", lambda path, mode: "/a/" not in path)
     with pytest.raises(DataError, match=r"val/a/0\.png cannot be read by this user"):
         check_source(data, trains=False)
@@ -122,7 +130,7 @@ def test_a_parquet_file_that_vanishes_is_named(tmp_path: Path) -> None:
             look()
     (tmp_path / "test.parquet").mkdir()
     for look in (lambda: source.fingerprint, source.labels):
-        with pytest.raises(DataError, match=r"/test\.parquet is not a readable Parquet file"):
+        with pytest.raises(DataError, match=r"/test\.parquet (cannot be read|is not a readable Parquet file) \("):
             look()
 
 
@@ -137,6 +145,19 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(DataError, match=r"/val/b cannot be listed \(Permission denied\)"):
+        check_source(data, trains=False)
+    data = hub(tmp_path / "p", "data/test.parquet", "b/test.parquet")  # not readable: not a configuration
+    assert outcome(data) == "read"
+    monkeypatch.setattr(os, "scandir", lambda path: refused("/b" if path.endswith("/test") else path))
+    with pytest.raises(DataError, match=r"/test cannot be listed \(Permission denied\)"):
+        check_source(hub(tmp_path / "q", "test/0000.parquet"), trains=False)
+
+
+def test_a_split_whose_only_file_is_broken_is_named(tmp_path: Path) -> None:
+    data = hub(tmp_path, "data/train.parquet")
+    (tmp_path / "data" / "test").mkdir()
+    (tmp_path / "data" / "test" / "0000.parquet").symlink_to("gone")
+    with pytest.raises(DataError, match=r"/data/test/0000\.parquet is neither a file nor a folder"):
         check_source(data, trains=False)
 
 
