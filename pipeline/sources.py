@@ -31,7 +31,6 @@ from pipeline.parquet_files import (
     file_digest,
     find_parquet,
     open_parquet_file,
-    reading,
     row_counts,
     split_names_in,
 )
@@ -485,11 +484,10 @@ def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -
         label_column="",
     )
     storage = empty.storage
-    with reading(storage.uri, "cannot be opened", "check the path and your access to it"):
-        if not storage.exists():
-            raise DataError(
-                f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
-            )
+    if not storage.exists():
+        raise DataError(
+            f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
+        )
     names = find_parquet(storage, split, data.test_split)
     files: list[_ParquetFile] = []
     columns = "", ""

@@ -138,11 +138,14 @@ def _checked(place: str, word: str, files: list[str], numbered: bool = False) ->
             )
         return files
     if strange := [name for name in files if split_of(name) != word]:
+        remedy = ""
+        if word.lower() not in WORDS["train"] and not numbered:
+            remedy = f", or name one in data.test_split: {first_names(sorted({split_of(name) for name in files}))}"
         forms = f"{word}.parquet or {word}-NNNNN-of-NNNNN.parquet" + (" or NNNN.parquet" if numbered else "")
         raise DataError(
             f"{printable(place)}: {first_names(strange)} {'is not a file' if len(strange) == 1 else 'are not files'} of the split "
             f"{word!r}, which is {printable(forms)}. Move the files of another split to another directory, and rename those that "
-            "belong to this one" + ("" if numbered or word == "train" else f"; or set data.test_split={word}")
+            f"belong to this one{remedy}"
         )
     _check_complete(place, word, {name: match for name in files if (match := _FILE.fullmatch(name))})
     return files
@@ -196,13 +199,13 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
         for first, second in itertools.pairwise(by_number):
             if _natural_key(first) == _natural_key(second):
                 raise DataError(
-                    f"{place}: class folders {first!r} and {second!r} are the same number; rename one of them"
+                    f"{printable(place)}: class folders {first!r} and {second!r} are the same number; rename one of them"
                 )
         return by_number
     if not order and as_text != by_number:
         i = next(i for i, (a, b) in enumerate(zip(as_text, by_number, strict=True)) if a != b)
         raise DataError(
-            f"{place}: the class folders' names have numbers, and their labels depend on how they are sorted: label {i} is "
+            f"{printable(place)}: the class folders' names have numbers, and their labels depend on how they are sorted: label {i} is "
             f"{as_text[i]!r} as text (torchvision's order) and {by_number[i]!r} by number (timm's). Set data.class_order to text or "
             "number, whichever the network's classes follow"
         )

@@ -22,7 +22,7 @@ from test_layouts import PNG, folders, hub, outcome
 from test_sources import IMAGE, encode, grey, write_parquet
 
 from components.config import DataConfig
-from components.errors import ConfigError, DataError
+from components.errors import ConfigError, DataError, UserError
 from pipeline.decode import decode, fitted
 from pipeline.sources import check_source, open_source
 
@@ -164,7 +164,7 @@ def test_a_split_whose_only_file_is_broken_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["parquet:{}/x.parquet", "folder:{}/x.parquet", "parquet:{}/" + "n" * 300])
 def test_a_source_that_is_no_directory(tmp_path: Path, source: str) -> None:
     hub(tmp_path, "x.parquet")
-    with pytest.raises(DataError, match=r"(cannot be listed|is not a directory|File name too long)"):
+    with pytest.raises(UserError, match=r"(cannot be listed|is not a directory|File name too long)"):
         open_source(DataConfig(source=source.format(tmp_path)), "test")
 
 
