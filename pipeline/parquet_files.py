@@ -277,6 +277,7 @@ def class_names_of(schema: pa.Schema, label: str) -> tuple[str, ...]:
     """Return the class names in the schema's ``huggingface`` metadata; empty where there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return tuple(map(str, features[label]["names"]))
+        # JSON may escape half a surrogate pair, which no report can hold.
+        return tuple(str(name).encode(errors="replace").decode() for name in features[label]["names"])
     except (KeyError, ValueError, TypeError):
         return ()

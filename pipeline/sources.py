@@ -34,7 +34,7 @@ from pipeline.parquet_files import (
     row_counts,
     split_names_in,
 )
-from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes
+from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, split_words
 from pipeline.splits import draw_order, split_indices
 from pipeline.storage import Storage
 from pipeline.user_files import Listing, first_names, is_text, list_directory, printable, read_file, reason
@@ -655,6 +655,9 @@ def _split_directory(root: str, split: SourceSplit, test_split: str = "") -> str
         names = test_split if split == "test" and test_split else " or ".join(WORDS[split])
         there = f"; there are only {first_names(folders)}" if folders else ""
         remedy = ". Name one of them in data.test_split" if split == "test" and folders else ""
+        parent, name = os.path.split(root)
+        if name.lower() in split_words():
+            remedy = f". If these are classes, set data.source=folder:{printable(parent)} and data.test_split={name}"
         raise DataError(f"{printable(root)}: no folder for the {split} split ({printable(names)}){there}{remedy}")
     return os.path.join(root, word)
 

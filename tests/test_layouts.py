@@ -183,6 +183,16 @@ def test_columns_that_are_not_clear_are_named(tmp_path: Path, names: list[str], 
         check_source(columns(tmp_path, names, image_column="none"), trains=False)
 
 
+def test_names_of_classes_are_text(tmp_path: Path) -> None:
+    data = columns(tmp_path, ["image", "label"])
+    table = pq.read_table(tmp_path / "test.parquet")
+    info = '{"info": {"features": {"label": {"names": ["\\ud800", "b\\nc", "d"]}}}}'
+    pq.write_table(table.replace_schema_metadata({"huggingface": info}), tmp_path / "test.parquet")
+    assert open_source(data, "test").class_names == ("?", "b\nc", "d")
+    assert check_source(data, trains=False)[0].isprintable()
+    assert r"which is ?, b\nc, d" in outcome(replace(data, num_classes=4))
+
+
 def test_another_column_of_labels_is_another_data_set(tmp_path: Path) -> None:
     names = ["image", "fine_label", "coarse_label"]
     prints = {open_source(columns(tmp_path, names, label_column=n), "test").fingerprint for n in names[1:]}
@@ -284,6 +294,11 @@ def test_where_nothing_is_trained_no_training_images_are_needed(tmp_path: Path) 
         check_source(data)
     with pytest.raises(DataError, match=r"/val has 2 class folders, but data\.num_classes is 9"):
         check_source(replace(data, num_classes=9), trains=False)
+    inside = replace(data, source=f"{data.source}/val")
+    with pytest.raises(
+        DataError, match=r"If these are classes, set data\.source=folder:.*/f and data\.test_split=val$"
+    ):
+        check_source(inside, trains=False)
     (tmp_path / "f" / "train").mkdir()  # as a download that keeps its archives there leaves it
     (tmp_path / "f" / "train" / "images.tar").write_bytes(b"")
     check_source(data, trains=False)
