@@ -23,7 +23,7 @@ from components.config import (
     to_dict,
 )
 from components.errors import ConfigError
-from components.models import libraries
+from components.models import libraries, own
 from components.search import Point
 
 CODE_VERSION = 1
@@ -123,16 +123,23 @@ def source_hash(arch: str) -> str:
     Raises:
         ConfigError: there is no such module, or it has no file.
     """
-    module, colon, _ = arch.partition(":")
-    if not colon or module in libraries.LIBRARIES:
+    if not own.is_own(arch):
         return ""
+    module = arch.partition(":")[0]
     try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # a package above it that is not there; a module without a spec
+        with own.importing(arch):  # the packages above a module are imported to find it
+            spec = importlib.util.find_spec(module)
+    except ConfigError as e:
+        cause = e.__cause__
+        absent = isinstance(cause, ModuleNotFoundError) and module.startswith(cause.name or "?")
+        if not absent and not isinstance(cause, ValueError):  # of a module without a spec
+            raise
         spec = None
     if spec is None or not spec.has_location or spec.origin is None:
         raise ConfigError.of(
-            "train.arch", arch, f"a module with a file of its own on the Python path; {module!r} has none"
+            "train.arch",
+            arch,
+            f"a module with a file of its own on the Python path; {module!r} has none. {own.where_found(module)}".rstrip(),
         )
     loader: Any = spec.loader  # that of a zip archive reads out of it
     return hashlib.sha256(loader.get_data(spec.origin)).hexdigest()

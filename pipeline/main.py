@@ -6,11 +6,15 @@ ray job submit --working-dir . -- python pipeline/main.py run mnist-demo --stora
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-# started as a script: Python puts this file's folder on the path, the packages lie one above
+# When run as a script, Python puts pipeline/ on sys.path. The packages are in its parent directory. A user's own networks may
+# be in the directory that the command is run from, which comes last so that its modules hide none of the installed ones.
 sys.path[:] = [str(Path(__file__).resolve().parent.parent), *(p for p in sys.path if p != str(Path(__file__).parent))]
+if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
 
 from pipeline import interrupts  # noqa: E402
 

@@ -23,6 +23,7 @@ from components.models import libraries
 from components.models.classifiers import build_classifier, load_weights
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
+from components.models.weights import renamed
 from components.precision import true_float32
 from components.schedule import Phase
 
@@ -69,8 +70,9 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
         pretrained=bool(config.pretrained),
     )
     if weights is not None:
-        tensors = libraries.tensors_for(config.arch, weights)
-        load_weights(classifier, tensors, config.pretrained, replace_head=config.replace_head)
+        tensors = libraries.tensors_for(config.arch, renamed(classifier, weights))
+        where = getattr(weights, "where", config.pretrained)
+        load_weights(classifier, tensors, where, replace_head=config.replace_head)
     if config.defense != "defend++":
         return classifier
     return DefendNet(

@@ -666,7 +666,15 @@ def test_names_that_are_taken() -> None:
 
     net = bare_mobilenet(None)
     net.normalize = nn.Identity()
-    with pytest.raises(ConfigError, match="a submodule named 'normalize'"):
+    attach(net, MOBILENET, (0.5,) * 3, (0.5,) * 3)
+    assert isinstance(net.normalize, nn.Identity)
+    assert isinstance(encoder_blocks(net)[0][0], Normalize)
+    with pytest.raises(ConfigError, match="attributes named input_normalization and normalize"):
+        attach(net, MOBILENET, (0.5,) * 3, (0.5,) * 3)
+    net = bare_mobilenet(None)
+    net.adapter = nn.Identity()
+    attach(net, None)
+    with pytest.raises(ConfigError, match="an attribute named 'adapter'"):
         attach(net, MOBILENET)
 
 

@@ -36,6 +36,11 @@ GLOBAL_AVERAGE = "global_average"
 """In ``Adapter.head``: the mean over height and width, kept as [N, C, 1, 1], for networks that have no module for it."""
 
 
+NORMALIZATIONS = ("input_normalization", "normalize")
+"""Names of the submodule that normalises the images of a network, where ``train.normalize_mean`` asks for it: the second,
+unless the network has something of that name itself, as RobustBench's have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """Where a network is cut. Everything of it must be in exactly one place, in the order in which ``forward`` applies it.
@@ -139,13 +144,13 @@ def encoder_units(classifier: nn.Module) -> list[list[nn.Module]]:
         ConfigError: the adapter names a submodule that does not exist.
     """
     adapter = adapter_of(classifier)
-    normalize = getattr(classifier, "normalize", None)
+    normalize = _normalization(classifier)
     blocks: list[list[nn.Module]] = []
     for i, block in enumerate(adapter.blocks):
         units: list[nn.Module] = []
         for unit in block:
             modules = [_submodule(classifier, name, f"adapter.blocks[{i}]") for name in unit]
-            if not blocks and not units and isinstance(normalize, Normalize):
+            if not blocks and not units and normalize is not None:
                 modules.insert(0, normalize)
             units.append(modules[0] if len(modules) == 1 else nn.Sequential(*modules))
         blocks.append(units)
@@ -277,9 +282,10 @@ def check_output(classifier: nn.Module, channels: int, image_size: int, num_clas
         ConfigError: it does not.
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
+    images = torch.rand(2, channels, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad(), evaluating(classifier):
         for n in (2, 1):
-            _logits(classifier, torch.zeros(n, channels, image_size, image_size, device=device), num_classes)
+            _logits(classifier, images[:n], num_classes)
 
 
 def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
@@ -289,12 +295,40 @@ def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
         otherwise += (
             ", one at a time, though it does on several: put every batch norm into eval mode, with running statistics"
         )
-    logits = _run(net, images.clone(), otherwise)
+    given = images.clone()
+    logits = _run(net, given, otherwise)
+    refuse_in_place(net, given, images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ConfigError(f"{name} does not give logits [N, classes] for {what}")
+        raise ConfigError(
+            f"{name} does not give logits [N, classes] for {what}, but {_described(logits)}: return the logits alone"
+        )
     if num_classes is not None and logits.shape[1] != num_classes:
         raise ConfigError(f"{name} gives {logits.shape[1]} logits, but there are {num_classes} classes")
     return logits
+
+
+def refuse_in_place(net: nn.Module, given: Tensor, images: Tensor) -> None:
+    """Make sure that a pass left its images as they were: attacks go on with them, and need their gradient.
+
+    Args:
+        given: what the network was given, a copy of ``images``.
+
+    Raises:
+        ConfigError: they were changed.
+    """
+    if not torch.equal(given, images):
+        raise ConfigError(
+            f"{type(net).__name__} changes its images in place, which an attack goes on with: write x = (x - mean) / std in "
+            "place of x.sub_(mean).div_(std), or begin forward() with x = x.clone()"
+        )
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor {list(output.shape)}"
+    if isinstance(output, dict):
+        return f"a dict with {', '.join(map(str, list(output)[:3]))}"
+    return f"a {type(output).__name__}" + (f" of {len(output)}" if isinstance(output, (tuple, list)) else "")
 
 
 def _enliven(net: nn.Module, generator: torch.Generator) -> None:
@@ -326,13 +360,13 @@ def attach(
     in [0,1] like every other, on any device and in a deep copy.
 
     Raises:
-        ConfigError: the network has a submodule of its own named ``adapter`` or ``normalize``, or, where there is
-            normalisation to add, it is an ``nn.Sequential``, which would run the new submodule as its last layer.
+        ConfigError: the network has an attribute of its own named ``adapter``, where there is an adapter to add. Or it is
+            an ``nn.Sequential``, which would run the normalisation that is to be added as its last layer.
     """
     name = type(classifier).__name__
-    taken = {"adapter", "normalize"} & dict(classifier.named_children()).keys()
-    if taken:
-        raise ConfigError(f"{name} has a submodule named {taken.pop()!r}, which Defend++ needs: rename it")
+    carried = getattr(classifier, "adapter", None)
+    if adapter is not None and carried is not None and not isinstance(carried, Adapter):
+        raise ConfigError(f"{name} has an attribute named 'adapter', which Defend++ needs: rename it")
     if adapter is not None:
         classifier.adapter = adapter  # type: ignore[assignment]  # a plain attribute, not a submodule
     if not mean:
@@ -343,10 +377,22 @@ def attach(
         )
     normalize = Normalize(mean, std)
     parameter = next(classifier.parameters(), None)
-    classifier.normalize = normalize if parameter is None else normalize.to(parameter.device)
+    free = next((n for n in reversed(NORMALIZATIONS) if not hasattr(classifier, n)), None)
+    if free is None:
+        raise ConfigError(
+            f"{name} has attributes named {' and '.join(NORMALIZATIONS)}: rename one, Defend++ adds its own"
+        )
+    classifier.add_module(free, normalize if parameter is None else normalize.to(parameter.device))
     classifier.register_forward_pre_hook(_normalized)
 
 
-def _normalized(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _normalized(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     # a function of the module that it is called for, so that a deep copy normalises with its own buffers
-    return (module.normalize(args[0]), *args[1:])
+    normalize = _normalization(module)
+    assert normalize is not None  # attached together with this hook
+    return (normalize(args[0]), *args[1:])
+
+
+def _normalization(module: nn.Module) -> Normalize | None:
+    candidates = (getattr(module, name, None) for name in NORMALIZATIONS)
+    return next((c for c in candidates if isinstance(c, Normalize)), None)

@@ -10,16 +10,14 @@ The defense never changes a classifier (sec. 1, 3.1). It sees it through the ada
 
 from __future__ import annotations
 
-import importlib
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from components.errors import ConfigError, DataError
-from components.models import libraries
+from components.errors import ConfigError
+from components.models import libraries, own
 from components.models.adapter import (
     Adapter,
     Normalize,
@@ -31,6 +29,7 @@ from components.models.adapter import (
     encoder_blocks,
     encoder_units,
 )
+from components.models.weights import load_strictly
 
 __all__ = [
     "ARCHITECTURES",
@@ -367,19 +366,14 @@ def _made_elsewhere(
     arch: str, num_classes: int, channels: int, image_size: int, width: int, needs_adapter: bool
 ) -> tuple[nn.Module, Adapter | None]:
     """Return what MODULE:FUNCTION returns, checked."""
-    function = _import(arch)
-    try:
-        made = function(num_classes=num_classes, channels=channels, image_size=image_size, width=width)
-    except ConfigError:
-        raise
-    except Exception as e:  # the user's own code may raise anything; say where, since no traceback is shown
-        frame = traceback.extract_tb(e.__traceback__)[-1]
+    if not own.is_own(arch) or not all(arch.split(":", 1)):
         raise ConfigError.of(
             "train.arch",
             arch,
-            f"calling it with num_classes={num_classes}, channels={channels}, image_size={image_size}, width={width} failed "
-            f"({type(e).__name__}: {e}; {frame.filename}:{frame.lineno})",
-        ) from e
+            f"{', '.join(ARCHITECTURES)}, or MODULE:FUNCTION for a network of your own (docs/networks.md)",
+        )
+    sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size, "width": width}
+    made = own.calling(arch, own.import_function(arch), sizes)
     if isinstance(made, nn.Module) and not needs_adapter:
         return made, None
     if isinstance(made, tuple) and len(made) == 2:
@@ -388,34 +382,6 @@ def _made_elsewhere(
             return classifier, adapter
     got = f"({', '.join(type(x).__name__ for x in made)})" if isinstance(made, tuple) else type(made).__name__
     raise ConfigError.of("train.arch", arch, f"a function that returns (nn.Module, Adapter); it returned {got}")
-
-
-def _import(arch: str) -> Callable[..., object]:
-    module_name, colon, function_name = arch.partition(":")
-    if not colon or not module_name or not function_name:
-        raise ConfigError.of(
-            "train.arch",
-            arch,
-            f"{', '.join(ARCHITECTURES)}, or MODULE:FUNCTION for a network of your own (docs/networks.md)",
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as e:  # the module's own code may raise anything
-        raise ConfigError.of(
-            "train.arch",
-            arch,
-            f"module {module_name!r} cannot be imported ({type(e).__name__}: {e}). It must be on the Python path of every "
-            f"process: in the directory that the command is run from, installed, or on PYTHONPATH",
-        ) from e
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        there = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ConfigError.of(
-            "train.arch",
-            arch,
-            f"module {module_name!r} has no function {function_name!r}; it has {', '.join(there) or 'none'}",
-        )
-    return function  # type: ignore[no-any-return]
 
 
 # --- weights from elsewhere
@@ -436,23 +402,20 @@ def load_weights(
         DataError: the file is of another architecture.
     """
     name = _last_linear(classifier)
-    own = classifier.state_dict()
-    head = [k for k in (f"{name}.weight", f"{name}.bias") if k in own] if name is not None else []
+    state = classifier.state_dict()
+    head = [k for k in (f"{name}.weight", f"{name}.bias") if k in state] if name is not None else []
     if replace_head:
         if not head:
             raise ConfigError.of("train.replace_head", True, f"{type(classifier).__name__} has no linear layer as head")
-        tensors = {**tensors, **{k: own[k] for k in head}}
+        tensors = {**tensors, **{k: state[k] for k in head}}
     elif head and head[0] in tensors:
-        theirs, mine = tensors[head[0]], own[head[0]]
+        theirs, mine = tensors[head[0]], state[head[0]]
         if theirs.ndim == 2 and theirs.shape[1] == mine.shape[1] and theirs.shape[0] != mine.shape[0]:
             raise ConfigError(
                 f"{where} holds a head of {theirs.shape[0]} classes, but there are {mine.shape[0]} here: "
                 f"train.replace_head=true loads all but the head and keeps the new one"
             )
-    try:
-        classifier.load_state_dict(tensors, strict=True)
-    except RuntimeError as e:
-        raise DataError(f"{where} holds the weights of another architecture: {e}") from None
+    load_strictly(classifier, tensors, where)
 
 
 def _last_linear(classifier: nn.Module) -> str | None:
