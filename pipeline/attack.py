@@ -322,6 +322,7 @@ def attack(
         "seed": config.seed,
         "device": "cuda" if scaling.gpus_per_attack else "cpu",
         "threads": scaling.threads_per_worker,
+        "trusted": sorted({config.arch for config in experiment.variants().values()}),
     }
     jobs = (
         (
@@ -588,6 +589,7 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
 
 def _attack_chunks(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
+    checkpoints.trust(job.get("trusted", ()))
     for i, start, stop in job["chunks"]:
         _attack_chunk(job, i, start, stop)
 

@@ -7,27 +7,39 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import nn
 
 from components.config import TrainConfig, from_dict, to_dict
-from components.errors import DataError
-from components.models import libraries
+from components.errors import ConfigError, DataError
+from components.models import libraries, own
+from components.models.adapter import refuse_in_place
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
+from components.models.weights import load_strictly
+from pipeline import weights_file
 from pipeline.jobs import source_hash
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net, classifier_of
 
 SCHEMA = 1
 """Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""
+CHECK_IMAGES = 4
+"""Images of the pass in training mode before :func:`check_export`: batch norm needs more than one."""
 KEPT = 2
 """Newest checkpoints that are kept: should the last one be damaged, the one before is still there."""
+_trusted: set[str] = set()
+
+
+def trust(archs: Iterable[str]) -> None:
+    """Let this process import these MODULE:FUNCTIONs for files that name them: its own experiment asks for them too."""
+    _trusted.update(archs)
 
 
 def save_checkpoint(
@@ -144,20 +156,84 @@ def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes
     Each file says in its metadata how to build its network, so that it can be loaded alone.
     Returns the names of the files written.
     """
+    files = _files(net, config, shapes)
+    for name, data in files.items():
+        storage.write_bytes(name, data)
+    return list(files)
+
+
+def _files(net: nn.Module, config: TrainConfig, shapes: Shapes) -> dict[str, bytes]:
     said = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
     if source := source_hash(config.arch):
         said["source"] = source  # the same weights in another forward() are another network
     # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
     # which names all that is computed from it, would change with it
     metadata = {"defendpp": json.dumps(said)}
-    parts = parts_of(net)
-    for name, module in parts.items():
-        tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-        storage.write_bytes(f"{name}.safetensors", safetensors_save(tensors, metadata))
-    return [f"{name}.safetensors" for name in parts]
+    return {
+        f"{name}.safetensors": weights_file.to_bytes(part.state_dict(), metadata)
+        for name, part in parts_of(net).items()
+    }
 
 
-def _read(path: str | os.PathLike[str], name: str) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
+def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
+    """Export a network in memory, load every part again, and compare what both give for the same images.
+
+    A network that is to be trained makes one pass in training mode first: what that changes must be part of its state.
+
+    Args:
+        net: of :func:`build_net`; the pass may change its buffers.
+
+    Returns:
+        The names of the parts.
+
+    Raises:
+        ConfigError: a part cannot be exported or loaded again, or is another one then.
+    """
+    name = type(classifier_of(net)).__name__
+    size = (shapes.channels, shapes.image_size, shapes.image_size)
+    images = torch.rand(CHECK_IMAGES, *size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            if config.epochs:
+                given = images.clone()
+                _train_mode_pass(net, given)
+                refuse_in_place(classifier_of(net), given, images)
+            parts = parts_of(net)
+            for (part, before), data in zip(parts.items(), _files(net, config, shapes).values(), strict=True):
+                after = _rebuilt(part, safetensors_load(data), config, shapes, f"the export of {name}")
+                one, other, again = (_outputs(module, images[:1]) for module in (before, after, before))
+                # a network that draws from a stream that is not seeded here cannot be compared
+                if not _alike(one, other) and _alike(one, again):
+                    raise ConfigError(
+                        f"{name}, exported and loaded again, gives other outputs (its {part}): register every tensor that it "
+                        "computes with as a parameter or a persistent buffer, and draw fixed ones from torch's stream"
+                    )
+    except (ConfigError, DataError) as e:
+        raise ConfigError.of("train.arch", config.arch, str(e)) from e
+    return list(parts)
+
+
+def _train_mode_pass(net: nn.Module, images: torch.Tensor) -> None:
+    net.train()
+    try:
+        classifier_of(net)(images)
+    except Exception as e:  # a user's own code may raise anything
+        raise ConfigError(f"{type(net).__name__} does not run in training mode ({type(e).__name__}: {e})") from e
+
+
+def _outputs(module: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    outputs = module.eval()(images)
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+
+def _read(
+    path: str | os.PathLike[str], name: str, trusted: str | Collection[str]
+) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
     text = os.fspath(path)
     if not text.endswith(".safetensors"):
         text = f"{text.rstrip('/')}/{name}.safetensors"
@@ -171,12 +247,20 @@ def _read(path: str | os.PathLike[str], name: str) -> tuple[dict[str, torch.Tens
     except DataError as e:
         raise DataError(f"{text} {e}") from e
     except Exception as e:  # the format's own errors are of several kinds
-        raise DataError(
-            f"{text} is not a whole safetensors file ({type(e).__name__}: {e}); train or copy it again"
-        ) from e
+        reason = weights_file.why_no_weights(data, text) or f"{type(e).__name__}: {e}; copy it again"
+        raise DataError(f"{text} is not a whole safetensors file ({reason}), or train the model again") from e
     if found is None:
         raise DataError(f"{text} was not exported by this project: its metadata does not say which network it is")
-    return tensors, *found, text
+    config, shapes = found
+    if own.is_own(config.arch) and config.arch not in _trusted.union(
+        [trusted] if isinstance(trusted, str) else trusted
+    ):
+        raise DataError(
+            f"{text} says that {config.arch} builds its network. A file does not decide which code is imported: if you trust "
+            f"that module, pass trusted={config.arch!r}"
+        )
+    check_source(data, config.arch, text)
+    return tensors, config, shapes, text
 
 
 def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
@@ -185,64 +269,91 @@ def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
     Raises:
         DataError: it is of another schema. ValueError: it is no safetensors file.
     """
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get("defendpp")
-    if text is None:
+    said = _metadata(data)
+    if said is None:
         return None
-    said = json.loads(text)
     if said["schema"] != SCHEMA:
         raise DataError(f"has schema {said['schema']}, this version reads {SCHEMA}")
     return from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"])
 
 
-def _load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], where: str) -> None:
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as e:
-        raise DataError(f"{where} holds the weights of another architecture: {e}") from None
+def check_source(data: bytes, arch: str, where: str) -> None:
+    """Make sure that the module of MODULE:FUNCTION is the one that an exported file was made with, where the file says it.
+
+    Raises:
+        DataError: it has been edited since, or is another module.
+    """
+    source = (_metadata(data) or {}).get("source")
+    if own.is_own(arch) and source and source != source_hash(arch):
+        raise DataError(
+            f"{where}: these weights were made by another version of {arch}, and may compute something else in this one. Restore "
+            f"the module's file as it was. If its network is the same, take the tensors alone: "
+            f"torch.save(safetensors.torch.load_file({where!r}), 'weights.pth')"
+        )
 
 
-def load_classifier(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+def _metadata(data: bytes) -> dict[str, Any] | None:
+    """What this project wrote into a safetensors file; None if it did not write it. Raises ValueError."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    text = metadata.get("defendpp") if isinstance(metadata, dict) else None
+    said = json.loads(text) if isinstance(text, str) else None
+    return said if isinstance(said, dict) else None
+
+
+def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, shapes: Shapes, where: str) -> nn.Module:
+    """Build one of :func:`parts_of` as a file describes it, with the file's weights, in eval mode."""
+    # only an auto-encoder needs the network that it was trained with
+    net = build_net(config if part != "classifier" else dataclasses.replace(config, defense="none"), shapes)
+    module = parts_of(net).get(part)
+    if module is None:
+        raise DataError(f"{where} says that it has no {'auto-encoder' if part == 'autoencoder' else part}")
+    # an export of an earlier version may hold heads that are not built any more
+    load_strictly(module, libraries.tensors_for(config.arch, tensors) if part == "classifier" else tensors, where)
+    return module.eval()
+
+
+def load_classifier(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, trusted: str | Collection[str] = ()
+) -> nn.Module:
     """The exported classifier: images [N, C, W, W] in [0,1] to logits, in eval mode, ready for any library's attacks.
 
     Args:
         path: classifier.safetensors, or the model's directory; local or a URI.
+        trusted: MODULE:FUNCTION, one or several, that may be imported if the file says that it builds the network.
 
     Raises:
-        StorageError: it cannot be read. DataError: it is corrupt or of another architecture.
+        StorageError: it cannot be read. ConfigError: its module cannot be imported. DataError: it is corrupt, of another
+            architecture, of a module that is not trusted, or of another version of that module.
     """
-    tensors, config, shapes, where = _read(path, "classifier")
-    module = build_net(dataclasses.replace(config, defense="none"), shapes)
-    # an export of an earlier version may hold heads that are not built any more
-    _load_strictly(module, libraries.tensors_for(config.arch, tensors), where)
-    return module.to(device).eval()
+    return _rebuilt("classifier", *_read(path, "classifier", trusted)).to(device)
 
 
-def load_autoencoder(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AutoEncoder:
+def load_autoencoder(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, trusted: str | Collection[str] = ()
+) -> AutoEncoder:
     """The exported auto-encoder in eval mode: images in [0,1] to reconstructed levels, level 0 first.
 
-    Raises as :func:`load_classifier`; a model without an auto-encoder has no such file.
+    Args and errors as of :func:`load_classifier`; a model without an auto-encoder has no such file.
     """
-    tensors, config, shapes, where = _read(path, "autoencoder")
-    net = build_net(config, shapes)
-    if not isinstance(net, DefendNet):
-        raise DataError(f"{where} says that it has no auto-encoder")
-    _load_strictly(net.autoencoder, tensors, where)
-    return net.autoencoder.to(device).eval()
+    autoencoder = _rebuilt("autoencoder", *_read(path, "autoencoder", trusted))
+    assert isinstance(autoencoder, AutoEncoder)
+    return autoencoder.to(device)
 
 
 def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ComDefend:
     """The exported reformer in eval mode: images in [0,1] to reformed images. Raises as :func:`load_classifier`."""
-    tensors, config, shapes, where = _read(path, "reformer")
-    module = build_net(config, shapes)
-    if not isinstance(module, ComDefend):
-        raise DataError(f"{where} says that it is no reformer")
-    _load_strictly(module, tensors, where)
-    return module.to(device).eval()
+    reformer = _rebuilt("reformer", *_read(path, "reformer", ()))
+    assert isinstance(reformer, ComDefend)
+    return reformer.to(device)
 
 
 def load_reformed(
-    reformer: str | os.PathLike[str], classifier: str | os.PathLike[str], device: str | torch.device = "cpu"
+    reformer: str | os.PathLike[str],
+    classifier: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    trusted: str | Collection[str] = (),
 ) -> Reformed:
-    """A reformer with a classifier behind it, in eval mode: images in [0,1] to logits. Raises as :func:`load_classifier`."""
-    return Reformed(load_reformer(reformer, device), load_classifier(classifier, device)).eval()
+    """A reformer with a classifier behind it, in eval mode: images in [0,1] to logits. As :func:`load_classifier`."""
+    return Reformed(load_reformer(reformer, device), load_classifier(classifier, device, trusted=trusted)).eval()

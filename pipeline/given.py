@@ -14,10 +14,10 @@ from torch import Tensor
 
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError, UserError
-from components.models import libraries
+from components.models import libraries, own
 from components.models.defend import DefendNet
 from components.robustness import usual_eps
-from pipeline import checkpoints, pretrained
+from pipeline import checkpoints, pretrained, weights_file
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
@@ -25,11 +25,13 @@ from pipeline.train_step import Shapes, build_net
 USAGE = """\
 main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
 
-  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS
+  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS;
+           FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
   --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module (docs/networks.md).
            torchvision:googlenet and :inception_v3 transform their images as torchvision's own weights want it; for others:
            torchvision:googlenet,transform_input=false
-           A file that this project exported knows its own; the adaptive attack takes the autoencoder.safetensors beside it
+           A file that this project exported knows its own, but does not decide which code is imported: MODULE:FUNCTION must be
+           given. The adaptive attack takes the autoencoder.safetensors beside it
   --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
   --eps    budget of the attacks; without it the field's usual one: 0.3 for grey images, 8/255 up to 64 pixels, 4/255 above
   --norm   of that budget
@@ -58,7 +60,7 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     parser.add_argument("--eps", default="")
     # an option of tyro's with the same beginning, such as --data.source, is not one of these
     known, rest = parser.parse_known_args(arguments)
-    base = _described(known.model, _tracking_uri(rest))
+    base = _described(known.model, known.arch, _tracking_uri(rest))
     experiment = _experiment(known, base)
     # budget and step sizes follow from the images, and what the images are may be among the rest
     data = _with(experiment, rest).data
@@ -138,17 +140,29 @@ def _tracking_uri(rest: list[str]) -> str:
     return known.tracking_uri or tracking.default_uri(Storage(known.storage))
 
 
-def _described(model: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:
+def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:
     """What a file of weights says of its own network; None where it says nothing."""
     if model.startswith("torchvision:"):
         return None
-    text, data = pretrained.read_file(model, tracking_uri)
-    if not text.endswith(".safetensors"):
-        return None
+    text, data, _ = pretrained.read_file(model, tracking_uri)
+    if not weights_file.is_safetensors(data):
+        return None  # what it is instead is said where its weights are read
     try:
-        return checkpoints.described(data)
+        described = checkpoints.described(data)
+        if arch or (described is not None and not own.is_own(described[0].arch)):
+            checkpoints.check_source(data, arch or described[0].arch, text)
     except ValueError as e:
-        raise DataError(f"{text} is not a whole safetensors file ({e}); copy it again") from e
+        reason = weights_file.why_no_weights(data, text) or e
+        raise DataError(f"{text} is not a whole safetensors file ({reason}); copy it again") from e
+    if described is not None and not arch and own.is_own(described[0].arch):
+        asked = described[0].arch
+        raise ConfigError.of(
+            "--arch",
+            "",
+            f"{text} says that {asked} builds its network. A file does not decide which code is imported: if you trust that "
+            f"module, add --arch {asked}",
+        )
+    return described
 
 
 # -- the auto-encoder of a Defend++ export, which the adaptive attack knows --------------------------------------------------
@@ -188,7 +202,7 @@ def _beside(where: str, tracking_uri: str) -> tuple[bytes | None, str]:
     if where.startswith("torchvision:"):
         return None, "torchvision's weights come without an auto-encoder"
     if where.startswith(pretrained.MLFLOW):
-        where, _ = pretrained.read_file(where, tracking_uri)  # a model's name as the run and path that it stands for
+        where, _, _ = pretrained.read_file(where, tracking_uri)  # a model's name as the run and path that it stands for
         try:
             return pretrained.read_file(f"{where.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""
         except UserError as e:
@@ -216,6 +230,10 @@ def _why_not_of(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tenso
         for name in names:
             if getattr(mine, name) != getattr(theirs, name):
                 return f"{other}: its {name} is {getattr(theirs, name)!r}, here it is {getattr(mine, name)!r}"
+    try:
+        checkpoints.check_source(data, its.arch, f"the {AUTOENCODER} beside it")
+    except DataError as e:
+        return str(e)
     net = build_net(replace(its, replace_head=False), its_shapes, weights)
     if not isinstance(net, DefendNet):
         return f"{other}: it was exported without one"

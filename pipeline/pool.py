@@ -157,7 +157,7 @@ def _serve(settings: dict[str, Any]) -> None:
                 train.train_model(dict(order), home, data, settings, between)
                 return ("" if between.stopped else DONE), ""
             if left == "measure":
-                _measure_finished(home, meter, objective, agreed)
+                _measure_finished(home, meter, objective, order["config"]["arch"], agreed)
             elif left == DIVERGED:
                 raise train.NonFiniteLoss(agreed(lambda: home.read_json(NOT_FINITE)["step"]))
         except train.NonFiniteLoss as e:  # on every rank alike
@@ -245,12 +245,12 @@ class _Between(train.Between):
 
 
 def _measure_finished(
-    home: Storage, meter: Meter, objective: Objective, agreed: Callable[[Callable[[], Any]], Any]
+    home: Storage, meter: Meter, objective: Objective, arch: str, agreed: Callable[[Callable[[], Any]], Any]
 ) -> None:
     """Measure a model that another run trained without measuring it: only its last epoch can be."""
     model = agreed(lambda: home.read_json("model.json"))
     epoch, clean = model["train"]["epochs"] - 1, model["validation"]["accuracy"]
-    classifier = checkpoints.load_classifier(home.full_uri, meter.device)
+    classifier = checkpoints.load_classifier(home.full_uri, meter.device, trusted=arch)
     found = meter.record(classifier, epoch, clean, 0.0)
     if meter.rank == 0:
         home.write_json(objective.file(epoch), found)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from pathlib import Path
 
-import torch
 from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 from torch import Tensor
 
 from components.config import ConfigError, TrainConfig
 from components.errors import DataError
 from components.models import libraries
+from components.models.weights import Weights
+from pipeline import weights_file
 from pipeline.storage import Storage
 
 MLFLOW = "mlflow:"
 
 
-def read(config: TrainConfig, tracking_uri: str = "") -> dict[str, Tensor]:
-    """The tensors that ``train.pretrained`` names.
+def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
+    """Return the tensors that ``train.pretrained`` names.
 
     Args:
         tracking_uri: the MLflow that mlflow:... is looked up in.
@@ -33,31 +32,43 @@ def read(config: TrainConfig, tracking_uri: str = "") -> dict[str, Tensor]:
     if where.startswith("torchvision:"):
         name = libraries.parse(config.arch)[1] if libraries.is_library(config.arch) else config.arch
         return _torchvision(name, where.partition(":")[2])
-    text, data = read_file(where, tracking_uri)
-    name = text.rpartition("/")[2]
-    try:
-        if name.endswith(".safetensors"):
-            return dict(safetensors_load(data))
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as e:  # both formats' own errors are of several kinds
-        raise DataError(f"train.pretrained: {text} cannot be read ({type(e).__name__}: {e}); copy it again") from e
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DataError(f"train.pretrained: {text} holds no dictionary of tensors; give a state_dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    text, data, key = read_file(where, tracking_uri)
+    return weights_file.read(data, text, key)
 
 
-def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes]:
-    """Whole path and bytes of a file that ``train.pretrained`` names by a path, a URI, or as MLflow's. Raises as :func:`read`."""
-    if where.startswith(MLFLOW):
+def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
+    """Read a file that ``train.pretrained`` names by a path, a URI, or as MLflow's.
+
+    Returns:
+        Its whole path, its bytes, and which of several networks in it is meant (FILE#KEY), or "".
+
+    Raises:
+        As :func:`read`.
+    """
+    file, key = _split_key(where)
+    if file.startswith(MLFLOW):
         from pipeline import tracking  # MLflow is imported only by who asks for it
 
-        return tracking.download_weights(tracking_uri, where.removeprefix(MLFLOW))
-    text = whole_path(where)
-    parent, _, name = text.rpartition("/")
-    return text, Storage(parent or "/").read_bytes(name)
+        return *tracking.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
+    storage, name = _place(file)
+    return whole_path(file), storage.read_bytes(name), key
+
+
+def _split_key(where: str) -> tuple[str, str]:
+    """Split FILE#KEY; a file may have the sign in its own name."""
+    file, sign, key = where.rpartition("#")
+    if not sign or "/" in key:
+        return where, ""
+    if not where.startswith(MLFLOW):
+        storage, name = _place(where)
+        if storage.exists(name):
+            return where, ""
+    return file, key
+
+
+def _place(where: str) -> tuple[Storage, str]:
+    parent, _, name = whole_path(where).rpartition("/")
+    return Storage(parent or "/"), name
 
 
 def whole_path(where: str) -> str:
@@ -65,7 +76,7 @@ def whole_path(where: str) -> str:
     return where if "://" in where else str(Path(where).expanduser().absolute())
 
 
-def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
+def _torchvision(arch: str, name: str) -> Weights:
     from torchvision.models import get_model_weights
 
     try:
@@ -78,7 +89,7 @@ def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
         allowed = " or ".join(f"torchvision:{k}" for k in known.__members__)
         raise ConfigError.of("train.pretrained", f"torchvision:{name}", allowed)
     try:
-        return dict(known[name].get_state_dict(progress=False, check_hash=True))
+        return Weights(known[name].get_state_dict(progress=False, check_hash=True))
     except OSError as e:
         raise DataError(
             f"train.pretrained: torchvision:{name} of {arch} cannot be downloaded ({e}); where there is no internet, give the "
@@ -88,7 +99,7 @@ def _torchvision(arch: str, name: str) -> dict[str, Tensor]:
 
 def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
     """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, if they are not there, and return that address."""
-    data = safetensors_save({k: v.contiguous() for k, v in sorted(read(config, tracking_uri).items())})
+    data = weights_file.to_bytes(dict(sorted(read(config, tracking_uri).items())))
     address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not root.exists(address):
         root.write_bytes(address, data)

@@ -19,6 +19,7 @@ from components.errors import UserError
 from components.models import libraries
 from pipeline import (
     attack,
+    checkpoints,
     cluster,
     comparison,
     environment,
@@ -124,6 +125,7 @@ def open_run(
     """
     if cluster.in_job() and experiment.storage.startswith("~"):
         say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
+    checkpoints.trust(config.arch for config in experiment.variants().values())
     root = Storage(experiment.storage)
     root.check_writable()
     uri = experiment.tracking_uri or tracking.default_uri(root)
@@ -138,7 +140,8 @@ def open_run(
             num_classes=experiment.data.num_classes,
             sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
         )
-        train.check_models(experiment, shapes)
+        for line in train.check_models(experiment, shapes):
+            say(line)
         attacked = experiment.evaluation.test_images
         for line in sources.check_source(experiment.data, trains=experiment.trains, attacked=attacked):
             say(line)
@@ -407,8 +410,6 @@ def make_report(run: Run) -> None:
 
 def register(run: Run, models: list[attack.Model]) -> None:
     """Register each classifier in MLflow's model registry, with its signature; of several seeds the first."""
-    from pipeline import checkpoints
-
     data = run.experiment.data
     replicates = run.experiment.replicates()
     for model in models:

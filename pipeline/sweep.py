@@ -590,7 +590,9 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     data = sweep.experiment.data
     sweep.tracker.register_model(
         publish.trial_alias(chosen),
-        checkpoints.load_classifier(sweep.root.join(path)),
+        checkpoints.load_classifier(
+            sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
+        ),
         run._example(data.channels, data.image_size),
         metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
         **publish.choice_version(sweep.record, sweep.storage),

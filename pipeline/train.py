@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.config import Experiment, TrainConfig, from_dict, to_dict
 from components.errors import DataError, UserError
+from components.models.classifiers import ARCHITECTURES
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.precision import describe
@@ -538,7 +539,10 @@ def _take_as_given(job: Job, shapes: Shapes, root: Storage) -> None:
     files, parts = checkpoints.export(home, net, job.config, shapes), checkpoints.parts_of(net)
     if job.autoencoder:
         home.write_bytes(AUTOENCODER, root.read_bytes(job.autoencoder))
-        files, parts = [*files, AUTOENCODER], {**parts, "autoencoder": checkpoints.load_autoencoder(home.full_uri)}
+        files, parts = (
+            [*files, AUTOENCODER],
+            {**parts, "autoencoder": checkpoints.load_autoencoder(home.full_uri, trusted=job.config.arch)},
+        )
     measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
     _write_model(home, files, parts, job.config, shapes, job.pyramids, job.weights, measured)
 
@@ -552,19 +556,28 @@ def _tracking_uri(experiment: Experiment) -> str:
     return tracking.default_uri(Storage(experiment.storage))
 
 
-def check_models(experiment: Experiment, shapes: Shapes) -> None:
-    """Build every network once, without data: what cannot be built is refused before anything is computed.
+def check_models(experiment: Experiment, shapes: Shapes) -> list[str]:
+    """Build every network once, without data: what cannot be built, exported and loaded again is refused before anything is
+    computed.
+
+    Returns:
+        What a user should know of how pretrained weights were chosen.
 
     Raises:
         ConfigError: naming the setting. DataError, StorageError: pretrained weights that cannot be read, or do not fit.
     """
-    seen = set()
+    seen, notes = set(), {}
     for config in experiment.variants().values():
         same = dataclasses.replace(config.canonical(), seed=0)
         if same not in seen:
             seen.add(same)
             weights = pretrained.read(same, _tracking_uri(experiment)) if same.pretrained else None
-            build_net(same, shapes, weights)
+            if weights is not None and weights.note:
+                notes[weights.note] = None
+            net = build_net(same, shapes, weights)
+            if same.arch not in ARCHITECTURES:  # those of this project are known to be exported and loaded again
+                checkpoints.check_export(net, same, shapes)
+    return list(notes)
 
 
 class Progress:

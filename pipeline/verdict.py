@@ -16,7 +16,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash
 from components.reliability import POINTS_AT_ONCE, Judged, active_test, flags, probe
 from components.robustness import mcnemar, usual_budgets, usual_eps, wilson_interval, worst_case
-from pipeline import attack, shards
+from pipeline import attack, checkpoints, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
 from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
@@ -244,6 +244,7 @@ def _jobs(
                 "seed": seed,
                 "device": "cuda" if scaling.gpus_per_attack else "cpu",
                 "threads": scaling.threads_per_worker,
+                "trusted": sorted({config.arch for config in experiment.variants().values()}),
             }
         )
     return out
@@ -262,6 +263,7 @@ def _usual(experiment: Experiment, norm: str) -> float:
 
 def _measure(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
+    checkpoints.trust(job.get("trusted", ()))
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
     fast = None

@@ -1,0 +1,251 @@
+"""Bytes of a file to named tensors, and back: the formats that weights come in, and what is said of a file that holds none."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load as safetensors_load
+from safetensors.torch import save as safetensors_save
+from torch import Tensor
+
+from components.errors import DataError
+from components.models.weights import Weights, listed, standalone, why_not_saved
+
+USUAL = ("state_dict", "model", "model_state_dict", "net")
+"""Keys under which training scripts save a network. Of several in a file, the first of these is taken."""
+_DEEPEST = 5
+"""Nested dictionaries that are looked into; a dictionary may hold itself."""
+_ONLY_WEIGHTS = "torch.save({}.state_dict(), 'state_dict.pth')"
+
+
+def read(data: bytes, where: str, key: str = "") -> Weights:
+    """Return the tensors of a network out of a file, whose format is told by its content.
+
+    Args:
+        where: the file, for messages.
+        key: which of several networks in the file, as ``ema.module`` for nested dictionaries.
+
+    Raises:
+        DataError: the file holds no weights, those of several networks, or none under that key.
+    """
+    top = _content(data, where)
+    networks = dict(_networks(top))
+    # tensors that stand beside a network, such as an accuracy, are none themselves
+    if not networks and isinstance(top, dict):
+        tensors = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        networks = {"": tensors} if tensors else {}
+    if key:
+        if key not in networks:
+            there = ", ".join(n for n in networks if n) or "none; leave the key out"
+            raise DataError(f"{where} holds no weights under {key!r}; keys of weights in it: {there}")
+        chosen = key
+    elif not networks:
+        raise DataError(_no_tensors(top, where))
+    else:
+        usual = [name for name in USUAL if name in networks]
+        if len(networks) > 1 and not usual:
+            ways = " or ".join(f"{where}#{name}" for name in networks)
+            raise DataError(f"{where} holds the weights of {len(networks)} networks: name one, as in {ways}")
+        chosen = usual[0] if usual else next(iter(networks))
+    for name, tensor in networks[chosen].items():
+        if reason := why_not_saved(tensor):
+            raise DataError(
+                f"{where}: {name!r} is {reason}; save ordinary tensors (dequantize(), to_dense()) in a state_dict"
+            )
+    tensors = networks[chosen]
+    # done here since before other prefixes were dropped: what a copy of these holds names the models that start from it
+    bare = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    weights = Weights(bare if len(bare) == len(tensors) else tensors)
+    weights.where = f"{where} (the weights under {chosen!r}; at its top: {listed(top)})" if chosen else where
+    if len(networks) > 1 and not key:
+        others = ", ".join(f"{where}#{name}" for name in networks if name != chosen)
+        weights.note = f"{where} holds several networks; the weights under {chosen!r} are taken. For others: {others}"
+    return weights
+
+
+def to_bytes(tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> bytes:
+    """Return a safetensors file of tensors, which may share memory.
+
+    Raises:
+        DataError: naming the first value that such a file cannot hold.
+    """
+    copies = standalone(tensors)
+    for name, value in copies.items():
+        reason = why_not_saved(value)
+        if not reason and value.dtype is torch.complex128:
+            reason = "a complex128 tensor"
+        if reason:
+            raise DataError(f"{name!r} is {reason}, which a safetensors file cannot hold")
+    try:
+        return safetensors_save(copies, metadata)
+    except Exception as e:  # the format's own errors are of several kinds
+        raise DataError(f"a safetensors file cannot hold these tensors ({type(e).__name__}: {e})") from e
+
+
+def is_safetensors(data: bytes) -> bool:
+    """Tell whether a file begins as safetensors do: the length of a header, and the header."""
+    return data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= 100_000_000
+
+
+def why_no_weights(data: bytes, where: str) -> str:
+    """Return what a file is, and what to do, if its first bytes show that it holds no weights; "" if it may hold some."""
+    begin = data[:512].lstrip().lower()
+    first = " ".join(data[:200].decode(errors="replace").split())[:100]
+    if not data:
+        return "is empty: download or copy it again"
+    if is_safetensors(data):  # first: the bytes before its header may be any
+        return _cut_short(data)
+    if data.startswith(b"version https://git-lfs"):
+        size = next((line[5:] for line in data.decode(errors="replace").splitlines() if line.startswith("size ")), "?")
+        return (
+            f"is a Git LFS pointer to a file of {size} bytes, not the file itself: run git lfs pull in its repository"
+        )
+    if begin.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, not weights: the download gave a page instead of the file; download it again"
+    if begin.startswith(b"<"):
+        return f"is XML or HTML, not weights ({first}): download it again"
+    if begin.startswith((b"{", b"[")):
+        return f"is JSON, not weights ({first}); download the file of weights itself"
+    if data.startswith(b"\x1f\x8b"):
+        return "is a gzip archive: unpack it first"
+    if data.startswith(b"\x89HDF\r\n\x1a\n"):
+        return "is an HDF5 file, as Keras saves: save the network as a state_dict of PyTorch"
+    if data.startswith(b"\x93NUMPY"):
+        return "is a NumPy array: save the network as a state_dict of PyTorch"
+    if not data[:4096].strip(b"\0"):
+        return "begins with zero bytes: download or copy it again"
+    if data.startswith(b"PK"):
+        return _archive(data, where)
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in data[:512]) and len(data) < 100_000 and b" " in data:
+        return f"is text, not weights ({first}): download it again"
+    return ""
+
+
+def _cut_short(data: bytes) -> str:
+    size = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < size:
+        return "is a safetensors file that is cut short within its header: download or copy it again"
+    try:
+        header = json.loads(data[8:size])
+        size += max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return ""  # not that format, or damaged: its own reader says so
+    if len(data) < size:
+        return (
+            f"is a safetensors file that is cut short: {size - len(data)} bytes are missing; download or copy it again"
+        )
+    return ""
+
+
+def _archive(data: bytes, where: str) -> str:
+    try:
+        names = zipfile.ZipFile(io.BytesIO(data)).namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
+        return "is cut short or damaged: it begins as a file of torch.save and its end is missing; download or copy it again"
+    if any(name.endswith("/constants.pkl") for name in names):
+        script = f"torch.jit.load({where!r}, map_location='cpu')"
+        return f"is a TorchScript archive. Make a state_dict of it: {_ONLY_WEIGHTS.format(script)}"
+    if any(name.endswith("data.pkl") for name in names):
+        return ""
+    if any(name.endswith(".npy") for name in names):
+        return "is an archive of NumPy arrays: save the network as a state_dict of PyTorch"
+    return f"is a zip archive of {listed(names) or 'nothing'}: unpack it first"
+
+
+# --- torch's own format
+
+
+class _Unknown:
+    """Stands for an object of a class that is not PyTorch's, such as the arguments of a script beside the weights.
+
+    The class itself is not imported, so a file runs no code.
+    """
+
+    kind: str
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Unknown:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            vars(self).update((str(name), value) for name, value in state.items())
+
+
+def _content(data: bytes, where: str) -> Any:
+    """Return what a file holds, with an :class:`_Unknown` for each object that is not PyTorch's."""
+    if reason := why_no_weights(data, where):
+        raise DataError(f"{where} {reason}")
+    try:
+        if is_safetensors(data):
+            return safetensors_load(data)
+        names = set(_named_globals(data))
+        placeholders: list[Any] = [(type("Unknown", (_Unknown,), {"kind": name}), name) for name in sorted(names)]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(placeholders):
+            warnings.simplefilter("ignore")  # of pickle protocols and storages, which no user can change
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as e:  # both formats' own errors are of several kinds
+        raise DataError(
+            f"{where} cannot be read as a state_dict ({_reason(e)}); copy it again. If it is whole, save the "
+            f"weights alone: {_ONLY_WEIGHTS.format('network')}"
+        ) from e
+
+
+def _reason(error: Exception) -> str:
+    """Return the one line of an error of torch's that is about the file."""
+    lines = [line for line in str(error).splitlines() if "weights_only" not in line and "\x1b" not in line]
+    text = next((line.strip() for line in lines if line.strip()), "")
+    text = text.removeprefix("WeightsUnpickler error:").partition("Please ")[0].partition(", please ")[0].strip()
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def _named_globals(data: bytes) -> Iterator[str]:
+    """Yield the full names of classes and functions that the pickles of a file name."""
+    if data.startswith(b"PK"):
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        pickles = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+        count = 1
+    else:
+        pickles, count = io.BytesIO(data), 4  # of the older format: a magic number, a version, the system, the content
+    for _ in range(count):
+        for code, name, _ in pickletools.genops(pickles):
+            if code.name == "GLOBAL":
+                yield str(name).replace(" ", ".")
+
+
+def _networks(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the dictionaries of tensors in a file with their keys; those of optimizers and of metrics are no networks."""
+    if not isinstance(value, dict) or len(path) > _DEEPEST:
+        return
+    if value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
+        if any(tensor.ndim for tensor in value.values()):
+            yield ".".join(path), value
+        return
+    for name, inner in value.items():
+        if isinstance(name, str) and "optim" not in name.lower():
+            yield from _networks(inner, (*path, name))
+
+
+def _no_tensors(top: Any, where: str) -> str:
+    begin = f"{where} holds no dictionary of tensors"
+    for key, value in [("", top), *(top.items() if isinstance(top, dict) else ())]:
+        if isinstance(value, _Unknown) and "_parameters" in vars(value):
+            at = f"[{key!r}]" if key else ""
+            load = _ONLY_WEIGHTS.format(f"torch.load({where!r}, map_location='cpu', weights_only=False){at}")
+            return (
+                f"{begin}, but a whole pickled module ({value.kind}). Loading that runs code of the file. If you trust it, "
+                f"make a state_dict of it where {value.kind.partition('.')[0]} can be imported: {load}"
+            )
+    if isinstance(top, dict):
+        return f"{begin}; at its top: {listed(top) or 'nothing'}. Give a state_dict: {_ONLY_WEIGHTS.format('network')}"
+    kind = top.kind if isinstance(top, _Unknown) else type(top).__name__
+    return f"{begin}, but a {kind}. Give a state_dict: {_ONLY_WEIGHTS.format('network')}"
