@@ -272,9 +272,12 @@ def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
     said = _metadata(data)
     if said is None:
         return None
-    if said["schema"] != SCHEMA:
-        raise DataError(f"has schema {said['schema']}, this version reads {SCHEMA}")
-    return from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"])
+    if said.get("schema") != SCHEMA:
+        raise DataError(f"has schema {said.get('schema')}, this version reads {SCHEMA}")
+    try:
+        return from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"])
+    except (KeyError, TypeError, AttributeError, ConfigError) as e:
+        raise DataError(f"says in its metadata what this version does not know ({e})") from e
 
 
 def check_source(data: bytes, arch: str, where: str) -> None:

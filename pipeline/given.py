@@ -141,20 +141,29 @@ def _tracking_uri(rest: list[str]) -> str:
 
 
 def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:
-    """What a file of weights says of its own network; None where it says nothing."""
+    """Return what a file of weights says of its own network, or None where it says nothing.
+
+    Raises:
+        DataError: it is no file of weights, or its weights were made by another version of ``arch``. ConfigError: it names a
+            module, which ``arch`` does not.
+    """
     if model.startswith("torchvision:"):
         return None
     text, data, _ = pretrained.read_file(model, tracking_uri)
     if not weights_file.is_safetensors(data):
-        return None  # what it is instead is said where its weights are read
+        if reason := weights_file.why_no_weights(data, text):
+            raise DataError(f"{text} {reason}")
+        return None
     try:
         described = checkpoints.described(data)
-        if arch or (described is not None and not own.is_own(described[0].arch)):
-            checkpoints.check_source(data, arch or described[0].arch, text)
+    except DataError as e:
+        raise DataError(f"{text} {e}") from e
     except ValueError as e:
         reason = weights_file.why_no_weights(data, text) or e
         raise DataError(f"{text} is not a whole safetensors file ({reason}); copy it again") from e
-    if described is not None and not arch and own.is_own(described[0].arch):
+    if arch:
+        checkpoints.check_source(data, arch, text)
+    elif described is not None and own.is_own(described[0].arch):
         asked = described[0].arch
         raise ConfigError.of(
             "--arch",

@@ -7,6 +7,7 @@ import json
 import pickletools
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
         networks = {"": tensors} if tensors else {}
     if key:
         if key not in networks:
-            there = ", ".join(n for n in networks if n) or "none; leave the key out"
+            there = listed(n for n in networks if n) or "none; leave the key out"
             raise DataError(f"{where} holds no weights under {key!r}; keys of weights in it: {there}")
         chosen = key
     elif not networks:
@@ -51,7 +52,7 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     else:
         usual = [name for name in USUAL if name in networks]
         if len(networks) > 1 and not usual:
-            ways = " or ".join(f"{where}#{name}" for name in networks)
+            ways = listed(f"{where}#{name}" for name in networks)
             raise DataError(f"{where} holds the weights of {len(networks)} networks: name one, as in {ways}")
         chosen = usual[0] if usual else next(iter(networks))
     for name, tensor in networks[chosen].items():
@@ -65,7 +66,7 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     weights = Weights(bare if len(bare) == len(tensors) else tensors)
     weights.where = f"{where} (the weights under {chosen!r}; at its top: {listed(top)})" if chosen else where
     if len(networks) > 1 and not key:
-        others = ", ".join(f"{where}#{name}" for name in networks if name != chosen)
+        others = listed(f"{where}#{name}" for name in networks if name != chosen)
         weights.note = f"{where} holds several networks; the weights under {chosen!r} are taken. For others: {others}"
     return weights
 
@@ -78,10 +79,7 @@ def to_bytes(tensors: Mapping[str, Any], metadata: dict[str, str] | None = None)
     """
     copies = standalone(tensors)
     for name, value in copies.items():
-        reason = why_not_saved(value)
-        if not reason and value.dtype is torch.complex128:
-            reason = "a complex128 tensor"
-        if reason:
+        if reason := why_not_saved(value):
             raise DataError(f"{name!r} is {reason}, which a safetensors file cannot hold")
     try:
         return safetensors_save(copies, metadata)
@@ -162,38 +160,53 @@ def _archive(data: bytes, where: str) -> str:
 # --- torch's own format
 
 
-class _Unknown:
-    """Stands for an object of a class that is not PyTorch's, such as the arguments of a script beside the weights.
+class _OfNumpy:
+    """Stands for NumPy's objects, whose state is a tuple; it keeps nothing of them."""
 
-    The class itself is not imported, so a file runs no code.
-    """
-
-    kind: str
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Unknown:
+    def __new__(cls, *args: object) -> _OfNumpy:
         return super().__new__(cls)
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
+    def __init__(self, *args: object) -> None:
         pass
 
     def __setstate__(self, state: object) -> None:
-        if isinstance(state, dict):
-            vars(self).update((str(name), value) for name, value in state.items())
+        pass
+
+
+def _placeholder(name: str) -> type:
+    """Return a class that stands for the one of that name, which is not imported: a file runs no code.
+
+    Its instances are OrderedDicts, the only type that torch's reader fills both with items and with attributes.
+    """
+
+    def new(cls: type, *args: object, **kwargs: object) -> OrderedDict[str, Any]:
+        instance: OrderedDict[str, Any] = OrderedDict()
+        vars(instance)["_kind"] = name
+        return instance
+
+    base = _OfNumpy if name.startswith("numpy.") else object
+    return type("Placeholder", (base,), {} if base is _OfNumpy else {"__new__": new})
+
+
+def _kind(value: object) -> str:
+    """Return the name of the class that a value would have, or "" if it is one of PyTorch's or Python's own."""
+    return str(vars(value).get("_kind", "")) if isinstance(value, OrderedDict) else ""
 
 
 def _content(data: bytes, where: str) -> Any:
-    """Return what a file holds, with an :class:`_Unknown` for each object that is not PyTorch's."""
+    """Return what a file holds, with placeholders for objects that are not PyTorch's."""
     if reason := why_no_weights(data, where):
         raise DataError(f"{where} {reason}")
     try:
         if is_safetensors(data):
             return safetensors_load(data)
-        names = set(_named_globals(data))
-        placeholders: list[Any] = [(type("Unknown", (_Unknown,), {"kind": name}), name) for name in sorted(names)]
+        placeholders: list[Any] = [(_placeholder(name), name) for name in sorted(set(_named_globals(data)))]
         with warnings.catch_warnings(), torch.serialization.safe_globals(placeholders):
             warnings.simplefilter("ignore")  # of pickle protocols and storages, which no user can change
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:  # both formats' own errors are of several kinds
+        if "persistent_load" in str(e):  # the older format's way to hold a module
+            raise DataError(_whole_module(where, "of an older format", "its classes")) from None
         raise DataError(
             f"{where} cannot be read as a state_dict ({_reason(e)}); copy it again. If it is whole, save the "
             f"weights alone: {_ONLY_WEIGHTS.format('network')}"
@@ -238,14 +251,16 @@ def _networks(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dic
 def _no_tensors(top: Any, where: str) -> str:
     begin = f"{where} holds no dictionary of tensors"
     for key, value in [("", top), *(top.items() if isinstance(top, dict) else ())]:
-        if isinstance(value, _Unknown) and "_parameters" in vars(value):
-            at = f"[{key!r}]" if key else ""
-            load = _ONLY_WEIGHTS.format(f"torch.load({where!r}, map_location='cpu', weights_only=False){at}")
-            return (
-                f"{begin}, but a whole pickled module ({value.kind}). Loading that runs code of the file. If you trust it, "
-                f"make a state_dict of it where {value.kind.partition('.')[0]} can be imported: {load}"
-            )
-    if isinstance(top, dict):
+        if (kind := _kind(value)) and "_parameters" in vars(value):
+            return _whole_module(where, kind, kind.partition(".")[0], f"[{key!r}]" if key else "")
+    if isinstance(top, dict) and not _kind(top):
         return f"{begin}; at its top: {listed(top) or 'nothing'}. Give a state_dict: {_ONLY_WEIGHTS.format('network')}"
-    kind = top.kind if isinstance(top, _Unknown) else type(top).__name__
-    return f"{begin}, but a {kind}. Give a state_dict: {_ONLY_WEIGHTS.format('network')}"
+    return f"{begin}, but a {_kind(top) or type(top).__name__}. Give a state_dict: {_ONLY_WEIGHTS.format('network')}"
+
+
+def _whole_module(where: str, kind: str, package: str, at: str = "") -> str:
+    load = f"torch.load({where!r}, map_location='cpu', weights_only=False){at}"
+    return (
+        f"{where} holds a whole pickled module ({kind}), no dictionary of tensors. Loading it runs code of the file. If you trust "
+        f"it, make a state_dict of it where {package} can be imported: {_ONLY_WEIGHTS.format(load)}"
+    )

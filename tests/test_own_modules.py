@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from own_network import Net
+from safetensors.torch import save_file
 
 from components.config import TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
@@ -69,7 +70,7 @@ def test_a_script_that_parses_arguments_does_not_see_those_of_this_command(
     ("text", "said"),
     [
         (f"{PARSER}parser.add_argument('data')\nparser.parse_args()\n{BUILD}", "arguments are required: data"),
-        (f"import sys\nsys.exit(3)\n{BUILD}", "with status 3"),
+        (f"import sys\nsys.exit(3)\n{BUILD}", "ends the process: 3"),
         (f"raise KeyError('x')\n{BUILD}", "KeyError: 'x'"),
         ("def build(**sizes):\n    raise SystemExit('no data')\n", "no data"),
         ("def (:\n", "SyntaxError"),
@@ -135,6 +136,18 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
     (config,) = parse("attack", ["--model", str(file), "--arch", "theirs:build"]).variants().values()
     assert config.arch == "theirs:build"
     assert type(checkpoints.load_classifier(file, trusted="theirs:build")).__name__ == "Net"
+
+
+@pytest.mark.parametrize(
+    "said", ["[]", "{}", '{"schema": 1}', '{"schema": 1, "config": 3, "shapes": {}}', "not JSON", "7"]
+)
+def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, said: str) -> None:
+    file = tmp_path / "classifier.safetensors"
+    save_file(Net(1, 10).state_dict(), file, {"defendpp": said})
+    for load in (lambda: parse("attack", ["--model", str(file)]), lambda: checkpoints.load_classifier(file)):
+        with pytest.raises((ConfigError, DataError)) as caught:
+            load()
+        assert "--arch" in str(caught.value) or str(file) in str(caught.value)
 
 
 def test_what_the_experiment_asks_for_itself_is_trusted(write: Any, tmp_path: Path) -> None:

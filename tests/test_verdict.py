@@ -562,7 +562,7 @@ def with_network(directory: Path, arch: str) -> dict[str, Any]:
     config = TrainConfig(arch=arch, defense="none")
     torch.manual_seed(0)
     checkpoints.export(root / "models/net", build_net(config, shapes), config, shapes)
-    return {**COMMON, "root": root.uri}
+    return {**COMMON, "root": root.uri, "trusted": [arch]}
 
 
 def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, int, int]]) -> list[Any]:

@@ -28,6 +28,7 @@ from components.errors import ConfigError, DataError, UserError
 from components.models import libraries
 from components.models.weights import load_strictly, renamed
 from pipeline import checkpoints, pretrained, train
+from pipeline.main import parse
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
 
@@ -96,6 +97,7 @@ CHECKPOINTS: dict[str, Any] = {
     "nested twice": lambda: {"ema": {"decay": 0.999, "module": weights()}},
     "an average of torch's": lambda: {"n_averaged": torch.tensor(7), **prefixed("module.")},
     "a tensor beside it": lambda: {"weights": weights(), "accuracy": torch.tensor([0.9, 0.8])},
+    "a class of the script's own": lambda: {"net": weights(), "config": Settings(lr=0.1)},
     "parameters": lambda: {k: nn.Parameter(v) for k, v in weights().items()},
 }
 
@@ -209,6 +211,10 @@ def test_weights_that_do_not_fit_are_told_in_a_few_lines(tmp_path: Path) -> None
     assert len(said.splitlines()) <= 6
 
 
+class Settings(dict[str, Any]):
+    """A dictionary with attributes, such as EasyDict and OmegaConf have."""
+
+
 def _module() -> bytes:
     buffer = io.BytesIO()
     torch.save(Net(1, 10), buffer)
@@ -255,6 +261,11 @@ NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
         _nested_module,
         r"whole pickled module.*weights_only=False\)\['model'\]\.state_dict\(\)",
     ),
+    "a module of before 2020": (
+        lambda: _torch(Net(1, 10), _use_new_zipfile_serialization=False),
+        r"whole pickled module.*weights_only=False\)\.state_dict\(\)",
+    ),
+    "a dictionary beside it": (lambda: _torch({"args": Settings(lr=1), "net": {}}), r"(cannot be read|no dictionary)"),
     "TorchScript": (_script, r"TorchScript.*torch\.jit\.load\(.*\)\.state_dict\(\)"),
     "Git LFS": (lambda: POINTER, r"Git LFS pointer.*46830571.*git lfs pull"),
     "HTML": (lambda: b"\n<!DOCTYPE html><html><head>", r"HTML page.*download"),
@@ -297,6 +308,12 @@ def test_a_file_that_holds_no_weights_says_what_it_is(tmp_path: Path, name: str,
     assert str(path) in said
     with pytest.raises(AssertionError, match=f"(?s){expected}"):
         raise AssertionError(said)
+
+
+def test_what_a_file_is_comes_before_what_its_network_is(tmp_path: Path) -> None:
+    (tmp_path / "net.safetensors").write_bytes(POINTER)
+    with pytest.raises(DataError, match="Git LFS pointer"):
+        parse("attack", ["--model", str(tmp_path / "net.safetensors")])
 
 
 def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:

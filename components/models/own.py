@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
-import io
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from components.errors import ConfigError
 from components.models import libraries
@@ -44,7 +45,7 @@ def import_function(arch: str) -> Callable[..., object]:
 
 @contextlib.contextmanager
 def importing(arch: str) -> Iterator[None]:
-    """Tell an import of the module of MODULE:FUNCTION that fails in one error.
+    """Turn whatever the import of the module of MODULE:FUNCTION raises into one error.
 
     Raises:
         ConfigError: whatever the module's own code raised, the end of the process included.
@@ -66,20 +67,19 @@ def importing(arch: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_without_arguments(module_name: str) -> Iterator[None]:
-    """Hide this command's arguments from a script that parses its own when it is imported, or called.
-
-    What such a parser prints before it ends the process becomes the exit's message.
-    """
-    arguments, printed = sys.argv, io.StringIO()
+    """Hide this command's arguments from a script that parses its own when it is imported, or called."""
+    arguments, error = sys.argv, argparse.ArgumentParser.error
     sys.argv = [module_name]
+    # argparse itself would print the usage of a script that the user did not call
+    argparse.ArgumentParser.error = _exit_with  # type: ignore[method-assign]
     try:
-        with contextlib.redirect_stderr(printed):
-            yield
-    except SystemExit as e:
-        raise SystemExit((printed.getvalue().strip().splitlines() or [f"with status {e.code}"])[-1]) from e
+        yield
     finally:
-        sys.argv = arguments
-    sys.stderr.write(printed.getvalue())
+        sys.argv, argparse.ArgumentParser.error = arguments, error  # type: ignore[method-assign]
+
+
+def _exit_with(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise SystemExit(message)
 
 
 def calling(arch: str, function: Callable[..., object], sizes: dict[str, int]) -> object:
@@ -104,7 +104,7 @@ def calling(arch: str, function: Callable[..., object], sizes: dict[str, int]) -
 def reason(error: BaseException) -> str:
     """Return an error's type and text; of the end of a process, what it was ended with."""
     if isinstance(error, SystemExit):
-        return f"it ends the process: {error}; parse arguments only below if __name__ == '__main__'"
+        return f"it ends the process: {error}; let a script do so only below if __name__ == '__main__'"
     return f"{type(error).__name__}: {error}"
 
 

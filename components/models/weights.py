@@ -169,4 +169,6 @@ def why_not_saved(value: object) -> str:
         return "a sparse or nested tensor"
     if value.is_meta:
         return "a tensor without data"
+    if value.dtype is torch.complex128:
+        return "a complex128 tensor"
     return ""
