@@ -28,6 +28,7 @@ from components.attacks.search import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
+from components.models.comdefend import Reformed
 from components.models.defend import adaptive_objective
 from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
@@ -88,6 +89,12 @@ class Model:
     def address(self) -> str:
         """What a task loads: a path, or the reformer's and the classifier's with a plus between."""
         return self.path if self.classifier is None else f"{self.path}+{self.classifier.path}"
+
+    @property
+    def weights(self) -> str:
+        """:attr:`address` with the checksum of the weights behind each path and a # between, for :func:`load_model`."""
+        own = f"{self.path}#{self.sha256}"
+        return own if self.classifier is None else f"{own}+{self.classifier.weights}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +187,8 @@ class _Examples:
     attack: str
     early_leaving: bool
     bfloat16: bool
-    judges: dict[str, str] = field(default_factory=dict)
-    """Address of the judged records -> path of the model that judges."""
+    judges: dict[str, Model] = field(default_factory=dict)
+    """Address of the judged records -> the model that judges."""
 
 
 def _task_name(examples: _Examples) -> str:
@@ -239,7 +246,7 @@ def _example_sets(
                 bfloat16=bfloat16,
             ),
         )
-        one.judges[judged] = e.model.address
+        one.judges[judged] = e.model
         addresses[e] = (one.address, judged)
     return list(sets.values()), addresses
 
@@ -287,8 +294,8 @@ def attack(
         }
         if one.attack != "none":
             _once(root, f"{one.address}/spec.json", said)
-        for judged, path in one.judges.items():
-            _once(root, f"{judged}/spec.json", {**said, "examples": one.address, "model": path})
+        for judged, model in one.judges.items():
+            _once(root, f"{judged}/spec.json", {**said, "examples": one.address, "model": model.address})
 
     # a listing per directory, not a question per chunk: on an object store each question is a round trip
     directories = [a for one in sets for a in (one.address, *one.judges)]
@@ -329,11 +336,12 @@ def attack(
             {
                 **common,
                 "examples": one.address,
-                "source": one.source.address if one.source else None,
+                "source": one.source.weights if one.source else None,
+                "autoencoder": f"{one.source.path}#{one.source.autoencoder}" if one.source else None,
                 "attack": one.attack,
                 "early_leaving": one.early_leaving,
                 "bfloat16": one.bfloat16,
-                "judges": one.judges,
+                "judges": {judged: model.weights for judged, model in one.judges.items()},
                 "chunks": batch,
             },
             (one, batch),
@@ -555,12 +563,21 @@ def read_examples(directory: Storage, i: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def load_model(root: str, address: str, device: str) -> nn.Module:
-    """What stands at a :attr:`Model.address`, in eval mode."""
-    path, _, behind = address.partition("+")
-    if behind:
-        return checkpoints.load_reformed(f"{root}/{path}", f"{root}/{behind}", device)
-    return checkpoints.load_classifier(f"{root}/{path}", device)
+def load_model(root: str, weights: str, device: str) -> nn.Module:
+    """Load what :attr:`Model.weights` names, in eval mode.
+
+    Raises:
+        DataError: the weights are not those any more that the records name.
+    """
+    parts = [part.partition("#") for part in weights.split("+")]
+    (path, _, sha256), *behind = ((join_uri(root, path), mark, sha256) for path, mark, sha256 in parts)
+    if not behind:
+        return checkpoints.load_classifier(path, device, sha256=sha256)
+    ((classifier, _, second),) = behind
+    return Reformed(
+        checkpoints.load_reformer(path, device, sha256=sha256),
+        checkpoints.load_classifier(classifier, device, sha256=second),
+    ).eval()
 
 
 @functools.lru_cache(maxsize=2)
@@ -605,11 +622,11 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
             _make_examples(job, i, directory, clean, labels, rows)
         # from the file in any case, so that a continued run judges what an unbroken one judged
         adversarial = torch.tensor(read_examples(directory, i), device=device)  # a copy: Arrow's memory is read-only
-    for judged, path in job["judges"].items():
+    for judged, weights in job["judges"].items():
         directory = root / judged
         if directory.exists(_chunk(i)):
             continue
-        model = load_model(job["root"], path, device)
+        model = load_model(job["root"], weights, device)
         torch.manual_seed(named_seed(job["seed"], i, judged))
         columns, micro_batch = _judge(model, clean, adversarial, labels)
         records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
@@ -617,18 +634,19 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_stand_in(root: str, address: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
-    """The faster copy on which attacks search, if the network at ``address`` has one."""
+def load_stand_in(root: str, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
+    """The faster copy on which attacks search, if the network of ``weights`` (:attr:`Model.weights`) has one."""
     images = torch.rand(STAND_IN_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    model = load_model(root, address, device)
+    model = load_model(root, weights, device)
     # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
         return stand_in(model, images, bfloat16=bfloat16)
 
 
 @functools.lru_cache(maxsize=2)
-def _autoencoder(root: str, address: str, device: str) -> nn.Module:
-    return checkpoints.load_autoencoder(join_uri(root, address), device)
+def _autoencoder(root: str, weights: str, device: str) -> nn.Module:
+    path, _, sha256 = weights.partition("#")
+    return checkpoints.load_autoencoder(join_uri(root, path), device, sha256=sha256)
 
 
 def _make_examples(
@@ -637,7 +655,7 @@ def _make_examples(
     spec = AttackSpec.parse(job["attack"])
     model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
     begin = time.perf_counter()
-    autoencoder = _autoencoder(job["root"], job["source"], job["device"]) if spec.name == "adaptive" else None
+    autoencoder = _autoencoder(job["root"], job["autoencoder"], job["device"]) if spec.name == "adaptive" else None
 
     def copied() -> nn.Module | None:
         if not job["source"]:

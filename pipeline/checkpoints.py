@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -232,15 +233,22 @@ def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def _read(
-    path: str | os.PathLike[str], name: str, trusted: str | Collection[str]
+    path: str | os.PathLike[str], name: str, trusted: str | Collection[str], sha256: str
 ) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
     text = os.fspath(path)
+    # options of an object store stand behind the path
+    text, mark, options = text.partition("?") if "://" in text else (text, "", "")
     if not text.endswith(".safetensors"):
         text = f"{text.rstrip('/')}/{name}.safetensors"
     if "://" not in text:
         text = str(Path(text).expanduser().absolute())
     parent, _, base = text.rpartition("/")
-    data = Storage(parent).read_bytes(base)
+    data = Storage(parent + mark + options).read_bytes(base)
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(
+            f"{text} does not hold the weights that its records name: it was replaced or damaged since. Run the same command "
+            "again to evaluate the weights there are"
+        )
     try:
         found = described(data)
         tensors = safetensors_load(data)
@@ -317,36 +325,45 @@ def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, s
 
 
 def load_classifier(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, trusted: str | Collection[str] = ()
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    trusted: str | Collection[str] = (),
+    sha256: str = "",
 ) -> nn.Module:
     """The exported classifier: images [N, C, W, W] in [0,1] to logits, in eval mode, ready for any library's attacks.
 
     Args:
         path: classifier.safetensors, or the model's directory; local or a URI.
         trusted: MODULE:FUNCTION, one or several, that may be imported if the file says that it builds the network.
+        sha256: of the file, where another one is to be refused.
 
     Raises:
         StorageError: it cannot be read. ConfigError: its module cannot be imported. DataError: it is corrupt, of another
             architecture, of a module that is not trusted, or of another version of that module.
     """
-    return _rebuilt("classifier", *_read(path, "classifier", trusted)).to(device)
+    return _rebuilt("classifier", *_read(path, "classifier", trusted, sha256)).to(device)
 
 
 def load_autoencoder(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, trusted: str | Collection[str] = ()
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    *,
+    trusted: str | Collection[str] = (),
+    sha256: str = "",
 ) -> AutoEncoder:
     """The exported auto-encoder in eval mode: images in [0,1] to reconstructed levels, level 0 first.
 
     Args and errors as of :func:`load_classifier`; a model without an auto-encoder has no such file.
     """
-    autoencoder = _rebuilt("autoencoder", *_read(path, "autoencoder", trusted))
+    autoencoder = _rebuilt("autoencoder", *_read(path, "autoencoder", trusted, sha256))
     assert isinstance(autoencoder, AutoEncoder)
     return autoencoder.to(device)
 
 
-def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> ComDefend:
+def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, sha256: str = "") -> ComDefend:
     """The exported reformer in eval mode: images in [0,1] to reformed images. Raises as :func:`load_classifier`."""
-    reformer = _rebuilt("reformer", *_read(path, "reformer", ()))
+    reformer = _rebuilt("reformer", *_read(path, "reformer", (), sha256))
     assert isinstance(reformer, ComDefend)
     return reformer.to(device)
 

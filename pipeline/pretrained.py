@@ -107,9 +107,8 @@ def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
 
 
 def load(root: Storage, address: str) -> dict[str, Tensor]:
-    """What :func:`fetch` copied. Raises StorageError or DataError."""
+    """Return the tensors that :func:`fetch` copied. Raises StorageError or DataError."""
     data = root.read_bytes(address)
-    try:
-        return dict(safetensors_load(data))
-    except Exception as e:
-        raise DataError(f"{root.uri}/{address} is corrupt ({e}); delete it and run the same command again") from e
+    if not hashlib.sha256(data).hexdigest().startswith(address.rpartition("/")[2].partition(".")[0]):
+        raise DataError(f"{root.uri}/{address} is not what its name says; delete it and run the same command again")
+    return dict(safetensors_load(data))

@@ -417,7 +417,7 @@ def register(run: Run, models: list[attack.Model]) -> None:
             continue
         if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
             continue
-        classifier = checkpoints.load_classifier(run.root.join(model.path))
+        classifier = checkpoints.load_classifier(run.root.join(model.path), sha256=model.sha256)
         example = _example(data.channels, data.image_size)
         run.tracker.register_model(
             f"model/{model.name}",

@@ -234,7 +234,7 @@ def _jobs(
                 "file": f"reliability/{content_hash(*said)}.json",
                 "root": root.full_uri,
                 "test": test.address,
-                "model": model.address,
+                "model": model.weights,
                 "name": model.name,
                 "attack": text,
                 "bfloat16": bfloat16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from components.config import TrainConfig
 from components.errors import DataError
 from components.models.classifiers import ResNet18
 from components.models.defend import DefendNet
+from pipeline import attack
 from pipeline.checkpoints import (
     Found,
     export,
@@ -364,3 +366,17 @@ def test_an_export_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     for i in range(3):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], check=True)
     assert len({(tmp_path / str(i) / "classifier.safetensors").read_bytes() for i in range(3)}) == 1
+
+
+def test_weights_that_were_replaced_are_refused_where_they_are_used(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    digests = []
+    for seed in range(2):
+        export(root / "models/m", unsettled(tiny(defense="none", seed=seed)), tiny(defense="none"), SHAPES)
+        digests.append(hashlib.sha256(root.read_bytes("models/m/classifier.safetensors")).hexdigest())
+    first, second = (f"models/m#{digest}" for digest in digests)
+    assert attack.load_model(str(tmp_path), second, "cpu")(IMAGES).shape == (3, 10)
+    with pytest.raises(
+        DataError, match=r"models/m/classifier.safetensors does not hold the weights that its records name"
+    ):
+        attack.load_model(str(tmp_path), first, "cpu")
