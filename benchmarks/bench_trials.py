@@ -18,6 +18,7 @@ from typing import Any
 from components.config import Experiment
 from pipeline import cluster, environment, pyramids, sweep, train
 from pipeline.jobs import TrainingData
+from pipeline.options import SweepOptions
 from pipeline.recipes import mnist_demo
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes
@@ -27,7 +28,7 @@ SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.
 
 def swept(experiment: Experiment, trials: int) -> tuple[int, float, float]:
     """Models that a sweep trained, the undefended, the control and the recipe's own among them; seconds; those of the floor."""
-    sweep.execute(experiment, sweep.Options(space=str(SPACE), trials=trials, max_concurrent=1, evaluate="none"))
+    sweep.execute(experiment, SweepOptions(space=str(SPACE), trials=trials, max_concurrent=1, evaluate="none"))
     root = Storage(experiment.storage)
     (name,) = root.list("sweeps")
     record: dict[str, Any] = root.read_json(f"sweeps/{name}/sweep.json")

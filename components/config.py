@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -22,11 +23,15 @@ MIN_LEVEL_SIZE = 7
 """No loss is put on an output smaller than 7x7 pixels (sec. 3.4)."""
 MAX_LEVELS = 4
 FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
+PRINTED_IN = (*(f"table{i}" for i in range(1, 9)), "sec4.2", "sec4.3", "sec4.5")
+"""Where the paper prints numbers: its tables and three sections of its text."""
 
 ENCODER_BLOCKS: dict[str, int] = {"resnet18": 4, "resnet50": 4, "vgg16": 5, "vgg16_bn": 5}
 """How many encoder blocks each architecture has: the upper bound of ``shared_blocks``."""
 SEED_STRIDE = 1000
 """Between the seeds of two replicates of a model: far more than a recipe has models."""
+MAX_NAME_BYTES = 100
+"""Longest name of an experiment or a model. A file system allows 255 bytes, and names are combined and given suffixes."""
 
 
 def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
@@ -56,6 +61,34 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     # not(ok) also catches comparisons with NaN, which are False
     if not ok:
         raise ConfigError.of(name, value, allowed)
+
+
+def _check_seed(name: str, seed: int) -> None:
+    # random streams are derived from the seed's eight bytes
+    _check(-(2**63) <= seed < 2**63, name, seed, "a whole number from -2**63 to 2**63 - 1")
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a name can be part of a path, a URI and an MLflow name on every system."""
+    return re.fullmatch(r"\w[\w.+-]*", name) is not None and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse a name that could leave the storage's directories or is not possible in one of them.
+
+    Every name that becomes part of a path comes through here: of experiments, models and search spaces.
+
+    Args:
+        where: what has the name, as the user knows it.
+
+    Raises:
+        ConfigError: an empty or a long name, or one with other characters.
+    """
+    allowed = (
+        f"1 to {MAX_NAME_BYTES} bytes of letters, digits, _ - + and ., beginning with a letter, a digit or _: "
+        "it becomes part of a path"
+    )
+    _check(is_name(name), where, name, allowed)
 
 
 _HINTS: dict[Any, dict[str, Any]] = {}
@@ -326,7 +359,7 @@ class TrainConfig:
             self.replace_head is False or bool(self.pretrained),
             "train.replace_head",
             self.replace_head,
-            "False where train.pretrained is empty",
+            "False where no weights are given (--train.pretrained FILE)",
         )
         _check(0 < self.adversarial_eps <= 1, "train.adversarial_eps", self.adversarial_eps, "above 0, at most 1")
         _check(self.adversarial_steps >= 1, "train.adversarial_steps", self.adversarial_steps, "at least 1")
@@ -357,11 +390,10 @@ class TrainConfig:
             "weight_decay",
             "clip_norm",
             "adversarial_max_norm",
-            "reformer_sigma",
         ):
             value = getattr(self, name)
             _check(0 <= value < math.inf, f"train.{name}", value, "a finite number, 0 or more")
-        for name in ("lr", "lr_gamma"):
+        for name in ("lr", "lr_gamma", "reformer_sigma"):
             value = getattr(self, name)
             _check(0 < value < math.inf, f"train.{name}", value, "a finite number above 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "in [0, 1)")
@@ -370,10 +402,11 @@ class TrainConfig:
                 bool(self.pretrained) and self.defense == "none" and not self.replace_head,
                 "train.epochs",
                 0,
-                "at least 1; 0 takes the weights of train.pretrained as they are, with train.defense=none, "
-                "and without train.replace_head",
+                "at least 1; 0 takes given weights as they are: with --train.pretrained FILE and --train.defense none, "
+                "without --train.replace-head",
             )
         _check(self.epochs >= 0, "train.epochs", self.epochs, "0 or more")
+        _check_seed("train.seed", self.seed)
         _check(
             self.lr_step_epochs >= 0,
             "train.lr_step_epochs",
@@ -467,14 +500,17 @@ class EvaluationConfig:
         for attack in self.attacks:
             canonical = str(AttackSpec.parse(attack))
             if canonical in texts:
-                both = f"{texts[canonical]} and {attack} are both {canonical}"
-                raise ConfigError.of("evaluation.attacks", self.attacks, f"each attack once; {both}")
+                raise ConfigError(
+                    f"evaluation.attacks has each attack once, but {texts[canonical]} and {attack} are both {canonical}: "
+                    "leave one out"
+                )
             texts[canonical] = attack
+        _check(bool(self.attacks), "evaluation.attacks", self.attacks, "at least one attack, e.g. pgd:eps=0.2")
         _check(
-            len(set(self.threat_models)) == len(self.threat_models),
+            len(set(self.threat_models)) == len(self.threat_models) > 0,
             "evaluation.threat_models",
             self.threat_models,
-            "each threat model once",
+            "at least one threat model, and each of them once",
         )
         for threat in self.threat_models:
             _check(
@@ -482,10 +518,11 @@ class EvaluationConfig:
                 or (threat.startswith("transfer:") and len(threat) > 9),
                 "evaluation.threat_models",
                 threat,
-                "white_box, black_box, transfer, transfer:NAME, transfer:*",
+                "one of white_box, black_box, transfer, transfer:NAME and transfer:*",
             )
         _check(self.test_images >= 0, "evaluation.test_images", self.test_images, "0 (all) or more")
         _check(self.chunk_size >= 1, "evaluation.chunk_size", self.chunk_size, "at least 1")
+        _check_seed("evaluation.seed", self.seed)
         images = self.reliability_images
         _check(images >= 0, "evaluation.reliability_images", images, "0 (no such test) or more")
 
@@ -565,11 +602,12 @@ class Experiment:
     def __post_init__(self) -> None:
         from components.attacks.spec import AttackSpec
 
-        _check(bool(self.name), "name", self.name, "a name")
-        _check(bool(self.models), "models", self.models, "at least one model")
+        check_name("name", self.name)
+        _check(bool(self.models), "models", self.models, "at least one model, e.g. --models undefended:defense=none")
         _check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
+        _check(self.paper in ("", *PRINTED_IN), "paper", self.paper, f"empty or one of {', '.join(PRINTED_IN)}")
         for figure in self.figures:
-            _check(figure in FIGURES, "figures", figure, ", ".join(FIGURES))
+            _check(figure in FIGURES, "figures", figure, f"one of {', '.join(FIGURES)}")
         for attack in self.evaluation.attacks:
             AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
@@ -601,8 +639,8 @@ class Experiment:
                 not config.channels_last or config.precision != "float32" or self.scaling.gpu,
                 f"models[{name}].channels_last",
                 config.channels_last,
-                "False with precision='float32' on CPU, where PyTorch's channels-last gradients corrupt memory; "
-                "True with precision='bfloat16' or scaling.gpu",
+                "False in float32 on a CPU, where PyTorch's channels-last gradients corrupt memory: "
+                "use --train.precision bfloat16 or --scaling.gpu",
             )
             _check(
                 config.batch_size % self.scaling.workers == 0,
@@ -634,16 +672,40 @@ class Experiment:
                 not named or named == "*" or named in bases,
                 "evaluation.threat_models",
                 threat,
-                "transfer: and one of models",
+                f"transfer: and one of the models {', '.join(sorted(bases))}",
             )
         for name, config in variants.items():
             needs = "transfer" in self.evaluation.threat_models or config.defense == "comdefend"
             if needs and config.defense != "none" and self.source_of(name) is None:
-                raise ConfigError.of(
-                    "models",
-                    name,
-                    f"also an undefended model (defense=none) of arch={config.arch} and width={config.width}: "
-                    + ("it stands behind the reformer" if config.defense == "comdefend" else "transfer is made on it"),
+                raise ConfigError(
+                    f"models: {name} needs an undefended model beside it, "
+                    + ("which stands behind the reformer" if config.defense == "comdefend" else "for transfer")
+                    + f": add one, e.g. undefended:defense=none,arch={config.arch},width={config.width}"
+                )
+        self._check_threat_models()
+
+    def _check_threat_models(self) -> None:
+        """Refuse a threat model under which no model would be attacked."""
+        from components.attacks.spec import AttackSpec
+
+        specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
+        names = list(self.variants())
+        for threat in self.evaluation.threat_models:
+            kind, _, base = threat.partition(":")
+            if kind == "black_box":
+                _check(
+                    any(not spec.needs_gradients and spec.name != "noise" for spec in specs),
+                    "evaluation.threat_models",
+                    threat,
+                    "left out, or --evaluation.attacks must have an attack that needs no gradients, e.g. square:eps=0.2",
+                )
+            elif kind == "transfer":
+                sources = set(self.bases().values()) if base == "*" else {base}
+                _check(
+                    any(self.source_of(name, source) for name in names for source in sources),
+                    "evaluation.threat_models",
+                    threat,
+                    "left out, or --models must have a second model to make the examples on",
                 )
 
     def _check_seeds(self) -> None:
@@ -713,7 +775,8 @@ def _expand(models: tuple[str, ...], train: TrainConfig, seeds: int) -> dict[str
         config = replace_typed(train, overrides, f"models[{base}]")
         for replicate in range(seeds):
             name = base if seeds == 1 else f"{base}-s{replicate}"
-            _check(name not in out, "models", text, "each model name once")
+            if name in out:
+                raise ConfigError(f"models: two models have the name {name!r}: give each a name of its own")
             out[name] = base, replicate, dataclasses.replace(config, seed=config.seed + SEED_STRIDE * replicate)
     return out
 
@@ -724,17 +787,15 @@ def _check_twins(models: tuple[str, ...], train: TrainConfig, seeds: int) -> Non
     seen: dict[TrainConfig, tuple[str, int]] = {}
     for name, (base, replicate, config) in _expand(models, train, seeds).items():
         twin, of = seen.setdefault(config.canonical(), (name, replicate))
-        _check(
-            twin == name or (config.defense != "none" and replicate == of),
-            "models",
-            models,
-            f"each network once: {name} is the same network as {twin}, which would count as an independent one; "
-            + (
-                f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)"
-                if config.epochs
-                else "remove one of them: both are the weights of train.pretrained"
-            ),
-        )
+        if twin != name and (config.defense == "none" or replicate != of):
+            raise ConfigError(
+                f"models: {name} is the same network as {twin}, which would count as an independent one; "
+                + (
+                    f"give models[{base}] another seed (replicates are {SEED_STRIDE} apart)"
+                    if config.epochs
+                    else "remove one of them: both are the weights of train.pretrained"
+                )
+            )
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
@@ -744,16 +805,15 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
         ConfigError: the name is empty or a part is not FIELD=VALUE.
     """
     name, colon, rest = text.partition(":")
-    if not name.replace("_", "").replace("-", "").replace("+", "").replace(".", "").isalnum():
-        raise ConfigError.of("spec", text, "NAME or NAME:FIELD=VALUE,... with a name of letters, digits, _ - + .")
+    check_name(f"the name in {text!r}", name)
     fields: dict[str, str] = {}
     for part in rest.split(",") if colon else []:
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise ConfigError.of("spec", text, f"NAME:FIELD=VALUE,...; {part!r} is not FIELD=VALUE")
+            raise ConfigError(f"{part!r} in {text!r} is not FIELD=VALUE; the form is NAME:FIELD=VALUE,FIELD=VALUE")
         if key in fields:
-            raise ConfigError.of("spec", text, f"each field once; {key!r} stands twice")
+            raise ConfigError(f"{text!r} sets {key} twice: leave one out")
         fields[key] = value.strip()
     return name, fields
 
@@ -771,7 +831,7 @@ def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> Con
     values: dict[str, Any] = {}
     for name, text in overrides.items():
         if name not in hints:
-            raise ConfigError.of(f"{where}.{name}", text, "no such field; there are " + ", ".join(hints))
+            raise ConfigError.unknown(f"field of {where}:", name, hints)
         values[name] = _convert(text, hints[name], f"{where}.{name}")
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
@@ -788,7 +848,7 @@ def _convert(text: str, hint: Any, where: str) -> Any:
             return hint(text)
         except ValueError:
             raise ConfigError.of(where, text, f"a value of type {hint.__name__}") from None
-    raise ConfigError.of(where, text, "this field cannot be set inside a spec; set it for all models")
+    raise ConfigError(f"{where} cannot be set for one model: set it for all of them, as an option")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -797,21 +857,48 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """The inverse of :func:`to_dict`. Raises ConfigError for a field that the class does not have."""
+def from_dict(cls: type[ConfigT], values: Any) -> ConfigT:
+    """Return the config whose :func:`to_dict` is ``values``.
+
+    Args:
+        values: parsed JSON, which may come out of anybody's file.
+
+    Raises:
+        ConfigError: an unknown or missing field, a value of another type, or one that the class itself refuses.
+    """
+    _check(isinstance(values, dict), cls.__name__, values, "a JSON object with the fields of this version")
     hints = _hints(cls)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError.of(f"{cls.__name__}.{name}", value, "no such field in this version")
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            kwargs[name] = from_dict(typing.cast(Any, hint), value)
-        elif isinstance(value, list):
-            kwargs[name] = tuple(value)
-        else:
-            kwargs[name] = value
+            raise ConfigError.unknown(f"field of {cls.__name__}:", name, hints)
+        kwargs[name] = _from_json(value, hints[name], f"{cls.__name__}.{name}")
+    for f in dataclasses.fields(typing.cast(Any, cls)):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in kwargs:
+            raise ConfigError(f"{cls.__name__} lacks the field {f.name}, which every record of this version has")
     return cls(**kwargs)
+
+
+def _from_json(value: Any, hint: Any, where: str) -> Any:
+    """Return a value of JSON as what a field of type ``hint`` holds."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(Any, hint), value)
+    if typing.get_origin(hint) is tuple:
+        _check(isinstance(value, list), where, value, "a list")
+        return tuple(_from_json(item, typing.get_args(hint)[0], where) for item in value)
+    kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
+    accepted = {*kinds, int} if float in kinds else set(kinds)
+    # exactly of the type: True is an int to Python
+    _check(type(value) in accepted, where, value, f"a value of type {' or '.join(k.__name__ for k in kinds)}")
+    if isinstance(value, str):
+        _check("\0" not in value and is_unicode(value), where, value, "text without NUL characters and lone surrogates")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether text can be written as UTF-8. Python keeps bytes that it cannot decode as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def content_hash(*parts: Any) -> str:

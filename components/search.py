@@ -44,7 +44,7 @@ class Choice:
             "a list of at least one value",
         )
         object.__setattr__(self, "values", tuple(self.values))
-        _check(len(set(self.values)) == len(self.values), "Choice", self.values, "each value once")
+        _check(len(set(self.values)) == len(self.values), "Choice", self.values, "a list with each value once")
 
     def at(self, share: float) -> Value:
         """The value so far along the domain; share in [0, 1)."""
@@ -168,9 +168,10 @@ class Space:
         hints = _hints(TrainConfig)
         for name, domain in self.parameters.items():
             where = f"space.parameters[{name!r}]"
-            _check(name in hints, where, str(domain), "a field of TrainConfig: " + ", ".join(hints))
+            if name not in hints:
+                raise ConfigError.unknown("field of TrainConfig in space.parameters:", name, hints)
             if name in NOT_SWEPT:
-                raise ConfigError.of(where, str(domain), NOT_SWEPT[name])
+                raise ConfigError(f"{where} cannot be swept: {NOT_SWEPT[name]}")
             _check(
                 isinstance(domain, Choice | Uniform | LogUniform | IntRange),
                 where,
@@ -178,7 +179,7 @@ class Space:
                 "Choice([...]), Uniform(low, high), LogUniform(low, high) or IntRange(low, high)",
             )
             for value in ends(domain):
-                _check(_is_of(value, hints[name]), where, value, f"values of type {_named(hints[name])}")
+                _check(_is_of(value, hints[name]), where, value, f"a value of type {_named(hints[name])}")
             if listed(domain) is None:
                 _check(
                     hints[name] is float, where, str(domain), "IntRange or Choice, since the field has whole numbers"

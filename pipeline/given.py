@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
+from components.attacks.spec import AttackSpec
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError, UserError
 from components.models import libraries, own
 from components.models.defend import DefendNet
 from components.robustness import usual_eps
 from pipeline import checkpoints, pretrained, weights_file
+from pipeline.options import Parser
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
@@ -42,11 +44,6 @@ Image size, channels and classes: --data.image-size, --data.channels, --data.num
 """
 
 
-def is_asked_for(arguments: list[str]) -> bool:
-    """Whether an ``attack`` command names a model of its own instead of a recipe."""
-    return any(a == "--model" or a.startswith("--model=") for a in arguments)
-
-
 def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     """The experiment that the arguments ask for, and those that are left: fields of it to be set otherwise.
 
@@ -54,7 +51,7 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
         ConfigError: a file that does not say what it is, without --arch. DataError, StorageError, UserError: the file cannot
             be read.
     """
-    parser = argparse.ArgumentParser(prog="main.py attack", add_help=False, allow_abbrev=False, usage=USAGE)
+    parser = Parser("attack")
     for name in ("--model", "--arch", "--data", "--name", "--norm"):
         parser.add_argument(name, default="")
     parser.add_argument("--eps", default="")
@@ -63,13 +60,17 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     base = _described(known.model, known.arch, _tracking_uri(rest))
     experiment = _experiment(known, base)
     # budget and step sizes follow from the images, and what the images are may be among the rest
-    data = _with(experiment, rest).data
+    asked = _with(experiment, rest)
+    data = asked.data
     norm = known.norm or "linf"
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
     eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
-    suite = full_suite(eps, norm, data.channels)
-    evaluation = replace(experiment.evaluation, attacks=suite)
+    evaluation = replace(experiment.evaluation, attacks=full_suite(eps, norm, data.channels))
+    if asked.evaluation.attacks == experiment.evaluation.attacks or any(
+        not AttackSpec.parse(a).needs_gradients for a in asked.evaluation.attacks
+    ):
+        evaluation = replace(evaluation, threat_models=("white_box", "black_box"))
     return replace(experiment, evaluation=evaluation), rest
 
 
@@ -81,10 +82,9 @@ def _with(experiment: Experiment, rest: list[str]) -> Experiment:
 
 def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | None) -> Experiment:
     if base is None and not known.arch:
-        raise ConfigError.of(
-            "--arch",
-            "",
-            "the network that the weights are of: the file was not exported by this project and does not say",
+        raise ConfigError(
+            "--arch is missing: name the network that the weights are of, since the file, which this project did not export, "
+            "does not say (main.py attack --help)"
         )
     train, data, pyramids = TrainConfig(), DataConfig(), PyramidConfig()
     if base is not None:
@@ -118,7 +118,7 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
         pyramids=pyramids,
         train=train,
         models=(name,),
-        evaluation=EvaluationConfig(attacks=(), threat_models=("white_box", "black_box"), test_images=1000),
+        evaluation=EvaluationConfig(threat_models=("white_box",), test_images=1000),
     )
 
 
@@ -133,7 +133,7 @@ def _tracking_uri(rest: list[str]) -> str:
     from pipeline import tracking
     from pipeline.storage import Storage
 
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = Parser("attack")
     options.add_argument("--tracking-uri", default="")
     options.add_argument("--storage", default=Experiment(name="x").storage)
     known, _ = options.parse_known_args(rest)

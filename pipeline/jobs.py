@@ -80,7 +80,9 @@ class TrainingData:
             return {}, {}
         if stored_levels(config):
             if config.targets not in self.train:
-                raise ConfigError.of("train.targets", config.targets, f"of this run's shards: {', '.join(self.train)}")
+                raise ConfigError.of(
+                    "train.targets", config.targets, f"one of this run's shards: {', '.join(self.train)}"
+                )
             train = identity = self.train[config.targets]
         else:
             train, identity = next(iter(self.train.values())), self.bare
@@ -139,7 +141,7 @@ def source_hash(arch: str) -> str:
         raise ConfigError.of(
             "train.arch",
             arch,
-            f"a module with a file of its own on the Python path; {module!r} has none. {own.where_found(module)}".rstrip(),
+            f"a function of a module that is a file on the Python path; {module!r} is none. {own.where_found(module)}".rstrip(),
         )
     loader: Any = spec.loader  # that of a zip archive reads out of it
     return hashlib.sha256(loader.get_data(spec.origin)).hexdigest()
@@ -182,7 +184,7 @@ def trial_config(experiment: Experiment, base: TrainConfig, point: Point) -> Tra
     # by way of text, as in an experiment's models: 1 and 1.0 are one value, and so one address
     config = replace_typed(base, {name: str(value) for name, value in point.items()}, "space")
     if config.defense == "comdefend":
-        raise ConfigError.of("space: defense", config.defense, "a classifier: a reformer alone has no accuracy")
+        raise ConfigError.of("space: defense", config.defense, "that of a classifier: a reformer alone has no accuracy")
     if not config.epochs:
         raise ConfigError.of("space: epochs", 0, "at least 1 in a sweep, which trains")
     evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")

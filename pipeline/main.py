@@ -10,9 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 # When run as a script, Python puts pipeline/ on sys.path. The packages are in its parent directory. A user's own networks may
 # be in the directory that the command is run from, which comes last so that its modules hide none of the installed ones.
-sys.path[:] = [str(Path(__file__).resolve().parent.parent), *(p for p in sys.path if p != str(Path(__file__).parent))]
+sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(Path(__file__).parent))]
 if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
 
@@ -32,34 +33,47 @@ Trains Defend++ and what it is compared with, attacks all of them, and reports w
                                                                search settings on validation images, test the choice; --help
   python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
   python pipeline/main.py recipes                              the recipes and what they cost
+  python pipeline/main.py --version                            the version of this project
+
+What an error message means and what to do about it: docs/errors.md
 
 Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
 """
 COMMANDS = ("run", "pyramids", "train", "attack", "report", "sweep")
+PACKAGES = ("components", "pipeline", "tune_spaces")
+"""This project's own, which a missing dependency is never one of."""
 
 
 def main(arguments: list[str]) -> int:
     """Run one command. Returns the exit status: 0, 1 (the run failed), 2 (the command line or a setting is wrong)."""
-    from components.errors import ConfigError, UserError
-    from pipeline.progress import complain
-
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"defendpp {version()}")
+        return 0
+    from components.config import is_unicode
+    from components.errors import ConfigError, UserError
+    from pipeline.options import names_a_model
+    from pipeline.progress import complain
+
     command, rest = arguments[0], arguments[1:]
     try:
+        for argument in arguments:
+            if not is_unicode(argument):
+                raise ConfigError(f"{argument!r} is not UTF-8: rename the file or directory, or correct the argument")
         if command == "recipes":
             list_recipes()
             return 0
         if command not in COMMANDS:
-            raise ConfigError.of("command", command, "one of " + ", ".join((*COMMANDS, "recipes")))
+            raise ConfigError.unknown("command", command, (*COMMANDS, "recipes"))
         if command == "sweep":
             return sweep(rest)
         experiment = parse(command, rest)
-        from pipeline import given, run
+        from pipeline import run
 
-        # of a model that is given there is nothing to train, but its test images must be read and its weights copied
-        run.execute("run" if command == "attack" and given.is_asked_for(rest) else command, experiment)
+        # An external model is not trained, but its test images and weights still have to be prepared, so run every stage.
+        run.execute("run" if command == "attack" and names_a_model(rest) else command, experiment)
         return 0
     except UserError as e:
         complain(str(e))
@@ -70,30 +84,47 @@ def main(arguments: list[str]) -> int:
 
 def sweep(arguments: list[str]) -> int:
     """Run a sweep. Raises as :func:`parse`, and ConfigError for an option of the sweep's own."""
-    from pipeline import sweep as sweeps
+    from pipeline.options import SWEEP_USAGE, parse_sweep
 
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(sweeps.USAGE, end="")
+        print(SWEEP_USAGE, end="")
         return 0 if arguments else 2
-    options, rest = sweeps.parse_options(arguments)
-    sweeps.execute(parse("sweep", rest), options)
+    options, rest = parse_sweep(arguments)
+    experiment = parse("sweep", rest)
+    from pipeline import sweep as sweeps
+
+    sweeps.execute(experiment, options)
     return 0
 
 
+def version() -> str:
+    """Return the project's version: that of this checkout, or of the installed package."""
+    import importlib.metadata
+    import tomllib
+
+    try:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        return str(project["version"])
+    except (OSError, KeyError, ValueError):  # an installed package has no such file beside it
+        return importlib.metadata.version("defendpp")
+
+
 def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
-    """The recipe named first, with the overrides that follow.
+    """Return the experiment of the recipe named first, with the overrides that follow.
 
     Raises:
         ConfigError: no or unknown recipe, or a value that the recipe's own checks refuse. tyro itself ends the process
             with status 2 for an unknown field or a value of the wrong type.
     """
-    import tyro
-
     from components.errors import ConfigError
-    from pipeline import given
+    from pipeline.options import names_a_model
     from pipeline.recipes import RECIPES
 
-    if command == "attack" and given.is_asked_for(arguments):
+    if command == "attack" and names_a_model(arguments):
+        import tyro
+
+        from pipeline import given
+
         if {"-h", "--help"} & set(arguments):
             print(given.USAGE)
             raise SystemExit(0)
@@ -104,19 +135,27 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
         print(f"Fields of a recipe: python pipeline/main.py {command} RECIPE --help")
         raise SystemExit(0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
-    if name == "--from" and rest:
+    if name.startswith("--from="):
+        name, rest = "--from", [name.removeprefix("--from="), *rest]
+    if name == "--from":
+        if not rest or not rest[0]:
+            raise ConfigError("--from needs a file: the best.json of a sweep, or the run.json of a run")
         default, name, rest = recorded(rest[0]), f"--from {rest[0]}", rest[1:]
     elif name in RECIPES:
         default = RECIPES[name].make()
+    elif name.startswith("-"):
+        raise ConfigError(f"the recipe comes before {name}: main.py {command} RECIPE {name} ...")
     else:
-        raise ConfigError.of("recipe", name, "one of " + ", ".join(RECIPES))
+        raise ConfigError.unknown("recipe", name, RECIPES, "`main.py recipes`")
+    import tyro
+
     return tyro.cli(
         type(default), default=default, args=rest, prog=f"main.py {command} {name}", description=default.description
     )
 
 
 def recorded(file: str):  # type: ignore[no-untyped-def]
-    """The experiment that a record holds: best.json of a sweep, run.json of a run.
+    """Return the experiment that a record holds: best.json of a sweep, run.json of a run.
 
     Raises:
         StorageError: it cannot be read. ConfigError: it holds none, or one that this version does not know.
@@ -130,7 +169,10 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
     record = Storage(parent or "/").read_json(name)
     if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
         raise ConfigError.of("--from", file, "a record with an experiment: best.json of a sweep, or run.json of a run")
-    return from_dict(Experiment, record["experiment"])
+    try:
+        return from_dict(Experiment, record["experiment"])
+    except ConfigError as e:
+        raise ConfigError(f"the experiment in {file} cannot be run: {e}") from None
 
 
 def list_recipes() -> None:
@@ -157,10 +199,31 @@ def list_recipes() -> None:
     print("\n".join(lines))
 
 
-if __name__ == "__main__":
+def script() -> int:
+    """Run the command line of this process. Returns the exit status."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - a script may be run by any Python
+        sys.stderr.write(f"error: this Python ({sys.executable}) is too old: {_right_python()}\n")
+        return 1
+    from pipeline import streams
+
     interrupts.install()
+    streams.harden()
     try:
-        status = main(sys.argv[1:])
+        return main(sys.argv[1:])
     except KeyboardInterrupt as e:  # while something was imported
-        status = interrupts.exit_status(e)
-    interrupts.leave(status)
+        return interrupts.exit_status(e)
+    except ModuleNotFoundError as e:
+        missing = (e.name or "").partition(".")[0]
+        if not missing or missing in PACKAGES:
+            raise
+        sys.stderr.write(f"error: this Python ({sys.executable}) lacks {missing}: {_right_python()}\n")
+        return 1
+
+
+def _right_python() -> str:
+    python = ROOT / ".venv" / "bin" / "python"
+    return f"use {python}, which `make .venv/installed` in {ROOT} sets up"
+
+
+if __name__ == "__main__":
+    interrupts.leave(script())

@@ -14,11 +14,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.config import PRINTED_IN
 from components.errors import ConfigError, DataError
 
 PATH = Path(__file__).resolve().parent / "data" / "paper.csv"
 FIELDS = ("where", "dataset", "arch", "made_on", "row", "column", "value", "printed_row", "note")
-WHERE = (*(f"table{i}" for i in range(1, 9)), "sec4.2", "sec4.3", "sec4.5")
+WHERE = PRINTED_IN
 DATASETS = ("mnist", "cifar10", "imagenet")
 ARCHS = ("resnet18", "resnet50", "vgg16")
 COLUMNS = ("fgsm", "bim", "cw", "ddn", "pgd", "clean")

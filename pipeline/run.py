@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash, level_sizes, to_dict
@@ -110,12 +110,18 @@ def run_address(experiment: Experiment) -> str:
 
 
 def open_run(
-    experiment: Experiment, *, records_only: bool = False, will_train: bool = False, needs_tracking: bool = True
+    experiment: Experiment,
+    *,
+    records_only: bool = False,
+    needs: Literal["", "shards", "models"] = "",
+    will_train: bool = False,
+    needs_tracking: bool = True,
 ) -> Run:
     """Check all that can be checked before compute is spent, join Ray, and open the run's record.
 
     Args:
         records_only: no sources, networks or cluster are needed (the report).
+        needs: what an earlier stage must have left: shards, or shards and models.
         will_train: the models that are not trained yet must fit the GPUs.
         needs_tracking: refuse where MLflow does not answer. Not within a sweep, whose compute is spent: as of any outage on the way,
             the Tracker tells of it, and publishes when MLflow answers.
@@ -133,6 +139,11 @@ def open_run(
         tracking.check_reachable(uri)
     storage = root / run_address(experiment)
     Lease(storage).check_free()
+    record = _read_record(storage)
+    if records_only and record is None:
+        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
+    if needs:
+        _check_made(record or {}, experiment, storage, needs)
     if not records_only:
         shapes = Shapes(
             image_size=experiment.data.image_size,
@@ -142,8 +153,8 @@ def open_run(
         )
         for line in train.check_models(experiment, shapes):
             say(line)
-        attacked = experiment.evaluation.test_images
-        for line in sources.check_source(experiment.data, trains=experiment.trains, attacked=attacked):
+        attacked, workers = experiment.evaluation.test_images, experiment.scaling.workers
+        for line in sources.check_source(experiment.data, trains=experiment.trains, attacked=attacked, workers=workers):
             say(line)
         with stage("Ray"):
             cluster.connect()
@@ -151,8 +162,6 @@ def open_run(
         cluster.check_shared(root)
         if will_train:
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
-    if records_only and not storage.exists("run.json"):
-        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     lease = Lease(storage).acquire()  # before the record is read
     try:
         return _opened(experiment, root, storage, tracking.Tracker(uri, storage, echo=say), lease, records_only)
@@ -161,19 +170,25 @@ def open_run(
         raise
 
 
+def _read_record(storage: Storage) -> dict[str, Any] | None:
+    record = storage.read_json("run.json") if storage.exists("run.json") else None
+    if record is not None and (not isinstance(record, dict) or record.get("schema") != SCHEMA):
+        schema = record.get("schema") if isinstance(record, dict) else None
+        raise UserError(f"{storage.uri}/run.json has schema {schema}, this version reads {SCHEMA}")
+    return record
+
+
 def _opened(
     experiment: Experiment, root: Storage, storage: Storage, tracker: tracking.Tracker, lease: Lease, records_only: bool
 ) -> Run:
     for directory in ("", "report", "report/plots"):
         storage.delete_stale(directory, HALF_WRITTEN_S)
-    if storage.exists("run.json"):
-        record = storage.read_json("run.json")
-        if record.get("schema") != SCHEMA:
-            raise UserError(f"{storage.uri}/run.json has schema {record.get('schema')}, this version reads {SCHEMA}")
-        say(f"continuing {storage.uri}")
-    else:
+    record = _read_record(storage)
+    if record is None:
         record = _new_record(experiment)
         say(f"new run at {storage.uri}")
+    else:
+        say(f"continuing {storage.uri}")
     run = Run(
         experiment=experiment,
         root=root,
@@ -186,6 +201,25 @@ def _opened(
         run.record |= environment.environment()
         run.save()
     return run
+
+
+def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:
+    """Refuse a stage whose predecessors have left nothing.
+
+    Raises:
+        UserError: naming the stage that is missing.
+    """
+    if "splits" not in (record.get("data") or {}):
+        raise UserError(
+            f"{storage.uri} has no shards yet: run `pyramids {experiment.name}` with the same settings first"
+        )
+    if needs == "models":
+        made = {**record.get("models", {}), **record.get("diverged", {})}
+        missing = [name for name in experiment.variants() if name not in made]
+        if missing:
+            raise UserError(
+                f"{storage.uri} has no model {missing[0]!r} yet: run `train {experiment.name}` with the same settings first"
+            )
 
 
 def _new_record(experiment: Experiment) -> dict[str, Any]:
@@ -274,16 +308,12 @@ class Sets:
 
 
 def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
-    """The shard sets that an earlier ``pyramids`` made.
+    """Return the shard sets that an earlier ``pyramids`` made.
 
     Raises:
-        UserError: there are none. DataError: one is damaged.
+        DataError: one is missing or damaged.
     """
     data = run.record["data"]
-    if not data or "splits" not in data:
-        raise UserError(
-            f"{run.storage.uri} has no shards yet: run `pyramids {run.experiment.name}` with the same settings first"
-        )
     sets = {name: shards.load(run.root, address) for name, address in data["splits"].items()}
     if not verified:
         for shard_set in sets.values():
@@ -345,19 +375,11 @@ class _TrainProgress(train.Progress):
 
 
 def trained_models(run: Run) -> list[attack.Model]:
-    """The models that an earlier ``train`` made.
-
-    Raises:
-        UserError: one of them is not there.
-    """
+    """Return the models that an earlier ``train`` made."""
     models = {}
     for name in run.experiment.variants():
         if name in run.record.get("diverged", {}):
             continue
-        if name not in run.record["models"]:
-            raise UserError(
-                f"{run.storage.uri} has no model {name!r} yet: run `train {run.experiment.name}` with the same settings first"
-            )
         path = run.record["models"][name]["path"]
         models[name] = {**(run.root / path).read_json("model.json"), "path": path}
     return _as_subjects(run.experiment, models)
@@ -452,9 +474,11 @@ def finish(run: Run) -> None:
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
     """Run one stage, or all of them (``run``). ``needs_tracking``: see :func:`open_run`."""
+    needs: dict[str, Literal["shards", "models"]] = {"train": "shards", "attack": "models"}
     run = open_run(
         experiment,
         records_only=command == "report",
+        needs=needs.get(command, ""),
         will_train=command in ("run", "train"),
         needs_tracking=needs_tracking,
     )

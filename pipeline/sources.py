@@ -78,7 +78,7 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     return source
 
 
-def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) -> list[str]:
+def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, workers: int = 1) -> list[str]:
     """Find what is wrong with the data before compute is spent, and describe each split.
 
     All labels are checked, since no image has to be decoded for that; of the images only the first.
@@ -86,6 +86,7 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
     Args:
         trains: False where nothing is trained: the test images are enough.
         attacked: ``evaluation.test_images``.
+        workers: ``scaling.workers``, each of which needs an image of the training and the validation split.
 
     Returns:
         A line per split, and one for the test images that are attacked where these are only a part: images, classes present,
@@ -115,6 +116,11 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0) ->
         parts: tuple[Split, ...] = ("train", "validation") if data.validation_fraction else ("train",)
         for part in parts if split == "train" else ("test",):
             rows = split_rows(source, part)
+            if part != "test" and len(rows) < workers:
+                raise DataError(
+                    f"{source.place}: the {part} split has {len(rows)} images for {workers} training workers, which need one each: "
+                    "lower --scaling.workers or change --data.validation-fraction (0: no validation)"
+                )
             left_out = f"; {source.left_out}" if source.left_out and part == split else ""
             lines.append(f"{part}: {_describe_classes(source, labels[rows])}{left_out}")
             if part == "test" and 0 < attacked < len(rows):

@@ -6,7 +6,6 @@ they are (search and early stopping are told their results) and goes on with the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import importlib.util
@@ -22,8 +21,10 @@ from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
 from components.config import (
+    MAX_NAME_BYTES,
     Experiment,
     TrainConfig,
+    check_name,
     content_hash,
     parse_spec,
     replace_typed,
@@ -48,73 +49,16 @@ from pipeline import (
 )
 from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
 from pipeline.lease import Lease
+from pipeline.options import SweepOptions
 from pipeline.progress import say, stage
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.trial import ENDED, FINISHED, new_entry
 
 SCHEMA = 1
-USAGE = """\
-main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume]
-              [--evaluate full|recipe|none] [--FIELD VALUE ...]
-
-  --space           a file of tune_spaces/ (or its name alone), or your own copy of one (docs/sweeps.md)
-  --trials          configurations in all, instead of what the space says; more than before: the sweep goes on
-  --search          grid, random or tpe, instead of what the space says
-  --seed            of random and tpe (not of the models, which name their own in --models). 0
-  --max-concurrent  models trained at once at the most; without it as many as there is room for
-  --resume          refuse to begin: there must be a sweep of these settings that goes on. Without it, the same command goes on too
-  --evaluate        the last step, the chosen configuration on test images beside undefended and control. full: under the full suite of
-                    attacks, at the budget of the recipe's first attack that has one, white-box, black-box and transferred; recipe:
-                    as the recipe has it; none (or --no-evaluate): leave it out. full
-  --seeds           N models per configuration, judged by their mean
-
-Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
-"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the command line says of a sweep beside the recipe's fields."""
-
-    space: str
-    trials: int | None = None
-    search: str | None = None
-    seed: int = 0
-    max_concurrent: int = 0
-    """0: as many models at once as there is room for."""
-    resume: bool = False
-    evaluate: Literal["full", "recipe", "none"] = "full"
-    """Under which attacks the choice is tested, if it is."""
-
-
-def parse_options(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options of a sweep, and the arguments that are left for the recipe.
-
-    Raises:
-        ConfigError: no space, or a number out of range. argparse itself ends the process with status 2 for what is no number.
-    """
-    parser = argparse.ArgumentParser(prog="main.py sweep", add_help=False, allow_abbrev=False, usage=USAGE)
-    parser.add_argument("--space", default="")
-    parser.add_argument("--trials", type=int)
-    parser.add_argument("--search")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-concurrent", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--evaluate", default="full")
-    parser.add_argument("--no-evaluate", dest="evaluate", action="store_const", const="none")
-    known, rest = parser.parse_known_args(list(arguments))
-    options = Options(**vars(known))
-    if not options.space:
-        raise ConfigError.of("--space", "", "a file of tune_spaces/, e.g. --space tune_spaces/lambda_blocks.py")
-    if options.max_concurrent < 0:
-        raise ConfigError.of("--max-concurrent", options.max_concurrent, "0 (room decides) or more")
-    if options.evaluate not in ("full", "recipe", "none"):
-        raise ConfigError.of("--evaluate", options.evaluate, "full, recipe or none")
-    return options, rest
-
-
-def load_space(options: Options) -> tuple[str, Space]:
+def load_space(options: SweepOptions) -> tuple[str, Space]:
     """The space of a file, with what the command line changes of it, and its name: the file's.
 
     Raises:
@@ -127,11 +71,12 @@ def load_space(options: Options) -> tuple[str, Space]:
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in beside.parent.glob("*.py") if p.stem != "__init__"))
         raise ConfigError.of(
-            "--space", options.space, f"a file (in a job: of its working directory), or one of {there}"
+            "--space", options.space, f"a file that exists (in a job: in its working directory), or one of {there}"
         )
     spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError.of("--space", options.space, "a file whose name ends in .py")
+    check_name("name of the --space file", path.stem)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -151,7 +96,7 @@ class Sweep(run.Run):
     """A sweep on its storage. ``record`` is sweep.json; ``experiment`` the recipe as the command line left it."""
 
     space: Space
-    options: Options
+    options: SweepOptions
     model: str
     """Name, in the recipe, of the model that is varied."""
     base: TrainConfig
@@ -197,7 +142,7 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
     AttackSpec.parse(space.attack).check_fits(experiment.data.channels, experiment.data.image_size)
     models = experiment.firsts()
     if space.model and space.model not in models:
-        raise ConfigError.of("space.model", space.model, "one of the recipe's models: " + ", ".join(models))
+        raise ConfigError.unknown("model of the recipe in space.model:", space.model, models)
     defended = [n for n, c in models.items() if c.defense == "defend++"] + [
         n for n, c in models.items() if c.defense != "none"
     ]
@@ -283,7 +228,7 @@ def _but_for_reals(config: TrainConfig) -> TrainConfig:
 def _as_model(number: int, point: Point) -> str:
     """A model's text, whose name says what a person must know where it does not fit a GPU."""
     said = re.sub("[^a-zA-Z0-9_+.-]", "-", "".join(f"_{name}-{value}" for name, value in point.items()))
-    return f"trial-{number}{said}:" + ",".join(f"{name}={value}" for name, value in point.items())
+    return f"trial-{number}{said}"[:MAX_NAME_BYTES] + ":" + ",".join(f"{name}={value}" for name, value in point.items())
 
 
 def final_experiment(
@@ -356,7 +301,7 @@ def _base(text: str) -> str:
     return parse_spec(text)[0]
 
 
-def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experiment]:
+def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Experiment]:
     """Check all that can be checked before compute is spent, join Ray, and open the sweep's record.
 
     Returns:
@@ -392,7 +337,8 @@ def open_sweep(experiment: Experiment, options: Options) -> tuple[Sweep, Experim
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
     train.check_models(probed, sweep.shapes)
-    for line in sources.check_source(experiment.data, trains=True, attacked=experiment.evaluation.test_images):
+    attacked, workers = experiment.evaluation.test_images, experiment.scaling.workers
+    for line in sources.check_source(experiment.data, trains=True, attacked=attacked, workers=workers):
         say(line)
     with stage("Ray"):
         cluster.connect()
@@ -439,7 +385,7 @@ def _open_record(sweep: Sweep, space_name: str) -> None:
     sweep.save()
 
 
-def execute(experiment: Experiment, options: Options) -> None:
+def execute(experiment: Experiment, options: SweepOptions) -> None:
     """Run a sweep from its trials to the evaluation of its choice, or what is left of it."""
     sweep, probed = open_sweep(experiment, options)
     try:

@@ -72,7 +72,7 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
     if weights is not None:
         tensors = libraries.tensors_for(config.arch, renamed(classifier, weights))
         where = getattr(weights, "where", config.pretrained)
-        load_weights(classifier, tensors, where, replace_head=config.replace_head)
+        load_weights(classifier, tensors, where, replace_head=config.replace_head, trains=config.epochs > 0)
     if config.defense != "defend++":
         return classifier
     return DefendNet(

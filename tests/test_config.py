@@ -36,8 +36,16 @@ def refused(make: typing.Callable[[], object], field: str, value: object, allowe
     with pytest.raises(ConfigError) as error:
         make()
     text = str(error.value)
-    assert text.startswith(f"{field}={value!r} is not possible: "), text
-    assert allowed in text.partition("not possible: ")[2], text
+    assert text.startswith(f"{field} is {value!r}; it must be "), text
+    assert allowed in text.partition("; it must be ")[2], text
+
+
+def told(make: typing.Callable[[], object], *parts: str) -> None:
+    """The error says each of these."""
+    with pytest.raises(ConfigError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,7 @@ def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
         (TrainConfig, "train", "targets", "wavelet", "'lowpass', 'linear', 'none'"),
         (TrainConfig, "train", "decoder", "unet", "'hourglass_add'"),
         (TrainConfig, "train", "arch", "alexnet", "MODULE:FUNCTION"),
-        (TrainConfig, "train", "replace_head", True, "False where train.pretrained is empty"),
+        (TrainConfig, "train", "replace_head", True, "False where no weights are given (--train.pretrained FILE)"),
         (TrainConfig, "train", "adversarial_attack", "cw", "'fgsm', 'pgd', 'ddn'"),
         (TrainConfig, "train", "adversarial_eps", 0.0, "above 0"),
         (TrainConfig, "train", "adversarial_eps", math.nan, "above 0"),
@@ -134,7 +142,11 @@ def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
         (PyramidConfig, "pyramids", "levels", 5, "to 4"),
         (PyramidConfig, "pyramids", "levels", -1, "to 4"),
         (PyramidConfig, "pyramids", "rows_per_shard", -1, "0 (by size)"),
-        (EvaluationConfig, "evaluation", "attacks", ("cw", "cw"), "each attack once"),
+        (EvaluationConfig, "evaluation", "attacks", (), "at least one attack"),
+        (EvaluationConfig, "evaluation", "threat_models", (), "at least one threat model"),
+        (EvaluationConfig, "evaluation", "seed", 2**63, "to 2**63 - 1"),
+        (TrainConfig, "train", "seed", -(2**63) - 1, "-2**63 to"),
+        (TrainConfig, "train", "reformer_sigma", 0.0, "above 0"),
         (EvaluationConfig, "evaluation", "test_images", -1, "0 (all)"),
         (EvaluationConfig, "evaluation", "chunk_size", 0, "at least 1"),
         (ScalingConfig, "scaling", "workers", 0, "at least 1"),
@@ -154,7 +166,7 @@ def test_unknown_threat_model_and_attack() -> None:
         lambda: EvaluationConfig(threat_models=("grey_box",)),
         "evaluation.threat_models",
         "grey_box",
-        "white_box, black_box, transfer, transfer:NAME, transfer:*",
+        "one of white_box, black_box, transfer, transfer:NAME and transfer:*",
     )
     refused(
         lambda: EvaluationConfig(threat_models=("transfer:",)), "evaluation.threat_models", "transfer:", "transfer:NAME"
@@ -163,7 +175,7 @@ def test_unknown_threat_model_and_attack() -> None:
         lambda: experiment(evaluation=EvaluationConfig(threat_models=("transfer:nobody",))),
         "evaluation.threat_models",
         "transfer:nobody",
-        "one of models",
+        "one of the models control, defend, no_defense",
     )
     with pytest.raises(ConfigError, match="deepfool"):
         EvaluationConfig(attacks=("deepfool",))
@@ -181,12 +193,7 @@ def test_unknown_threat_model_and_attack() -> None:
 )
 def test_an_attack_under_two_texts_is_one_attack(first: str, second: str) -> None:
     attacks = ("cw", first, second)
-    refused(
-        lambda: EvaluationConfig(attacks=attacks),
-        "evaluation.attacks",
-        attacks,
-        f"each attack once; {first} and {second} are both {AttackSpec.parse(first)}",
-    )
+    told(lambda: EvaluationConfig(attacks=attacks), f"{first} and {second} are both {AttackSpec.parse(first)}")
 
 
 def test_attacks_that_differ_in_a_setting_are_two() -> None:
@@ -195,7 +202,7 @@ def test_attacks_that_differ_in_a_setting_are_two() -> None:
 
 def test_each_threat_model_once() -> None:
     twice = ("white_box", "transfer", "white_box")
-    refused(lambda: EvaluationConfig(threat_models=twice), "evaluation.threat_models", twice, "each threat model once")
+    refused(lambda: EvaluationConfig(threat_models=twice), "evaluation.threat_models", twice, "each of them once")
 
 
 @pytest.mark.parametrize(
@@ -218,14 +225,9 @@ def experiment(**changes: typing.Any) -> Experiment:
 
 def test_experiment_refuses_what_does_not_fit_together() -> None:
     experiment()
-    refused(lambda: experiment(name=""), "name", "", "a name")
+    refused(lambda: experiment(name=""), "name", "", "letters, digits")
     refused(lambda: experiment(models=()), "models", (), "at least one")
-    refused(
-        lambda: experiment(models=("no_defense:defense=none", "no_defense:seed=2")),
-        "models",
-        "no_defense:seed=2",
-        "each model name once",
-    )
+    told(lambda: experiment(models=("no_defense:defense=none", "no_defense:seed=2")), "the name 'no_defense'")
     refused(
         lambda: experiment(train=TrainConfig(batch_size=10), scaling=ScalingConfig(workers=4)),
         "models[no_defense].batch_size",
@@ -268,7 +270,7 @@ def test_experiment_refuses_what_does_not_fit_together() -> None:
 def test_channels_last_in_float32_needs_a_gpu() -> None:
     """PyTorch's weight gradient of a stride-2 1x1 convolution corrupts memory there: a crash, or worse, none."""
     train = TrainConfig(channels_last=True)
-    refused(lambda: experiment(train=train), "models[no_defense].channels_last", True, "precision='bfloat16'")
+    refused(lambda: experiment(train=train), "models[no_defense].channels_last", True, "--train.precision bfloat16")
     experiment(train=train, scaling=ScalingConfig(gpu=True))
     experiment(train=dataclasses.replace(train, precision="bfloat16"))
 
@@ -324,10 +326,57 @@ def test_parse_spec_strips_blanks() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":lr=1", "a b", "a/b:lr=1", "a:", "a:lr", "a:=1", "a: =1", "a:lr=1,", "a:lr=1,lr=2", "a:lr=1, lr=2"]
+    ("text", "part"),
+    [
+        ("", "letters, digits"),
+        (":lr=1", "letters, digits"),
+        ("a b", "letters, digits"),
+        ("a/b:lr=1", "letters, digits"),
+        ("a:", "'' in"),
+        ("a:lr", "'lr' in"),
+        ("a:=1", "'=1' in"),
+        ("a: =1", "' =1' in"),
+        ("a:lr=1,", "'' in"),
+        ("a:lr=1,lr=2", "sets lr twice"),
+        ("a:lr=1, lr=2", "sets lr twice"),
+    ],
 )
-def test_parse_spec_refuses(text: str) -> None:
-    refused(lambda: parse_spec(text), "spec", text, "")
+def test_parse_spec_refuses(text: str, part: str) -> None:
+    told(lambda: parse_spec(text), part, repr(text))
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "", ".", "..", "-x", "a b", "a\0b", "a\n", "x" * 101, "é" * 51])
+def test_a_name_that_no_path_takes_is_refused_everywhere(name: str) -> None:
+    refused(lambda: experiment(name=name), "name", name, "letters, digits")
+    told(lambda: parse_spec(f"{name}:seed=1"), "letters, digits")
+
+
+@pytest.mark.parametrize("name", ["a", "mnist-demo", "defend+gn", "resnet18_bn.2", "_x", "x" * 100, "é" * 50, "網路"])
+def test_a_name_that_every_path_takes_is_accepted(name: str) -> None:
+    assert experiment(name=name).name == name
+    assert parse_spec(name) == (name, {})
+
+
+def test_papers_place_exists() -> None:
+    refused(lambda: experiment(paper="tabel1"), "paper", "tabel1", "table1")
+
+
+def test_a_threat_model_that_attacks_nothing_is_refused() -> None:
+    alone = ("a:defense=none",)
+    for threat in ("transfer", "transfer:a", "transfer:*"):
+        evaluation = EvaluationConfig(threat_models=("white_box", threat))
+        refused(
+            lambda e=evaluation: experiment(models=alone, evaluation=e),
+            "evaluation.threat_models",
+            threat,
+            "second model",
+        )
+    for attacks in (("pgd:eps=0.1",), ("pgd:eps=0.1", "noise:eps=0.1")):
+        evaluation = EvaluationConfig(attacks=attacks, threat_models=("white_box", "black_box"))
+        refused(
+            lambda e=evaluation: experiment(evaluation=e), "evaluation.threat_models", "black_box", "square:eps=0.2"
+        )
+    experiment(evaluation=EvaluationConfig(attacks=("square:eps=0.1",), threat_models=("black_box",)))
 
 
 def test_replace_typed_converts_by_the_fields_type() -> None:
@@ -364,13 +413,16 @@ def test_replace_typed_round_trip(config: TrainConfig) -> None:
         ("width", "8.5", "models[x].width", "of type int"),
         ("lr", "fast", "models[x].lr", "of type float"),
         ("channels_last", "1", "models[x].channels_last", "true or false"),
-        ("colour", "red", "models[x].colour", "there are arch, width"),
-        ("normalize_mean", "0.5", "models[x].normalize_mean", "set it for all models"),
         ("defense", "armour", "train.defense", "'none', 'defend++'"),
         ("shared_blocks", "5", "train.shared_blocks", "1 to 4"),
     ],
 )
 def test_replace_typed_refuses(field: str, text: str, named: str, allowed: str) -> None:
+    told(lambda: replace_typed(TrainConfig(), {"colour": "red"}, "models[x]"), "unknown field of models[x]: 'colour'")
+    told(lambda: replace_typed(TrainConfig(), {"defence": "none"}, "models[x]"), "did you mean defense?")
+    told(
+        lambda: replace_typed(TrainConfig(), {"normalize_mean": "0.5"}, "models[x]"), "models[x].normalize_mean cannot"
+    )
     value: object = 5 if field == "shared_blocks" else text
     refused(lambda: replace_typed(TrainConfig(), {field: text}, "models[x]"), named, value, allowed)
 
@@ -406,10 +458,18 @@ def test_dict_round_trip_through_json() -> None:
 
 
 def test_from_dict_refuses_an_unknown_field_and_validates() -> None:
-    refused(lambda: from_dict(TrainConfig, {"colour": "red"}), "TrainConfig.colour", "red", "no such field")
+    told(lambda: from_dict(TrainConfig, {"colour": "red"}), "unknown field of TrainConfig: 'colour'")
     values = to_dict(full())
     values["train"]["lam"] = -1
     refused(lambda: from_dict(Experiment, values), "train.lam", -1, "0 or more")
+    told(lambda: from_dict(Experiment, {}), "lacks the field name")
+    refused(lambda: from_dict(Experiment, {"name": 3}), "Experiment.name", 3, "a value of type str")
+    refused(lambda: from_dict(Experiment, {"name": "x", "train": []}), "TrainConfig", [], "a JSON object")
+    refused(lambda: from_dict(TrainConfig, {"epochs": True}), "TrainConfig.epochs", True, "a value of type int")
+    refused(lambda: from_dict(TrainConfig, {"normalize_mean": 0.5}), "TrainConfig.normalize_mean", 0.5, "a list")
+    refused(
+        lambda: from_dict(TrainConfig, {"pretrained": "\ud800"}), "TrainConfig.pretrained", "\ud800", "text without"
+    )
 
 
 def test_content_hash_is_stable() -> None:
@@ -489,14 +549,13 @@ def test_examples_are_transferred_within_an_architecture() -> None:
         "a-small": None,
         "b-small": "a-small",
     }
-    refused(lambda: experiment(models=models[1:]), "models", "b-vgg16", "also an undefended model")
+    told(lambda: experiment(models=models[1:]), "b-vgg16 needs an undefended model", "defense=none,arch=vgg16,width=64")
     experiment(models=models[1:], evaluation=EvaluationConfig(threat_models=("white_box",)))
     # behind a reformer there has to be a classifier, whatever the threat models
-    refused(
+    told(
         lambda: experiment(models=("c:defense=comdefend",), evaluation=EvaluationConfig(threat_models=("white_box",))),
-        "models",
-        "c",
-        "it stands behind the reformer",
+        "c needs an undefended model",
+        "which stands behind the reformer",
     )
 
 
@@ -524,7 +583,7 @@ def test_equal_weights_under_two_names_are_refused_with_a_remedy_that_helps() ->
 
 
 def test_lengths_beyond_the_pixel_range_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"models\[a\].adversarial_max_norm=255.0 .*at most 28"):
+    with pytest.raises(ConfigError, match=r"models\[a\].adversarial_max_norm is 255.0.*at most 28"):
         experiment(models=("no_defense:defense=none", "a:defense=adversarial,adversarial_max_norm=255,seed=1"))
     for attack in ("ddn:initial_norm=255", "bim:eps=1,step_size=40,norm=l2"):
         with pytest.raises(ConfigError, match="at most 28 in l2"):
@@ -536,7 +595,7 @@ def test_equal_defended_models_of_one_replicate_are_trained_once() -> None:
 
 
 def test_a_seed_that_every_model_overrides_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.seed=7 .*each of models names a seed of its own"):
+    with pytest.raises(ConfigError, match=r"train.seed is 7.*each of models names a seed of its own"):
         experiment(train=TrainConfig(seed=7))
     experiment(train=TrainConfig(seed=7), models=("no_defense:defense=none", "defend:seed=1"))
 

@@ -119,7 +119,7 @@ def test_the_step_size_of_cw_goes_by_the_images(name: str, stranger: Path) -> No
 def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--arch"):
         asked("--model", str(stranger))
-    with pytest.raises(ConfigError, match=r"--norm='l3'.*linf or l2"):
+    with pytest.raises(ConfigError, match=r"--norm is 'l3'.*linf or l2"):
         asked("--model", str(stranger), "--arch", "own_network:make", "--norm", "l3")
     bare = tmp_path / "bare.safetensors"
     save_file(Net(1, 10).state_dict(), bare)

@@ -304,7 +304,7 @@ def test_other_sizes_fit_or_are_refused(arch: str, size: int) -> None:
     with torch.device("meta"):
         classifier = small(arch, size)
         if size % 2 ** (len(level_sizes(size)) - 1):  # a level of an odd size with one below it
-            with pytest.raises(ConfigError, match=rf"^data\.image_size={size} is not possible: a size "):
+            with pytest.raises(ConfigError, match=rf"^data\.image_size is {size}; it must be a size "):
                 DefendNet(classifier, shared_blocks=1, sizes=level_sizes(size), channels=3)
             return
         net = DefendNet(classifier, shared_blocks=1, sizes=level_sizes(size), channels=3)
@@ -341,14 +341,14 @@ def test_hourglasses_differ_in_the_connection_alone() -> None:
 
 
 def test_unknown_decoder() -> None:
-    with pytest.raises(ConfigError, match=r"train\.decoder='unet' .*pyramid \| hourglass"):
+    with pytest.raises(ConfigError, match=r"train\.decoder is 'unet'.*pyramid \| hourglass"):
         DefendNet(small("vgg16"), shared_blocks=1, sizes=(32, 16, 8), channels=3, decoder="unet")
 
 
 @pytest.mark.parametrize(("arch", "blocks"), BLOCKS.items())
 def test_shared_blocks_out_of_range(arch: str, blocks: int) -> None:
     for shared in (0, blocks + 1):
-        with pytest.raises(ConfigError, match=rf"train\.shared_blocks={shared} .*1 to {blocks} "):
+        with pytest.raises(ConfigError, match=rf"train\.shared_blocks is {shared};.*1 to {blocks} "):
             DefendNet(small(arch), shared_blocks=shared, sizes=(32, 16, 8), channels=3)
 
 
@@ -442,7 +442,9 @@ def test_a_head_of_other_classes(arch: str) -> None:
     source = build_classifier(arch, num_classes=17, channels=3, image_size=32, width=4, seed=1).state_dict()
     net = small(arch, seed=2)
     fresh = {k: v.clone() for k, v in net.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"file\.pt .*17 classes.* 10 here.*train\.replace_head=true"):
+    with pytest.raises(
+        ConfigError, match=r"file\.pt .*17 classes.* is 10: --train\.replace-head .*--data\.num-classes 17"
+    ):
         load_weights(net, source, "file.pt")
     load_weights(net, source, "file.pt", replace_head=True)
     kept = []
@@ -495,7 +497,7 @@ def test_weights_of_another_network() -> None:
     ],
 )
 def test_what_is_not_a_network(arch: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^train\.arch='{arch}' is not possible: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"^train\.arch is '{arch}'; .*{message}"):
         small(arch)
 
 
@@ -529,7 +531,7 @@ def with_block(index: int, names: tuple[str, ...], **changes: Any) -> Adapter:
          r"'feature'\. did you mean 'features'\? It has features, classifier"),
         (with_block(4, ("features.14", "features.19")), r"adapter\.blocks\[4\]='features\.19' .*'features' has no submodule "
          r"'19'\. did you mean 'features\..* It has 0, 1, "),
-        (replace(MOBILENET, head=("avgpool", "flatten", "classifier")), r"adapter\.head='avgpool' .*It has features, class"),
+        (replace(MOBILENET, head=("avgpool", "flatten", "classifier")), r"adapter\.head is 'avgpool' .*It has features, class"),
         (with_block(2, ("features.4", "features.6")), r"is not the whole network.*'features\.5\..* comes where 'features\.6\."),
         (with_block(2, ("features.4", "features.6", "features.5")), r"is not the whole network"),
         (replace(MOBILENET, blocks=MOBILENET.blocks[:3] + MOBILENET.blocks[4:], depths=MOBILENET.depths[:4]),
@@ -610,13 +612,13 @@ def test_an_operation_without_a_weight_counts() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head": "classifier"}, r"adapter\.head='classifier'"),
+        ({"head": "classifier"}, r"adapter\.head is 'classifier'"),
         ({"blocks": ()}, r"adapter\.blocks=\(\) .*at least one block"),
         ({"blocks": (("layer1",),), "depths": ((1,),)}, r"adapter\.blocks\[0\]=\('layer1',\) .*a tuple of units"),
         ({"depths": ((2,), (2,))}, r"adapter\.depths=.*one number per unit"),
         ({"depths": ((2,), (2,), (3,), (7,), (-1,))}, r"adapter\.depths=.*0 or more"),
         ({"depths": ((0,), (2,), (3,), (7,), (4,))}, r"adapter\.depths=.*more than 0 for the first unit"),
-        ({"mirror": "unet"}, r"adapter\.mirror='unet' .*basic \| bottleneck \| plain"),
+        ({"mirror": "unet"}, r"adapter\.mirror is 'unet' .*basic \| bottleneck \| plain"),
     ],
 )
 def test_adapters_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -331,7 +331,7 @@ def test_lookup_of_more_than_one_number_names_the_choices() -> None:
 def test_unknown_place(where: str) -> None:
     with pytest.raises(ConfigError, match="table1"):
         paper.printed(where)
-    with pytest.raises(ConfigError, match="where="):
+    with pytest.raises(ConfigError, match="where is"):
         paper.lookup(where, "defend", "fgsm")
 
 

@@ -41,7 +41,7 @@ def test_the_schedules_of_the_space_are_two_in_a_recipe_of_any_length() -> None:
     ("make", "message"),
     [
         (lambda: Space(parameters={}), "at least one field"),
-        (lambda: Space(parameters={"lambda": Choice([1.0])}), "a field of TrainConfig"),
+        (lambda: Space(parameters={"lambda": Choice([1.0])}), "unknown field of TrainConfig"),
         (lambda: Space(parameters={"seed": IntRange(0, 3)}), "--seeds"),
         (lambda: Space(parameters={"pretrained": Choice(["a"])}), "for each file"),
         (lambda: Space(parameters={"lam": [0.1, 1.0]}), "Choice(["),  # type: ignore[dict-item]

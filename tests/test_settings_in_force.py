@@ -132,7 +132,7 @@ def test_a_setting_that_names_another_model_trains_another(name: str) -> None:
 @pytest.mark.parametrize("location", ["latent", "input"])
 @pytest.mark.parametrize("defense", ["adversarial", "comdefend"])
 def test_noise_that_no_phase_would_add_is_refused(defense: str, location: str) -> None:
-    with pytest.raises(ConfigError, match=rf"train.noise_location='{location}'.*defense='{defense}'"):
+    with pytest.raises(ConfigError, match=rf"train.noise_location is '{location}'.*defense='{defense}'"):
         TrainConfig(defense=defense, noise_location=location)  # type: ignore[arg-type]
 
 

@@ -222,5 +222,5 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Storage("~/a/../b").uri == f"{tmp_path}/b"
     assert Storage(tmp_path / "a").local_root == tmp_path / "a"
     for bad in ("relative/path", "nosuchprotocol://bucket/path"):
-        with pytest.raises(ConfigError, match="storage="):
+        with pytest.raises(ConfigError, match="storage is"):
             Storage(bad)

@@ -27,6 +27,7 @@ from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform
 from pipeline import environment, jobs, lease, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
+from pipeline.options import SweepOptions, parse_sweep
 from pipeline.pool import Pool
 from pipeline.recipes import RECIPES, full_suite
 from pipeline.storage import Storage, StorageError
@@ -37,7 +38,7 @@ MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
 DATA = TrainingData(train={"lowpass": "pyramids/a"}, bare="pyramids/b", validation="pyramids/v")
 OBJECTIVE = Objective(attack="pgd:eps=0.1,steps=3", images=10, validation="pyramids/v")
-NO_TEST = sweep.Options(space="s", evaluate="none")
+NO_TEST = SweepOptions(space="s", evaluate="none")
 BATCHES = Space(parameters={"batch_size": IntRange(32, 256)}, trials=1)
 BLOCKS = Space(parameters={"lam": LogUniform(1e-4, 10.0), "shared_blocks": IntRange(1, 4)}, trials=4)
 
@@ -210,19 +211,19 @@ def write_space(path: Path, text: str) -> str:
         ("SPACE = 3", "has no SPACE"),
         ("", "has no SPACE"),
         ("SPACE = Space(", "is not a search space: SyntaxError"),
-        ("SPACE = Space(parameters={'lamb': Choice([1.0])})", "a field of TrainConfig"),
+        ("SPACE = Space(parameters={'lamb': Choice([1.0])})", "unknown field of TrainConfig"),
         ("import nothing_of_the_kind", "ModuleNotFoundError"),
     ],
 )
 def test_a_file_that_is_no_space_is_told(tmp_path: Path, text: str, message: str) -> None:
     path = write_space(tmp_path / "mine.py", text)
     with pytest.raises(ConfigError, match=message) as e:
-        sweep.load_space(sweep.Options(space=path))
+        sweep.load_space(SweepOptions(space=path))
     assert path in str(e.value)
 
 
 def test_a_space_by_its_name_and_what_the_command_line_changes() -> None:
-    options, rest = sweep.parse_options(
+    options, rest = parse_sweep(
         ["mnist-smoke", "--space", "lambda_blocks", "--trials", "7", "--search", "tpe", "--train.epochs", "1"]
     )
     assert rest == ["mnist-smoke", "--train.epochs", "1"]
@@ -233,7 +234,7 @@ def test_a_space_by_its_name_and_what_the_command_line_changes() -> None:
     with pytest.raises(ConfigError, match="no end of points"):
         sweep.load_space(replace(options, search="grid"))
     with pytest.raises(ConfigError, match="--space"):
-        sweep.parse_options(["mnist-smoke"])
+        parse_sweep(["mnist-smoke"])
 
 
 def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
@@ -373,10 +374,10 @@ def test_by_default_the_choice_is_tested_under_the_full_suite_at_the_recipes_bud
     assert final.attacks == full_suite("0.2")
     assert final.threat_models == ("white_box", "black_box", "transfer")
     assert (final.test_images, final.chunk_size) == (given.test_images, given.chunk_size)
-    assert sweep.parse_options(["--space", "x"])[0].evaluate == "full"
-    assert sweep.parse_options(["--space", "x", "--no-evaluate"])[0].evaluate == "none"
+    assert parse_sweep(["--space", "x"])[0].evaluate == "full"
+    assert parse_sweep(["--space", "x", "--no-evaluate"])[0].evaluate == "none"
     with pytest.raises(ConfigError, match="--evaluate"):
-        sweep.parse_options(["--space", "x", "--evaluate", "some"])
+        parse_sweep(["--space", "x", "--evaluate", "some"])
     other = recipe(evaluation=replace(given, attacks=("ddn:steps=10", "pgd:eps=8/255,steps=3", "bim:eps=0.3")))
     assert sweep.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255}")
     norms = recipe(evaluation=replace(given, attacks=("ddn:steps=10",)))
@@ -451,7 +452,7 @@ def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.
         },
         tracker=SimpleNamespace(),  # type: ignore[arg-type]
         space=space,
-        options=sweep.Options(space="s"),
+        options=SweepOptions(space="s"),
         model="defend",
         base=e.train,
     )
@@ -580,7 +581,7 @@ def test_a_trial_that_cannot_be_is_recorded_with_its_reason_and_the_sweep_goes_o
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(tune, "report", told.append)
     for point, reason in (
-        ({"targets": "linear", "lam": 0.5}, "train.targets='linear' is not possible: of this run's shards: lowpass"),
+        ({"targets": "linear", "lam": 0.5}, "train.targets is 'linear'; it must be one of this run's shards: lowpass"),
         ({"targets": "lowpass", "lam": -1.0}, "train.lam=-1.0"),
     ):
         name = str(point["lam"])
@@ -671,7 +672,7 @@ def test_a_sweep_that_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch:
 
 def test_a_second_command_is_refused_before_it_joins_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = command("lambda_blocks", tmp_path)
-    options, rest = sweep.parse_options(asked[1:])
+    options, rest = parse_sweep(asked[1:])
     name, space = sweep.load_space(options)
     address = sweep.sweep_address(parse("sweep", rest), name, space, 0)
     held = lease.Lease(Storage(tmp_path) / address).acquire()

@@ -250,7 +250,9 @@ def test_training_starts_from_the_weights_and_the_auto_encoders_copies_too(tmp_p
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, "five.pth", num_classes=5)
     config = tiny(pretrained=str(path))
-    with pytest.raises(ConfigError, match=rf"{path} holds a head of 5 classes, but there are 10.*replace_head"):
+    with pytest.raises(
+        ConfigError, match=rf"{path} holds a head of 5 classes, but data.num_classes is 10: --train.replace-head"
+    ):
         build_net(config, SHAPES, pretrained.read(config))
     kept = dataclasses.replace(config, replace_head=True)
     net = build_net(kept, SHAPES, pretrained.read(kept))

@@ -75,13 +75,13 @@ def run_attack(
         ValueError: inputs or labels of the wrong type, shape or range.
     """
     if early_leaving and not spec.can_leave_early:
-        raise ConfigError.of("early_leaving", True, f"{spec.name} has none (see AttackSpec.can_leave_early)")
+        raise ConfigError.of("early_leaving", True, f"False for {spec.name} (see AttackSpec.can_leave_early)")
     if auxiliary is None and spec.name == "adaptive":
-        raise ConfigError.of("auxiliary", None, "adaptive needs what the attacker knows of the defense, as a function")
+        raise ConfigError.of("auxiliary", None, "a function for adaptive: what the attacker knows of the defense")
     if auxiliary is not None and spec.name not in _TAKE_AUXILIARY:
-        raise ConfigError.of("auxiliary", auxiliary, f"{spec.name} takes none; {', '.join(_TAKE_AUXILIARY)} do")
+        raise ConfigError.of("auxiliary", auxiliary, f"None for {spec.name}; {', '.join(_TAKE_AUXILIARY)} take one")
     if targeted and spec.target:
-        raise ConfigError.of("targeted", True, f"{spec} chooses its targets from true classes")
+        raise ConfigError.of("targeted", True, f"False for {spec}, which chooses its targets from true classes")
 
     options: dict[str, object] = {}
     if spec.can_leave_early:
@@ -93,6 +93,6 @@ def run_attack(
         targeted = True
     if targeted:
         if not (spec.can_target or spec.name == "noise"):  # noise is as aimless with a target
-            raise ConfigError.of("targeted", True, f"{spec.name} cannot be told what to aim at")
+            raise ConfigError.of("targeted", True, f"False for {spec.name}, which cannot be told what to aim at")
         options["targeted"] = True
     return ATTACKS[spec.name](model, inputs, labels, generator=generator, **spec.settings(), **options)

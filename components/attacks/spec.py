@@ -126,8 +126,8 @@ def _defaults(name: str) -> dict[str, Setting | None]:
     return {**eps, "norm": attack.norms[0], **attack.defaults}
 
 
-def _no_such_field(attack: str, field: str, value: object) -> ConfigError:
-    return ConfigError.of(f"{attack}.{field}", value, f"no such field; {attack} has " + ", ".join(_defaults(attack)))
+def _no_such_field(attack: str, field: str) -> ConfigError:
+    return ConfigError.unknown(f"field of {attack}:", field, _defaults(attack))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,19 +169,21 @@ class AttackSpec:
 
     def __post_init__(self) -> None:
         if self.name not in _ATTACKS:
-            raise ConfigError.of("attack", self.name, "one of " + ", ".join(_ATTACKS))
+            raise ConfigError.unknown("attack", self.name, _ATTACKS)
         attack = _ATTACKS[self.name]
         defaults = _defaults(self.name)
         for name in _FIELD_TYPES:
             value = getattr(self, name)
             if name not in defaults:
                 if value is not None:
-                    raise _no_such_field(self.name, name, value)
+                    raise _no_such_field(self.name, name)
                 continue
             if value is None:
                 value = defaults[name]
             if value is None:
-                raise ConfigError.of(f"{self.name}.eps", None, f"{self.name} needs eps, e.g. {self.name}:eps=0.2")
+                raise ConfigError(
+                    f"{self.name} needs eps, the budget in units of [0,1] pixels: e.g. {self.name}:eps=0.2"
+                )
             object.__setattr__(self, name, self._checked(name, value, attack))
         if self.norm == "linf":
             self._check_pixel_range()
@@ -244,11 +246,11 @@ class AttackSpec:
         """
         name, fields = parse_spec(text)
         if name not in _ATTACKS:
-            raise ConfigError.of("attack", name, "one of " + ", ".join(_ATTACKS))
+            raise ConfigError.unknown("attack", name, _ATTACKS)
         known = _defaults(name)
         for field, value in fields.items():
             if field not in known:
-                raise _no_such_field(name, field, value)
+                raise _no_such_field(name, field)
             if _FIELD_TYPES[field] is float:
                 fields[field] = _fraction(value)
         parsed = replace_typed(_Parsed(), fields, name)

@@ -87,7 +87,7 @@ class Adapter:
                 "adapter.depths", self.depths, "more than 0 for the first unit: there is none before it to merge with"
             )
         if self.mirror not in get_args(Mirror):
-            raise ConfigError.of("adapter.mirror", self.mirror, " | ".join(get_args(Mirror)))
+            raise ConfigError.of("adapter.mirror", self.mirror, "one of " + " | ".join(get_args(Mirror)))
 
 
 def _is_names(unit: object) -> bool:
@@ -193,8 +193,8 @@ def _submodule(classifier: nn.Module, name: str, where: str) -> nn.Module:
             parent = f"'{'.'.join(path)}'" if path else type(classifier).__name__
             close = difflib.get_close_matches(part, children, n=3)
             hint = f"did you mean {' or '.join(repr('.'.join([*path, c])) for c in close)}? " if close else ""
-            raise ConfigError.of(
-                where, name, f"{parent} has no submodule '{part}'. {hint}It has {', '.join(children) or 'none'}"
+            raise ConfigError(
+                f"{where} is {name!r}; {parent} has no submodule '{part}'. {hint}It has {', '.join(children) or 'none'}"
             )
         module = children[part]
         path.append(part)

@@ -388,7 +388,12 @@ def _made_elsewhere(
 
 
 def load_weights(
-    classifier: nn.Module, tensors: Mapping[str, Tensor], where: str, *, replace_head: bool = False
+    classifier: nn.Module,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    replace_head: bool = False,
+    trains: bool = True,
 ) -> None:
     """Load weights into a classifier, strictly: every key must be there with its shape, and no other.
 
@@ -396,6 +401,7 @@ def load_weights(
         tensors: a ``state_dict``, such as torchvision's of the same architecture.
         where: the file, for messages.
         replace_head: leave the network's own last linear layer as it is and do not read the file's.
+        trains: whether training follows. Without it a new head would stay random.
 
     Raises:
         ConfigError: the file's head has another number of classes, or there is no head to keep.
@@ -406,14 +412,17 @@ def load_weights(
     head = [k for k in (f"{name}.weight", f"{name}.bias") if k in state] if name is not None else []
     if replace_head:
         if not head:
-            raise ConfigError.of("train.replace_head", True, f"{type(classifier).__name__} has no linear layer as head")
+            raise ConfigError(
+                f"{type(classifier).__name__} has no linear layer as head to replace: leave out --train.replace-head"
+            )
         tensors = {**tensors, **{k: state[k] for k in head}}
     elif head and head[0] in tensors:
         theirs, mine = tensors[head[0]], state[head[0]]
         if theirs.ndim == 2 and theirs.shape[1] == mine.shape[1] and theirs.shape[0] != mine.shape[0]:
             raise ConfigError(
-                f"{where} holds a head of {theirs.shape[0]} classes, but there are {mine.shape[0]} here: "
-                f"train.replace_head=true loads all but the head and keeps the new one"
+                f"{where} holds a head of {theirs.shape[0]} classes, but data.num_classes is {mine.shape[0]}: "
+                + ("--train.replace-head trains a new head; " if trains else "")
+                + f"for images of the file's own classes, --data.num-classes {theirs.shape[0]}"
             )
     load_strictly(classifier, tensors, where)
 

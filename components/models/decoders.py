@@ -450,5 +450,5 @@ def build_decoder(
         return PyramidDecoder(units, sizes, image_channels)
     connections: dict[str, Connection] = {"hourglass": "none", "hourglass_concat": "concat", "hourglass_add": "add"}
     if kind not in connections:
-        raise ConfigError.of("train.decoder", kind, " | ".join(get_args(DecoderKind)))
+        raise ConfigError.of("train.decoder", kind, "one of " + " | ".join(get_args(DecoderKind)))
     return HourglassDecoder(units, sizes, image_channels, connections[kind], heads)

@@ -49,9 +49,11 @@ def parse(arch: str) -> tuple[str, str, bool | None]:
     key, _, value = option.partition("=")
     if library != "torchvision" or name.lower() not in _TRANSFORMING or key != "transform_input":
         allowed = " and ".join(f"torchvision:{n}" for n in _TRANSFORMING)
-        raise ConfigError.of("train.arch", arch, f"only {allowed} have an option, transform_input=true or false")
+        raise ConfigError(
+            f"train.arch is {arch!r}; only {allowed} have an option, which is transform_input=true or false"
+        )
     if value not in ("true", "false"):
-        raise ConfigError.of("train.arch", arch, "transform_input is true or false")
+        raise ConfigError.of("train.arch", arch, f"{library}:{name},transform_input=true or the same with false")
     return library, name, value == "true"
 
 
@@ -83,7 +85,9 @@ def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretra
         net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
         return net
     if channels != 3:
-        raise ConfigError("torchvision's networks take 3 channels: set data.channels=3, which repeats the grey one")
+        raise ConfigError(
+            f"data.channels is {channels}, but torchvision's networks take 3: --data.channels 3 repeats the grey channel"
+        )
     options: dict[str, Any] = {}
     if transforms is not None:
         # weights are loaded over the initial ones, which take a minute to draw
