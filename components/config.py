@@ -376,6 +376,7 @@ class TrainConfig:
             self.adversarial_share,
             "above 0 (no example would count; that is defense='none'), at most 1",
         )
+        _check(self.epochs >= 0, "train.epochs", self.epochs, "0 or more")
         _check(
             0 <= self.adversarial_epochs <= self.epochs,
             "train.adversarial_epochs",
@@ -405,7 +406,6 @@ class TrainConfig:
                 "at least 1; 0 takes given weights as they are: with --train.pretrained FILE and --train.defense none, "
                 "without --train.replace-head",
             )
-        _check(self.epochs >= 0, "train.epochs", self.epochs, "0 or more")
         _check_seed("train.seed", self.seed)
         _check(
             self.lr_step_epochs >= 0,
@@ -688,11 +688,10 @@ class Experiment:
         """Refuse a threat model under which no model would be attacked."""
         from components.attacks.spec import AttackSpec
 
-        specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
-        names = list(self.variants())
         for threat in self.evaluation.threat_models:
             kind, _, base = threat.partition(":")
             if kind == "black_box":
+                specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
                 _check(
                     any(not spec.needs_gradients and spec.name != "noise" for spec in specs),
                     "evaluation.threat_models",
@@ -702,7 +701,7 @@ class Experiment:
             elif kind == "transfer":
                 sources = set(self.bases().values()) if base == "*" else {base}
                 _check(
-                    any(self.source_of(name, source) for name in names for source in sources),
+                    any(self.source_of(name, source) for name in self.variants() for source in sources),
                     "evaluation.threat_models",
                     threat,
                     "left out, or --models must have a second model to make the examples on",

@@ -12,7 +12,7 @@ import fake_run
 import pytest
 from rich.console import Console
 
-from components.config import Experiment, TrainConfig, to_dict
+from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
 from pipeline import attack, records, report, sweep_report, tables
 from pipeline.storage import Storage
 
@@ -20,6 +20,7 @@ NET = Experiment(
     name="attack-net",
     models=("net",),
     train=TrainConfig(defense="none", epochs=0, shared_blocks=1, pretrained="/x/net.pth"),
+    evaluation=EvaluationConfig(threat_models=("white_box",)),
 )
 
 
