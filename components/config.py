@@ -501,7 +501,7 @@ class EvaluationConfig:
             canonical = str(AttackSpec.parse(attack))
             if canonical in texts:
                 raise ConfigError(
-                    f"evaluation.attacks has each attack once, but {texts[canonical]} and {attack} are both {canonical}: "
+                    f"evaluation.attacks must have each attack once; {texts[canonical]} and {attack} are both {canonical}: "
                     "leave one out"
                 )
             texts[canonical] = attack

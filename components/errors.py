@@ -52,7 +52,7 @@ class ConfigError(UserError):
             return cls(told if near else f"{told}; {listed_by} lists what there is")
         if near and len(names) > FEW_NAMES:
             return cls(told)
-        return cls(f"{told}{'' if near else ';'} there are {', '.join(names)}")
+        return cls(f"{told}{'' if near else ';'} {'There' if near else 'there'} are {', '.join(names)}")
 
 
 class DataError(UserError):

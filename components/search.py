@@ -62,7 +62,12 @@ class Uniform:
     high: float
 
     def __post_init__(self) -> None:
-        _check(-math.inf < self.low < self.high < math.inf, "Uniform", (self.low, self.high), "low < high, both finite")
+        _check(
+            -math.inf < self.low < self.high < math.inf,
+            "Uniform",
+            (self.low, self.high),
+            "(low, high) with low < high, both finite",
+        )
 
     def at(self, share: float) -> Value:
         """The value so far along the domain; share in [0, 1)."""
@@ -80,7 +85,12 @@ class LogUniform:
     high: float
 
     def __post_init__(self) -> None:
-        _check(0 < self.low < self.high < math.inf, "LogUniform", (self.low, self.high), "0 < low < high, both finite")
+        _check(
+            0 < self.low < self.high < math.inf,
+            "LogUniform",
+            (self.low, self.high),
+            "(low, high) with 0 < low < high, both finite",
+        )
 
     def at(self, share: float) -> Value:
         """The value so far along the domain; share in [0, 1)."""
@@ -99,7 +109,12 @@ class IntRange:
 
     def __post_init__(self) -> None:
         whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.low, self.high))
-        _check(whole and self.low < self.high, "IntRange", (self.low, self.high), "low < high, both whole numbers")
+        _check(
+            whole and self.low < self.high,
+            "IntRange",
+            (self.low, self.high),
+            "(low, high) with low < high, both whole numbers",
+        )
 
     def at(self, share: float) -> Value:
         """The value so far along the domain; share in [0, 1)."""

@@ -66,6 +66,10 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
     eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
+    try:
+        AttackSpec.parse(f"noise:eps={eps},norm={norm}").check_fits(data.channels, data.image_size)
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("noise.eps", "--eps", 1)) from None
     evaluation = replace(experiment.evaluation, attacks=full_suite(eps, norm, data.channels))
     if asked.evaluation.attacks == experiment.evaluation.attacks or any(
         not AttackSpec.parse(a).needs_gradients for a in asked.evaluation.attacks

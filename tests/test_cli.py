@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -225,3 +226,91 @@ def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
 
 def test_data_config_defaults_are_the_bundled_sample() -> None:
     assert DataConfig().source == "sample:mnist"
+
+
+# -- what the terminal, the pipe or the Python can do to a command ----------------------------------------------------------
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which ``main`` is the command line; its status is that of ``main``, whoever reads its output."""
+    script = f'main() {{ "{sys.executable}" "{ROOT / "pipeline" / "main.py"}" "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "printed", "warned"),
+    [
+        ("main recipes | head -n 1", "Scales of", ""),
+        ("main --help | head -n 1", "Trains Defend++", ""),
+        ("main run mnist-smoke --help | head -n 1", "usage:", ""),
+        ("main recipes >&-", "", ""),
+        ("main recipes >&- 2>&-", "", ""),
+        ("main recipes > /dev/full", "", "warning: standard output cannot be written (No space left on device)\n"),
+        ("PYTHONIOENCODING=ascii main recipes | head -n 1", "Scales of", ""),
+        ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 main recipes | head -n 1", "Scales of", ""),
+    ],
+)
+def test_where_the_output_goes_is_no_failure(command: str, printed: str, warned: str) -> None:
+    done = shell(command)
+    assert done.stderr == warned
+    assert done.returncode == 0
+    assert done.stdout.startswith(printed)
+    assert len(done.stdout.splitlines()) == bool(printed)
+
+
+def test_an_error_that_nobody_can_read_keeps_its_status() -> None:
+    for streams in (">&- 2>&-", "> /dev/full 2> /dev/full"):
+        assert shell(f"main rnu {streams}").returncode == 2
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(tmp_path: Path) -> None:
+    done = shell(f"main run --from {tmp_path}/größe", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/gr\\xf6\\xdfe does not exist\n"
+
+
+@pytest.mark.parametrize("reader", ["| tail -n 1", "| head -n 1", ">&-", "> /dev/full"])
+def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
+    """All was computed, and then the table had a character that the terminal lacks: the run was marked as failed."""
+    code = (
+        "from pipeline import streams; streams.harden(); from pipeline.progress import console, say; "
+        "from rich.table import Table; [say('ε = 8/255') for _ in range(9)]; console.print(Table('δ', title='±'))"
+    )
+    done = shell(
+        f'"{sys.executable}" -c "{code}; print(chr(949))" {reader}', PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+    if "tail" in reader:
+        assert done.stdout == "\\u03b5\n"
+
+
+def test_a_python_without_the_dependencies_is_told_which_one_has_them(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    python, script = str(bare / "bin" / "python"), str(ROOT / "pipeline" / "main.py")
+    for arguments in (["recipes"], ["run", "mnist-smoke"], ["run", "mnist-dmeo"]):
+        done = subprocess.run([python, script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"error: this Python ({python}) lacks rich: use {ROOT}/.venv/bin/python, "
+            f"which `make .venv/installed` in {ROOT} sets up\n"
+        )
+
+
+def test_the_version_needs_no_dependency(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "pipeline" / "main.py"), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(r"defendpp \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_a_typo_is_answered_without_loading_the_libraries() -> None:
+    for arguments in ("'rnu'", "'run', 'mnist-dmeo'", "'sweep', 'mnist-smoke', '--trials', 'x'", "'sweep', '--help'"):
+        code = f"from pipeline.main import main; main([{arguments}]); import sys; sys.exit({{'torch', 'ray', 'mlflow', 'numpy'}} & set(sys.modules) or 0)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)

@@ -220,7 +220,7 @@ class AttackSpec:
         where = f"{self.name}.{name}"
         if name == "norm":
             if value not in attack.norms:
-                raise ConfigError.of(where, value, "one of " + ", ".join(attack.norms))
+                raise ConfigError.of(where, value, " or ".join(attack.norms))
             return value
         if name in _CHOICES:
             if value not in _CHOICES[name]:
