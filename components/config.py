@@ -597,7 +597,9 @@ class Experiment:
     storage: str = "~/defendpp"
     """Where shards, models and records are kept: an absolute path or a URI (s3://bucket/path) that every node reaches."""
     tracking_uri: str = ""
-    """MLflow server (http://...) or database (sqlite:///...). Empty: mlflow.db in storage, where that is local."""
+    """MLflow server (http://...) or database (sqlite:///...). Empty: $MLFLOW_TRACKING_URI, or mlflow.db in a local storage."""
+    experiment_name: str = ""
+    """MLflow experiment that the run is published in. Empty: $MLFLOW_EXPERIMENT_NAME, or defendpp."""
 
     def __post_init__(self) -> None:
         from components.attacks.spec import AttackSpec

@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from pipeline import comparison, records, sweep_report, tables
@@ -70,7 +71,8 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
     record = records.read_run(run)
     start_run(tracker, record)
     for name, model in record["models"].items():
-        _publish_model(tracker, root, record, name, model)
+        with tracker.excused(f"model {name}"):
+            _publish_model(tracker, root, record, name, model)
     labels = records.attack_labels(record)
     for order, evaluation in enumerate(record["evaluations"]):
         _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
@@ -80,12 +82,13 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
         name = f"{row['model']}/{'clean' if row['threat_model'] == 'clean' else row['threat_model'] + '/' + labels[row['attack']]}"
         tracker.metrics("run", {f"seeds/{name}/mean": row["accuracy_mean"], f"seeds/{name}/sd": row["accuracy_sd"]})
     tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
-    tracker.artifact_bytes("run", "run.json", run.read_bytes("run.json"))
-    for name in run.list("report"):
-        if "." in name:
-            tracker.artifact("run", run, f"report/{name}", "report")
-    for name in run.list("report/plots"):
-        tracker.artifact("run", run, f"report/plots/{name}", "report/plots")
+    with tracker.excused("run.json and report"):
+        tracker.artifact("run", run, "run.json")
+        for name in run.list("report"):
+            if "." in name:
+                tracker.artifact("run", run, f"report/{name}", "report")
+        for name in run.list("report/plots"):
+            tracker.artifact("run", run, f"report/plots/{name}", "report/plots")
     if record.get("finished"):
         tracker.finish("run", time=_unix(record["finished"]))
 
@@ -99,8 +102,7 @@ def _publish_model(
     begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
     start_model(tracker, record, name, begin)
     for file in history:
-        if not tracker.has_history(alias, _epoch_of(file)):
-            tracker.history(alias, records.read_epoch(root, file))
+        tracker.history(alias, _epoch_of(file), partial(records.read_epoch, root, file))
     tracker.metrics(alias, {**_model_metrics(model), **table_metrics(record, name)})
     _datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
@@ -266,7 +268,8 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
     start_sweep(tracker, record)
     for trial in record["trials"]:
         if trial["started"] and not tracker.has_ended(trial_alias(trial), _status_of(trial)):
-            _publish_trial(tracker, record, trial, root)
+            with tracker.excused(trial_alias(trial)):
+                _publish_trial(tracker, record, trial, root)
     if record["choice"]:
         states = [t["state"] for t in record["trials"]]
         numbers = {f"trials/{state}": float(states.count(state)) for state in ENDS}
@@ -284,10 +287,12 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
         }
         tracker.start("run", "sweep", tags=tags)
         for name in ("best.json", *(f"report/{name}" for name in sweep.list("report"))):
-            tracker.artifact("run", sweep, name, name.rpartition("/")[0])
+            with tracker.excused(name):
+                tracker.artifact("run", sweep, name, name.rpartition("/")[0])
     tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
     if record.get("finished"):
-        tracker.artifact_bytes("run", "sweep.json", sweep.read_bytes("sweep.json"))
+        with tracker.excused("sweep.json"):
+            tracker.artifact("run", sweep, "sweep.json")
         tracker.finish("run", time=_unix(record["finished"]))
 
 
@@ -360,8 +365,7 @@ def _publish_replicate(
     )
     _datasets(tracker, alias, record, JUDGED_BY)
     for file in records.history_files(root, model):
-        if not tracker.has_history(alias, _epoch_of(file)):
-            tracker.history(alias, records.read_epoch(root, file))
+        tracker.history(alias, _epoch_of(file), partial(records.read_epoch, root, file))
     if exported := _exported(root, model):
         tracker.metrics(alias, _model_metrics(exported))
     if trial["state"] in ENDS:
@@ -375,8 +379,12 @@ def _publish_means(tracker: Tracker, alias: str, trial: Mapping[str, Any], root:
     for epoch in sorted(set.intersection(*map(set, files))) if files else []:
         # measured a little later than trained; published together, once
         settled = epoch <= max(robust, default=-1) or trial["state"] in ("finished", "stopped", "diverged")
-        if settled and not tracker.has_history(alias, epoch):
-            tracker.history(alias, _mean_epoch([records.read_epoch(root, f[epoch]) for f in files], robust.get(epoch)))
+        if settled:
+            tracker.history(alias, epoch, partial(_read_mean, root, [f[epoch] for f in files], robust.get(epoch)))
+
+
+def _read_mean(root: Storage, files: Sequence[str], robust: float | None) -> dict[str, Any]:
+    return _mean_epoch([records.read_epoch(root, file) for file in files], robust)
 
 
 def _mean_epoch(several: Sequence[Mapping[str, Any]], robust: float | None) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from pipeline import (
     sources,
     tables,
     tracking,
+    tracking_uri,
     train,
     verdict,
 )
@@ -82,7 +83,8 @@ class Run:
         self.storage.write_json("run.json", self.record)
 
     def publish(self) -> None:
-        publish.publish_run(self.tracker, self.storage, self.root)
+        with self.tracker.excused("records"):
+            publish.publish_run(self.tracker, self.storage, self.root)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -98,7 +100,7 @@ class Run:
 def run_address(experiment: Experiment) -> str:
     """``runs/<recipe>-<hash>``: where a run is kept and who tracks it are no part of what it is."""
     config = to_dict(experiment)
-    for name in ("storage", "tracking_uri", "description"):
+    for name in ("storage", "tracking_uri", "experiment_name", "description"):
         del config[name]
     # These settings came later. At their defaults they leave the addresses of earlier runs as they are.
     for name in ("test_split", "image_column", "label_column"):
@@ -123,8 +125,8 @@ def open_run(
         records_only: no sources, networks or cluster are needed (the report).
         needs: what an earlier stage must have left: shards, or shards and models.
         will_train: the models that are not trained yet must fit the GPUs.
-        needs_tracking: refuse where MLflow does not answer. Not within a sweep, whose compute is spent: as of any outage on the way,
-            the Tracker tells of it, and publishes when MLflow answers.
+        needs_tracking: refuse a new run where MLflow does not answer. Not within a sweep, whose compute is spent. A run that has
+            a record continues: as of any outage on the way, the Tracker tells of it, and publishes when MLflow answers.
 
     Raises:
         UserError: one of its kinds, naming what, where and what to do.
@@ -134,9 +136,6 @@ def open_run(
     checkpoints.trust(config.arch for config in experiment.variants().values())
     root = Storage(experiment.storage)
     root.check_writable()
-    uri = experiment.tracking_uri or tracking.default_uri(root)
-    if needs_tracking:
-        tracking.check_reachable(uri)
     storage = root / run_address(experiment)
     Lease(storage).check_free()
     record = _read_record(storage)
@@ -144,6 +143,13 @@ def open_run(
         raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     if needs:
         _check_made(record or {}, experiment, storage, needs)
+    uri, experiment_name = tracking.choose(
+        experiment.tracking_uri,
+        experiment.experiment_name,
+        root,
+        required=needs_tracking and record is None,
+        echo=say,
+    )
     if not records_only:
         shapes = Shapes(
             image_size=experiment.data.image_size,
@@ -164,7 +170,8 @@ def open_run(
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read
     try:
-        return _opened(experiment, root, storage, tracking.Tracker(uri, storage, echo=say), lease, records_only)
+        tracker = tracking.Tracker(uri, storage, experiment=experiment_name, echo=say)
+        return _opened(experiment, root, storage, tracker, lease, records_only)
     except BaseException:
         lease.release()
         raise
@@ -346,8 +353,10 @@ class _TrainProgress(train.Progress):
         self.on_live = bar.update
 
     def on_epoch(self, name: str, record: dict[str, Any]) -> None:
-        publish.start_model(self.run.tracker, self.run.record, name, record["steps"][0]["time"])
-        self.run.tracker.history(f"model/{name}", record)
+        tracker = self.run.tracker
+        publish.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
+        if not tracker.is_behind:  # else it is read from its file when the model is finished
+            tracker.history(f"model/{name}", record["epoch"], lambda: record)
 
     def on_given(self, name: str, without: str) -> None:
         if any(AttackSpec.parse(a).name == "adaptive" for a in self.run.experiment.evaluation.attacks):
@@ -469,7 +478,7 @@ def finish(run: Run) -> None:
     run.tracker.flush()
     tables.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
-    say(f"MLflow: {tracking.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
+    say(f"MLflow: {tracking_uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
@@ -483,9 +492,11 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         needs_tracking=needs_tracking,
     )
     publish.start_run(run.tracker, run.record)
+    complete = False
     try:
         if command == "report":
             make_report(run)
+            complete = True
             finish(run)
             return
         if command in ("run", "pyramids"):
@@ -506,10 +517,10 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         run.record["finished"] = _now()
         run.save()
         make_report(run)
+        complete = True
         finish(run)
     except BaseException as e:
-        run.tracker.finish("run", "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
-        run.tracker.flush()
+        run.tracker.stop_for(e, complete=complete)
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise
     finally:

@@ -44,6 +44,7 @@ from pipeline import (
     sources,
     sweep_report,
     tracking,
+    tracking_uri,
     train,
     tuner,
 )
@@ -112,8 +113,9 @@ class Sweep(run.Run):
     def publish(self) -> None:
         with self.lock:
             record = copy.deepcopy(self.record)
-        # not under the lock: a tracking server that does not answer must not hold up the trials
-        publish.publish_sweep(self.tracker, record, self.storage, self.root)
+        # not under the lock: what is read from storage must not hold up the trials
+        with self.tracker.excused("records"):
+            publish.publish_sweep(self.tracker, record, self.storage, self.root)
 
     def final(self, point: Point) -> Experiment:
         """:func:`final_experiment`, as the options ask for it."""
@@ -321,14 +323,20 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         )
     Lease(storage).check_free()
     root.check_writable()
-    uri = experiment.tracking_uri or tracking.default_uri(root)
-    tracking.check_reachable(uri)
+    tracker = tracking.connect(
+        experiment.tracking_uri,
+        experiment.experiment_name,
+        root,
+        storage,
+        required=not storage.exists("sweep.json"),
+        echo=say,
+    )
     sweep = Sweep(
         experiment=experiment,
         root=root,
         storage=storage,
         record={},
-        tracker=tracking.Tracker(uri, storage, echo=say),
+        tracker=tracker,
         space=space,
         options=options,
         model=model,
@@ -412,10 +420,11 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
             _report(sweep)
             sweep.tracker.flush()
         say(f"sweep: {sweep.storage.uri}")
-        say(f"MLflow: {tracking.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
+        say(
+            f"MLflow: {tracking_uri.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}"
+        )
     except BaseException as e:
-        sweep.tracker.finish("run", "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
-        sweep.tracker.flush()
+        sweep.tracker.stop_for(e, complete=bool(sweep.record.get("finished")))
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
         raise
     finally:
@@ -426,7 +435,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
 def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
     """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
     experiment = sweep.experiment
-    uri = experiment.tracking_uri or tracking.default_uri(sweep.root)
+    uri = experiment.tracking_uri or tracking_uri.default_uri(sweep.root)
     weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
     return Plan(
         root=sweep.root.full_uri,

@@ -8,6 +8,7 @@ directory remembers, for each tracking URI, which MLflow runs exist and what the
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import hashlib
 import json
@@ -15,7 +16,6 @@ import logging
 import os
 import re
 import secrets
-import shlex
 import sqlite3
 import sys
 import tempfile
@@ -26,11 +26,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from components.errors import UserError
+from components.errors import ConfigError, UserError
 from pipeline import records
 from pipeline.environment import without_password
 from pipeline.storage import Storage, StorageError
+from pipeline.tracking_uri import (
+    OPTION,
+    VARIABLE,
+    check_address,
+    holds_nothing,
+    is_absent,
+    place,
+    put_aside,
+    resolve,
+    sqlite_path,
+    sqlite_uri,
+)
 
 # mlflow reads these when it is imported or at each call; what the user has set stands
 for _name, _value in {
@@ -39,6 +52,7 @@ for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7 with growing pauses, blocks a dead server's caller for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # an open connection would go on with a file that was put aside
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -53,7 +67,11 @@ from mlflow.entities import (  # noqa: E402
     Param,
     RunTag,
 )
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.exceptions import MlflowException, RestException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
+from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
+from mlflow.utils.uri import is_local_uri  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,52 +85,216 @@ UPLOAD_TIMEOUT_SECONDS = 120
 """A server answers an upload only when it has passed the file on to its store."""
 ATTEMPTS = 3
 """How often an operation is tried that fails although the server answers."""
+BEHIND = 100
+"""More operations than that wait only where MLflow does not keep up or does not answer."""
+ENDED = ("FINISHED", "FAILED", "KILLED")
+UNQUOTED = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
+"""Characters besides letters and digits that stand as they are in the key by which a run is found."""
+EXPERIMENT = "defendpp"
+"""The MLflow experiment of runs that name none."""
 
 
-def default_uri(storage: Storage) -> str:
-    """The database that is used where the user names none: ``mlflow.db`` in the storage.
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def connect(
+    option: str, experiment: str, root: Storage, run: Storage, *, required: bool, echo: Callable[[str], None]
+) -> Tracker:
+    """Say where a run is published, make sure that it can be, and return its tracker.
+
+    Args:
+        option: tracking URI of the command line, or "".
+        experiment: MLflow experiment of the command line, or "".
+        root: the storage. run: the run's directory below it.
+        required: refuse where MLflow cannot be used. Otherwise say it: the run goes on, and is published later.
 
     Raises:
-        UserError: the storage is not on this machine, where SQLite cannot go.
+        UserError: see :func:`check_reachable`. ConfigError, for an address that cannot be, also where MLflow is not required.
     """
-    if not storage.is_local:
-        raise UserError(
-            f"storage {storage.uri} is not on this machine, so MLflow cannot keep its database there: "
-            "give a server with --tracking-uri http://HOST:PORT, or a local file with --tracking-uri sqlite:////absolute/path/mlflow.db"
-        )
-    return f"sqlite:///{storage.local_root / 'mlflow.db'}"
+    uri, named_by = resolve(option, root)
+    experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    source = f" (from {named_by})" if named_by == VARIABLE else ""
+    echo(f"MLflow: {without_password(uri)}{source}, experiment {experiment}")
+    try:
+        check_reachable(uri, experiment, named_by=named_by, echo=echo)
+    except ConfigError:
+        raise
+    except UserError as e:
+        if required:
+            raise
+        echo(f"{e}. The run goes on without MLflow, and is published by a later command")
+    return Tracker(uri, run, experiment=experiment, echo=echo)
 
 
-def check_reachable(uri: str) -> None:
-    """Make sure, within about ten seconds and before hours of compute, that MLflow at ``uri`` can be written to.
+def check_reachable(
+    uri: str, experiment: str = EXPERIMENT, *, named_by: str = OPTION, echo: Callable[[str], None] = _to_stderr
+) -> None:
+    """Make sure, within about ten seconds and before hours of compute, that runs and artifacts can be published.
+
+    An SQLite database that is not there is made; one that holds no run and is broken is put aside and made anew.
+
+    Args:
+        named_by: what holds ``uri``: :data:`OPTION`, :data:`VARIABLE`, or "" for the database of the storage.
+        echo: takes a line for a person.
 
     Raises:
-        UserError: a server that does not answer or refuses, a database that is none or cannot be written, or a kind of
-            URI that does not serve; the message names the URI and what to do.
+        ConfigError: a text that cannot be the address of an MLflow.
+        UserError: a server that does not answer or refuses, a database that is none or cannot be written, or an experiment
+            whose artifacts cannot be written from here. The message names the address, the cause and what to do.
     """
-    shown = without_password(uri)
-    if uri.startswith("sqlite:"):
-        _check_sqlite(uri)
-    elif not re.match(r"^[a-z0-9+]+://", uri) or uri.startswith("file:"):
-        path = os.path.abspath(os.path.expanduser(re.sub("^file:(//)?", "", uri)))
-        raise UserError(
-            f"tracking URI {shown!r} is a directory, which MLflow 3 no longer supports: "
-            f"give a database, sqlite:///{path}.db, or a server, http://HOST:PORT"
-        )
+    check_address(uri, named_by)
+    error = _reach(uri, experiment)
+    if error is not None and uri.startswith("sqlite:") and _replaced(sqlite_path(uri), echo):
+        error = _reach(uri, experiment)
+    if isinstance(error, UserError):
+        raise error
+    if error is not None:
+        raise UserError(_refusal(uri, error, named_by)) from None
+
+
+def _reach(uri: str, experiment: str) -> BaseException | None:
+    """Return why MLflow cannot be used, or None."""
 
     def ask() -> None:
-        MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+        client = _client(uri)
+        client.search_experiments(max_results=1)
+        found = client.get_experiment_by_name(experiment)
+        if found is not None:
+            _check_artifacts(uri, experiment, found.artifact_location)
+        elif uri.startswith("http"):
+            # the server gives a new experiment a place beside those of its first one
+            with contextlib.suppress(MlflowException):
+                _check_artifacts(uri, experiment, client.get_experiment("0").artifact_location)
 
+    try:
+        if uri.startswith("sqlite:"):
+            _prepare(sqlite_path(uri))  # takes seconds for the first, and more on a busy machine
+    except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as e:
+        return e
     with _http_limits(timeout=4, retries=1):
-        # only a database server needs the outer limit: mlflow tries it fifteen times, whatever the settings say;
-        # the first visit to a new SQLite file builds its tables, which takes seconds on a busy machine
-        error = _error_within(None if uri.startswith(("sqlite:", "http")) else 10.0, ask)
-    if error is not None:
-        what = "The MLflow server" if uri.startswith("http") else "The MLflow database"
+        # mlflow asks a database fifteen times, whatever the settings say; a bucket may be asked for minutes
+        return _error_within(30.0, ask)
+
+
+def _replaced(path: Path, echo: Callable[[str], None]) -> bool:
+    """Put aside a database that nobody has written to, since it cannot be used. Returns whether there is another one now."""
+    try:
+        inode = path.stat().st_ino
+        if not holds_nothing(path):
+            return False
+        aside = put_aside(path, inode)
+    except OSError:
+        return False
+    if aside is not None:
+        echo(f"The MLflow database {path} was broken and held no run; it is {aside} now, and a new one is made")
+    return True
+
+
+def _refusal(uri: str, error: BaseException, named_by: str) -> str:
+    """Return the sentence for an MLflow that cannot be used: what, why, and what to do."""
+    shown, status = without_password(uri), _http_status(error)
+    other = {
+        OPTION: "give another one with --tracking-uri, or leave that out to keep mlflow.db in the storage",
+        VARIABLE: f"set {VARIABLE} to another one, or unset it to keep mlflow.db in the storage",
+    }.get(
+        named_by,
+        "make it readable and writable, move it away for a new one, or name another MLflow with --tracking-uri",
+    )
+    if not uri.startswith("http"):
+        return f"MLflow database {sqlite_path(uri) if uri.startswith('sqlite:') else shown} cannot be used: {_reason(error)}. To go on, {other}"
+    if status in (401, 403):
+        return (
+            f"The MLflow server {shown} refuses who asks (HTTP {status}): set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
+    if status in (200, 404, 405):
+        return f"{shown} is no MLflow server, though something answers there (HTTP {status}); {other}"
+    if status is not None:
+        return f"The MLflow server {shown} answers with an error (HTTP {status}: {_reason(error)}): look into its log, or {other}"
+    return (
+        f"The MLflow server {shown} cannot be used: {_reason(error)}. "
+        f"Start it (mlflow server --host HOST --port PORT), {other}"
+    )
+
+
+def _http_status(error: BaseException) -> int | None:
+    """Return the status of an HTTP answer that was no answer of MLflow's; None where no answer came."""
+    text = str(error)
+    if "not in a valid JSON format" in text:
+        return 200
+    number = re.search(r"failed with error code (\d{3}) != 200", text)
+    if number:
+        return int(number[1])
+    return _status(error) if isinstance(error, RestException) else None
+
+
+def _check_artifacts(uri: str, experiment: str, location: str) -> None:
+    """Write a small artifact to the place of an experiment and delete it.
+
+    Raises:
+        UserError: it cannot be written from here.
+    """
+    name = f"write-test-{secrets.token_hex(4)}.txt"
+    try:
+        folder = Path(local_file_uri_to_path(location)) if is_local_uri(location) else None
+        # mlflow would make the folder, though it lies on the server's machine, or has moved with the storage
+        if folder is not None and not (folder.is_dir() or _stands(folder.parent)):
+            raise FileNotFoundError(f"the folder {folder.parent} does not exist on this machine")
+        repository = get_artifact_repository(location, tracking_uri=uri)
+        with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
+            file = Path(directory) / name
+            file.write_bytes(b"defendpp")
+            repository.log_artifact(str(file))
+        with contextlib.suppress(Exception):  # some stores let nobody delete
+            repository.delete_artifacts(name)
+    except Exception as e:  # whatever the library of that store raises
         raise UserError(
-            f"{what} {shown} cannot be used: {_reason(error)}. Start it (mlflow server --host 127.0.0.1 --port 5000), "
-            "give another one with --tracking-uri, or leave that out to keep mlflow.db in the storage"
+            f"artifacts of the MLflow experiment {experiment!r} go to {without_password(location)}, which cannot be "
+            f"written from here: {_reason(e)}. Mend that, or name another experiment with --experiment-name"
         ) from None
+
+
+def _stands(parent: Path) -> bool:
+    return parent.is_dir() or (parent.name == "mlruns" and parent.parent.is_dir())  # mlflow's own root is made late
+
+
+def _client(uri: str) -> MlflowClient:
+    """Return a client. An SQLite database is there before MLflow opens it."""
+    if not uri.startswith("sqlite:"):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path = sqlite_path(uri)
+    _prepare(path)
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # mlflow makes the directory that it reads out of the URI without unquoting it
+    unquoted = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
+    if unquoted != path.parent:
+        with contextlib.suppress(OSError):
+            os.removedirs(unquoted)
+    return client
+
+
+def _prepare(path: Path) -> None:
+    """Make the file of a database where there is none, whole: MLflow's own migrations are many transactions.
+
+    Raises:
+        OSError, sqlite3.Error: the file cannot be made or written, or is no database.
+    """
+    if is_absent(path):
+        place(path, _empty_database())
+    with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")  # asks for the right to write, and writes nothing
+        connection.execute("PRAGMA schema_version")  # reads the header: tells a database from another file
+        connection.execute("ROLLBACK")
+
+
+@functools.cache
+def _empty_database() -> bytes:
+    """Return a new database of this version of MLflow, made in a directory that no other process uses."""
+    with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
+        file = Path(directory) / "mlflow.db"
+        MlflowClient(tracking_uri=sqlite_uri(file)).search_experiments(max_results=1)
+        return file.read_bytes()
 
 
 def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
@@ -125,16 +307,17 @@ def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
     Raises:
         UserError: no such model or file, several files of weights to choose from, or MLflow cannot be reached.
     """
-    client = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+    check_address(tracking_uri)
     said = f"mlflow:{uri} at {without_password(tracking_uri)}"
     try:
+        client = _client(tracking_uri)
         run_id, path = _where(client, uri)
         with tempfile.TemporaryDirectory() as directory:
             file = mlflow.artifacts.download_artifacts(
                 run_id=run_id, artifact_path=path, dst_path=directory, tracking_uri=tracking_uri
             )
             return f"mlflow:runs:/{run_id}/{path}", Path(file).read_bytes()
-    except (MlflowException, OSError) as e:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as e:
         raise UserError(f"{said} cannot be had: {_reason(e)}") from None
 
 
@@ -171,47 +354,6 @@ def _weight_files(client: MlflowClient, run_id: str, path: str | None = None) ->
             yield entry.path
 
 
-def _check_sqlite(uri: str) -> None:
-    path = _sqlite_path(uri)
-    if not path.is_absolute():
-        raise UserError(
-            f"tracking URI {uri!r} has a relative path, which a Ray job would look for elsewhere: "
-            f"give sqlite:///{Path(os.path.abspath(path.expanduser()))}"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # asks for the right to write, and writes nothing
-            connection.execute("PRAGMA schema_version")  # reads the header: tells a database from another file
-            connection.execute("ROLLBACK")
-    except (OSError, sqlite3.Error) as e:
-        raise UserError(f"MLflow database {path} cannot be used: {e}. Give another one with --tracking-uri") from None
-
-
-def _sqlite_path(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
-
-
-def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
-    """One line to paste: opens the UI, with the address of this very run where its id is known."""
-    # without the last part the UI opens on its pages for language models
-    page = (
-        f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if experiment_id and run_id else ""
-    )
-    if uri.startswith("http"):
-        return f"open {without_password(uri).rstrip('/')}/{page}"
-    beside = Path(sys.executable).parent / "mlflow"
-    mlflow = os.path.relpath(beside) if beside.exists() else "mlflow"
-    if mlflow.startswith("../"):
-        mlflow = str(beside)
-    database = shlex.quote(without_password(uri))
-    # without job execution and with one worker: two processes instead of a dozen
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
-        f"   # then open http://127.0.0.1:5000/{page}"
-    )
-
-
 @dataclass
 class _Operation:
     """One thing to be published. It may be sent twice (an answer was lost), so each is written to bear that."""
@@ -226,8 +368,8 @@ class _Operation:
 class Tracker:
     """The MLflow runs of one run directory, addressed by alias: "run", "model/defend", "evaluation/defend/white_box/fgsm".
 
-    No method raises because of MLflow: an outage is told once, what could not be sent waits in order, and every later
-    call tries again. Safe to call from several threads.
+    A thread sends in the background, in order. No method waits for MLflow but :meth:`wait`, :meth:`flush` and :meth:`stop`, and
+    none raises because of it: an outage is told once, and what could not be sent is tried again. Safe to call from several threads.
 
     Args:
         uri: MLflow server or database; see :func:`check_reachable`.
@@ -237,7 +379,7 @@ class Tracker:
         echo: takes the few plain lines meant for a person.
 
     Raises:
-        UserError: an sqlite URI with a relative path.
+        ConfigError: a text that cannot be the address of an MLflow.
     """
 
     def __init__(
@@ -245,27 +387,29 @@ class Tracker:
         uri: str,
         run: Storage,
         *,
-        experiment: str = "defendpp",
+        experiment: str = EXPERIMENT,
         artifact_root: str | None = None,
-        echo: Callable[[str], None] | None = None,
+        echo: Callable[[str], None] = _to_stderr,
     ) -> None:
-        if uri.startswith("sqlite:") and not _sqlite_path(uri).is_absolute():
-            _check_sqlite(uri)
+        check_address(uri)
         if artifact_root is None and uri.startswith("sqlite:"):
-            artifact_root = str(
-                _sqlite_path(uri).parent / "mlartifacts"
-            )  # mlflow's own default is the working directory
+            # mlflow's own default is the working directory; it takes a path for a URI that is quoted
+            artifact_root = (sqlite_path(uri).parent / "mlartifacts").as_uri()
         self.uri = uri
         self.storage = run
         self.experiment = experiment
         self.artifact_root = artifact_root
-        self._echo = echo or (lambda line: print(line, file=sys.stderr, flush=True))
-        self._lock = threading.RLock()
+        self._echo = echo
+        self._changed = threading.Condition(threading.RLock())
+        """Guards everything below; nobody holds it while MLflow is asked."""
         self._queue: deque[_Operation] = deque()
+        self._sender: threading.Thread | None = None
+        self._waiters = 0
+        self._stopped = False
         self._client: MlflowClient | None = None
-        self._retry_at: float | None = None
         self._outage = False
-        self._rejected: list[str] = []
+        self._rejected: dict[str, str] = {}
+        """What was refused or could not be read, by key, and why."""
         self._saved_at = 0.0
         self._unsaved = False
         self._file = self._load()
@@ -292,7 +436,7 @@ class Tracker:
             parent: alias of the run it belongs to, started before.
             time: when it began (unix seconds); now if None. The first one stands.
         """
-        with self._lock:
+        with self._changed:
             self._starts.setdefault(alias, _milliseconds(time))
             if parent is not None:
                 self._require(parent)
@@ -305,47 +449,45 @@ class Tracker:
                 self._put(alias, "status/RUNNING", lambda client: self._set_status(client, alias, "RUNNING", None))
             self._tags(alias, tags or {})
             self._params(alias, params or {})
-            self._drain()
 
-    def history(self, alias: str, epoch_record: Mapping[str, Any]) -> None:
-        """The steps of one epoch (a ``history/epoch-*.json``) as metrics ``train/...``, and its ``validation/...``."""
-        with self._lock:
+    def history(self, alias: str, epoch: int, read: Callable[[], Mapping[str, Any]]) -> None:
+        """Publish the steps of one epoch as metrics ``train/...``, and its ``validation/...``.
+
+        Args:
+            read: returns the record of the epoch (a ``history/epoch-*.json``). It is called when the epoch is sent, so that
+                epochs that wait take no memory.
+        """
+        with self._changed:
             self._require(alias)
-            metrics = _epoch_metrics(epoch_record)
-            self._put_metrics(alias, f"history/{int(epoch_record['epoch'])}", metrics)
-            self._drain()
 
-    def has_history(self, alias: str, epoch: int) -> bool:
-        """Whether that epoch is published or waits to be, so that its record need not be read again."""
-        with self._lock:
-            key = f"{alias}|history/{epoch}"
-            return key in self._waiting or (self._client is not None and key in self._published)
+            def send(client: MlflowClient) -> None:
+                self._log_metrics(client, alias, _epoch_metrics(read()))
+
+            self._put(alias, f"history/{epoch}", send)
 
     def metrics(
         self, alias: str, values: Mapping[str, float | None], *, step: int = 0, time: float | None = None
     ) -> None:
         """Metrics at one step; None is left out. ``time``: unix seconds; when the run began if None, which repeats."""
-        with self._lock:
+        with self._changed:
             self._require(alias)
             at = self._starts[alias] if time is None else _milliseconds(time)
             metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
             self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics)
-            self._drain()
 
     def curve(self, alias: str, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
         """One metric over many steps."""
-        with self._lock:
+        with self._changed:
             self._require(alias)
             at = self._starts[alias]
             metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
             self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
-            self._drain()
 
     def dataset(
         self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int | None = None
     ) -> None:
         """A data set that the run read, with its hash. ``context``: training, validation or test."""
-        with self._lock:
+        with self._changed:
             self._require(alias)
             data = Dataset(
                 name=name,
@@ -360,7 +502,6 @@ class Tracker:
                 client.log_inputs(self._id(alias), datasets=[entry])
 
             self._put(alias, f"dataset/{context}/{_digest([name, digest, source, rows])}", send)
-            self._drain()
 
     def artifact(self, alias: str, storage: Storage, name: str, artifact_path: str = "") -> None:
         """A file of a storage as an artifact, under its own name in the artifact directory ``artifact_path``.
@@ -368,7 +509,7 @@ class Tracker:
         Raises:
             StorageError: there is no such file.
         """
-        with self._lock:
+        with self._changed:
             self._require(alias)
             digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
 
@@ -379,19 +520,6 @@ class Tracker:
                     self._upload_bytes(client, alias, Path(name).name, storage.read_bytes(name), artifact_path)
 
             self._put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
-            self._drain()
-
-    def artifact_bytes(self, alias: str, name: str, data: bytes, artifact_path: str = "") -> None:
-        """``data`` as an artifact called ``name``."""
-        with self._lock:
-            self._require(alias)
-            digest = hashlib.sha256(data).hexdigest()[:16]
-
-            def send(client: MlflowClient) -> None:
-                self._upload_bytes(client, alias, name, data, artifact_path)
-
-            self._put(alias, f"artifact/{artifact_path}/{name}/{digest}", send)
-            self._drain()
 
     def register_model(
         self,
@@ -422,25 +550,26 @@ class Tracker:
                 was concluded later; without, it is moved whenever other weights are registered.
             tags: of the version.
         """
-        with self._lock:
+        with self._changed:
             self._require(alias)
             weights = _weights_digest(module)
+            name = re.sub("[/:]", "_", name)  # no name of a registered model holds them
             said = {**(tags or {}), **({} if concluded is None else {"concluded": concluded})}
             done: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
 
             def send(client: MlflowClient) -> None:
                 run_id = self._id(alias)
-                made = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+                # no filter by name: MLflow's filters have no escape for quotes
+                made = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.name == name]
                 version = next((v.version for v in made if v.tags.get("weights") == weights), None)
                 if version is None:
                     model_id = self._log_model(client, run_id, module, example_input, name, dict(metadata or {}), done)
-                    if not client.search_registered_models(f"name = '{name}'"):
+                    with contextlib.suppress(MlflowException):  # it is there
                         client.create_registered_model(name)
-                    # with a database this looks the logged model up by mlflow's global URI
-                    mlflow.set_tracking_uri(self.uri)
                     own = {"weights": weights, "alias": alias}
                     source = f"models:/{model_id}"
-                    version = client.create_model_version(name, source, run_id, own, model_id=model_id).version
+                    with _global_uri(self.uri):  # with a database the logged model is looked up by that
+                        version = client.create_model_version(name, source, run_id, own, model_id=model_id).version
                 for key, value in said.items():
                     client.set_model_version_tag(name, version, key, _text(value))
                 if own_alias:
@@ -453,21 +582,19 @@ class Tracker:
                 f"register/{name}/{version_alias}/{weights}" + ("" if concluded is None else f"/{concluded}"),
                 send,
             )
-            self._drain()
 
     def finish(self, alias: str, status: str = "FINISHED", *, time: float | None = None) -> None:
         """End a run: FINISHED, FAILED or KILLED. A later :meth:`start` continues one that did not end well."""
-        with self._lock:
+        with self._changed:
             self._require(alias)
             if self._state["status"].get(alias) == status and not self._queued(alias, "status/"):
                 return
             end = _milliseconds(time)
             self._put(alias, f"status/{status}", lambda client: self._set_status(client, alias, status, end))
-            self._drain()
 
     def has_ended(self, alias: str, status: str) -> bool:
         """Whether a run is published as ended like that, so that nothing of it need be read again."""
-        with self._lock:
+        with self._changed:
             return self._client is not None and self._state["status"].get(alias) == status
 
     def run_id(self, alias: str = "run") -> str | None:
@@ -486,24 +613,89 @@ class Tracker:
         """How many operations wait for the server."""
         return len(self._queue)
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits that a caller had better leave out what can be read from records later."""
+        return len(self._queue) > BEHIND
+
+    @contextlib.contextmanager
+    def excused(self, what: str) -> Iterator[None]:
+        """Go on where a part of the records cannot be read. It counts as not published until it could be."""
+        try:
+            yield
+        except Exception as e:  # publication never ends a run that took hours
+            with self._changed:
+                self._reject(what, f"MLflow: {what} not published", e)
+        else:
+            with self._changed:
+                self._rejected.pop(what, None)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all is sent, for at most about ``timeout_s``. Returns whether it is."""
+        with self._changed:
+            self._waiters += 1
+            self._changed.notify_all()  # an outage is not waited out now
+            done = self._changed.wait_for(lambda: not self._queue, timeout_s)
+            self._waiters -= 1
+        self._save(force=True)
+        return done
+
     def flush(self, timeout_s: float = 30.0) -> bool:
         """Send what waits, for at most about so long, and say how it ended. True if all is published."""
+        self.wait(timeout_s)
+        with self._changed:
+            missing = len({operation.key for operation in self._queue} | set(self._rejected))
+        if not missing:
+            self._echo(f"MLflow: all published to {without_password(self.uri)}")
+            return True
+        self._echo(
+            f"MLflow: {missing} operations not published to {without_password(self.uri)}; records are safe under "
+            f"{self.storage.uri}; run the same command or `report` again to publish"
+        )
+        return False
+
+    def stop_for(self, error: BaseException, *, complete: bool) -> None:
+        """End the run for what stopped it: KILLED at once by an interruption, FAILED after the rest is sent.
+
+        Args:
+            complete: all records are written, so that only their publication was stopped. The run is FINISHED then.
+        """
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        if not interrupted:
+            self.flush()
+        self.stop("FINISHED" if complete else "KILLED" if interrupted else "FAILED")
+
+    def stop(self, status: str, timeout_s: float = 2.0) -> None:
+        """End the run and its open children, in about ``timeout_s`` even where MLflow hangs.
+
+        Nothing else is sent from then on; a later command publishes it, and continues these runs.
+
+        Args:
+            status: FINISHED, FAILED or KILLED. Children of a run that did not finish are KILLED.
+        """
         deadline = clock.monotonic() + timeout_s
-        with self._lock:
-            self._drain(now=True)
-            while self._queue and clock.monotonic() < deadline:
-                clock.sleep(min(1.0, max(0.0, deadline - clock.monotonic())))
-                self._drain(now=True)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+            # the run that is being made now would stay open
+            self._changed.wait_for(lambda: self._sender is None, timeout_s / 2)
+
+        def close() -> None:
+            client, end = self._connect(), _milliseconds(None)
+            for alias in sorted(self._state["runs"], key=lambda alias: alias != "run"):
+                if self._state["status"].get(alias) not in ENDED:
+                    self._set_status(client, alias, "KILLED" if status == "FAILED" and alias != "run" else status, end)
+            self._unsaved = True
             self._save(force=True)
-            missing = len(self._queue) + len(self._rejected)
-            if not missing:
-                self._echo(f"MLflow: all published to {without_password(self.uri)}")
-                return True
+
+        if not self._state["runs"]:
+            return
+        with _http_limits(timeout=1, retries=0):
+            error = _error_within(max(0.5, deadline - clock.monotonic()), close)
+        if error is not None:
             self._echo(
-                f"MLflow: {missing} operations not published to {without_password(self.uri)}; records are safe under "
-                f"{self.storage.uri}; run the same command again to publish"
+                f"MLflow at {without_password(self.uri)} could not be told that the run is {status} ({_reason(error)})"
             )
-            return False
 
     # -- queue -----------------------------------------------------------------------------------------------------------
 
@@ -518,41 +710,68 @@ class Tracker:
         key = f"{alias}|{what}"
         if what.startswith("status/"):  # a status may come back; whether it is due is known to the caller
             self._published.discard(key)
-        if key not in self._waiting:
-            self._waiting.add(key)
-            self._queue.append(_Operation(key, send))
-
-    def _drain(self, *, now: bool = False) -> None:
-        if not now and self._retry_at is not None and clock.monotonic() < self._retry_at:
+        # before the first answer nobody knows whether the server still has what was published
+        if self._stopped or key in self._waiting or (self._client is not None and key in self._published):
             return
-        while self._queue:
-            operation = self._queue[0]
-            try:
-                client = self._connect()
-                if operation.key not in self._published:
-                    operation.send(client)
-            except Exception as e:  # tracking never ends a run that took hours
-                if not self._give_up(operation, e):
-                    self._retry_at = clock.monotonic() + RETRY_SECONDS
-                    self._save()
+        self._waiting.add(key)
+        self._queue.append(_Operation(key, send))
+        if self._sender is None:
+            self._sender = threading.Thread(target=self._send_all, name="MLflow", daemon=True)
+            self._sender.start()
+        self._changed.notify_all()
+
+    def _send_all(self) -> None:
+        """Send what waits, in order. An operation stays in the queue until it is sent or refused."""
+        while True:
+            with self._changed:
+                if self._stopped or not self._queue:
+                    self._sender = None
+                    self._changed.notify_all()
                     return
-                self._rejected.append(operation.key)
-                self._echo(f"MLflow refused {operation.key.replace('|', ': ')}: {_reason(e)}")
-            else:
-                self._published.add(operation.key)
-                self._unsaved = True
-            self._queue.popleft()
-            self._waiting.discard(operation.key)
-            self._retry_at = None
-            if self._outage:
-                self._outage = False
-                self._echo(f"MLflow at {without_password(self.uri)} answers again")
-        self._save()
+                operation = self._queue[0]
+            failure = self._error_of(operation)
+            given_up = failure is not None and self._give_up(operation, failure)
+            with self._changed:
+                if failure is not None and not given_up:
+                    self._changed.wait_for(lambda: self._stopped or self._waiters, RETRY_SECONDS)
+                    self._changed.wait_for(lambda: self._stopped, 0.5)
+                    continue
+                if failure is None:
+                    self._published.add(operation.key)
+                    self._rejected.pop(operation.key, None)
+                    self._unsaved = True
+                else:
+                    self._reject(operation.key, f"MLflow refused {operation.key.replace('|', ': ')}", failure)
+                self._queue.popleft()
+                self._waiting.discard(operation.key)
+                if self._outage:
+                    self._outage = False
+                    self._echo(f"MLflow at {without_password(self.uri)} answers again")
+                if not self._queue:
+                    self._changed.notify_all()
+            self._save()
+
+    def _error_of(self, operation: _Operation) -> Exception | None:
+        try:
+            client = self._connect()
+            if operation.key not in self._published:
+                operation.send(client)
+        except Exception as e:  # tracking never ends a run that took hours
+            return e
+        return None
+
+    def _reject(self, key: str, what: str, error: Exception) -> None:
+        """Remember what is not published. One reason is said once, for whatever files it names."""
+        reason = _reason(error)
+        kind = re.sub(r"\S*/\S*", "", reason)
+        if kind not in self._rejected.values():
+            self._echo(f"{what}: {reason}")
+        self._rejected[key] = kind
 
     def _give_up(self, operation: _Operation, error: Exception) -> bool:
         """Whether the operation itself is at fault, so that it must not hold up those behind it."""
-        if isinstance(error, StorageError | KeyError):
-            return True  # the file is gone, or the run it belongs to was refused
+        if isinstance(error, UserError | KeyError):
+            return True  # its file cannot be read, or the run it belongs to was refused
         status = _status(error)
         if status in (400, 404, 405, 409, 413, 422):
             return True
@@ -579,7 +798,7 @@ class Tracker:
     def _connect(self) -> MlflowClient:
         if self._client is not None:
             return self._client
-        client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        client = _client(self.uri)
         experiment = client.get_experiment_by_name(self.experiment)
         if experiment is None:
             # the kind opens the UI's page for training runs; without it the UI asks
@@ -591,12 +810,15 @@ class Tracker:
                 client.restore_experiment(experiment_id)
         if self._state["runs"] and not _all_there(client, self._state, experiment_id):
             self._echo(
-                f"MLflow at {without_password(self.uri)} no longer has what was published there; publishing it again"
+                f"MLflow at {without_password(self.uri)}, experiment {self.experiment}, no longer has what was published "
+                "there; publishing it again"
             )
-            self._state.update(_new_state())
-            self._published.clear()
-        self._state["experiment"] = experiment_id
-        self._client = client
+            with self._changed:
+                self._state.update(_new_state())
+                self._published.clear()
+        with self._changed:
+            self._state["experiment"] = experiment_id
+            self._client = client
         return client
 
     # -- sending ---------------------------------------------------------------------------------------------------------
@@ -607,7 +829,7 @@ class Tracker:
 
     def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None) -> None:
         # the answer to an earlier try may have been lost: such a run is found by its key
-        key = f"{self._file['token']}/{alias}"
+        key = f"{self._file['token']}/{quote(alias, safe=UNQUOTED)}"  # MLflow's filters have no escape for quotes
         experiment_id = self._state["experiment"]
         found = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
         if found:
@@ -620,7 +842,8 @@ class Tracker:
             if parent is not None:
                 tags["mlflow.parentRunId"] = self._id(parent)
             run_id = client.create_run(experiment_id, self._starts[alias], tags, name).info.run_id
-        self._state["runs"][alias] = {"id": run_id, "start": self._starts[alias]}
+        with self._changed:
+            self._state["runs"][alias] = {"id": run_id, "start": self._starts[alias]}
 
     def _tags(self, alias: str, tags: Mapping[str, Any]) -> None:
         entries = [RunTag(k, _text(v)[:5000]) for k, v in sorted(tags.items()) if v is not None]
@@ -641,12 +864,12 @@ class Tracker:
             self._put(alias, f"params/{_digest([[p.key, p.value] for p in part])}", send)
 
     def _put_metrics(self, alias: str, what: str, metrics: list[Metric]) -> None:
-        def send(client: MlflowClient) -> None:
-            # the same metric at the same step and time is one row in MLflow: sending it again changes nothing
-            for part in _slices(metrics, BATCH):
-                client.log_batch(self._id(alias), metrics=part)
+        self._put(alias, what, lambda client: self._log_metrics(client, alias, metrics))
 
-        self._put(alias, what, send)
+    def _log_metrics(self, client: MlflowClient, alias: str, metrics: list[Metric]) -> None:
+        # the same metric at the same step and time is one row in MLflow: sending it again changes nothing
+        for part in _slices(metrics, BATCH):
+            client.log_batch(self._id(alias), metrics=part)
 
     def _upload(self, client: MlflowClient, alias: str, path: Path, artifact_path: str) -> None:
         with _http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
@@ -663,7 +886,8 @@ class Tracker:
             client.update_run(self._id(alias), status=status)
         else:
             client.set_terminated(self._id(alias), status, end)
-        self._state["status"][alias] = status
+        with self._changed:
+            self._state["status"][alias] = status
 
     def _point(self, client: MlflowClient, name: str, alias: str, version: str, concluded: float | None) -> None:
         """Move a registry alias to a version, unless it stands for what was concluded later."""
@@ -694,7 +918,8 @@ class Tracker:
         from mlflow.models import Model, infer_signature
 
         if "id" not in done:
-            logged = client.create_logged_model(self._state["experiment"], name, run_id, model_type="classifier")
+            plain = re.sub("""[/:.%"']""", "_", name)  # a logged model's name may hold less than a registered one's
+            logged = client.create_logged_model(self._state["experiment"], plain, run_id, model_type="classifier")
             done.update(id=logged.model_id, location=logged.artifact_location)
         model_id = done["id"]
         if "uploaded" not in done:
@@ -730,27 +955,30 @@ class Tracker:
     # -- tracking.json ---------------------------------------------------------------------------------------------------
 
     def _load(self) -> dict[str, Any]:
-        if self.storage.exists("tracking.json"):
-            try:
-                found = self.storage.read_json("tracking.json")
-                if isinstance(found, dict) and found.get("schema") == 1:
-                    return found
-                reason = "its schema is another one"
-            except StorageError as e:
-                reason = str(e)
-            self._echo(f"{self.storage.uri}/tracking.json cannot be used ({reason}); publishing into new MLflow runs")
-        return {"schema": 1, "token": secrets.token_hex(8), "uris": {}}
+        try:
+            if not self.storage.exists("tracking.json"):
+                return _new_file()
+            found = self.storage.read_json("tracking.json")
+            if isinstance(found, dict) and found.get("schema") == 1:
+                return found
+            reason = "its schema is another one"
+        except (StorageError, OSError) as e:
+            reason = str(e)
+        self._echo(f"{self.storage.uri}/tracking.json cannot be used ({reason}); publishing into new MLflow runs")
+        return _new_file()
 
     def _save(self, *, force: bool = False) -> None:
-        if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
-            return
-        self._state["published"] = sorted(self._published)
+        with self._changed:
+            if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
+                return
+            self._state["published"] = sorted(self._published)
+            text = json.dumps(self._file, indent=1, sort_keys=True)
+            self._unsaved, self._saved_at = False, clock.monotonic()
         try:
-            self.storage.write_json("tracking.json", self._file)
-            self._unsaved = False
-        except StorageError as e:
+            self.storage.write_bytes("tracking.json", text.encode())
+        except (StorageError, OSError) as e:
+            self._unsaved = True
             self._echo(f"MLflow's bookkeeping could not be kept: {e}")
-        self._saved_at = clock.monotonic()
 
 
 def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
@@ -768,6 +996,10 @@ def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
         if value is not None:
             metrics.append(Metric(f"validation/{key}", float(value), at, number))
     return metrics
+
+
+def _new_file() -> dict[str, Any]:
+    return {"schema": 1, "token": secrets.token_hex(8), "uris": {}}
 
 
 def _new_state() -> dict[str, Any]:
@@ -821,7 +1053,8 @@ def _slices(entries: list[Any], size: int) -> Iterator[list[Any]]:
 
 def _reason(error: BaseException) -> str:
     """The first line of an error, without the addresses and nesting that urllib3 puts around it."""
-    text = without_password(str(error)).splitlines()[0] if str(error) else type(error).__name__
+    text = without_password(str(error)).splitlines()[0] if str(error).strip() else type(error).__name__
+    text = text.partition(". Response body: '<")[0]  # a page of HTML
     for known in (
         "Connection refused",
         "timed out",
@@ -856,6 +1089,19 @@ def _http_limits(*, timeout: int, retries: int | None = None) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _global_uri(uri: str) -> Iterator[None]:
+    """Let MLflow's global functions use ``uri``. They would keep it, in the environment too, for whatever comes next."""
+    before = os.environ.get(VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 @contextlib.contextmanager

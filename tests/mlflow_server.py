@@ -24,15 +24,17 @@ class MlflowServer:
     Args:
         database: SQLAlchemy URI of the backend store.
         home: directory for its log, and for artifacts that clients send through it.
+        options: further options of ``mlflow server``.
     """
 
-    def __init__(self, database: str, home: Path) -> None:
+    def __init__(self, database: str, home: Path, *options: str) -> None:
         port = free_port()
         self.uri = f"http://127.0.0.1:{port}"
         self._log = home / "server.log"
         self._command = [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
             *("--backend-store-uri", database, "--artifacts-destination", str(home / "artifacts")),
+            *options,
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -51,6 +53,16 @@ class MlflowServer:
             except OSError:
                 time.sleep(0.2)
         raise AssertionError(self._log.read_text())
+
+    def pause(self) -> None:
+        """Stop every process of the server: it still takes connections, and answers none."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         if self._process is not None:

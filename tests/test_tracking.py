@@ -21,7 +21,7 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search import LogUniform, Space
-from pipeline import publish, records, report, tracking
+from pipeline import publish, records, report, tracking, tracking_uri
 from pipeline.storage import Storage
 
 DatabaseMaker = Callable[[Path], str]
@@ -310,7 +310,7 @@ def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     tracker.start("run", "x")
     assert not tracker.flush(timeout_s=0)
     assert "***@127.0.0.1" in said[0]
-    assert "secret" not in "".join(said) + tracking.ui_command(tracker.uri, "1", "r")
+    assert "secret" not in "".join(said) + tracking_uri.ui_command(tracker.uri, "1", "r")
     assert not run.exists("tracking.json") or b"secret" not in run.read_bytes("tracking.json")
 
 
@@ -553,16 +553,16 @@ def test_databases_that_cannot_serve_are_refused(tmp_path: Path) -> None:
 
 
 def test_default_database_lies_in_the_storage(tmp_path: Path) -> None:
-    assert tracking.default_uri(Storage(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri.default_uri(Storage(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=r"memory://elsewhere is not on this machine.*--tracking-uri"):
-        tracking.default_uri(Storage("memory://elsewhere"))
+        tracking_uri.default_uri(Storage("memory://elsewhere"))
 
 
 def test_ui_command_names_the_run() -> None:
-    command = tracking.ui_command("sqlite:////data/my runs/mlflow.db", "7", "abc")
+    command = tracking_uri.ui_command("sqlite:////data/my runs/mlflow.db", "7", "abc")
     assert "'sqlite:////data/my runs/mlflow.db'" in command
     assert "#/experiments/7/runs/abc" in command
-    assert tracking.ui_command("http://host:5000/", "7", "abc").startswith(
+    assert tracking_uri.ui_command("http://host:5000/", "7", "abc").startswith(
         "open http://host:5000/#/experiments/7/runs/abc"
     )
     assert shutil.which(command.split()[1]) or Path(command.split()[1]).exists()

@@ -1,0 +1,221 @@
+"""Which MLflow a run is published to: its address, and the file of an SQLite database. Imports no mlflow."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shlex
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from components.errors import ConfigError, UserError
+from pipeline.environment import without_password
+from pipeline.storage import Storage
+
+OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+LOCK_SECONDS = 60.0
+"""How long another process may hold the lock of a database file before this one goes on without it."""
+FILLED_BY_MLFLOW = {"alembic_version", "experiments", "workspaces"}
+"""Tables with rows in a new database."""
+
+
+def resolve(option: str, storage: Storage) -> tuple[str, str]:
+    """Return the tracking URI of a run and what names it: the option, MLflow's variable, or "" for the storage's database.
+
+    Raises:
+        UserError: nothing names one, and the storage is not on this machine, where SQLite cannot go.
+    """
+    if option:
+        return option, OPTION
+    if variable := os.environ.get(VARIABLE):
+        return variable, VARIABLE
+    if not storage.is_local:
+        raise UserError(
+            f"storage {storage.uri} is not on this machine, so MLflow cannot keep its database there: "
+            "give a server with --tracking-uri http://HOST:PORT, or a local file with --tracking-uri sqlite:////absolute/path/mlflow.db"
+        )
+    return sqlite_uri(storage.local_root / "mlflow.db"), ""
+
+
+def default_uri(storage: Storage) -> str:
+    """Return the tracking URI where no option names one; see :func:`resolve`."""
+    return resolve("", storage)[0]
+
+
+def sqlite_uri(path: Path) -> str:
+    """Return the URI of a database file. Only the characters with a meaning in SQLAlchemy's URLs are quoted."""
+    return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the file that an SQLite URI names."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def check_address(uri: str, named_by: str = "") -> None:
+    """Refuse a text that cannot be the address of an MLflow, without asking anybody.
+
+    Args:
+        named_by: the option or the variable that holds ``uri``.
+
+    Raises:
+        ConfigError: the message says what is wrong with the text.
+    """
+    what = f"{named_by or 'tracking URI'} {without_password(uri)!r}"
+    known = "one of " + ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    scheme, _, rest = uri.partition("://") if "://" in uri else ("", "", uri)
+    dialect = scheme.partition("+")[0]
+    if not uri.strip():
+        raise ConfigError(f"{what} is empty: it has to begin with {known}")
+    if not uri.isprintable():
+        raise ConfigError(f"{what} holds characters that no address has")
+    if re.match(r"(databricks|databricks-uc|uc)(:|$)", uri):
+        raise ConfigError(
+            f"{what} is a Databricks workspace, which is not supported: give a server, http://HOST:PORT, or a database"
+        )
+    if dialect in ("http", "https") or re.match("https?:", uri):
+        if not (scheme and _host(uri)):
+            raise ConfigError(f"{what} names no host: give http://HOST:PORT")
+    elif uri.startswith("sqlite"):
+        if not (uri.startswith("sqlite:///") and sqlite_path(uri).is_absolute()):
+            path = os.path.abspath(os.path.expanduser(re.sub("^sqlite[^:/]*:?/*", "", uri) or "mlflow.db"))
+            raise ConfigError(
+                f"{what} has no absolute path, and a Ray job would look for a relative path elsewhere: "
+                f"give sqlite:///{path} (four slashes)"
+            )
+    elif uri.startswith("file:") or (not scheme and not re.match(r"[\w.-]+:\d+(/|$)", uri)):
+        path = os.path.abspath(os.path.expanduser(re.sub("^file:(//)?", "", uri)))
+        raise ConfigError(
+            f"{what} is a directory, which MLflow 3 no longer supports: "
+            f"give a database, sqlite:///{path}.db, or a server, http://HOST:PORT"
+        )
+    elif not scheme:
+        raise ConfigError(f"{what} has no scheme: a server would be http://{uri}")
+    elif dialect not in SCHEMES or not rest:
+        raise ConfigError(f"{what} has the scheme {scheme!r}: it has to begin with {known}, and go on after that")
+
+
+def _host(uri: str) -> str | None:
+    """Host of an HTTP address; None where the address cannot be read."""
+    try:
+        parts = urlsplit(uri)
+        return parts.hostname if parts.port != 0 else None
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return None
+
+
+def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
+    """Return one line for a shell that opens the UI, on the page of this run where its id is known."""
+    # without the last part the UI opens on its pages for language models
+    page = (
+        f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if experiment_id and run_id else ""
+    )
+    if uri.startswith("http"):
+        address = without_password(uri).rstrip("/") + "/" + page
+        return f"open {shlex.quote(address)}"
+    beside = Path(sys.executable).parent / "mlflow"
+    mlflow = os.path.relpath(beside) if beside.exists() else "mlflow"
+    if mlflow.startswith("../"):
+        mlflow = str(beside)
+    database = shlex.quote(without_password(uri))
+    # without job execution and with one worker: two processes instead of a dozen
+    return (
+        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
+        f"   # then open http://127.0.0.1:5000/{page}"
+    )
+
+
+# -- the file of an SQLite database ------------------------------------------------------------------------------------------
+
+
+def is_absent(path: Path) -> bool:
+    """Whether a database has to be made: there is no file, or an empty one that was opened and never written."""
+    return not path.exists() or path.stat().st_size == 0
+
+
+def place(path: Path, database: bytes) -> None:
+    """Give a new database its name, whole or not at all. A database that another process was quicker to make stays.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path) as alone:
+        if alone:
+            for half_written in path.parent.glob(f".{path.name}.*.tmp"):
+                half_written.unlink(missing_ok=True)
+        if not is_absent(path):
+            return
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(database)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists() and is_absent(path):
+                path.unlink()
+            _link(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        # unlike a renaming, a link never replaces what another process made, also where files cannot be locked
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
+
+
+def put_aside(path: Path, inode: int) -> Path | None:
+    """Rename a broken database, unless another process has put a new one in its place. Returns the new name."""
+    aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
+    with _locked(path):
+        if path.stat().st_ino != inode:
+            return None
+        path.rename(aside)
+        return aside
+
+
+def holds_nothing(path: Path) -> bool:
+    """Whether a file is a database of MLflow, whole or not, into which nobody has written anything."""
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{path.as_uri()[7:]}?mode=ro", uri=True, timeout=5)
+        ) as connection:
+            query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+            tables = {name for (name,) in connection.execute(query)}
+            full = {t for t in tables if connection.execute(f'SELECT 1 FROM "{t}" LIMIT 1').fetchone()}
+    except sqlite3.Error:
+        return False
+    return {"experiments", "runs"} <= tables and full <= FILLED_BY_MLFLOW
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file of a database. Yields False where the file system has no locks, or its owner does not let go."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                yield False
+            except OSError:
+                yield False
+            else:
+                yield True
+            return

@@ -1,0 +1,352 @@
+"""What is found out about MLflow before a run spends compute: its address, its database, and where artifacts go."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shlex
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+
+from components.errors import ConfigError, UserError
+from pipeline import tracking, tracking_uri
+from pipeline.storage import Storage
+
+PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "bücher 数", "%", "a%2525?#"]
+"""Names of directories; some have a meaning in URLs, some in shells."""
+
+
+@pytest.fixture(autouse=True)
+def no_tracking_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+
+
+@pytest.fixture(scope="module")
+def forked() -> Callable[[str], Any]:
+    """Starts ``check_reachable`` in a process that has imported MLflow already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.tracking"])
+
+    def start(uri: str) -> Any:
+        process = context.Process(target=tracking.check_reachable, args=(uri,))
+        process.start()
+        return process
+
+    return start
+
+
+def _database(directory: Path) -> Path:
+    """A whole database of MLflow, empty but for an experiment of one run."""
+    tracking.check_reachable(f"sqlite:///{directory}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    client.create_run(client.create_experiment("defendpp"), run_name="a")
+    return directory / "mlflow.db"
+
+
+def _break(database: Path) -> None:
+    """Leave a database as a process does that is killed while it migrates."""
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+        connection.execute("DROP TABLE webhook_events")
+        connection.commit()
+
+
+# -- the database ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_kill_while_the_database_is_made_leaves_nothing_broken(forked: Callable[[str], Any], tmp_path: Path) -> None:
+    begin = time.monotonic()
+    first = forked(f"sqlite:///{tmp_path}/whole/mlflow.db")
+    first.join(60)
+    assert first.exitcode == 0
+    seconds = min(4.0, time.monotonic() - begin)
+    draw = random.Random(0)
+    broken = []
+    for i in range(20):
+        uri = f"sqlite:///{tmp_path}/{i}/mlflow.db"
+        process = forked(uri)
+        time.sleep(draw.uniform(0, seconds) if i else 0)
+        process.kill()
+        process.join()
+        try:
+            tracking.check_reachable(uri)
+        except UserError as e:
+            broken.append(str(e))
+    assert not broken, f"{len(broken)} of 20, the first: {broken[0]}"
+
+
+def test_two_commands_may_begin_on_a_new_storage_at_once(forked: Callable[[str], Any], tmp_path: Path) -> None:
+    processes = [forked(f"sqlite:///{tmp_path}/new/mlflow.db") for _ in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    tracking.check_reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
+
+
+def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.check_reachable(uri)
+    _break(tmp_path / "mlflow.db")
+    old = (tmp_path / "mlflow.db").stat().st_ino
+    tracking.check_reachable(uri)
+    (aside,) = tmp_path.glob("mlflow.db.broken-*")
+    assert aside.stat().st_ino == old
+    assert str(aside) in capsys.readouterr().err
+    client = MlflowClient(uri)
+    client.create_run(client.create_experiment("defendpp"))
+    tracking.check_reachable(uri)
+    assert len(list(tmp_path.glob("mlflow.db*"))) == 2
+
+
+def test_a_broken_database_with_runs_is_left_alone(tmp_path: Path) -> None:
+    database = _database(tmp_path)
+    _break(database)
+    with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
+        tracking.check_reachable(f"sqlite:///{database}")
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (1,)
+    assert not list(tmp_path.glob("*broken*"))
+
+
+def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "photos.db")) as connection:
+        connection.execute("CREATE TABLE experiments (colour TEXT)")
+    with pytest.raises(UserError, match=r"photos\.db cannot be used"):
+        tracking.check_reachable(f"sqlite:///{tmp_path}/photos.db")
+    assert not list(tmp_path.glob("*broken*"))
+
+
+def test_an_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").touch()
+    tracking.check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
+        assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / name)
+    uri = tracking_uri.default_uri(storage)
+    tracking.check_reachable(uri)
+    tracker = tracking.Tracker(uri, storage / "runs/x", echo=lambda line: None)
+    tracker.start("run", "x")
+    storage.write_bytes("note.txt", b"n")
+    tracker.artifact("run", storage, "note.txt")
+    assert tracker.flush()
+    assert (tmp_path / name / "mlflow.db").exists()
+    assert list((tmp_path / name / "mlartifacts").rglob("note.txt"))
+    assert os.listdir(tmp_path) == [name], "something was written beside the storage"
+    words = shlex.split(tracking_uri.ui_command(uri, tracker.experiment_id, tracker.run_id()), comments=True)
+    shown = words[words.index("--backend-store-uri") + 1]
+    assert MlflowClient(shown).get_run(tracker.run_id() or "").info.run_name == "x"
+    assert (storage / "runs/x").read_json("tracking.json")["uris"][uri]["experiment"] == tracker.experiment_id
+
+
+# -- addresses that cannot be ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("databricks", "Databricks workspace"),
+        ("databricks://profile", "Databricks workspace"),
+        ("127.0.0.1:5000", r"no scheme.*http://127\.0\.0\.1:5000"),
+        ("mlflow.example.org:5000/path", r"no scheme.*http://mlflow\.example\.org:5000/path"),
+        ("htp://127.0.0.1:5000", "'htp'.*http, https, sqlite"),
+        ("sqllite:////tmp/mlflow.db", "'sqllite'.*http, https, sqlite"),
+        ("http:/127.0.0.1:5000", "http://HOST:PORT"),
+        ("http://", "http://HOST:PORT"),
+        ("sqlite://mlflow.db", "sqlite:////"),
+        ("", "is empty"),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_for_its_own_reason(uri: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
+        tracking.check_reachable(uri)
+    assert "is a directory" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+_PARTS = [
+    "http",
+    "https",
+    "sqlite",
+    "file",
+    "postgresql",
+    "databricks",
+    "s3",
+    "htp",
+    "HTTP",
+    ":",
+    "/",
+    "//",
+    "///",
+    "@",
+]
+_PARTS += [
+    "127.0.0.1:1",
+    "[::1",
+    "[::1]:1",
+    "u:p@",
+    "%",
+    "%2F",
+    "?",
+    "#",
+    "=",
+    " ",
+    "\x00",
+    "\n",
+    "é",
+    "..",
+    "~",
+    "mlflow.db",
+]
+
+
+@given(st.lists(st.sampled_from(_PARTS), max_size=6).map("".join) | st.text(max_size=12))
+@example("http://127.0.0.1:1/é?#")
+@example("http://[::1")
+@example("sqlite:////\x00")
+@settings(max_examples=150, deadline=None)
+def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
+    """No address of the parts reaches a machine: port 1 of this one refuses at once."""
+    try:
+        tracking_uri.check_address(uri)
+    except UserError as e:
+        assert str(e)
+        assert "\n" not in str(e)
+    try:
+        tracking_uri.ui_command(uri, "1", "a").encode()
+    except UserError:
+        pass
+
+
+# -- what answers ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _answering(status: int, body: str, *, unless: str = "", kind: str = "text/html") -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server that gives one answer to all, but an empty list of experiments to the Authorization ``unless``."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            seen.append(self.headers.get("Authorization") or "")
+            good = unless and seen[-1] == unless
+            data = b"{}" if good else body.encode()
+            self.send_response(200 if good else status)
+            self.send_header("Content-Type", "application/json" if good else kind)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_POST = do_PUT = answer  # noqa: N815
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+HTML = "<!doctype html>\n<html><head><title>Router</title></head><body>Welcome</body></html>"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, HTML, "no MLflow server"),
+        (404, HTML, "no MLflow server"),
+        (405, "", "no MLflow server"),
+        (
+            401,
+            "You are not authenticated",
+            "401.*MLFLOW_TRACKING_USERNAME.*MLFLOW_TRACKING_PASSWORD.*MLFLOW_TRACKING_TOKEN",
+        ),
+        (403, HTML, "403.*MLFLOW_TRACKING_USERNAME.*MLFLOW_TRACKING_PASSWORD.*MLFLOW_TRACKING_TOKEN"),
+        (500, HTML, "500"),
+    ],
+)
+def test_what_is_no_mlflow_server_is_called_so(status: int, body: str, message: str) -> None:
+    with _answering(status, body) as (uri, _), pytest.raises(UserError, match=message) as refused:
+        tracking.check_reachable(uri)
+    assert "<" not in str(refused.value), "pages do not belong into a message"
+    assert "\n" not in str(refused.value)
+    assert "mlflow server --host" not in str(refused.value), "a server that answers need not be started"
+
+
+@pytest.mark.parametrize(
+    ("variables", "header"),
+    [
+        ({"USERNAME": "me", "PASSWORD": "secret"}, "Basic bWU6c2VjcmV0"),
+        ({"TOKEN": "abc"}, "Bearer abc"),
+    ],
+)
+def test_credentials_come_from_mlflows_variables(
+    variables: dict[str, str], header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    with _answering(401, "", unless=header) as (uri, seen):
+        tracking.check_reachable(uri)
+    assert set(seen) == {header}
+
+
+# -- where artifacts go ----------------------------------------------------------------------------------------------------
+
+
+def test_artifacts_that_cannot_be_written_are_found_out_before_the_run(tmp_path: Path) -> None:
+    client = MlflowClient(f"sqlite:///{_database(tmp_path)}")
+    client.create_experiment("bucket", "s3://defendpp-test-bucket/artifacts")
+    client.create_experiment("gone", str(tmp_path / "moved away" / "mlartifacts"))
+    (tmp_path / "file").touch()
+    client.create_experiment("file", str(tmp_path / "file" / "mlartifacts"))
+    client.create_experiment("odd", "ftpx://example.org/a")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name, reason in {
+        "bucket": "boto3",
+        "gone": "does not exist",
+        "file": str(tmp_path / "file"),
+        "odd": "ftpx",
+    }.items():
+        with pytest.raises(UserError, match=rf"(?s){name}.*{reason}.*--experiment-name") as refused:
+            tracking.check_reachable(uri, name)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "moved away").exists()
+    client.create_experiment("fine", str(tmp_path / "artifacts of mine"))
+    tracking.check_reachable(uri, "fine")
+    assert not list((tmp_path / "artifacts of mine").rglob("*.txt")), "the test file was left behind"
+
+
+def test_a_server_that_passes_no_artifacts_on_is_found_out_before_the_run(tmp_path: Path) -> None:
+    database = f"sqlite:///{_database(tmp_path)}"
+    MlflowClient(database).create_experiment("proxied", "mlflow-artifacts:/7")
+    server = MlflowServer(database, tmp_path, "--no-serve-artifacts")
+    server.start()
+    try:
+        with pytest.raises(UserError, match=r"proxied.*mlflow-artifacts:/7.*--serve-artifacts") as refused:
+            tracking.check_reachable(server.uri, "proxied")
+        assert "\n" not in str(refused.value)
+    finally:
+        server.kill()
