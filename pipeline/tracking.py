@@ -144,8 +144,11 @@ def check_reachable(
             whose artifacts cannot be written from here. The message names the address, the cause and what to do.
     """
     check_address(uri, named_by)
+    path = sqlite_path(uri) if uri.startswith("sqlite:") else None
+    # before MLflow tries to mend it; the inode tells it from one that another process puts in its place
+    inode = path.stat().st_ino if path is not None and holds_nothing(path) else None
     error = _reach(uri, experiment)
-    if error is not None and uri.startswith("sqlite:") and _replaced(sqlite_path(uri), echo):
+    if error is not None and path is not None and inode is not None and _replaced(path, inode, echo):
         error = _reach(uri, experiment)
     if isinstance(error, UserError):
         raise error
@@ -177,12 +180,9 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
         return _error_within(30.0, ask)
 
 
-def _replaced(path: Path, echo: Callable[[str], None]) -> bool:
-    """Put aside a database that nobody has written to, since it cannot be used. Returns whether there is another one now."""
+def _replaced(path: Path, inode: int, echo: Callable[[str], None]) -> bool:
+    """Put aside a database that cannot be used and holds nothing. Returns whether it is out of the way."""
     try:
-        inode = path.stat().st_ino
-        if not holds_nothing(path):
-            return False
         aside = put_aside(path, inode)
     except OSError:
         return False
@@ -211,7 +211,7 @@ def _refusal(uri: str, error: BaseException, named_by: str) -> str:
     if status in (200, 404, 405):
         return f"{shown} is no MLflow server, though something answers there (HTTP {status}); {other}"
     if status is not None:
-        return f"The MLflow server {shown} answers with an error (HTTP {status}: {_reason(error)}): look into its log, or {other}"
+        return f"The MLflow server {shown} answers with an error (HTTP {status}): look into its log, or {other}"
     return (
         f"The MLflow server {shown} cannot be used: {_reason(error)}. "
         f"Start it (mlflow server --host HOST --port PORT), {other}"
@@ -223,9 +223,9 @@ def _http_status(error: BaseException) -> int | None:
     text = str(error)
     if "not in a valid JSON format" in text:
         return 200
-    number = re.search(r"failed with error code (\d{3}) != 200", text)
+    number = re.search(r"failed with error code (\d{3}) != 200|too many (\d{3}) error responses", text)
     if number:
-        return int(number[1])
+        return int(number[1] or number[2])
     return _status(error) if isinstance(error, RestException) else None
 
 
@@ -249,9 +249,12 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
         with contextlib.suppress(Exception):  # some stores let nobody delete
             repository.delete_artifacts(name)
     except Exception as e:  # whatever the library of that store raises
+        hint = ""
+        if location.startswith("mlflow-artifacts:"):
+            hint = " (the server has to run with --serve-artifacts, and to reach its store)"
         raise UserError(
             f"artifacts of the MLflow experiment {experiment!r} go to {without_password(location)}, which cannot be "
-            f"written from here: {_reason(e)}. Mend that, or name another experiment with --experiment-name"
+            f"written from here: {_reason(e)}{hint}. Mend that, or name another experiment with --experiment-name"
         ) from None
 
 
@@ -1055,6 +1058,8 @@ def _reason(error: BaseException) -> str:
     """The first line of an error, without the addresses and nesting that urllib3 puts around it."""
     text = without_password(str(error)).splitlines()[0] if str(error).strip() else type(error).__name__
     text = text.partition(". Response body: '<")[0]  # a page of HTML
+    if number := re.search(r"too many (\d{3}) error responses", text):
+        return f"HTTP {number[1]}"
     for known in (
         "Connection refused",
         "timed out",

@@ -100,7 +100,7 @@ def check_address(uri: str, named_by: str = "") -> None:
     elif not scheme:
         raise ConfigError(f"{what} has no scheme: a server would be http://{uri}")
     elif dialect not in SCHEMES or not rest:
-        raise ConfigError(f"{what} has the scheme {scheme!r}: it has to begin with {known}, and go on after that")
+        raise ConfigError(f"{what} has the scheme {scheme!r}: expected {known}, and something after that")
 
 
 def _host(uri: str) -> str | None:
