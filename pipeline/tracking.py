@@ -773,8 +773,10 @@ class Tracker:
 
     def _give_up(self, operation: _Operation, error: Exception) -> bool:
         """Whether the operation itself is at fault, so that it must not hold up those behind it."""
-        if isinstance(error, UserError | KeyError):
-            return True  # its file cannot be read, or the run it belongs to was refused
+        if isinstance(error, UserError | KeyError | ImportError):
+            return (
+                True  # its file cannot be read, the run it belongs to was refused, or the library of a store is missing
+            )
         status = _status(error)
         if status in (400, 404, 405, 409, 413, 422):
             return True

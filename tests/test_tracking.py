@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,8 @@ from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search import LogUniform, Space
 from pipeline import publish, records, report, tracking, tracking_uri
+from pipeline import run as run_stages
+from pipeline.progress import Bar
 from pipeline.storage import Storage
 
 DatabaseMaker = Callable[[Path], str]
@@ -648,3 +652,170 @@ def test_a_server_killed_on_the_way_gets_everything(
     back = mlflow.pytorch.load_model("models:/defendpp-defend@newest")
     x = torch.ones(2, 1, 2, 2)
     assert torch.equal(back(x), network(x))
+
+    # stopped by a person while the server hangs
+    again.start("model/open", "open", parent="run")
+    assert again.wait(60)
+    server.pause()
+    begin = time.monotonic()
+    again.stop_for(KeyboardInterrupt(), complete=False)
+    assert time.monotonic() - begin < 5
+    assert "could not be told that the run is KILLED" in said[-1]
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Storage, mute: str) -> None:
+    said: list[str] = []
+    tracker = tracking.Tracker(mute, run, echo=said.append)
+    begin = time.monotonic()
+    for _ in range(3):
+        publish.publish_run(tracker, run, root)
+    assert time.monotonic() - begin < 5, "publishing waited for the server"
+    assert not tracker.flush(timeout_s=0.5)
+    tracker.stop("KILLED")
+    assert time.monotonic() - begin < 9
+    assert "operations not published" in said[0]
+    assert "run the same command or `report` again to publish" in said[0]
+
+
+def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    uri = database(tmp_path)
+    tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+    record = records.read_run(run)
+    publish.start_run(tracker, record)
+    for name in fake_run.MODELS:
+        publish.start_model(tracker, record, name)
+    tracker.finish("model/control")
+    assert tracker.wait(60)
+    begin = time.monotonic()
+    tracker.stop_for(KeyboardInterrupt(), complete=False)
+    assert time.monotonic() - begin < 5
+    tracker.start("model/late", "late", parent="run")  # by a thread that does not know yet
+    client = MlflowClient(uri)
+    found = {path: r.info.status for path, r in _runs(client).items()}
+    assert found.pop("fake-mnist/control") == "FINISHED"
+    assert found == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
+
+    again = tracking.Tracker(uri, run, echo=lambda line: None)
+    publish.publish_run(again, run, root)
+    assert again.flush()
+    _expect_fake_run(client, run)
+
+
+@pytest.mark.parametrize(
+    ("error", "complete", "status", "child"),
+    [
+        (SystemExit(143), False, "KILLED", "KILLED"),
+        (ValueError(), False, "FAILED", "KILLED"),
+        (ValueError(), True, "FINISHED", "FINISHED"),
+        (KeyboardInterrupt(), True, "FINISHED", "FINISHED"),
+    ],
+)
+def test_a_run_ends_as_what_stopped_it(
+    error: BaseException,
+    complete: bool,
+    status: str,
+    child: str,
+    root: Storage,
+    database: DatabaseMaker,
+    tmp_path: Path,
+) -> None:
+    uri = database(tmp_path)
+    tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker.start("run", "x")
+    tracker.start("model/m", "m", parent="run")
+    assert tracker.wait(60)
+    tracker.stop_for(error, complete=complete)
+    assert {path: r.info.status for path, r in _runs(MlflowClient(uri)).items()} == {"x": status, "x/m": child}
+
+
+def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
+    run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    uri, said = database(tmp_path), list[str]()
+    home = run.read_json("run.json")["models"]["no_defense"]["path"]
+    begin = root.read_bytes(f"{home}/model.json")
+    epoch = root.read_bytes(f"{home}/history/epoch-00002.json")
+    (root.local_root / home / "model.json").unlink()
+    (root.local_root / home / "model.json").mkdir()  # there, and cannot be read
+    root.write_bytes(f"{home}/history/epoch-00002.json", b"{")
+    tracker = tracking.Tracker(uri, run, echo=said.append)
+    publish.publish_run(tracker, run, root)
+    assert not tracker.flush(60)
+    client = MlflowClient(uri)
+    assert _runs(client)["fake-mnist/defend/white_box/ddn"].info.status == "FINISHED"
+    assert len(said) == 3, said
+    assert "model no_defense not published" in said[0] + said[1]
+    assert "2 operations not published" in said[2]
+
+    (root.local_root / home / "model.json").rmdir()
+    root.write_bytes(f"{home}/model.json", begin)
+    root.write_bytes(f"{home}/history/epoch-00002.json", epoch)
+    publish.publish_run(tracker, run, root)
+    assert tracker.flush(60)
+    losses = client.get_metric_history(_runs(client)["fake-mnist/no_defense"].info.run_id, "train/loss")
+    assert len(losses) == fake_run.STEPS_PER_EPOCH * fake_run.EPOCHS
+
+
+class _Epoch(dict[str, Any]):
+    """A record of which one can ask whether it is still in memory."""
+
+
+def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
+    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    record = records.read_run(run)
+    publish.start_run(tracker, record)
+    progress = run_stages._TrainProgress(
+        run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker),
+        Bar("train", None),
+    )
+    alive: list[weakref.ref[_Epoch]] = []
+    for number in range(500):
+        epoch = _Epoch(epoch=number, phase="classifier", steps=[{"step": number, "time": 1e9, "loss": 1.0}])
+        alive.append(weakref.ref(epoch))
+        progress.on_epoch("defend", epoch)
+        del epoch
+    assert sum(one() is not None for one in alive) < 150
+    reads = tracker.pending
+    tracker.history("model/defend", 900, lambda: pytest.fail("read before it can be sent"))
+    assert tracker.pending == reads + 1
+
+
+NAME = """o'neil "copy" \\ 100%: a/b.c é"""
+
+
+def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    uri, said = database(tmp_path), list[str]()
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
+    for _ in range(2):
+        tracker = tracking.Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
+        tracker.start("run", NAME)
+        tracker.start(f"model/{NAME}", NAME, parent="run", tags={"model": NAME})
+        tracker.register_model(
+            f"model/{NAME}", network, np.zeros((1, 1, 2, 2), np.float32), NAME, metadata={"of": NAME}
+        )
+        assert tracker.flush(60), said
+        _forget(root / "runs/x", uri)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(f"of {NAME}")
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+    (version,) = client.search_model_versions(f"run_id = '{tracker.run_id(f'model/{NAME}')}'")
+    assert version.name == NAME.replace("/", "_").replace(":", "_")
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "what registers a model decides where the next run is published"
+
+
+def test_one_reason_is_said_once(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    uri, said = database(tmp_path), list[str]()
+    MlflowClient(uri).create_experiment("defendpp", "s3://bucket/artifacts")
+    tracker = tracking.Tracker(uri, run, echo=said.append)
+    publish.publish_run(tracker, run, root)
+    assert not tracker.flush(60)
+    assert len(said) == 2, said
+    assert "boto3" in said[0]

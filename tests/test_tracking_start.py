@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer
+from mlflow_server import MlflowServer, free_port
 
+from components.config import Experiment
 from components.errors import ConfigError, UserError
-from pipeline import tracking, tracking_uri
+from pipeline import given as external
+from pipeline import run, tracking, tracking_uri, train
 from pipeline.storage import Storage
 
 PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "bücher 数", "%", "a%2525?#"]
@@ -358,3 +361,54 @@ def test_a_server_that_passes_no_artifacts_on_is_found_out_before_the_run(tmp_pa
         assert "\n" not in str(refused.value)
     finally:
         server.kill()
+
+
+# -- which MLflow ------------------------------------------------------------------------------------------------------------
+
+
+def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Storage(tmp_path / "storage")
+    said: list[str] = []
+
+    def publish(option: str = "", experiment: str = "") -> str:
+        tracker = tracking.connect(option, experiment, root, root / "runs/x", required=True, echo=said.append)
+        tracker.start("run", "x")
+        assert tracker.wait(60)
+        info = MlflowClient(tracker.uri).get_run(tracker.run_id() or "").info
+        return MlflowClient(tracker.uri).get_experiment(info.experiment_id).name
+
+    own, variable, option = (f"sqlite:///{tmp_path}/{name}/mlflow.db" for name in ("storage", "variable", "option"))
+    assert publish() == "defendpp"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the variable")
+    assert publish() == "of the variable"
+    assert publish(option, "of the option") == "of the option"
+    assert [line for line in said if line.startswith("MLflow: ")] == [
+        f"MLflow: {own}, experiment defendpp",
+        f"MLflow: {variable} (from MLFLOW_TRACKING_URI), experiment of the variable",
+        f"MLflow: {option}, experiment of the option",
+    ]
+    assert train._tracking_uri(Experiment(name="x", storage=root.uri)) == variable, "mlflow:... is looked up there, too"
+    assert external._tracking_uri([]) == variable
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to another one"):
+        publish()
+
+
+def test_a_run_with_a_record_continues_without_mlflow(tmp_path: Path) -> None:
+    root, said = Storage(tmp_path), list[str]()
+    dead = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError, match="connection refused"):
+        tracking.connect(dead, "", root, root / "runs/x", required=True, echo=said.append)
+    tracker = tracking.connect(dead, "", root, root / "runs/x", required=False, echo=said.append)
+    tracker.start("run", "x")
+    assert "connection refused" in said[-1]
+    assert "The run goes on" in said[-1]
+    with pytest.raises(ConfigError):  # a slip of the pen is none of the network
+        tracking.connect("htp://127.0.0.1", "", root, root / "runs/x", required=False, echo=said.append)
+
+
+def test_where_a_run_is_published_is_no_part_of_its_address() -> None:
+    recipe = Experiment(name="x")
+    assert run.run_address(recipe) == "runs/x-a67ab0a65280c75f"
+    assert run.run_address(replace(recipe, experiment_name="y", tracking_uri="http://h")) == run.run_address(recipe)
