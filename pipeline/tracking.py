@@ -61,6 +61,7 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import (  # noqa: E402
     Dataset,
     DatasetInput,
+    Experiment,
     InputTag,
     LoggedModelOutput,
     Metric,
@@ -160,15 +161,8 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
     """Return why MLflow cannot be used, or None."""
 
     def ask() -> None:
-        client = _client(uri)
-        client.search_experiments(max_results=1)
-        found = client.get_experiment_by_name(experiment)
-        if found is not None:
-            _check_artifacts(uri, experiment, found.artifact_location)
-        elif uri.startswith("http"):
-            # the server gives a new experiment a place beside those of its first one
-            with contextlib.suppress(MlflowException):
-                _check_artifacts(uri, experiment, client.get_experiment("0").artifact_location)
+        location = _experiment(_client(uri), experiment, _artifact_root(uri)).artifact_location
+        _check_artifacts(uri, experiment, location)
 
     try:
         if uri.startswith("sqlite:"):
@@ -256,6 +250,30 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
             f"artifacts of the MLflow experiment {experiment!r} go to {without_password(location)}, which cannot be "
             f"written from here: {_reason(e)}{hint}. Mend that, or name another experiment with --experiment-name"
         ) from None
+
+
+def _artifact_root(uri: str) -> str | None:
+    """Return where artifacts of a new experiment go. None: where the server says."""
+    if not uri.startswith("sqlite:"):
+        return None
+    # mlflow's own default is the working directory; it takes a path for a URI that is quoted
+    return (sqlite_path(uri).parent / "mlartifacts").as_uri()
+
+
+def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> Experiment:
+    """Return an experiment, which is made where there is none, and restored where it was deleted."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # the kind opens the UI's page for training runs; without it the UI asks
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        with contextlib.suppress(MlflowException):  # another process was quicker
+            client.create_experiment(name, artifact_root, tags=kind)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise MlflowException(f"experiment {name!r} cannot be made")
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment
 
 
 def _stands(parent: Path) -> bool:
@@ -395,13 +413,10 @@ class Tracker:
         echo: Callable[[str], None] = _to_stderr,
     ) -> None:
         check_address(uri)
-        if artifact_root is None and uri.startswith("sqlite:"):
-            # mlflow's own default is the working directory; it takes a path for a URI that is quoted
-            artifact_root = (sqlite_path(uri).parent / "mlartifacts").as_uri()
         self.uri = uri
         self.storage = run
         self.experiment = experiment
-        self.artifact_root = artifact_root
+        self.artifact_root = artifact_root or _artifact_root(uri)
         self._echo = echo
         self._changed = threading.Condition(threading.RLock())
         """Guards everything below; nobody holds it while MLflow is asked."""
@@ -804,15 +819,7 @@ class Tracker:
         if self._client is not None:
             return self._client
         client = _client(self.uri)
-        experiment = client.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            # the kind opens the UI's page for training runs; without it the UI asks
-            kind = {"mlflow.experimentKind": "custom_model_development"}
-            experiment_id = client.create_experiment(self.experiment, self.artifact_root, tags=kind)
-        else:
-            experiment_id = experiment.experiment_id
-            if experiment.lifecycle_stage == "deleted":
-                client.restore_experiment(experiment_id)
+        experiment_id = _experiment(client, self.experiment, self.artifact_root).experiment_id
         if self._state["runs"] and not _all_there(client, self._state, experiment_id):
             self._echo(
                 f"MLflow at {without_password(self.uri)}, experiment {self.experiment}, no longer has what was published "

@@ -23,8 +23,8 @@ OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 60.0
 """How long another process may hold the lock of a database file before this one goes on without it."""
-FILLED_BY_MLFLOW = {"alembic_version", "experiments", "workspaces"}
-"""Tables with rows in a new database."""
+FILLED = {"alembic_version", "experiments", "experiment_tags", "workspaces"}
+"""Tables that hold something in a database without runs."""
 
 
 def resolve(option: str, storage: Storage) -> tuple[str, str]:
@@ -198,7 +198,7 @@ def holds_nothing(path: Path) -> bool:
             full = {t for t in tables if connection.execute(f'SELECT 1 FROM "{t}" LIMIT 1').fetchone()}
     except sqlite3.Error:
         return False
-    return {"experiments", "runs"} <= tables and full <= FILLED_BY_MLFLOW
+    return {"experiments", "runs"} <= tables and full <= FILLED
 
 
 @contextlib.contextmanager

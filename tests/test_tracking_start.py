@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
 import shlex
 import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +60,9 @@ def _database(directory: Path) -> Path:
     """A whole database of MLflow, empty but for an experiment of one run."""
     tracking.check_reachable(f"sqlite:///{directory}/mlflow.db")
     client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
-    client.create_run(client.create_experiment("defendpp"), run_name="a")
+    experiment = client.get_experiment_by_name("defendpp")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, run_name="a")
     return directory / "mlflow.db"
 
 
@@ -114,8 +118,7 @@ def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pyt
     (aside,) = tmp_path.glob("mlflow.db.broken-*")
     assert aside.stat().st_ino == old
     assert str(aside) in capsys.readouterr().err
-    client = MlflowClient(uri)
-    client.create_run(client.create_experiment("defendpp", str(tmp_path)))
+    MlflowClient(uri).create_run("1")
     tracking.check_reachable(uri)
     assert len(list(tmp_path.glob("mlflow.db*"))) == 2
 
@@ -144,7 +147,7 @@ def test_an_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
     tracking.check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
         assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
-    assert sorted(os.listdir(tmp_path)) == [".mlflow.db.lock", "mlflow.db"]
+    assert sorted(os.listdir(tmp_path)) == [".mlflow.db.lock", "mlartifacts", "mlflow.db"]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -246,12 +249,12 @@ def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
 # -- what answers ----------------------------------------------------------------------------------------------------------
 
 
-NOT_THERE = b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "there is none"}'
+THERE = {"experiment": {"experiment_id": "1", "name": "defendpp", "artifact_location": tempfile.gettempdir()}}
 
 
 @contextmanager
 def _answering(status: int, body: str, *, unless: str = "", kind: str = "text/html") -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server that gives one answer to all, but an empty list of experiments to the Authorization ``unless``."""
+    """An HTTP server that gives one answer to all, but an experiment to the Authorization ``unless``."""
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -259,9 +262,8 @@ def _answering(status: int, body: str, *, unless: str = "", kind: str = "text/ht
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             seen.append(self.headers.get("Authorization") or "")
             good = unless and seen[-1] == unless
-            empty = self.path.endswith("/experiments/search")
-            data = (b'{"experiments": []}' if empty else NOT_THERE) if good else body.encode()
-            self.send_response((200 if empty else 404) if good else status)
+            data = json.dumps(THERE).encode() if good else body.encode()
+            self.send_response(200 if good else status)
             self.send_header("Content-Type", "application/json" if good else kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
