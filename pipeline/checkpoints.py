@@ -8,7 +8,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,23 +157,23 @@ def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes
     Each file says in its metadata how to build its network, so that it can be loaded alone.
     Returns the names of the files written.
     """
-    files = _files(net, config, shapes)
-    for name, data in files.items():
-        storage.write_bytes(name, data)
-    return list(files)
+    names = []
+    for part, _, data in _exported(net, config, shapes):
+        names.append(f"{part}.safetensors")
+        storage.write_bytes(names[-1], data)
+    return names
 
 
-def _files(net: nn.Module, config: TrainConfig, shapes: Shapes) -> dict[str, bytes]:
+def _exported(net: nn.Module, config: TrainConfig, shapes: Shapes) -> Iterator[tuple[str, nn.Module, bytes]]:
+    """Yield name, module and file of each part, one after the other: together they may be a GB."""
     said = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
     if source := source_hash(config.arch):
         said["source"] = source  # the same weights in another forward() are another network
     # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
     # which names all that is computed from it, would change with it
     metadata = {"defendpp": json.dumps(said)}
-    return {
-        f"{name}.safetensors": weights_file.to_bytes(part.state_dict(), metadata)
-        for name, part in parts_of(net).items()
-    }
+    for name, part in parts_of(net).items():
+        yield name, part, weights_file.to_bytes(part.state_dict(), metadata)
 
 
 def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
@@ -199,8 +199,7 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
                 given = images.clone()
                 _train_mode_pass(net, given)
                 refuse_in_place(classifier_of(net), given, images)
-            parts = parts_of(net)
-            for (part, before), data in zip(parts.items(), _files(net, config, shapes).values(), strict=True):
+            for part, before, data in _exported(net, config, shapes):
                 after = _rebuilt(part, safetensors_load(data), config, shapes, f"the export of {name}")
                 one, other, again = (_outputs(module, images[:1]) for module in (before, after, before))
                 # a network that draws from a stream that is not seeded here cannot be compared
@@ -211,7 +210,7 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
                     )
     except (ConfigError, DataError) as e:
         raise ConfigError.of("train.arch", config.arch, str(e)) from e
-    return list(parts)
+    return list(parts_of(net))
 
 
 def _train_mode_pass(net: nn.Module, images: torch.Tensor) -> None:

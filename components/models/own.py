@@ -71,7 +71,7 @@ def _as_without_arguments(module_name: str) -> Iterator[None]:
     arguments, error = sys.argv, argparse.ArgumentParser.error
     sys.argv = [module_name]
     # argparse itself would print the usage of a script that the user did not call
-    argparse.ArgumentParser.error = _exit_with  # type: ignore[method-assign]
+    argparse.ArgumentParser.error = _exit_with  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
