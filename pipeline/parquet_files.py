@@ -120,14 +120,17 @@ def _refuse_broken(place: str, listing: Listing, test_split: str) -> None:
 
     Left out, it would be a part of a split that nobody misses.
     """
+    broken = [name for name in listing.broken if split_of(name) or name.lower() in split_words(test_split)]
+    folders = [name for name in _parquet(listing.folders) if names_split(name, test_split)]
+    unreadable = [name for name in _parquet(listing.files) if not is_text(name)]
     for names, fault in (
-        (listing.broken, "neither a file nor a folder (a link to nothing, a pipe, a socket or a device)"),
-        ([name for name in listing.folders if names_split(name, test_split)], "a folder, not a file"),
-        ([name for name in listing.files if not is_text(name)], "not a name in UTF-8"),
+        (broken, "neither a file nor a folder (a link to nothing, a pipe, a socket or a device)"),
+        (folders, "a folder, not a file"),
+        (unreadable, "not a name in UTF-8"),
     ):
-        if parquet := _parquet(names):
-            more = f" (the first of {len(parquet)})" if len(parquet) > 1 else ""
-            raise DataError(f"{printable(f'{place}/{parquet[0]}')} is {fault}{more}; replace, rename or remove it")
+        if names:
+            more = f" (the first of {len(names)})" if len(names) > 1 else ""
+            raise DataError(f"{printable(f'{place}/{names[0]}')} is {fault}{more}; replace, rename or remove it")
 
 
 def _listing(storage: Storage, folder: str) -> Listing:

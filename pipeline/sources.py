@@ -619,7 +619,7 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
     listing = list_directory(directory)
     classes_directory, folders = directory, listing.folders
     # The labels of a network follow the training folders. Where nothing is trained there may be none.
-    if split == "test" and choose_word(root, "train", list_directory(root).folders):
+    if split == "test" and choose_word(root, "train", list_directory(root).names):
         train = _split_directory(root, "train")
         if training_folders := list_directory(train).folders:
             classes_directory, folders = train, training_folders
@@ -654,9 +654,10 @@ def _split_directory(root: str, split: SourceSplit, test_split: str = "") -> str
         )
     listing = list_directory(root)
     folders = listing.folders
-    word = choose_word(root, split, folders, test_split)
-    if word is None and (broken := choose_word(root, split, listing.broken, test_split)):
-        raise DataError(f"{printable(f'{root}/{broken}')} is no folder but a broken link; replace or remove it")
+    # Without the broken ones another split would silently take the place of one whose link is broken.
+    word = choose_word(root, split, [*folders, *listing.broken], test_split)
+    if word in listing.broken:
+        raise DataError(f"{printable(f'{root}/{word}')} is no folder but a broken link; replace or remove it")
     if word is None:
         names = test_split if split == "test" and test_split else " or ".join(WORDS[split])
         there = f"; there are only {first_names(folders)}" if folders else ""

@@ -78,9 +78,22 @@ def test_what_is_no_file_is_refused_among_parquet_files(tmp_path: Path, kind: st
 
 def test_a_broken_link_to_a_split_is_named(tmp_path: Path) -> None:
     data = folders(tmp_path, "train/a/0.png", "train/b/0.png")
-    (tmp_path / "val").symlink_to("gone")
-    with pytest.raises(DataError, match=r"/val is no folder but a broken link"):
+    (tmp_path / "test").symlink_to("gone")
+    (tmp_path / "val").symlink_to("train")  # must not take the place of test
+    with pytest.raises(DataError, match=r"/test is no folder but a broken link"):
         check_source(data)
+    (tmp_path / "test").unlink()
+    (tmp_path / "train").rename(tmp_path / "moved")
+    (tmp_path / "val").unlink()
+    (tmp_path / "val").symlink_to("moved")
+    check_source(data, trains=False)
+    (tmp_path / "train").symlink_to("gone")  # the order of its classes may be another
+    with pytest.raises(DataError, match=r"/train is no folder but a broken link"):
+        check_source(data, trains=False)
+    data = hub(tmp_path / "p", "validation.parquet")
+    (tmp_path / "p" / "test").symlink_to("gone")
+    with pytest.raises(DataError, match=r"/p/test is neither a file nor a folder"):
+        check_source(data, trains=False)
 
 
 def test_a_folder_is_no_parquet_file(tmp_path: Path) -> None:
