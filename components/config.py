@@ -22,6 +22,8 @@ from components.errors import ConfigError
 MIN_LEVEL_SIZE = 7
 """No loss is put on an output smaller than 7x7 pixels (sec. 3.4)."""
 MAX_LEVELS = 4
+MAX_IMAGE_SIZE = 2**14
+"""One image of this size in RGB takes 800 MB: a larger one is a mistake."""
 FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
 PRINTED_IN = (*(f"table{i}" for i in range(1, 9)), "sec4.2", "sec4.3", "sec4.5")
 """Where the paper prints numbers: its tables and three sections of its text."""
@@ -44,6 +46,8 @@ def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
     """
     if image_size < MIN_LEVEL_SIZE:
         raise ConfigError.of("data.image_size", image_size, f"at least {MIN_LEVEL_SIZE} pixels (sec. 3.4)")
+    if image_size > MAX_IMAGE_SIZE:
+        raise ConfigError.of("data.image_size", image_size, f"at most {MAX_IMAGE_SIZE} pixels")
     sizes = [image_size // 2**m for m in range(MAX_LEVELS) if image_size // 2**m >= MIN_LEVEL_SIZE]
     if levels == 0:
         return tuple(sizes)
@@ -61,11 +65,6 @@ def _check(ok: bool, name: str, value: object, allowed: str) -> None:
     # not(ok) also catches comparisons with NaN, which are False
     if not ok:
         raise ConfigError.of(name, value, allowed)
-
-
-def _check_seed(name: str, seed: int) -> None:
-    # random streams are derived from the seed's eight bytes
-    _check(-(2**63) <= seed < 2**63, name, seed, "a whole number from -2**63 to 2**63 - 1")
 
 
 def is_name(name: str) -> bool:
@@ -101,14 +100,22 @@ def _hints(cls: Any) -> dict[str, Any]:
     return _HINTS[cls]
 
 
-def _check_literals(config: Any, prefix: str) -> None:
-    """Refuse a value outside a field's Literal: dataclasses do not, and a recipe is plain Python."""
+def is_int64(value: float) -> bool:
+    """Tell whether a whole number has at most 64 bits, as seeds, sizes and tensors have."""
+    return -(2**63) <= value < 2**63
+
+
+def _check_values(config: Any, prefix: str) -> None:
+    """Refuse a value outside a field's Literal, which dataclasses do not, and a whole number of more than 64 bits."""
     hints = _hints(type(config))
     for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        where = f"{prefix}.{f.name}".removeprefix(".")
         if typing.get_origin(hints[f.name]) is Literal:
             allowed = typing.get_args(hints[f.name])
-            value = getattr(config, f.name)
-            _check(value in allowed, f"{prefix}.{f.name}", value, "one of " + ", ".join(map(repr, allowed)))
+            _check(value in allowed, where, value, "one of " + ", ".join(map(repr, allowed)))
+        elif isinstance(value, int):
+            _check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +169,7 @@ class DataConfig:
             self.source,
             "sample:mnist, parquet:DIR, folder:DIR, torchvision:mnist or torchvision:cifar10",
         )
-        _check_literals(self, "data")
+        _check_values(self, "data")
         level_sizes(self.image_size)
         _check(self.channels in (1, 3), "data.channels", self.channels, "1 (grey) or 3 (RGB)")
         _check(self.num_classes >= 2, "data.num_classes", self.num_classes, "at least 2")
@@ -183,7 +190,7 @@ class PyramidConfig:
     """Images per Parquet shard: the unit of work, of resumption and of memory. 0: as many as make about 32 MB, at most 16384."""
 
     def __post_init__(self) -> None:
-        _check_literals(self, "pyramids")
+        _check_values(self, "pyramids")
         _check(0 <= self.levels <= MAX_LEVELS, "pyramids.levels", self.levels, f"0 (by rule) to {MAX_LEVELS}")
         _check(self.rows_per_shard >= 0, "pyramids.rows_per_shard", self.rows_per_shard, "0 (by size) or more")
 
@@ -336,7 +343,7 @@ class TrainConfig:
         return dataclasses.replace(self, **{name: defaults[name] for name in unused})
 
     def __post_init__(self) -> None:
-        _check_literals(self, "train")
+        _check_values(self, "train")
         own = ":" in self.arch
         _check(
             own or self.arch in ENCODER_BLOCKS,
@@ -406,7 +413,6 @@ class TrainConfig:
                 "at least 1; 0 takes given weights as they are: with --train.pretrained FILE and --train.defense none, "
                 "without --train.replace-head",
             )
-        _check_seed("train.seed", self.seed)
         _check(
             self.lr_step_epochs >= 0,
             "train.lr_step_epochs",
@@ -496,6 +502,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         from components.attacks.spec import AttackSpec
 
+        _check_values(self, "evaluation")
         texts: dict[str, str] = {}
         for attack in self.attacks:
             canonical = str(AttackSpec.parse(attack))
@@ -522,7 +529,6 @@ class EvaluationConfig:
             )
         _check(self.test_images >= 0, "evaluation.test_images", self.test_images, "0 (all) or more")
         _check(self.chunk_size >= 1, "evaluation.chunk_size", self.chunk_size, "at least 1")
-        _check_seed("evaluation.seed", self.seed)
         images = self.reliability_images
         _check(images >= 0, "evaluation.reliability_images", images, "0 (no such test) or more")
 
@@ -553,6 +559,7 @@ class ScalingConfig:
     """How often a training run is started again from its last checkpoint after a worker or node died."""
 
     def __post_init__(self) -> None:
+        _check_values(self, "scaling")
         _check(self.workers >= 1, "scaling.workers", self.workers, "at least 1")
         _check(self.chunks_per_attack >= 1, "scaling.chunks_per_attack", self.chunks_per_attack, "at least 1")
         _check(self.threads_per_worker >= 1, "scaling.threads_per_worker", self.threads_per_worker, "at least 1")
@@ -605,6 +612,7 @@ class Experiment:
         from components.attacks.spec import AttackSpec
 
         check_name("name", self.name)
+        _check_values(self, "")
         _check(bool(self.models), "models", self.models, "at least one model, e.g. --models undefended:defense=none")
         _check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
         _check(self.paper in ("", *PRINTED_IN), "paper", self.paper, f"empty or one of {', '.join(PRINTED_IN)}")
@@ -892,6 +900,8 @@ def _from_json(value: Any, hint: Any, where: str) -> Any:
     accepted = {*kinds, int} if float in kinds else set(kinds)
     # exactly of the type: True is an int to Python
     _check(type(value) in accepted, where, value, f"a value of type {' or '.join(k.__name__ for k in kinds)}")
+    if isinstance(value, int):
+        _check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
     if isinstance(value, str):
         _check("\0" not in value and is_unicode(value), where, value, "text without NUL characters and lone surrogates")
     return value

@@ -78,6 +78,14 @@ def main(arguments: list[str]) -> int:
     except UserError as e:
         complain(str(e))
         return 2 if isinstance(e, ConfigError) else 1
+    except (MemoryError, RuntimeError) as e:
+        if not _is_shortage(e):
+            raise
+        complain(
+            f"this machine has too little memory ({next(iter(str(e).splitlines()), 'out of memory')}): lower --train.width, --data.image-size, "
+            "--data.num-classes or --train.batch-size"
+        )
+        return 1
     except KeyboardInterrupt as e:
         return interrupts.exit_status(e)
 
@@ -95,6 +103,12 @@ def sweep(arguments: list[str]) -> int:
 
     sweeps.execute(experiment, options)
     return 0
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Tell whether an array or a tensor did not fit into this machine's memory; torch has no exception of its own for that."""
+    torchs = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in torchs)
 
 
 def version() -> str:

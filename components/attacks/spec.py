@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.config import parse_spec, replace_typed
+from components.config import is_int64, parse_spec, replace_typed
 from components.errors import ConfigError
 
 Setting = str | int | float
@@ -231,6 +231,8 @@ class AttackSpec:
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or (wanted is int and not isinstance(value, int)):
             raise ConfigError.of(where, value, f"a value of type {wanted.__name__}")
+        if isinstance(value, int) and not is_int64(value):
+            raise ConfigError.of(where, value, "at most 2**63 - 1")
         ok, allowed = _RANGES[name]
         if not ok(value):
             raise ConfigError.of(where, value, allowed)
