@@ -75,7 +75,7 @@ def _as_without_arguments(module_name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.argv, argparse.ArgumentParser.error = arguments, error  # type: ignore[method-assign, assignment]
+        sys.argv, argparse.ArgumentParser.error = arguments, error  # type: ignore[method-assign]
 
 
 def _exit_with(parser: argparse.ArgumentParser, message: str) -> NoReturn:
