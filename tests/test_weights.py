@@ -289,7 +289,7 @@ NO_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a dictionary of others": (lambda: _torch({"epoch": 3, "lr": 0.1}), r"holds no dictionary of tensors.*epoch, lr"),
     "an empty dictionary": (lambda: _torch({}), r"holds no dictionary of tensors"),
     "a quantised tensor": (
-        lambda: _torch({"w": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}),
+        lambda: _torch({"w": odd_networks.quantized()}),
         r"'w'.*quantised",
     ),
     "a sparse tensor": (lambda: _torch({"w": torch.eye(3).to_sparse()}), r"'w'.*sparse"),
