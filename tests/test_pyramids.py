@@ -413,7 +413,7 @@ def test_truncated_image_names_file_and_row(
         build(data, PyramidConfig(rows_per_shard=10), Storage(tmp_path), "train")
     assert str(caught.value) == (
         f"{tmp_path}/d/train.parquet row 37: the image cannot be decoded (image file is truncated); it is truncated or not an "
-        "image file. Get the file again or remove this row"
+        "image file. Get the file again or remove it"
     )
     assert caught.value.__cause__ is None
     assert "".join(capfd.readouterr()) == ""  # one message, and nothing of Ray's beside it
