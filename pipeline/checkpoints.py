@@ -209,7 +209,7 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
                         "computes with as a parameter or a persistent buffer, and draw fixed ones from torch's stream"
                     )
     except (ConfigError, DataError) as e:
-        raise ConfigError.of("train.arch", config.arch, str(e)) from e
+        raise ConfigError(f"train.arch is {config.arch!r}; {e}") from e
     return list(parts_of(net))
 
 

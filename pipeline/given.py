@@ -169,11 +169,9 @@ def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, S
         checkpoints.check_source(data, arch, text)
     elif described is not None and own.is_own(described[0].arch):
         asked = described[0].arch
-        raise ConfigError.of(
-            "--arch",
-            "",
+        raise ConfigError(
             f"{text} says that {asked} builds its network. A file does not decide which code is imported: if you trust that "
-            f"module, add --arch {asked}",
+            f"module, add --arch {asked}"
         )
     return described
 

@@ -34,11 +34,9 @@ def import_function(arch: str) -> Callable[..., object]:
     function = getattr(module, function_name, None)
     if not callable(function):
         there = sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))
-        raise ConfigError.of(
-            "train.arch",
-            arch,
-            f"module {module_name!r} ({getattr(module, '__file__', None) or 'built in'}) has no function {function_name!r}; "
-            f"it has {', '.join(there) or 'none'}",
+        raise ConfigError(
+            f"train.arch is {arch!r}; module {module_name!r} ({getattr(module, '__file__', None) or 'built in'}) has no function {function_name!r}; "
+            f"it has {', '.join(there) or 'none'}"
         )
     return function  # type: ignore[no-any-return]
 
@@ -57,11 +55,9 @@ def importing(arch: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (Exception, SystemExit) as e:
-        raise ConfigError.of(
-            "train.arch",
-            arch,
-            f"module {module_name!r} cannot be imported ({reason(e)}). {where_found(module_name)}It must be on the Python "
-            f"path of every process: {_SEARCHED}",
+        raise ConfigError(
+            f"train.arch is {arch!r}; module {module_name!r} cannot be imported ({reason(e)}). {where_found(module_name)}It must "
+            f"be on the Python path of every process: {_SEARCHED}"
         ) from e
 
 
@@ -96,8 +92,8 @@ def calling(arch: str, function: Callable[..., object], sizes: dict[str, int]) -
     except (Exception, SystemExit) as e:
         frame = traceback.extract_tb(e.__traceback__)[-1]
         given = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        raise ConfigError.of(
-            "train.arch", arch, f"calling it with {given} failed ({reason(e)}; {frame.filename}:{frame.lineno})"
+        raise ConfigError(
+            f"train.arch is {arch!r}; calling it with {given} failed ({reason(e)}; {frame.filename}:{frame.lineno})"
         ) from e
 
 
