@@ -323,11 +323,10 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         )
     Lease(storage).check_free()
     root.check_writable()
-    tracker = tracking.connect(
+    uri, experiment_name = tracking.choose(
         experiment.tracking_uri,
         experiment.experiment_name,
         root,
-        storage,
         required=not storage.exists("sweep.json"),
         echo=say,
     )
@@ -336,7 +335,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         root=root,
         storage=storage,
         record={},
-        tracker=tracker,
+        tracker=tracking.Tracker(uri, storage, experiment=experiment_name, echo=say),
         space=space,
         options=options,
         model=model,

@@ -99,19 +99,20 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def connect(
-    option: str, experiment: str, root: Storage, run: Storage, *, required: bool, echo: Callable[[str], None]
-) -> Tracker:
-    """Say where a run is published, make sure that it can be, and return its tracker.
+def choose(
+    option: str, experiment: str, root: Storage, *, required: bool, echo: Callable[[str], None]
+) -> tuple[str, str]:
+    """Say where a run is published, and make sure that it can be. Returns the tracking URI and the experiment's name.
 
     Args:
         option: tracking URI of the command line, or "".
         experiment: MLflow experiment of the command line, or "".
-        root: the storage. run: the run's directory below it.
+        root: the storage.
         required: refuse where MLflow cannot be used. Otherwise say it: the run goes on, and is published later.
 
     Raises:
-        UserError: see :func:`check_reachable`. ConfigError, for an address that cannot be, also where MLflow is not required.
+        UserError: see :func:`check_reachable`. ConfigError, for an address that cannot be, also where MLflow is not
+            required.
     """
     uri, named_by = resolve(option, root)
     experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
@@ -125,7 +126,7 @@ def connect(
         if required:
             raise
         echo(f"{e}. The run goes on without MLflow, and is published by a later command")
-    return Tracker(uri, run, experiment=experiment, echo=echo)
+    return uri, experiment
 
 
 def check_reachable(

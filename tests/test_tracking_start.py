@@ -373,7 +373,8 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
     said: list[str] = []
 
     def publish(option: str = "", experiment: str = "") -> str:
-        tracker = tracking.connect(option, experiment, root, root / "runs/x", required=True, echo=said.append)
+        uri, name = tracking.choose(option, experiment, root, required=True, echo=said.append)
+        tracker = tracking.Tracker(uri, root / "runs/x", experiment=name, echo=said.append)
         tracker.start("run", "x")
         assert tracker.wait(60)
         info = MlflowClient(tracker.uri).get_run(tracker.run_id() or "").info
@@ -401,13 +402,12 @@ def test_a_run_with_a_record_continues_without_mlflow(tmp_path: Path) -> None:
     root, said = Storage(tmp_path), list[str]()
     dead = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="connection refused"):
-        tracking.connect(dead, "", root, root / "runs/x", required=True, echo=said.append)
-    tracker = tracking.connect(dead, "", root, root / "runs/x", required=False, echo=said.append)
-    tracker.start("run", "x")
+        tracking.choose(dead, "", root, required=True, echo=said.append)
+    assert tracking.choose(dead, "", root, required=False, echo=said.append) == (dead, "defendpp")
     assert "connection refused" in said[-1]
     assert "The run goes on" in said[-1]
     with pytest.raises(ConfigError):  # a slip of the pen is none of the network
-        tracking.connect("htp://127.0.0.1", "", root, root / "runs/x", required=False, echo=said.append)
+        tracking.choose("htp://127.0.0.1", "", root, required=False, echo=said.append)
 
 
 def test_where_a_run_is_published_is_no_part_of_its_address() -> None:
