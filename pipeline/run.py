@@ -143,11 +143,10 @@ def open_run(
         raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     if needs:
         _check_made(record or {}, experiment, storage, needs)
-    tracker = tracking.connect(
+    uri, experiment_name = tracking.choose(
         experiment.tracking_uri,
         experiment.experiment_name,
         root,
-        storage,
         required=needs_tracking and record is None,
         echo=say,
     )
@@ -171,6 +170,7 @@ def open_run(
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read
     try:
+        tracker = tracking.Tracker(uri, storage, experiment=experiment_name, echo=say)
         return _opened(experiment, root, storage, tracker, lease, records_only)
     except BaseException:
         lease.release()
