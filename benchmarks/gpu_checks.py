@@ -125,8 +125,7 @@ def versions() -> dict[str, Any]:
     found = {**environment.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
     if machine["gpus"]:
         found |= {"gpu": machine["gpus"][0], "cudnn": torch.backends.cudnn.version()}
-    revision = environment.git(ROOT)["revision"] or os.environ.get("REVISION", "unknown")
-    return {**found, "revision": revision}
+    return {**found, "revision": environment.revision(ROOT)["revision"] or environment.source_hash(ROOT) or "unknown"}
 
 
 # -- part 1 ----------------------------------------------------------------------------------------------------------------

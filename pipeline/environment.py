@@ -1,8 +1,9 @@
-"""What a run was made with: source revision, versions, machine and command, for its record."""
+"""What a run was made with: source code, versions, machine and command, for its record."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -18,11 +19,51 @@ from pipeline.redaction import without_password
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
 ROOT = Path(__file__).resolve().parent.parent
 """Where this project's source lies: a checkout, a Ray job's copy of one, or site-packages."""
+SOURCE_DIRECTORIES = ("components", "pipeline", "tune_spaces")
+REVISION_VARIABLE = "DEFENDPP_REVISION"
+"""Environment variable with the revision of a copy that is no checkout: of a Ray job (which leaves out .git) or an image."""
 
 
 def environment() -> dict[str, Any]:
-    """``git``, ``versions``, ``hardware`` and ``command`` of this process, as plain JSON types. Never raises."""
-    return {"git": git(ROOT), "versions": versions(), "hardware": hardware(), "command": command(sys.argv)}
+    """Return ``git``, ``source``, ``versions``, ``hardware`` and ``command`` of this process as JSON types. Never raises."""
+    return {
+        "git": revision(ROOT),
+        "source": source_hash(ROOT),
+        "versions": versions(),
+        "hardware": hardware(),
+        "command": command(sys.argv),
+    }
+
+
+def source_hash(root: Path) -> str | None:
+    """Return the first 16 hexadecimal digits of a SHA-256 over the source files below ``root``.
+
+    The hash covers the path and the bytes of each ``*.py`` and ``*.j2`` file of SOURCE_DIRECTORIES. Equal files give
+    the same hash in a checkout, in a Ray job's copy of it, in an image and in site-packages. None if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for directory in SOURCE_DIRECTORIES:
+            for path in sorted(p for p in (root / directory).rglob("*") if p.suffix in (".py", ".j2") and p.is_file()):
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode())
+                digest.update(content)
+    except OSError:
+        return None
+    return digest.hexdigest()[:16]
+
+
+def revision(root: Path) -> dict[str, Any]:
+    """Return ``revision`` and ``dirty`` of a checkout or, where ``root`` is none, of the environment variable.
+
+    ``git describe --always --abbrev=40 --dirty`` writes the variable's value. Without its ``-dirty``, ``dirty`` is
+    unknown (None): `git rev-parse HEAD` does not say it.
+    """
+    found = git(root)
+    given = os.environ.get(REVISION_VARIABLE)
+    if found["revision"] is None and given:
+        return {"revision": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty") or None}
+    return found
 
 
 def git(root: Path) -> dict[str, Any]:

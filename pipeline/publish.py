@@ -36,6 +36,7 @@ def _made_with(tracker: Tracker, record: Mapping[str, Any], kind: str) -> dict[s
         "command": record.get("command"),
         "git_dirty": git.get("dirty"),
         "mlflow.source.git.commit": git.get("revision"),
+        "source": record.get("source"),
         "mlflow.source.type": "LOCAL",
         "hardware": record.get("hardware") or {},
         "versions": record.get("versions"),

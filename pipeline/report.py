@@ -258,6 +258,7 @@ def _html(
         roles=records.role_titles(record),
         stages=records.stage_times(record),
         trained=any(role != "given" for role in records.roles(record).values()),
+        source=tables.source(record),
         lacking=lacking,
         counted=records.counted(record),
         explanation=records.explanation(record),

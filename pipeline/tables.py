@@ -283,13 +283,22 @@ def made_with(record: Mapping[str, Any]) -> dict[str, str]:
     gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
     made = {
         "Command": record["command"],
-        "Source": f"{record['git'].get('revision') or ''}{' with uncommitted changes' if record['git'].get('dirty') else ''}",
+        "Source": source(record),
         "Finished": records.when(record["finished"]),
         "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
         "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
         "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items()),
     }
     return {what: text for what, text in made.items() if text}
+
+
+def source(record: Mapping[str, Any]) -> str:
+    """Name the code that made run.json or sweep.json: its revision and its source hash, as far as they are known."""
+    revision = record["git"].get("revision") or ""
+    if revision and record["git"].get("dirty"):
+        revision += " with uncommitted changes"
+    source_hash = f"source hash {record['source']}" if record.get("source") else ""
+    return ", ".join(part for part in (revision, source_hash) if part)
 
 
 def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:

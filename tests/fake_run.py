@@ -65,6 +65,7 @@ def write(root: Storage, *, evaluations: bool = True, gallery: bool = True, fini
         "finished": "2026-05-28T20:41:02+00:00" if finished else None,
         "command": "python pipeline/main.py fake-mnist --storage /data/defendpp",
         "git": {"revision": "e44c8eb0c2a44d3f8f0c4f8e5b1a0d2c3e4f5a6b", "dirty": False},
+        "source": "5ac5be3c7d0f9a12",
         "versions": {"python": "3.11.9", "torch": "2.14.1", "ray": "2.60.0", "mlflow": "3.17.2"},
         "hardware": {"host": "box", "cpu": "Example CPU @ 2.60GHz", "cpus": 2, "memory_gib": 16.0, "gpus": []},
         "data": {

@@ -69,16 +69,33 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
     for part in (
         record["command"],
         record["git"]["revision"],
+        record["source"],
         "Example CPU @ 2.60GHz, 2 CPUs, no GPU",
         "ray 2.60.0",
         "train 412",
     ):
         assert part in text
+    assert f"<dt>Source</dt><dd>{tables.source(record)}</dd>" in _page(run)[0]
     models = text[text.index("### Models") :]
     for name, model in record["models"].items():
         error = model.get("reconstruction_validation")
         (line,) = [x for x in models.splitlines() if x.startswith(f"| {name} |")]
         assert f"{100 * model['clean_validation']:.1f} | {'–' if error is None else format(error, '.3g')} |" in line
+
+
+@pytest.mark.parametrize(
+    ("git", "source", "said"),
+    [
+        ({"revision": "e44c8eb", "dirty": False}, "5ac5be3c", "e44c8eb, source hash 5ac5be3c"),
+        ({"revision": "e44c8eb", "dirty": True}, "5ac5be3c", "e44c8eb with uncommitted changes, source hash 5ac5be3c"),
+        ({"revision": None, "dirty": None}, "5ac5be3c", "source hash 5ac5be3c"),  # a Ray job's copy
+        ({"revision": "e44c8eb", "dirty": False}, None, "e44c8eb"),  # a record of an earlier version
+        ({}, None, ""),
+    ],
+)
+def test_code_is_named_by_its_revision_its_hash_or_both(git: dict[str, Any], source: str | None, said: str) -> None:
+    record = {"git": git, "source": source}
+    assert tables.source(record) == said
 
 
 def _page(run: Storage) -> tuple[str, _Tables]:
@@ -327,6 +344,42 @@ def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
     assert environment.git(environment.ROOT / "pipeline") == {"revision": None, "dirty": None}
     said = environment.command(["main.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
     assert said == "python main.py --tracking-uri https://***@host/x 'a b'"
+
+
+def test_environment_without_a_checkout_takes_the_revision_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    revision = "e44c8eb0c2a44d3f8f0c4f8e5b1a0d2c3e4f5a6b"
+    monkeypatch.setattr(environment, "ROOT", environment.ROOT / "pipeline")  # no checkout's top directory
+    monkeypatch.delenv("DEFENDPP_REVISION", raising=False)
+    assert environment.environment()["git"] == {"revision": None, "dirty": None}
+    monkeypatch.setenv("DEFENDPP_REVISION", revision)
+    assert environment.environment()["git"] == {"revision": revision, "dirty": None}
+    monkeypatch.setenv("DEFENDPP_REVISION", f"{revision}-dirty")  # as `git describe --dirty` writes it
+    assert environment.environment()["git"] == {"revision": revision, "dirty": True}
+    monkeypatch.undo()
+    monkeypatch.setenv("DEFENDPP_REVISION", revision)  # a checkout knows better
+    assert environment.environment()["git"] == environment.git(environment.ROOT)
+
+
+def test_source_hash_is_that_of_a_copy_and_changes_with_every_byte_and_name(tmp_path: Path) -> None:
+    expected = environment.environment()["source"]
+    assert re.fullmatch(r"[0-9a-f]{16}", expected)
+    for name in ("components", "pipeline", "tune_spaces"):
+        shutil.copytree(environment.ROOT / name, tmp_path / name)
+    assert environment.source_hash(tmp_path) == expected
+    (tmp_path / "pipeline" / "__pycache__").mkdir(exist_ok=True)
+    (tmp_path / "pipeline" / "__pycache__" / "x.pyc").write_bytes(b"x")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "x.py").write_text("x")
+    assert environment.source_hash(tmp_path) == expected
+    for name in ("components/dct.py", "pipeline/report.html.j2", "tune_spaces/ablation.py"):
+        file = tmp_path / name
+        source = file.read_bytes()
+        file.write_bytes(source + b"\n")
+        assert environment.source_hash(tmp_path) != expected
+        file.write_bytes(source)
+    assert environment.source_hash(tmp_path) == expected
+    (tmp_path / "components" / "dct.py").rename(tmp_path / "components" / "dct2.py")
+    assert environment.source_hash(tmp_path) != expected
 
 
 def test_environment_sees_uncommitted_changes(tmp_path: Path) -> None:

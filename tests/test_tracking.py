@@ -120,6 +120,7 @@ def _expect_fake_run(client: MlflowClient, run: Storage) -> None:
     parent, defend = runs["fake-mnist"], runs["fake-mnist/defend"]
     assert parent.data.params["train.lr"] == "0.1"
     assert parent.data.tags["mlflow.source.git.commit"] == record["git"]["revision"]
+    assert parent.data.tags["source"] == record["source"]
     assert "| defend (defended) |" in parent.data.tags["mlflow.note.content"]
     assert {i.tags[0].value for i in parent.inputs.dataset_inputs} == {"training", "validation", "test"}
     assert {i.dataset.digest for i in parent.inputs.dataset_inputs} == {record["data"]["hash"]}
