@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -219,15 +220,55 @@ def test_local_cluster_script_tells_usage_and_leaves_alone_what_it_did_not_start
     assert (stop.returncode, stop.stdout) == (0, "not running on port 1\n")
 
 
-def test_no_file_names_a_package_registry() -> None:
-    pattern = re.compile(
-        r"index-url|pypi\.org|(ghcr|quay|nvcr|docker|gcr)\.io|\.ecr\.|registry\.|-pkg\.dev", re.IGNORECASE
-    )
-    files = [p for p in INFRA.rglob("*") if p.is_file()] + [
-        ROOT / name for name in ("pyproject.toml", "constraints.txt", "Makefile", ".pre-commit-config.yaml")
-    ]
-    assert len(files) > 10
-    assert [str(p) for p in files if pattern.search(p.read_text())] == []
+CITED_HOSTS = {"apache.org", "arxiv.org", "creativecommons.org", "example.org", "github.com", "keepachangelog.com"}
+API_GROUPS = {"nvidia.com", "ray.io"}  # of Kubernetes resources: no host is asked
+HOST = re.compile(
+    r"(?<![\w.-])(?:[a-z0-9-]+\.)+(?:(?:cn|com|dev|io|net|org)(?=(?::\d+)?/[\w-])|(?:io|org)(?![\w.(\[-]|\.\w))",
+    re.IGNORECASE,
+)
+"""A host name in front of a path (a URL without its scheme, an image reference), or alone if nothing but hosts ends so."""
+INDEX_OPTION = re.compile(r"index[-_]url|(?:extra|default)[-_]index|find[-_]links|trusted[-_]host", re.IGNORECASE)
+
+
+def tracked_texts() -> dict[str, str]:
+    """Text of every tracked file that is text, by path."""
+    listing = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    texts = {}
+    for name in filter(None, listing.split("\0")):
+        with contextlib.suppress(UnicodeDecodeError):
+            texts[name] = (ROOT / name).read_text(encoding="utf-8")
+    return texts
+
+
+def image_references() -> list[str]:
+    """Every container image that a file of infra/ names."""
+    texts = "\n".join(p.read_text() for p in INFRA.rglob("*") if p.suffix == ".yaml" or p.name == "Dockerfile")
+    return re.findall(r"(?:^FROM|^\s*-?\s*image:|--from=)\s*(\S+)", texts, re.MULTILINE)
+
+
+# Packages and images come from where the user's own pip, uv and container engine are configured to take them from. Hosts
+# are told by their shape and held against those that are cited, so this file need not list registries either.
+def test_no_tracked_file_names_a_package_registry() -> None:
+    texts = tracked_texts()
+    assert {"README.md", "docs/LOG.md", "constraints.txt", "infra/Dockerfile", "tests/test_infra.py"} < set(texts)
+    hosts = {(match[0].lower(), name) for name, text in texts.items() for match in HOST.finditer(text)}
+    domains = {(".".join(host.split(".")[-2:]), name) for host, name in hosts}
+    assert {domain for domain, _ in domains} >= {"arxiv.org", "github.com", "ray.io"}  # the pattern finds what is there
+    assert {(domain, name) for domain, name in domains if domain not in CITED_HOSTS | API_GROUPS} == set()
+    assert [name for name, text in texts.items() if not name.startswith("tests/") and INDEX_OPTION.search(text)] == []
+
+
+def test_no_image_reference_names_a_host() -> None:
+    references = image_references()
+    assert {IMAGE, "python:3.11-slim"} < set(references)
+    assert [r for r in references if "/" in r and re.search(r"[.:]", r.partition("/")[0])] == []
+
+
+@pytest.mark.parametrize("path", ["/simple", ":5000/team/image:1.2", "/v2/image@sha256:0"])
+@pytest.mark.parametrize("host", ["packages." + "org", "eu-1.registry." + "dev"])
+def test_a_host_in_front_of_a_path_is_told_by_its_shape(host: str, path: str) -> None:
+    for text in (f"https://{host}{path}", f"FROM {host}{path}", f'"{host}{path}"', f"image: {host}{path}"):
+        assert [match[0] for match in HOST.finditer(text)] == [host]
 
 
 def test_pre_commit_hooks_are_local_and_run_the_venvs_tools() -> None:
