@@ -7,10 +7,11 @@
 #                                    (`ray stop` would stop every Ray on the machine)
 #
 # Settings, from the environment; give `stop` and `status` the same LOCAL_RAY_PORT:
-#   LOCAL_RAY_PORT             6379   port of the head (GCS; on all interfaces, behind the token); names the state directory
-#   LOCAL_RAY_DASHBOARD_PORT   8265   dashboard and Jobs API, on 127.0.0.1 only
-#   LOCAL_RAY_CLIENT_PORT     10001   Ray client server
+#   LOCAL_RAY_PORT             6379   port of the head (GCS); names the state directory
+#   LOCAL_RAY_DASHBOARD_PORT   8265   dashboard and Jobs API
+#   LOCAL_RAY_CLIENT_PORT     10001   Ray client server: nothing here uses it, but `ray start` always starts one
 #   LOCAL_RAY_AGENT_PORT      52365   dashboard agent
+# Every port listens on 127.0.0.1 only; infra/README.md lists them.
 #   LOCAL_RAY_CPUS, LOCAL_RAY_GPUS    what Ray may use; unset: what it finds
 #   RAY                               the ray command; unset: .venv/bin/ray, else ray in PATH
 # The token is Ray's own: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, made if none exists.
@@ -69,6 +70,22 @@ start_time_of() {
   [[ ${fields[0]} == Z ]] || echo "${fields[19]}"
 }
 
+# Refuse what Ray would answer with a traceback.
+check_ports() {
+  local names=(LOCAL_RAY_PORT LOCAL_RAY_DASHBOARD_PORT LOCAL_RAY_CLIENT_PORT LOCAL_RAY_AGENT_PORT)
+  local ports=("$port" "$dashboard_port" "$client_port" "$agent_port") i j
+  for i in "${!ports[@]}"; do
+    [[ ${ports[i]} =~ ^[1-9][0-9]{3,4}$ ]] && ((ports[i] >= 1024 && ports[i] <= 65535)) ||
+      die "${names[i]}=${ports[i]} is not possible: a port from 1024 to 65535"
+    for ((j = 0; j < i; j++)); do
+      [[ ${ports[i]} != "${ports[j]}" ]] || die "${names[i]}=${ports[i]} is not possible: ${names[j]} has it"
+    done
+  done
+  for i in "${!ports[@]}"; do
+    ! port_is_taken "${ports[i]}" || die "port ${ports[i]} is taken; choose another with ${names[i]}"
+  done
+}
+
 port_is_taken() {
   (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
@@ -86,22 +103,23 @@ find_ray() {
 start() {
   command -v setsid >/dev/null || die "needs setsid (util-linux); on another system use 'ray start --head' and 'ray stop'"
   command -v pgrep >/dev/null || die "needs pgrep (procps)"
-  local ray head p args
+  local ray head args
   ray=$(find_ray)
   if head=$(running_head); then
     die "runs already (pid $head); stop it first with: LOCAL_RAY_PORT=$port $0 stop"
   fi
-  for p in "$port" "$dashboard_port" "$client_port" "$agent_port"; do
-    if port_is_taken "$p"; then
-      die "port $p is taken; choose others with LOCAL_RAY_PORT, LOCAL_RAY_DASHBOARD_PORT, LOCAL_RAY_CLIENT_PORT, LOCAL_RAY_AGENT_PORT"
-    fi
-  done
+  check_ports
   [[ -d $state ]] || mkdir -m 700 "$state"
   [[ -O $state && ! -L $state ]] || die "$state belongs to someone else"
   chmod 700 "$state"
   rm -rf "$ray_dir" # logs of the last time
 
   export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+  # Without this, Ray resolves 127.0.0.1 to an address that other machines reach. Despite its name it works on Linux.
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+  # A job's `python` is looked up in the head's PATH: it has to be the one that has Ray.
+  PATH=$(cd "$(dirname "$(command -v "$ray")")" && pwd):$PATH
+  export PATH
   unset RAY_ADDRESS # else `ray start --head` refuses
   "$ray" get-auth-token --generate >/dev/null 2>&1 || die "no token; see: RAY_AUTH_MODE=token $ray get-auth-token --generate"
 
@@ -109,6 +127,8 @@ start() {
     --head --block --disable-usage-stats "--port=$port"
     --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$dashboard_port"
     "--ray-client-server-port=$client_port" "--dashboard-agent-listen-port=$agent_port" "--temp-dir=$ray_dir"
+    # Workers take any free port. By default Ray keeps 10002 to 19999 for them and refuses each port above in that range.
+    --min-worker-port=0 --max-worker-port=0
   )
   [[ -z ${LOCAL_RAY_CPUS:-} ]] || args+=("--num-cpus=$LOCAL_RAY_CPUS")
   [[ -z ${LOCAL_RAY_GPUS:-} ]] || args+=("--num-gpus=$LOCAL_RAY_GPUS")
@@ -143,8 +163,9 @@ Ray runs (pid $head; logs: $state). In the shell that submits:
   export RAY_AUTH_MODE=token
   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard_port
 
-  cd $root
-  $ray job submit --working-dir . -- python pipeline/main.py run mnist-demo --storage "\$HOME/defendpp"
+  cd $(printf %q "$root")
+  $(printf %q "$ray") job submit --working-dir . -- DEFENDPP_REVISION=\$(git describe --always --abbrev=40 --dirty) \\
+    python pipeline/main.py run mnist-demo --storage "\$HOME/defendpp"
 
 Dashboard: http://127.0.0.1:$dashboard_port (it asks for the token: '$ray get-auth-token' prints it).
 Stop: LOCAL_RAY_PORT=$port $0 stop

@@ -15,6 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
+from pipeline import environment
+
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
 IMAGE = "defendpp:0.1.0"
@@ -153,6 +155,30 @@ def test_every_install_in_the_dockerfile_is_constrained() -> None:
         assert "--constraint /opt/constraints.txt" in line or "--no-deps" in line
 
 
+def test_image_knows_the_revision_that_it_was_built_from() -> None:
+    *_, argument, variable, label, command = dockerfile_stages()[
+        "ray"
+    ]  # late: what changes at each commit is built last
+    assert argument == "ARG REVISION="
+    assert variable == f"ENV {environment.REVISION_VARIABLE}=$REVISION"
+    assert label == "LABEL org.opencontainers.image.revision=$REVISION"
+    assert command.startswith("CMD ")
+    for name in ("README.md", "Dockerfile"):
+        (build,) = re.findall(rf"docker build .*-t {IMAGE} .*", (INFRA / name).read_text())
+        assert '--build-arg REVISION="$(git describe --always --abbrev=40 --dirty)"' in build
+
+
+@pytest.mark.parametrize("page", ["README.md", "infra/README.md"])
+def test_documented_submissions_are_those_that_the_local_cluster_prints(page: str) -> None:
+    script = (INFRA / "local-cluster.sh").read_text().replace("\\$", "$")
+    (printed,) = re.findall(r"(job submit .*?) \\\\\n\s+(python pipeline/main\.py)", script)
+    text = re.sub(r" \\\n\s*", " ", (ROOT / page).read_text())
+    submissions = re.findall(r"^(\S*ray) (job submit .*? python pipeline/main\.py)", text, re.MULTILINE)
+    assert submissions
+    assert set(submissions) == {("ray", " ".join(printed))}
+    assert text.index(". .venv/bin/activate") < text.index("ray job submit")  # which puts `ray` on PATH
+
+
 def test_launcher_fits_rays_schema_and_gives_every_node_the_token() -> None:
     spec = importlib.util.find_spec("ray")  # not imported: that takes a second
     assert spec is not None
@@ -218,6 +244,26 @@ def test_local_cluster_script_tells_usage_and_leaves_alone_what_it_did_not_start
     environment = {"PATH": "/usr/bin:/bin", "LOCAL_RAY_PORT": "1"}  # a port on which no user starts a head
     stop = subprocess.run([script, "stop"], capture_output=True, text=True, env=environment)
     assert (stop.returncode, stop.stdout) == (0, "not running on port 1\n")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"LOCAL_RAY_PORT": "ray"}, "LOCAL_RAY_PORT=ray is not possible: a port from 1024 to 65535"),
+        ({"LOCAL_RAY_PORT": "../7"}, "LOCAL_RAY_PORT=../7 is not possible: a port from 1024 to 65535"),
+        ({"LOCAL_RAY_DASHBOARD_PORT": "80"}, "LOCAL_RAY_DASHBOARD_PORT=80 is not possible: a port from 1024 to 65535"),
+        ({"LOCAL_RAY_AGENT_PORT": "070000"}, "LOCAL_RAY_AGENT_PORT=070000 is not possible: a port from 1024 to 65535"),
+        (
+            {"LOCAL_RAY_CLIENT_PORT": "8265"},
+            "LOCAL_RAY_CLIENT_PORT=8265 is not possible: LOCAL_RAY_DASHBOARD_PORT has it",
+        ),
+    ],
+)
+def test_local_cluster_script_refuses_ports_that_ray_cannot_take(settings: dict[str, str], message: str) -> None:
+    script = str(INFRA / "local-cluster.sh")
+    environment = {"PATH": "/usr/bin:/bin", "RAY": "/bin/false", "LOCAL_RAY_PORT": "1024"} | settings
+    start = subprocess.run([script, "start"], capture_output=True, text=True, env=environment)
+    assert (start.returncode, start.stdout, start.stderr) == (1, "", f"local-cluster.sh: {message}\n")
 
 
 CITED_HOSTS = {"apache.org", "arxiv.org", "creativecommons.org", "example.org", "github.com", "keepachangelog.com"}
