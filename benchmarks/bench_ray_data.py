@@ -30,7 +30,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray  # noqa: E402
 
 from components.config import DataConfig, PyramidConfig  # noqa: E402
-from pipeline import pyramids  # noqa: E402
+from pipeline import cluster, pyramids  # noqa: E402
 from pipeline.environment import hardware  # noqa: E402
 from pipeline.storage import Storage  # noqa: E402
 
@@ -99,7 +99,7 @@ def main() -> int:
     print(f"{data.source}, {arguments.size}x{arguments.size}x{arguments.channels}, shards by size, seed {SEED}")
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
-        ray.init(address="local", num_cpus=arguments.cpus, include_dashboard=False, log_to_driver=False)
+        cluster.start_local(num_cpus=arguments.cpus)
         cluster_s = time.perf_counter() - start
         start = time.perf_counter()
         # as many shards as CPUs, twice: every worker imports torch

@@ -9,11 +9,14 @@ import secrets
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import AuthenticationError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from components.config import ScalingConfig
@@ -32,7 +35,7 @@ def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (in a job it is set; ``auto`` is the one on this machine), else start one.
 
     Raises:
-        UserError: the cluster cannot be reached, or its token is missing.
+        UserError: the cluster cannot be reached or started, or its token is missing.
     """
     if ray.is_initialized():
         return
@@ -51,16 +54,49 @@ def connect() -> None:
     # Tune would wait for its trials on Ctrl-C; they continue from their records anyway
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     try:
-        with interrupts.kept():
-            if _starts_own():
-                ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-            else:
+        if _starts_own():
+            start_local()
+        else:
+            with interrupts.kept(), _loopback_address():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as e:
+        if _starts_own():
+            raise UserError(
+                f"Ray cannot be started on this machine ({e}). It needs a writable directory for its sockets and logs (/tmp/ray, or "
+                "RAY_TMPDIR), free memory and, where RAY_AUTH_TOKEN_PATH is set, a file with a token there"
+            ) from e
         raise UserError(
             f"Ray cluster {os.environ.get('RAY_ADDRESS', 'auto')!r} cannot be joined ({e}). Start one with infra/local-cluster.sh, "
             "export the same RAY_AUTH_MODE and token on both sides, or set RAY_ADDRESS=local for one of your own"
         ) from e
+
+
+def start_local(**options: Any) -> None:
+    """Start a Ray node of this process's own, which only this user's processes on this machine reach.
+
+    Args:
+        options: further arguments of ``ray.init``.
+    """
+    # A token of this node's own: Ray would write one to the home directory, which need not be writable.
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with interrupts.kept(), _loopback_address():
+        ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **options)
+
+
+@contextlib.contextmanager
+def _loopback_address() -> Iterator[None]:
+    """Let Ray use 127.0.0.1 as a node's address, so that the node's processes listen on no other.
+
+    Ray otherwise replaces 127.0.0.1 by an address that other machines reach, also where a cluster is joined by it.
+    It reads the switch for this from the environment when it is imported, which is before anybody calls this.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _starts_own() -> bool:

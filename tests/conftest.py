@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -49,23 +48,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
     return OneRay(config, log)
 
 
-def _started(ray: Any) -> Any:
-    """Ray gives its node 30 s to appear; on a machine that is busy just then, that is too short, and every test would fail."""
+def _start_local() -> None:
+    """Start the cluster, in up to three attempts.
+
+    Ray gives its node 30 s to appear. On a machine that is busy just then that is too short, and every test would fail.
+    """
+    import ray
+
+    from pipeline import cluster
+
     for attempt in range(3):
         try:
-            return ray.init(
-                address="local",
-                num_cpus=4,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                object_store_memory=500_000_000,
-            )
+            cluster.start_local(num_cpus=4, object_store_memory=500_000_000)
+            return
         except Exception:  # a bare one is what Ray raises here
             ray.shutdown()
             if attempt == 2:
                 raise
-    return None
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +75,8 @@ def ray_cluster() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name
         environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]), prepend=os.pathsep)
-        context = _started(ray)
-    yield context.address_info["gcs_address"]
+        _start_local()
+    yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 

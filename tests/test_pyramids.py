@@ -263,8 +263,8 @@ def test_damaged_missing_and_foreign_sets(copy: ShardSet) -> None:
 KILLED = """
 import os, sys, time
 from pathlib import Path
-import ray
 from components.config import DataConfig, PyramidConfig
+from pipeline import cluster
 from pipeline.pyramids import build
 from pipeline.storage import Storage
 
@@ -279,7 +279,7 @@ class SlowStorage(Storage):
             half.unlink()
         super().write_bytes(name, data)
 
-ray.init(address=sys.argv[1], log_to_driver=False)
+cluster.connect()
 data = DataConfig(train_limit=700, test_limit=130)
 build(data, PyramidConfig(rows_per_shard=20), SlowStorage(sys.argv[2]), "train", targets="none")
 """
