@@ -353,6 +353,9 @@ class _TrainProgress(train.Progress):
         self.on_live = bar.update
 
     def on_epoch(self, name: str, record: dict[str, Any]) -> None:
+        if resumed := record.get("resumed"):
+            since = f"from {resumed['from']}" if resumed["from"] else "from the beginning"
+            say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
         publish.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
         if not tracker.is_behind:  # else it is read from its file when the model is finished

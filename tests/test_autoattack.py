@@ -1003,7 +1003,11 @@ def test_an_auxiliary_of_the_wrong_shape_is_refused() -> None:
     ("text", "options", "message"),
     [
         ("adaptive:eps=0.1", {}, "auxiliary is None; it must be a function for adaptive"),
-        ("fgsm:eps=0.1", {"auxiliary": lambda x, rows: x.sum()}, "it must be None for fgsm; bim, pgd, apgd, adaptive take one"),
+        (
+            "fgsm:eps=0.1",
+            {"auxiliary": lambda x, rows: x.sum()},
+            "it must be None for fgsm; bim, pgd, apgd, adaptive take one",
+        ),
         ("autoattack:eps=0.1", {"auxiliary": lambda x, rows: x.sum()}, "it must be None for autoattack"),
         ("square:eps=0.1", {"early_leaving": True}, "early_leaving"),
         ("autoattack:eps=0.1", {"early_leaving": True}, "early_leaving"),
