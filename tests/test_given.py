@@ -140,7 +140,7 @@ def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest
     [
         ("own_network:nothing", 1, "no function 'nothing'"),
         ("resnet18", 1, "another architecture"),
-        ("torchvision:resnet18", 1, "3 channels"),
+        ("torchvision:resnet18", 1, "--data.channels 3"),
         ("torchvision:no_such_net", 3, "torchvision can build"),
         ("timm:no_such_net", 3, "timm"),
         ("own_network:make", 3, "another architecture"),

@@ -281,7 +281,7 @@ def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
             "precision=float32 channels_last=True cannot be run.*corrupt memory",
         ),
         (recipe(), replace(BLOCKS, parameters={"momentum": Uniform(0.5, 1.0)}), "momentum=1.0 cannot be run"),
-        (recipe(), replace(BLOCKS, attack="pgd:eps=30,norm=l2,steps=5"), r"pgd\.eps=30\.0 .*at most 28 in l2"),
+        (recipe(), replace(BLOCKS, attack="pgd:eps=30,norm=l2,steps=5"), r"pgd\.eps is 30\.0; .*at most 28 in l2"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_before_anything_runs(
@@ -582,7 +582,7 @@ def test_a_trial_that_cannot_be_is_recorded_with_its_reason_and_the_sweep_goes_o
     monkeypatch.setattr(tune, "report", told.append)
     for point, reason in (
         ({"targets": "linear", "lam": 0.5}, "train.targets is 'linear'; it must be one of this run's shards: lowpass"),
-        ({"targets": "lowpass", "lam": -1.0}, "train.lam=-1.0"),
+        ({"targets": "lowpass", "lam": -1.0}, "train.lam is -1.0"),
     ):
         name = str(point["lam"])
         one.start(name, point)
