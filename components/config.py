@@ -73,7 +73,7 @@ def is_name(name: str) -> bool:
 
 
 def check_name(where: str, name: str) -> None:
-    """Refuse a name that could leave the storage's directories or is not possible in one of them.
+    """Refuse a name that could leave the storage's directories or that one of them does not take.
 
     Every name that becomes part of a path comes through here: of experiments, models and search spaces.
 

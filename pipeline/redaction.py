@@ -31,16 +31,15 @@ def redacted(value: Any) -> Any:
     return value
 
 
-def check_no_secret(field: str, uri: str) -> None:
+def check_no_secret(uri: str) -> None:
     """Refuse a URI that holds a password or key.
 
     Raises:
-        ConfigError: names the field and where the secret belongs instead; does not repeat it.
+        ConfigError: says where the secret belongs instead; does not repeat it.
     """
     if _PASSWORD.search(uri) or _SECRET_OPTION.search(uri):
-        raise ConfigError.of(
-            field,
-            without_password(uri),
-            "a URI without password or key, since it stands in records and reports; object stores take theirs from the "
-            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) on every node",
+        raise ConfigError(
+            f"the URI {without_password(uri)} holds a password or key, which would stand in records and reports. Give it without: "
+            "object stores take theirs from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "GOOGLE_APPLICATION_CREDENTIALS) on every node"
         )

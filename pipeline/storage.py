@@ -77,7 +77,7 @@ class Storage:
         text = os.fspath(uri)
         self._query = ""
         if _is_uri(text):
-            check_no_secret("storage", text)
+            check_no_secret(text)
             if not text.startswith("file://"):
                 text, mark, options = text.partition("?")
                 self._query = mark + options

@@ -250,7 +250,7 @@ def test_models_are_not_tested_on_what_they_are_trained_on(tmp_path: Path, kind:
     else:
         data = hub(tmp_path, "train.parquet", "test.parquet")
     data = replace(data, test_split=split)
-    with pytest.raises(ConfigError, match=r"data\.test_split='[tT]rain' is not possible: another split"):
+    with pytest.raises(ConfigError, match=r"data\.test_split is '[tT]rain'; it must be another split"):
         check_source(data)
     check_source(data, trains=False)
     assert open_source(data, "test").fingerprint is not None
@@ -267,7 +267,7 @@ def test_torchvision_has_its_own_two_splits(tmp_path: Path) -> None:
     data = DataConfig(source="torchvision:mnist", root=str(tmp_path), allow_empty_classes=True)
     for split, rows in (("", 4), ("test", 4), ("train", 6)):
         assert open_source(replace(data, test_split=split), "test").num_rows == rows
-    with pytest.raises(ConfigError, match=r"data\.test_split='val' is not possible: train or test"):
+    with pytest.raises(ConfigError, match=r"data\.test_split is 'val'; it must be train or test"):
         open_source(replace(data, test_split="val"), "test")
     (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\0" * 12)
     with pytest.raises(DataError, match=r"torchvision:mnist is not usable in"):

@@ -80,7 +80,7 @@ def test_whatever_a_module_raises_is_one_error(
     write: Any, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     write("broken", text)
-    with pytest.raises(ConfigError, match=rf"^train\.arch='broken:build' is not possible: .*{said}"):
+    with pytest.raises(ConfigError, match=rf"^train\.arch is 'broken:build'; .*{said}"):
         built("broken:build")
     assert capsys.readouterr().err == ""
 

@@ -43,6 +43,13 @@ SMALL = [
 ]
 
 
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted-key-1",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-2",
+    "MLFLOW_TRACKING_TOKEN": "planted-token-3",
+}
+
+
 def command(name: str, storage: Path, *more: str) -> list[str]:
     return [*MAIN, name, *SMALL, "--storage", str(storage), *more]
 
@@ -79,7 +86,10 @@ def files_below(directory: Path, pattern: str) -> dict[str, bytes]:
 def finished(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A complete run and what it printed."""
     storage = tmp_path_factory.mktemp("finished")
-    return storage, run_well(command("run", storage), ray_cluster)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, secret in SECRETS.items():
+            environment.setenv(name, secret)
+        return storage, run_well(command("run", storage), ray_cluster)
 
 
 def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[Path, str]) -> None:
@@ -196,6 +206,55 @@ def test_mlflow_read_back_through_rest_has_the_tables_numbers(finished: tuple[Pa
     assert inputs, "the data set belongs to the run, with its hash"
     (version,) = client.search_model_versions("name = 'mnist-smoke-defend'")
     assert version.run_id == by_name["defend"].info.run_id
+
+
+def holding(secret: str, *places: Path) -> list[str]:
+    """Files below some directories that hold a secret."""
+    files = [f for place in places for f in place.rglob("*") if f.is_file()]
+    assert len(files) > 10
+    return [str(f) for f in files if secret.encode() in f.read_bytes()]
+
+
+def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
+    finished: tuple[Path, str],
+    mlflow_server: str,
+    ray_cluster: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage, shown = finished
+    for secret in SECRETS.values():  # the run of this fixture had them in its environment
+        assert secret not in shown
+        assert holding(secret, storage) == []
+
+    # of the tracking server: a new record, and one that was made without
+    uri = mlflow_server.replace("://", "://bob:hunter2@")
+    copy = tmp_path / "copy"
+    shutil.copytree(storage, copy)
+    run_here(command("pyramids", tmp_path / "new", "--tracking-uri", uri))
+    run_here(command("report", copy, "--tracking-uri", uri))
+    assert record_of(tmp_path / "new")["experiment"]["tracking_uri"] == mlflow_server
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run_here(command("pyramids", tmp_path / "new"))
+    said = "".join(capsys.readouterr())
+    assert "***@" in said
+    assert "hunter2" not in said
+    assert holding("hunter2", tmp_path, storage) == [], "the storage, and what the server keeps"
+
+    # everywhere else a URI with a secret is refused, and not repeated
+    for place in (
+        ["run", "mnist-smoke", "--storage", "s3://AKIA:hunter2@bucket/x"],
+        ["run", "mnist-smoke", "--storage", "s3://bucket/x?access_key=AKIA&secret_key=hunter2"],
+        ["run", *SMALL, "--storage", str(tmp_path / "s"), "--data.source", "parquet:s3://AKIA:hunter2@bucket/x"],
+        ["run", *SMALL, "--storage", str(tmp_path / "s"), "--train.pretrained", "s3://AKIA:hunter2@bucket/x.pth"],
+        ["run", "--from", "s3://AKIA:hunter2@bucket/run.json"],
+        ["attack", "--model", "s3://AKIA:hunter2@bucket/x.pth", "--arch", "resnet18", "--storage", str(tmp_path / "s")],
+    ):
+        assert main(place) in (1, 2), place
+        said = "".join(capsys.readouterr())
+        assert "hunter2" not in said, place
+        assert "holds a password or key" in said, said
 
 
 def test_the_same_command_again_computes_nothing(finished: tuple[Path, str], ray_cluster: str) -> None:
@@ -366,7 +425,11 @@ def test_ctrl_c_and_sigterm_end_every_stage_at_once_and_leave_nothing_running(
             lambda _: "a" in statuses(new),
             signal.SIGTERM,
         ),
-        "attack": (command("run", whole, *slow), lambda text: "0/4 chunks" in text, signal.SIGINT),
+        "attack": (
+            command("run", whole, *slow),
+            lambda text: re.search(r"0/\d+ chunks", text) is not None,
+            signal.SIGINT,
+        ),
         "report": (command("report", whole), lambda text: "report" in text.partition("runs/")[2], signal.SIGTERM),
     }
     seconds = {}
