@@ -10,7 +10,7 @@ from pipeline.lease import Lease
 from pipeline.storage import Storage
 
 ATTEMPT = "attempt.json"
-"""In a model's directory: how often a worker group took it up since its last finished epoch."""
+"""In a model's directory: {token} of the worker group that took it up last, until it is finished."""
 
 
 class Assignment:
@@ -22,11 +22,10 @@ class Assignment:
     Args:
         orders: see :meth:`pipeline.jobs.Job.order`.
         token: names the worker group, also after it was started again.
-        max_failures: so often a model may cost the group its workers without finishing another epoch.
     """
 
-    def __init__(self, orders: Sequence[Mapping[str, Any]], root: Storage, token: str, max_failures: int) -> None:
-        self._root, self._token, self._max_failures = root, token, max_failures
+    def __init__(self, orders: Sequence[Mapping[str, Any]], root: Storage, token: str) -> None:
+        self._root, self._token = root, token
         self._left = {order["address"]: dict(order) for order in orders}
         self._watched: dict[str, Lease] = {}
         self._held: Lease | None = None
@@ -45,7 +44,8 @@ class Assignment:
             elif self._watched.setdefault(address, Lease(home, self._token)).try_acquire():
                 self._held = self._watched.pop(address)
                 # the one that held it may have finished it in between
-                if not self._is_over(home) and self._count_attempt(home):
+                if not self._is_over(home):
+                    home.write_json(ATTEMPT, {"token": self._token})  # whom to blame if the workers die
                     return self._left[address]
                 self.leave()
                 del self._left[address]
@@ -68,16 +68,3 @@ class Assignment:
             return True
         files = (name for name in (NOT_FINITE, FAILED_MODEL) if home.exists(name))
         return any(home.read_json(name).get("token") == self._token for name in files)
-
-    def _count_attempt(self, home: Storage) -> bool:
-        """Count that the group takes the model up; False where it cost the workers their lives too often."""
-        epochs = home.list("history")
-        before = home.read_json(ATTEMPT) if home.exists(ATTEMPT) else {}
-        again = before.get("token") == self._token and before.get("epochs") == len(epochs)
-        attempts = before["attempts"] + 1 if again else 1
-        if attempts > self._max_failures + 1:
-            reason = f"its workers died {attempts - 1} times in epoch {len(epochs)} (killed for want of memory?)"
-            home.write_json(FAILED_MODEL, {"reason": reason, "token": self._token})
-            return False
-        home.write_json(ATTEMPT, {"token": self._token, "epochs": len(epochs), "attempts": attempts})
-        return True

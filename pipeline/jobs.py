@@ -290,6 +290,8 @@ class JobQueue:
         """A model is done, diverged or failed, for its reason; or, with no state, was left."""
         self._held.pop(address, None)
         self._wanted.pop(address, None)
+        if not state:  # its workers live
+            self._given[address] -= 1
         if state and not (state == FAILED and self._error):  # it follows from that
             self._ended[address] = state, reason
 

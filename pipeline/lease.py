@@ -8,8 +8,10 @@ import secrets
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from components.errors import UserError
@@ -24,6 +26,13 @@ STALE_S = 60.0
 """A process of this machine that has not renewed its lease for so long counts as gone even if its number is still in use."""
 SETTLE_S = 1.0
 """Where a file cannot be created atomically (object stores): how long after writing it one looks who wrote last."""
+
+
+UNREADABLE: dict[str, Any] = {"host": "an unknown host", "pid": "of unknown number", "token": ""}
+
+
+class LeaseLost(UserError):
+    """Another process has taken the directory over."""
 
 
 class Lease:
@@ -42,7 +51,7 @@ class Lease:
         self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "processes": _process_namespace(),
+            "processes": _processes(),
             "token": token or secrets.token_hex(8),
         }
         self._beats = 0
@@ -63,8 +72,8 @@ class Lease:
         if holder is not None and holder["token"] != self._mine["token"]:
             if self._lives(holder):
                 return False
-            with suppress(StorageError):
-                self._directory.delete(FILE)  # of those that see it dead, one creates the file anew
+            if not self._put_away(holder):
+                return False
             holder = None
         if holder is not None:
             self._beat()
@@ -88,17 +97,14 @@ class Lease:
         told = False
         first: Any = None
         while not self.try_acquire():
-            holder = self._holder()
-            if holder is None:
-                continue
-            first = first or _heartbeat(holder)
-            if self._is_here(holder) or _heartbeat(holder) != first:
-                raise UserError(_refusal(self._directory, holder))
-            if not told:
-                say(
-                    f"{self._directory.uri} was left by {_name(holder)}; waiting up to {EXPIRY_S:.0f} s to see whether it lives"
-                )
-                told = True
+            if (holder := self._holder()) is not None:
+                first = first or _heartbeat(holder)
+                if self._is_here(holder) or _heartbeat(holder) != first:
+                    raise UserError(_refusal(self._directory, holder))
+                if not told:
+                    left = f"{self._directory.uri} was left by {_name(holder)}"
+                    say(f"{left}; waiting up to {EXPIRY_S:.0f} s to see whether it lives")
+                    told = True
             time.sleep(min(0.5, HEARTBEAT_S / 4))
         return self
 
@@ -109,16 +115,16 @@ class Lease:
             raise UserError(_refusal(self._directory, holder))
 
     def check(self) -> None:
-        """Raise UserError where another process has taken the lease meanwhile."""
+        """Raise LeaseLost where another process has taken the lease meanwhile."""
         if self._taken_by is not None:
-            raise UserError(
+            raise LeaseLost(
                 f"{self._directory.uri} was taken over by {_name(self._taken_by)}: this command ends, that one goes on"
             )
 
     def holder_name(self) -> str:
-        """Process and host of the current holder, for messages; empty where there is none."""
+        """Process and host of a holder that seems to live, for messages; empty where there is none."""
         holder = self._holder()
-        return "" if holder is None else _name(holder)
+        return "" if holder is None or not self._lives(holder) else _name(holder)
 
     def release(self) -> None:
         """Give the lease back."""
@@ -127,7 +133,7 @@ class Lease:
             self._thread.join(HEARTBEAT_S)
         with suppress(StorageError):
             if self._thread is not None and self._taken_by is None:
-                self._directory.delete(FILE)
+                self._directory.delete(FILE, patience_s=0.0)  # if it fails, the heartbeat that stands still frees it
 
     def _text(self) -> bytes:
         self._beats += 1
@@ -145,9 +151,41 @@ class Lease:
                 else:
                     self._beat()
 
+    def _put_away(self, dead: Mapping[str, Any]) -> bool:
+        """Remove the file of a holder that is gone. False where another process did so first.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        if not self._directory.is_local:
+            self._directory.delete(FILE)
+            return True
+        path = self._directory.path(FILE)
+        aside = f"{path}.{secrets.token_hex(4)}.gone"
+        try:
+            os.rename(path, aside)  # of those that see the holder dead, one succeeds
+        except FileNotFoundError:
+            return False
+        except OSError as e:
+            raise StorageError(f"{path} was left by {_name(dead)} and cannot be removed: {e}. Remove it") from e
+        moved = self._read(f"{FILE}{aside[len(path) :]}")
+        if moved is not None and moved["token"] != dead["token"]:  # it was just taken: give it back
+            with suppress(OSError):
+                os.link(aside, path)
+            os.unlink(aside)
+            return False
+        os.unlink(aside)
+        return True
+
     def _holder(self) -> dict[str, Any] | None:
-        with suppress(StorageError):  # there is none, or it is just being replaced
-            holder = self._directory.read_json(FILE)
+        if (holder := self._read(FILE)) is not None:
+            return holder
+        # a file that nobody can read is watched as a holder is, and put away as one that is gone
+        return UNREADABLE if self._directory.exists(FILE) else None
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        with suppress(StorageError):
+            holder = self._directory.read_json(name)
             if isinstance(holder, dict) and {"host", "pid", "token"} <= holder.keys():
                 return holder
         return None
@@ -180,11 +218,13 @@ def _refusal(directory: Storage, holder: Mapping[str, Any]) -> str:
     )
 
 
-def _process_namespace() -> int:
+def _processes() -> str:
+    """Name what process numbers are unique in: a boot of a machine, and a container on it. Hosts may share a name."""
     try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:  # no Linux: there are no containers either
-        return 0
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux
+        return str(uuid.getnode())
 
 
 def _runs(pid: int) -> bool:

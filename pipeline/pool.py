@@ -27,8 +27,8 @@ from pipeline.storage import Storage, StorageError
 from pipeline.train_step import classifier_of
 
 POLL_S = 0.3
-BUSY, LEFT = "busy", "left"
-"""What is to be done with a model that another run is training, and with one that no trial wants any more."""
+BUSY = "busy"
+"""What is to be done with a model that another run is training: nothing. Its trial asks for it again."""
 CLOSE_S = 60.0
 """How long the end of a sweep waits for its runs to end."""
 
@@ -119,29 +119,33 @@ def _serve(settings: dict[str, Any]) -> None:
     meter: Meter | None = None
 
     lease: Lease | None = None
+    watched: dict[str, Lease] = {}
+    """Leases of models that another run is training: the same object each time sees whether the heartbeat changes."""
 
     def next_order() -> tuple[dict[str, Any] | None, str]:
         nonlocal lease
         order = ray.get(queue.take.remote(number))
         if not order:
             return order, ""
-        lease = Lease(root / order["address"], f"{settings['token']}-{number}")
-        return order, what_to_do(order)
+        address = order["address"]
+        lease = watched.pop(address, None) or Lease(root / address, f"{settings['token']}-{number}")
+        return order, what_to_do(order, lease)
 
-    def what_to_do(order: Mapping[str, Any]) -> str:
+    def what_to_do(order: Mapping[str, Any], lease: Lease) -> str:
         home = root / order["address"]
         left = _what_is_left(home, objective)
         if left != "train":
             return left
-        assert lease is not None
         if lease.try_acquire():  # the run that held it may have finished the model in between
             return _what_is_left(home, objective)
-        return LEFT if ray.get(queue.cancelled.remote(order["address"], number)) else BUSY
+        watched[order["address"]] = lease
+        return BUSY
 
     def serve(order: Mapping[str, Any], left: str) -> tuple[str, str]:
         """Return state and reason."""
         home = root / order["address"]
-        if left == LEFT:
+        if left == BUSY:
+            time.sleep(POLL_S)
             return "", ""
         try:
             if left == "train":
@@ -176,9 +180,6 @@ def _serve(settings: dict[str, Any]) -> None:
             if not order:
                 time.sleep(POLL_S)
                 return True
-            while left == BUSY:
-                time.sleep(POLL_S)
-                left = agreed(lambda: what_to_do(order))
             if left == "train":
                 data.load(order)
             meter = meter or Meter(objective, root, rank, world, device)

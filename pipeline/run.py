@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -92,9 +92,14 @@ class Run:
         begin = time.monotonic()
         try:
             yield
-        finally:
+        except BaseException as e:
             self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
-            self.save()
+            if not isinstance(e, KeyboardInterrupt):  # a storage that does not answer would hold up the end
+                with suppress(UserError):  # it would hide what went wrong
+                    self.save()
+            raise
+        self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
+        self.save()
 
 
 def run_address(experiment: Experiment) -> str:

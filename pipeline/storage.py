@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 RETRY_S = 180.0
 """How long an operation is repeated while the storage fails for a reason that may pass."""
-HALF_WRITTEN_S = 60.0
-"""A temporary file that has not grown for so long belongs to a process that is gone."""
+HALF_WRITTEN_S = 3600.0
+"""A temporary file that has not grown for so long belongs to a process that is gone, whatever two hosts' clocks say."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 PASSING_ERRNO = {
     getattr(errno, name)
@@ -212,7 +212,7 @@ class Storage:
         beside = f"{name.rpartition('/')[0]}/{temporary}".lstrip("/")
         self._write(beside, data)
         try:
-            os.link(self.path(beside), self.path(name))
+            self._patiently(lambda: link_anew(self.path(beside), self.path(name)))
             return True
         except FileExistsError:
             return False
@@ -284,11 +284,11 @@ class Storage:
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, json.dumps(value, indent=1, sort_keys=True).encode())
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, patience_s: float | None = None) -> None:
         """Delete a file; not an error where there is none."""
         path = self.path(name)
         with self._errors(name, "deleted"), contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: self.fs.delete_file(path))
+            self._patiently(lambda: self.fs.delete_file(path), patience_s)
 
     def check_writable(self) -> None:
         """Write and delete a small file, before hours of compute are spent. Does not wait for what does not answer.
@@ -304,6 +304,20 @@ class Storage:
             raise StorageError(
                 f"storage {self.uri} is not writable: {e.__cause__ or e}. Give another one with --storage"
             ) from e
+
+
+def link_anew(source: str, path: str) -> None:
+    """Give a whole file a second name that must be new. Raises FileExistsError, OSError.
+
+    A file system without hard links (exFAT, some network mounts) gets a copy, which another process may see half written.
+    """
+    try:
+        os.link(source, path)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        with open(source, "rb") as file, open(path, "xb") as copy:
+            copy.write(file.read())
 
 
 def _is_uri(text: str) -> bool:

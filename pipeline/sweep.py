@@ -316,13 +316,13 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     model, base = varied_model(experiment, space)
     probed = probe(experiment, space, base, options.seed)
     root = Storage(experiment.storage)
+    root.check_writable()
     storage = root / sweep_address(experiment, name, space, options.seed)
     if options.resume and not storage.exists("sweep.json"):
         raise UserError(
             f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
         )
     Lease(storage).check_free()
-    root.check_writable()
     uri, experiment_name = tracking.choose(
         experiment.tracking_uri,
         experiment.experiment_name,

@@ -34,6 +34,7 @@ from pipeline import checkpoints, pretrained
 from pipeline.assignment import ATTEMPT, Assignment
 from pipeline.given import AUTOENCODER, copy_autoencoder
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job, TrainingData, model_address
+from pipeline.lease import Lease, LeaseLost
 from pipeline.progress import say
 from pipeline.ranks import Ranks
 from pipeline.storage import HALF_WRITTEN_S, Storage, StorageError
@@ -319,13 +320,13 @@ def train_models(orders: Sequence[dict[str, Any]], root: Storage, ranks: Ranks, 
 
     Args:
         orders: see :meth:`pipeline.jobs.Job.order`.
-        settings: ``shapes``; ``token``, which names this worker group also after a restart; ``max_failures``.
+        settings: ``shapes``; ``token``, which names this worker group also after a restart.
 
     Raises:
         StorageError, DataError: of the storage or the shards, which all models share.
         ModelFailed: on several ranks only a new worker group can go on. Started again, it takes the next model.
     """
-    assignment = Assignment(orders, root, settings["token"], settings["max_failures"])
+    assignment = Assignment(orders, root, settings["token"])
     data = DataCache(root, ranks)
     try:
         while (order := ranks.agreed(assignment.take)) is not None:
@@ -348,6 +349,7 @@ def _train_one(
     except NonFiniteLoss as e:  # on every rank alike
         if data.ranks.rank == 0:
             home.write_json(NOT_FINITE, {"step": e.step, "token": settings["token"]})
+            home.delete(FAILED_MODEL)  # an earlier try's
     except StorageError:
         raise
     except Exception as e:
@@ -355,10 +357,16 @@ def _train_one(
             raise
         failure = reason_of(e)
     if failure:
-        home.write_json(FAILED_MODEL, {"reason": failure, "token": settings["token"]})
+        record_failure(home, failure, settings["token"])
         if data.ranks.world > 1:  # the other ranks wait for this one within a step
             raise ModelFailed(failure)
         torch.cuda.empty_cache()  # here, where the error no longer holds the failed batch's tensors
+
+
+def record_failure(home: Storage, reason: str, token: str) -> None:
+    """Write down that a worker group could not train a model, and why."""
+    home.write_json(FAILED_MODEL, {"reason": reason, "token": token})
+    home.delete(NOT_FINITE)  # an earlier try's
 
 
 class ModelFailed(Exception):
@@ -634,8 +642,13 @@ def train(
             "threads": experiment.scaling.threads_per_worker,
             "token": token,
         }
+        for job in todo:
+            if holder := Lease(root / job.address).holder_name():
+                say(
+                    f"  {job.name} is being trained by {holder}: this run waits for it, or goes on with it if that one is gone"
+                )
         with watch.following():
-            _fit_side_by_side(_groups(todo, parallel_runs(experiment)), settings, experiment, root)
+            _fit_side_by_side(_groups(todo, parallel_runs(experiment)), settings, experiment, root, watch.check)
     missing = [j for j in jobs if j.name not in watch.finished]
     ends = {j.name: _end_of(root / j.address, watch, token if j in todo else "") for j in missing}
     ends = {name: end for name, end in ends.items() if name not in watch.finished}
@@ -694,7 +707,11 @@ def _groups(jobs: Sequence[Job], runs: int) -> list[list[Job]]:
 
 
 def _fit_side_by_side(
-    groups: Sequence[Sequence[Job]], settings: dict[str, Any], experiment: Experiment, root: Storage
+    groups: Sequence[Sequence[Job]],
+    settings: dict[str, Any],
+    experiment: Experiment,
+    root: Storage,
+    check: Callable[[], None],
 ) -> None:
     """Train every group in a Ray Train run of its own. The first error is raised when all have ended: nothing else is lost.
 
@@ -712,18 +729,22 @@ def _fit_side_by_side(
     threads = [threading.Thread(target=fit, args=(group,), daemon=True) for group in groups]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    while any(thread.is_alive() for thread in threads):
+        check()
+        for thread in threads:
+            thread.join(LIVE_INTERVAL_S / len(threads))
     if errors:
         raise errors[0]
 
 
 def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
+    import ray.train
+
     from pipeline.cluster import unwrap
 
     failures = experiment.scaling.max_failures
     token = f"{settings['token']}-{secrets.token_hex(4)}"
-    config = {**settings, "jobs": [job.order() for job in group], "token": token, "max_failures": failures}
+    config = {**settings, "jobs": [job.order() for job in group], "token": token}
     while True:
         before = _progress_of(group, root)
         try:
@@ -732,8 +753,9 @@ def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment,
             mine = unwrap(e)
             if mine is not None:
                 raise mine from e
-            if _progress_of(group, root) != before:
-                # failures count since the last progress: a spot node is lost now and then in days of training
+            # failures count since the last progress: a spot node is lost now and then in days of training
+            may_blame = not isinstance(e, ray.train.ControllerError)  # else the workers could not even start
+            if _progress_of(group, root) != before or (may_blame and _blame(group, root, token, e)):
                 continue
             names = ", ".join(j.name for j in group if not root.exists(f"{j.address}/model.json"))
             raise TrainingError(
@@ -746,7 +768,21 @@ def _progress_of(group: Sequence[Job], root: Storage) -> list[Any]:
     """What changes on the storage when an epoch or a model of the group ends, one way or another."""
     homes = [root / job.address for job in group]
     ends = ("model.json", FAILED_MODEL, NOT_FINITE)
-    return [(len(home.list("history")), [home.exists(name) for name in ends]) for home in homes]
+    return [
+        (len(home.list("history")), [home.read_json(name) if home.exists(name) else None for name in ends])
+        for home in homes
+    ]
+
+
+def _blame(group: Sequence[Job], root: Storage, token: str, error: Exception) -> bool:
+    """Record the model at which the workers died again and again as failed, so that those behind it are trained."""
+    for home in (root / job.address for job in group):
+        if home.exists(ATTEMPT) and home.read_json(ATTEMPT)["token"] == token:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            record_failure(home, f"its workers died again and again (killed for want of memory?): {reason}", token)
+            home.delete(ATTEMPT)
+            return True
+    return False
 
 
 def fit_workers(
@@ -818,6 +854,7 @@ class _Watch:
         self.root, self.jobs, self.progress = root, jobs, progress
         self.finished: dict[str, dict[str, Any]] = {}
         self.told: dict[str, set[str]] = {job.name: set() for job in jobs}
+        self.lost: LeaseLost | None = None
 
     def look(self) -> None:
         """Tell what is new."""
@@ -832,8 +869,9 @@ class _Watch:
                     self.progress.on_epoch(job.name, home.read_json(f"history/{name}"))
                     self.told[job.name].add(name)
             if whole:
-                self.finished[job.name] = _finished_model(home, job.address)
-                self.progress.on_model(job.name, self.finished[job.name])
+                model = _finished_model(home, job.address)
+                self.progress.on_model(job.name, model)
+                self.finished[job.name] = model
             elif home.exists("live.json"):
                 live = home.read_json("live.json")
                 steps[job.name], losses[job.name] = (live["done"], live["total"]), live["loss"]
@@ -841,6 +879,11 @@ class _Watch:
             share = (sum(done / total for done, total in steps.values()) + len(self.finished)) / len(self.jobs)
             now = (f"{name} step {done} of {total}, loss {losses[name]:.4f}" for name, (done, total) in steps.items())
             self.progress.on_live(round(100 * share), 100, f"%: {'; '.join(now)}")
+
+    def check(self) -> None:
+        """Raise LeaseLost where another process has taken the run over."""
+        if self.lost is not None:
+            raise self.lost
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -852,6 +895,9 @@ class _Watch:
             while not done.wait(LIVE_INTERVAL_S):
                 try:
                     self.look()
+                except LeaseLost as e:
+                    self.lost = e
+                    return
                 except Exception as e:  # whatever it is passes or comes again at the end, where it is raised
                     if str(e) != told:
                         say(f"progress cannot be read or published for the moment ({e}); training goes on")

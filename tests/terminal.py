@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -11,13 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class Terminal:
-    """A command with a terminal of its own. ``text`` is what it has shown so far."""
+    """A command with a terminal of its own, killed at the end of a ``with`` block. ``text`` is what it has shown so far."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self.text = ""
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.execve(arguments[0], list(arguments), dict(environment))
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
     def read(self) -> bool:
         """Take in what is shown within a moment. False where the command has closed its terminal."""

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from components.config import TrainConfig, to_dict
+from pipeline import train
 from pipeline.jobs import FAILED_MODEL
 from pipeline.ranks import Ranks
 from pipeline.shards import FORMAT_VERSION, MANIFEST, tensor_array
@@ -78,7 +80,7 @@ def order(address: str, config: TrainConfig | None = None) -> dict[str, Any]:
 
 
 def settings(token: str) -> dict[str, Any]:
-    return {"shapes": to_dict(SHAPES), "token": token, "max_failures": 3}
+    return {"shapes": to_dict(SHAPES), "token": token}
 
 
 def weights(root: Path, address: str) -> bytes:
@@ -104,6 +106,15 @@ def group(directory: str, name: str, rank: int) -> Ranks:
 
 def worker(process: int, directory: str) -> None:
     torch.set_num_threads(1)
+    original = train.train_model
+
+    def logged(order: dict[str, Any], home: Storage, data: DataCache, config: Mapping[str, Any], *more: Any) -> None:
+        if data.ranks.rank == 0:
+            with open(f"{data.root.local_root}/trained", "a") as file:
+                file.write(f"{order['address']} {config['token']}\n")
+        original(order, home, data, config, *more)
+
+    train.train_model = logged
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rank = process % 2
     # two runs at the same moment on one storage, in opposite order
@@ -157,6 +168,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_runs_that_share_models_train_each_once(trained: Path) -> None:
+    lines = [line.split() for line in (trained / "shared" / "trained").read_text().splitlines()]
+    assert sorted(address for address, _ in lines) == list(CONFIGS), "each once"
+    assert {token for _, token in lines} == {"run-0", "run-1"}, "the runs shared the work"
     for address in CONFIGS:
         assert (trained / "shared" / address / "model.json").exists()
         assert not (trained / "shared" / address / "owner.json").exists(), "the lease was given back"

@@ -434,11 +434,11 @@ def test_ctrl_c_and_sigterm_end_every_stage_at_once_and_leave_nothing_running(
     }
     seconds = {}
     for stage, (arguments, reached, number) in stages.items():
-        terminal = Terminal(arguments, environment)
-        terminal.wait_until(reached)
-        begin = time.monotonic()
-        terminal.ctrl_c() if number == signal.SIGINT else os.kill(terminal.pid, number)
-        status = terminal.end()
+        with Terminal(arguments, environment) as terminal:
+            terminal.wait_until(reached)
+            begin = time.monotonic()
+            terminal.ctrl_c() if number == signal.SIGINT else os.kill(terminal.pid, number)
+            status = terminal.end()
         seconds[stage] = time.monotonic() - begin
         assert status == 128 + number, (stage, terminal.text[-3000:])
         assert "Traceback" not in terminal.text, (stage, terminal.text[-3000:])
