@@ -695,27 +695,27 @@ class Experiment:
         self._check_threat_models()
 
     def _check_threat_models(self) -> None:
-        """Refuse a threat model under which no model would be attacked."""
+        """Refuse threat models under none of which a model would be attacked."""
+        remedies = [self._idle(threat) for threat in self.evaluation.threat_models]
+        if remedies and all(remedies):
+            raise ConfigError.of("evaluation.threat_models", ", ".join(self.evaluation.threat_models), remedies[0])
+
+    def _idle(self, threat: str) -> str:
+        """Return what a threat model lacks to attack any model; empty where it does."""
         from components.attacks.spec import AttackSpec
 
-        for threat in self.evaluation.threat_models:
-            kind, _, base = threat.partition(":")
-            if kind == "black_box":
-                specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
-                _check(
-                    any(not spec.needs_gradients and spec.name != "noise" for spec in specs),
-                    "evaluation.threat_models",
-                    threat,
-                    "left out, or --evaluation.attacks must have an attack that needs no gradients, e.g. square:eps=0.2",
+        kind, _, base = threat.partition(":")
+        if kind == "black_box":
+            specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
+            if not any(not spec.needs_gradients and spec.name != "noise" for spec in specs):
+                return (
+                    "left out, or --evaluation.attacks must have an attack that needs no gradients, e.g. square:eps=0.2"
                 )
-            elif kind == "transfer":
-                sources = set(self.bases().values()) if base == "*" else {base}
-                _check(
-                    any(self.source_of(name, source) for name in self.variants() for source in sources),
-                    "evaluation.threat_models",
-                    threat,
-                    "left out, or --models must have a second model to make the examples on",
-                )
+        elif kind == "transfer":
+            sources = set(self.bases().values()) if base == "*" else {base}
+            if not any(self.source_of(name, source) for name in self.variants() for source in sources):
+                return "left out, or --models must have a second model to make the examples on"
+        return ""
 
     def _check_seeds(self) -> None:
         """Refuse a control that is its own source, replicates that are one network, and a seed without influence."""

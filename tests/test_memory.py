@@ -99,6 +99,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of GPUs of one kilobyte."""
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "check_resources", lambda *_: None)
+    monkeypatch.setattr(cluster, "check_shared", lambda *_: None)
     monkeypatch.setattr(memory, "_gpu_bytes", lambda: 1024)
 
 

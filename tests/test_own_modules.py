@@ -89,7 +89,7 @@ def test_whatever_a_module_raises_is_one_error(
 def test_so_is_what_the_package_above_it_raises(write: Any, text: str) -> None:
     write("above/__init__", text)
     write("above/net", BUILD)
-    with pytest.raises(ConfigError, match=r"train\.arch='above\.net:build'.*cannot be imported"):
+    with pytest.raises(ConfigError, match=r"train\.arch is 'above\.net:build'.*cannot be imported"):
         jobs.source_hash("above.net:build")
 
 
