@@ -113,4 +113,4 @@ def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_f
     # "here" would be a temporary copy on the head node
     bad = shell.submit("run", *SMALL, storage="here")
     assert bad.returncode != 0
-    assert "storage='here'" in bad.stdout + bad.stderr
+    assert "storage is 'here'" in bad.stdout + bad.stderr
