@@ -52,7 +52,7 @@ def save_checkpoint(
     config: TrainConfig,
     shapes: Shapes,
 ) -> str:
-    """Write the state after ``epoch`` epochs below a directory, whole or not at all, and delete all but the newest two.
+    """Write the state after ``epoch`` epochs below a directory, whole or not at all, and delete all but it and the one before.
 
     Random streams need no state: they follow from the step. Returns the name of the file.
     """
@@ -68,8 +68,11 @@ def save_checkpoint(
     torch.save(state, buffer)
     name = f"epoch-{epoch:05d}.pt"
     storage.write_bytes(name, buffer.getvalue())
-    for old in list_checkpoints(storage)[:-KEPT]:
-        storage.delete(old)
+    names = list_checkpoints(storage)
+    newest = names.index(name)
+    # those of later epochs are damaged: training would not have gone back otherwise
+    for other in (*names[: max(0, newest + 1 - KEPT)], *names[newest + 1 :]):
+        storage.delete(other)
     return name
 
 
@@ -90,8 +93,8 @@ class Found:
 
 
 def newest_whole(storage: Storage) -> Found:
-    """Return the newest checkpoint below a directory that is not damaged. The damaged ones are left for inspection, until
-    their epoch is trained again.
+    """Return the newest checkpoint below a directory that is not damaged. The damaged ones are left for inspection until
+    the next checkpoint is written.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -110,7 +113,7 @@ def _is_whole(data: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError):
+    except Exception:  # zipfile raises half a dozen kinds, depending on which byte is wrong
         return False
 
 

@@ -201,6 +201,31 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, part: 
         assert torch.equal(a, b)
 
 
+def test_any_wrong_bit_of_the_archives_directory_is_damage(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    data = path.read_bytes()
+    directory = data.rindex(b"PK\x01\x02") - 200
+    damaged = 0
+    for i in range(directory, len(data), 3):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :])
+        damaged += bool(newest_whole(Storage(tmp_path)).damaged)  # it raises nothing
+    assert damaged > 10
+
+
+def test_a_checkpoint_outlives_the_damaged_ones_that_were_newer(tmp_path: Path) -> None:
+    loop = make_loop(tiny(epochs=9))
+    for loop.epoch in (6, 7):
+        loop.save(Storage(tmp_path))
+        spoil(tmp_path / f"epoch-0000{loop.epoch}.pt", 0.5)
+    again = make_loop(tiny(epochs=9))
+    again.resume(Storage(tmp_path))
+    for _ in range(3):
+        again.run_epoch()
+        again.save(Storage(tmp_path))
+        assert newest_whole(Storage(tmp_path)).path == f"{tmp_path}/epoch-0000{again.epoch}.pt"
+    assert sorted(os.listdir(tmp_path)) == ["epoch-00002.pt", "epoch-00003.pt"]
+
+
 def test_training_starts_anew_where_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     spoil(saved(tmp_path), 0.5)
     loop = make_loop(tiny())
