@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -45,9 +45,32 @@ def kept() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+_unfinished: list[Callable[[], None]] = []
+"""What threads that an interrupt cuts off would have cleaned up."""
+
+
+@contextlib.contextmanager
+def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
+    """Call ``clean`` after the body, also where the body runs in a thread that an interrupt cuts off."""
+    _unfinished.append(clean)
+    try:
+        yield
+    finally:
+        _unfinished.remove(clean)
+        clean()
+
+
 def exit_status(error: KeyboardInterrupt) -> int:
     """Exit status of a command that was interrupted."""
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+
+
+def _shut_down() -> None:
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    for clean in list(_unfinished):
+        with contextlib.suppress(Exception):
+            clean()
 
 
 def leave(status: int) -> None:
@@ -57,10 +80,9 @@ def leave(status: int) -> None:
     # a second Ctrl-C or SIGTERM has nothing more to say
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if "ray" in sys.modules:
-        shutdown = threading.Thread(target=sys.modules["ray"].shutdown, daemon=True)
-        shutdown.start()
-        shutdown.join(SHUTDOWN_S)
+    shutdown = threading.Thread(target=_shut_down, daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_S)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

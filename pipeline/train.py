@@ -30,7 +30,7 @@ from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.precision import describe
 from components.schedule import Phase, learning_rate, phase_at_epoch
-from pipeline import checkpoints, pretrained
+from pipeline import checkpoints, interrupts, pretrained
 from pipeline.assignment import ATTEMPT, Assignment
 from pipeline.given import AUTOENCODER, copy_autoencoder
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job, TrainingData, model_address
@@ -820,11 +820,13 @@ def fit_workers(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    try:
-        trainer.fit()
-    finally:
+
+    def clean() -> None:
         with suppress(OSError):
             root.fs.delete_dir(ray_files.root)
+
+    with interrupts.cleaning_up(clean):
+        trainer.fit()
 
 
 def _refuse(jobs: Sequence[Job], ends: Mapping[str, Mapping[str, Any]], root: Storage) -> None:
