@@ -427,7 +427,7 @@ def test_ctrl_c_and_sigterm_end_every_stage_at_once_and_leave_nothing_running(
         ),
         "attack": (
             command("run", whole, *slow),
-            lambda text: re.search(r"0/\d+ chunks", text) is not None,
+            lambda text: " chunks" in text,
             signal.SIGINT,
         ),
         "report": (command("report", whole), lambda text: "report" in text.partition("runs/")[2], signal.SIGTERM),
