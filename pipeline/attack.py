@@ -547,7 +547,8 @@ def _write_table(directory: Storage, i: int, columns: dict[str, pa.Array], metad
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"defendpp": json.dumps(metadata).encode()})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    directory.write_bytes(_chunk(i), sink.getvalue())
+    # A task that Ray took for dead may still live: what others have read by now stays as it is.
+    directory.write_if_absent(_chunk(i), sink.getvalue())
 
 
 def read_examples(directory: Storage, i: int) -> np.ndarray:
