@@ -135,5 +135,5 @@ def _cpu_name() -> str:
 
 
 def command(argv: list[str]) -> str:
-    """The command line as it can be pasted into a shell, without passwords of URIs."""
-    return without_password(shlex.join(["python", *argv]))
+    """Return the command line as it can be pasted into a shell, without passwords of URIs."""
+    return shlex.join(["python", *map(without_password, argv)])

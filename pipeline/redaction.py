@@ -7,17 +7,27 @@ from typing import Any
 
 from components.errors import ConfigError
 
-_USER_INFO = re.compile(r"(\w://)[^/\s'\"]*@")
-_PASSWORD = re.compile(r"\w://[^/\s'\"@]*:[^/\s'\"]+@")
+# A password may hold any character but whitespace: the host begins behind the last "@".
+_PASSWORD = re.compile(r"(\w://)[^\s/:?#]*:\S*@")
+# A user without a password may be an access token, but where a scheme of storages has a container or an account's name there.
+_TOKEN = re.compile(
+    r"\b(?!(?:abfss?|gs|gcs|s3a?|hdfs|viewfs|webhdfs|sftp|ssh|hf)://)([a-z][\w+.-]*://)[^\s/?#]*@", re.I
+)
 _SECRET_OPTION = re.compile(
-    r"([?&][^=&\s'\"]*(?:key|secret|token|password|passwd|pwd|signature|credential|\bsig\b)[^=&\s'\"]*=)[^&\s'\"]+",
+    r"([?&](?![^=&\s]*_(?:kind|type)=)[^=&\s]*"
+    r"(?:key|secret|token|passw|passphrase|pwd|signature|credential|odbc_connect|(?<![a-z])(?:pass|auth|sig)(?![a-z]))"
+    r"[^=&\s]*=)[^&\s]*[^&\s'\",;.)]",
     re.IGNORECASE,
 )
 
 
 def without_password(text: str) -> str:
-    """Replace the ``user:password@`` of every URI in a text by ``***@``, and values of its secret options by ``***``."""
-    return _SECRET_OPTION.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
+    """Replace the ``user:password@`` or ``token@`` of every URI in a text by ``***@``, and its secret options by ``***``.
+
+    A text whose words could be read either way loses too much rather than too little: ``http://host:1/a@b`` is shown as
+    ``http://***@b``.
+    """
+    return _SECRET_OPTION.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1***@", text)))
 
 
 def redacted(value: Any) -> Any:
@@ -37,9 +47,10 @@ def check_no_secret(uri: str) -> None:
     Raises:
         ConfigError: says where the secret belongs instead; does not repeat it.
     """
-    if _PASSWORD.search(uri) or _SECRET_OPTION.search(uri):
+    shown = without_password(uri)
+    if shown != uri:
         raise ConfigError(
-            f"the URI {without_password(uri)} holds a password or key, which would stand in records and reports. Give it without: "
+            f"the URI {shown} holds a password or key, which would stand in records and reports. Give it without: "
             "object stores take theirs from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "GOOGLE_APPLICATION_CREDENTIALS) on every node"
         )
