@@ -164,7 +164,7 @@ Ray runs (pid $head; logs: $state). In the shell that submits:
   export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$dashboard_port
 
   cd $(printf %q "$root")
-  $(printf %q "$ray") job submit --working-dir . -- DEFENDPP_REVISION=\$(git describe --always --abbrev=40 --dirty) \\
+  $(printf %q "$ray") job submit --working-dir . -- DEFENDPP_REVISION=\$(git describe --always --abbrev=40 --dirty --exclude '*') \\
     python pipeline/main.py run mnist-demo --storage "\$HOME/defendpp"
 
 Dashboard: http://127.0.0.1:$dashboard_port (it asks for the token: '$ray get-auth-token' prints it).

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 """Where this project's source lies: a checkout, a Ray job's copy of one, or site-packages."""
 SOURCE_DIRECTORIES = ("components", "pipeline", "tune_spaces")
 REVISION_VARIABLE = "DEFENDPP_REVISION"
-"""Environment variable with the revision of a copy that is no checkout: of a Ray job (which leaves out .git) or an image."""
+"""Environment variable with the revision of a Ray job's copy of the source, from which Ray leaves out .git."""
+REVISION_FILE = "REVISION"
+"""File beside the source with the revision of an image's copy."""
 
 
 def environment() -> dict[str, Any]:
@@ -54,16 +56,21 @@ def source_hash(root: Path) -> str | None:
 
 
 def revision(root: Path) -> dict[str, Any]:
-    """Return ``revision`` and ``dirty`` of a checkout or, where ``root`` is none, of the environment variable.
+    """Return ``revision`` and ``dirty`` of a checkout or, where ``root`` is none, of REVISION_FILE or REVISION_VARIABLE.
 
-    ``git describe --always --abbrev=40 --dirty`` writes the variable's value. Without its ``-dirty``, ``dirty`` is
-    unknown (None): `git rev-parse HEAD` does not say it.
+    ``git describe --always --abbrev=40 --dirty --exclude '*'`` writes the value of either. Without its ``-dirty``,
+    ``dirty`` is unknown (None): `git rev-parse HEAD` does not say it.
     """
-    found = git(root)
-    given = os.environ.get(REVISION_VARIABLE)
-    if found["revision"] is None and given:
+    checkout = git(root)
+    if checkout["revision"] is not None:
+        return checkout
+    # The file first: it belongs to this very copy, and the variable to whatever was submitted.
+    given = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        given = (root / REVISION_FILE).read_text().strip()
+    if given := given or os.environ.get(REVISION_VARIABLE, ""):
         return {"revision": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty") or None}
-    return found
+    return checkout
 
 
 def git(root: Path) -> dict[str, Any]:

@@ -346,15 +346,22 @@ def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
     assert said == "python main.py --tracking-uri 'https://***@host/x' 'a b'"
 
 
-def test_environment_without_a_checkout_takes_the_revision_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_without_a_checkout_takes_the_revision_that_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     revision = "e44c8eb0c2a44d3f8f0c4f8e5b1a0d2c3e4f5a6b"
-    monkeypatch.setattr(environment, "ROOT", environment.ROOT / "pipeline")  # no checkout's top directory
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.delenv("DEFENDPP_REVISION", raising=False)
     assert environment.environment()["git"] == {"revision": None, "dirty": None}
     monkeypatch.setenv("DEFENDPP_REVISION", revision)
     assert environment.environment()["git"] == {"revision": revision, "dirty": None}
     monkeypatch.setenv("DEFENDPP_REVISION", f"{revision}-dirty")  # as `git describe --dirty` writes it
     assert environment.environment()["git"] == {"revision": revision, "dirty": True}
+    # The source of an image has the file beside it, and the file wins.
+    (tmp_path / "REVISION").write_text("\n")
+    assert environment.environment()["git"]["revision"] == revision
+    (tmp_path / "REVISION").write_text(f"{revision[::-1]}-dirty\n")
+    assert environment.environment()["git"] == {"revision": revision[::-1], "dirty": True}
     monkeypatch.undo()
     monkeypatch.setenv("DEFENDPP_REVISION", revision)  # a checkout knows better
     assert environment.environment()["git"] == environment.git(environment.ROOT)
