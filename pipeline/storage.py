@@ -300,6 +300,10 @@ class Storage:
         try:
             self._write(name, b"x" * 4096, patience_s=0.0)
             self.delete(name)
+        except NotImplementedError:
+            raise StorageError(
+                f"storage {self.uri} is not writable: its protocol can only be read. Give another one with --storage"
+            ) from None
         except StorageError as e:
             raise StorageError(
                 f"storage {self.uri} is not writable: {e.__cause__ or e}. Give another one with --storage"
@@ -330,19 +334,43 @@ def join_uri(root: str, name: str) -> str:
 
 
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the file system of a URI, and the path in it.
+
+    Raises:
+        ConfigError: there is no such place.
+        StorageError: it cannot be reached.
+    """
     if uri.startswith("/"):
         return pafs.LocalFileSystem(), uri
+    scheme, _, rest = uri.partition("://")
+    if not rest:
+        raise ConfigError.of("storage", uri, "an absolute path, a ~ path or a URI such as s3://bucket/path")
+    if scheme in ("file", "local") and not rest.startswith("/"):
+        raise ConfigError.of("storage", uri, f"absolute: {scheme}:///{rest} (three slashes)")
+    allowed, reason = "a path or a URI of pyarrow or fsspec", ""
     try:
         fs, root = pafs.FileSystem.from_uri(uri)
         return fs, root
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        pass  # not one of pyarrow's own protocols
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        if not str(e).startswith("Unrecognized filesystem"):
+            reason = _first_line(e)
+        # fsspec may open what pyarrow does not, but would take pyarrow's options for a part of the path.
+        if reason and "?" in uri:
+            raise ConfigError.of("storage", uri, f"{allowed} ({reason})") from None
     except OSError as e:
-        raise StorageError(f"storage {uri} cannot be opened: {e}") from e
+        raise StorageError(f"storage {uri} cannot be opened: {_first_line(e)}") from e
+    except ImportError as e:
+        raise ConfigError.of("storage", uri, f"{allowed} ({e})") from None
     try:
         import fsspec
 
         fs, root = fsspec.core.url_to_fs(uri)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), root
-    except (ValueError, ImportError) as e:
-        raise ConfigError.of("storage", uri, f"a path or a URI of pyarrow or fsspec ({e})") from None
+    except OSError as e:
+        raise StorageError(f"storage {uri} cannot be opened: {_first_line(e)}") from e
+    except Exception as e:  # A protocol that takes more than a URI raises a TypeError, an AttributeError, ...
+        raise ConfigError.of("storage", uri, f"{allowed} ({reason or _first_line(e)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ import pyarrow.fs as pafs
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from components.errors import ConfigError
+from components.errors import ConfigError, UserError
 from pipeline import storage as storages
 from pipeline.storage import Storage, StorageError
 
@@ -215,6 +215,36 @@ def test_delete_stale(storage: Storage, tmp_path: Path) -> None:
     storage.delete_stale("a", older_than_s=60)
     assert sorted(os.listdir(directory)) == [".new.0123.tmp", "whole"]
     storage.delete_stale("nothing", older_than_s=60)
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("s3://bucket/x?endpoint=minio:9000", "Unexpected query parameter in S3 URI: 'endpoint'"),
+        ("gs://bucket/x?foo=1", "Unexpected query parameter in GCS URI: 'foo'"),
+        ("abfs://container/x", "AzureOptions doesn't contain a valid account name"),
+        ("file://data/x", "file:///data/x (three slashes)"),
+        ("local://data/x", "local:///data/x (three slashes)"),
+        ("s3://", "an absolute path, a ~ path or a URI"),
+        ("memory://", "an absolute path, a ~ path or a URI"),
+        ("dir://a", "a URI of pyarrow or fsspec"),
+        ("github://a", "a URI of pyarrow or fsspec"),
+        ("generic://a", "a URI of pyarrow or fsspec"),
+        ("ftp://127.0.0.1:1/d", "Connection refused"),
+        ("zip://", "an absolute path, a ~ path or a URI"),
+        ("zip://a", "Is a directory"),
+        ("http://127.0.0.1:1/d", "only be read. Give another one with --storage"),
+        ("hdfs://127.0.0.1:1/d", "cannot be opened"),
+    ],
+)
+def test_a_uri_that_cannot_be_a_storage_is_one_error_of_one_line(
+    uri: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        Storage(uri).check_writable()
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
