@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 
 
@@ -17,11 +18,13 @@ class _Sink(io.FileIO):
         self._failed = False
 
     def write(self, data: object) -> int:  # type: ignore[override]
-        """Write ``data``, or drop it where that is not possible. Returns its size in bytes."""
+        """Write ``data``, or drop it where that is not possible. Returns how many bytes are done with."""
         view = memoryview(data)  # type: ignore[arg-type]
         if not self._failed:
             try:
-                return super().write(view) or view.nbytes
+                while (written := super().write(view)) is None:
+                    select.select([], [self.fileno()], [])  # the caller made it non-blocking, and its reader is slow
+                return written
             except OSError as e:
                 self._failed = True
                 # a pipe whose reader has left, such as `| head`, is no news

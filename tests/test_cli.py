@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -285,6 +286,29 @@ def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
     assert done.returncode == 0
     if "tail" in reader:
         assert done.stdout == "\\u03b5\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_a_pipe_that_does_not_block_loses_no_output(descriptor: int) -> None:
+    """Node.js, ssh and others hand over such pipes. The writer must wait where the reader is slow."""
+    code = (
+        "import sys; from pipeline import streams; streams.harden(); "
+        f"[print(i, 'x' * 999, file=sys.{'stdout' if descriptor == 1 else 'stderr'}) for i in range(500)]"
+    )
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    place = {"stdout" if descriptor == 1 else "stderr": write}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, **place
+    ) as process:
+        while process.poll() is None and select.select([], [write], [], 0)[1]:
+            time.sleep(0.01)  # until the pipe is full
+        os.close(write)
+        with open(read) as reader:
+            lines = reader.read().splitlines()
+        assert process.wait(timeout=30) == 0
+    assert [line.partition(" ")[0] for line in lines] == [str(i) for i in range(500)]
+    assert {len(line.partition(" ")[2]) for line in lines} == {999}
 
 
 def test_a_python_without_the_dependencies_is_told_which_one_has_them(tmp_path: Path) -> None:
