@@ -297,9 +297,11 @@ def test_a_pipe_that_does_not_block_loses_no_output(descriptor: int) -> None:
     )
     read, write = os.pipe()
     os.set_blocking(write, False)
-    place = {"stdout" if descriptor == 1 else "stderr": write}
     with subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, **place
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=write if descriptor == 1 else None,
+        stderr=write if descriptor == 2 else None,
     ) as process:
         while process.poll() is None and select.select([], [write], [], 0)[1]:
             time.sleep(0.01)  # until the pipe is full
