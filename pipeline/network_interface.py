@@ -7,7 +7,8 @@ import socket
 
 import psutil
 
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
+"""What each library wants before the name. NCCL takes a bare name as a prefix: eth1 stands for eth10 too."""
 
 
 def name_interface(address: str) -> None:
@@ -17,8 +18,8 @@ def name_interface(address: str) -> None:
     A variable that the user has set is left as it is.
     """
     if interface := interface_of(address):
-        for variable in INTERFACE_VARIABLES:
-            os.environ.setdefault(variable, interface)
+        for variable, prefix in INTERFACE_VARIABLES.items():
+            os.environ.setdefault(variable, prefix + interface)
 
 
 def interface_of(address: str) -> str:

@@ -25,8 +25,7 @@ from datetime import timedelta
 import torch, torch.distributed as dist
 from pipeline.network_interface import name_interface
 rank, mine, master = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-if sys.argv[4] == "named":
-    name_interface(mine)
+name_interface(mine)
 dist.init_process_group("gloo", init_method=f"tcp://{master}:29517", rank=rank, world_size=2, timeout=timedelta(seconds=30))
 total = torch.tensor([rank + 1.0])
 dist.all_reduce(total)
@@ -80,7 +79,7 @@ def nodes(tmp_path: Path) -> Iterator[dict[str, list[str]]]:
 def test_the_first_try_on_two_nodes_works(nodes: dict[str, list[str]]) -> None:
     ranks = [
         subprocess.Popen(
-            [*nodes[node], sys.executable, "-c", RANK, str(rank), address, NODES["left"], "named"],
+            [*nodes[node], sys.executable, "-c", RANK, str(rank), address, NODES["left"]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -105,5 +104,8 @@ def test_the_interface_is_the_one_that_bears_the_address(monkeypatch: pytest.Mon
     network_interface.name_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "chosen", "what the user has set stays"
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    network_interface.name_interface("127.0.0.1")
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
     network_interface.name_interface("192.0.2.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
