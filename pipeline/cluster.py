@@ -76,12 +76,27 @@ def start_local(**options: Any) -> None:
 
     Args:
         options: further arguments of ``ray.init``.
+
+    Raises:
+        UserError: the node did not appear in the 30 s that Ray gives it, and did not at a second try either.
     """
     # A token of this node's own: Ray would write one to the home directory, which need not be writable.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with interrupts.kept(), _loopback_address():
-        ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **options)
+    for is_last in (False, True):
+        try:
+            with interrupts.kept(), _loopback_address():
+                ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **options)
+            return
+        except Exception as e:
+            if type(e) is not Exception:  # a bare one is what Ray raises where its node is late
+                raise
+            ray.shutdown()
+            if is_last:
+                raise UserError(
+                    f"Ray cannot be started on this machine ({e}). It was tried twice; free memory and CPU, then run the "
+                    "same command again"
+                ) from e
 
 
 @contextlib.contextmanager

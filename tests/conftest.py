@@ -48,34 +48,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
     return OneRay(config, log)
 
 
-def _start_local() -> None:
-    """Start the cluster, in up to three attempts.
-
-    Ray gives its node 30 s to appear. On a machine that is busy just then that is too short, and every test would fail.
-    """
-    import ray
-
-    from pipeline import cluster
-
-    for attempt in range(3):
-        try:
-            cluster.start_local(num_cpus=4, object_store_memory=500_000_000)
-            return
-        except Exception:  # a bare one is what Ray raises here
-            ray.shutdown()
-            if attempt == 2:
-                raise
-
-
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
     import ray
 
+    from pipeline import cluster
+
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name
         environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]), prepend=os.pathsep)
-        _start_local()
+        cluster.start_local(num_cpus=4, object_store_memory=500_000_000)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
+
+from components.errors import UserError
+from pipeline import cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECT = """
@@ -48,3 +52,25 @@ def test_what_keeps_ray_from_starting_is_said_without_a_traceback(
     assert "Traceback" not in done.stdout + done.stderr, done.stderr[-2000:]
     for part in parts:
         assert part in done.stdout
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_node_that_does_not_appear_in_time_is_started_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[str] = []
+
+    def init(address: str, **options: object) -> None:
+        starts.append(address)
+        if len(starts) <= failures:
+            raise Exception("The current node timed out during startup. This could ...")  # as Ray does
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # not of the cluster of other tests
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0")
+    if failures == 1:
+        cluster.start_local()
+    else:
+        with pytest.raises(UserError, match=r"timed out during startup.*same command again"):
+            cluster.start_local()
+    assert starts == ["local", "local"]
