@@ -29,7 +29,7 @@ SECRET = [
     ("mssql+pyodbc:///?odbc_connect=Driver%3Dx%3BPWD%3Dhunter2", "mssql+pyodbc:///?odbc_connect=***"),
 ]
 NOT_SECRET = [
-    "abfss://container@account.dfs.core.windows.net/path",
+    "abfss://container@account.dfs.example/path",
     "abfss://c@account/x?credential_kind=workload_identity&tenant_id=t&client_id=i",
     "abfss://c@account/x?blob_storage_authority=127.0.0.1:1&dfs_storage_authority=127.0.0.1:1&enable_tls=false",
     "gs://anonymous@bucket/x",
@@ -63,7 +63,7 @@ def test_a_uri_without_a_secret_stays_whole(uri: str) -> None:
 
 
 def test_a_record_holds_its_storage_whole_and_its_tracking_server_without_a_user() -> None:
-    storage = "abfss://container@account.dfs.core.windows.net/path?credential_kind=anonymous"
+    storage = "abfss://container@account.dfs.example/path?credential_kind=anonymous"
     experiment = replace(recipes.mnist_smoke(), storage=storage, tracking_uri="http://me:a/b@host:5000")
     record = recorded(experiment)
     assert record["storage"] == storage
