@@ -59,22 +59,17 @@ def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
     known, rest = parser.parse_known_args(arguments)
     base = _described(known.model, known.arch, _tracking_uri(rest))
     experiment = _experiment(known, base)
-    # budget and step sizes follow from the images, and what the images are may be among the rest
-    asked = _with(experiment, rest)
-    data = asked.data
     norm = known.norm or "linf"
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
+    # The budget and the step sizes follow from the images, which options among the rest may describe.
+    data = _with(experiment, rest).data
     eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
     try:
         AttackSpec.parse(f"noise:eps={eps},norm={norm}").check_fits(data.channels, data.image_size)
     except ConfigError as e:
         raise ConfigError(str(e).replace("noise.eps", "--eps", 1)) from None
     evaluation = replace(experiment.evaluation, attacks=full_suite(eps, norm, data.channels))
-    if asked.evaluation.attacks == experiment.evaluation.attacks or any(
-        not AttackSpec.parse(a).needs_gradients for a in asked.evaluation.attacks
-    ):
-        evaluation = replace(evaluation, threat_models=("white_box", "black_box"))
     return replace(experiment, evaluation=evaluation), rest
 
 
@@ -122,7 +117,10 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
         pyramids=pyramids,
         train=train,
         models=(name,),
-        evaluation=EvaluationConfig(threat_models=("white_box",), test_images=1000),
+        # A suite of any budget has the attacks that each threat model needs. The right budget is known later.
+        evaluation=EvaluationConfig(
+            attacks=full_suite("0.1"), threat_models=("white_box", "black_box"), test_images=1000
+        ),
     )
 
 

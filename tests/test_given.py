@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, TrainConfig, level_sizes
+from components.config import EvaluationConfig, Experiment, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
 from pipeline import attack, checkpoints, train
 from pipeline.given import AUTOENCODER
@@ -85,6 +85,21 @@ def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None
     assert large.evaluation.attacks == full_suite("3.0", "l2", channels=3)
     few = asked(*base, "--evaluation.attacks", "fgsm:eps=0.2")
     assert few.evaluation.attacks == ("fgsm:eps=0.2",)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--evaluation.threat-models", "white_box", "black_box"),
+        ("--evaluation.threat-models", "black_box"),
+        ("--evaluation.attacks", "fgsm:eps=0.2"),
+        ("--evaluation.attacks", *EvaluationConfig().attacks),
+    ],
+)
+def test_attacks_and_threat_models_are_set_one_without_the_other(stranger: Path, options: tuple[str, ...]) -> None:
+    experiment = asked("--model", str(stranger), "--arch", "own_network:make", *options)
+    assert experiment.evaluation.threat_models == (options[1:] if "threat" in options[0] else ("white_box", "black_box"))
+    assert experiment.evaluation.attacks == (options[1:] if "attacks" in options[0] else full_suite("0.3"))
 
 
 def test_the_suite() -> None:
