@@ -365,21 +365,23 @@ def test_papers_place_exists() -> None:
     refused(lambda: experiment(paper="tabel1"), "paper", "tabel1", "table1")
 
 
-def test_a_threat_model_that_attacks_nothing_is_refused() -> None:
+def test_threat_models_are_refused_where_none_attacks_anything() -> None:
     alone = ("a:defense=none",)
-    for threat in ("transfer", "transfer:a", "transfer:*"):
-        evaluation = EvaluationConfig(threat_models=("white_box", threat))
+    for threats in (("transfer",), ("transfer:a",), ("transfer:*",), ("transfer", "transfer:a")):
+        evaluation = EvaluationConfig(threat_models=threats)
         refused(
             lambda e=evaluation: experiment(models=alone, evaluation=e),
             "evaluation.threat_models",
-            threat,
+            ", ".join(threats),
             "second model",
         )
+        experiment(models=alone, evaluation=dataclasses.replace(evaluation, threat_models=("white_box", *threats)))
     for attacks in (("pgd:eps=0.1",), ("pgd:eps=0.1", "noise:eps=0.1")):
-        evaluation = EvaluationConfig(attacks=attacks, threat_models=("white_box", "black_box"))
+        evaluation = EvaluationConfig(attacks=attacks, threat_models=("black_box",))
         refused(
             lambda e=evaluation: experiment(evaluation=e), "evaluation.threat_models", "black_box", "square:eps=0.2"
         )
+        experiment(evaluation=dataclasses.replace(evaluation, threat_models=("white_box", "black_box")))
     experiment(evaluation=EvaluationConfig(attacks=("square:eps=0.1",), threat_models=("black_box",)))
 
 

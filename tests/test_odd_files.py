@@ -214,7 +214,7 @@ def test_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     for kind in ("folder", "parquet"):
         with pytest.raises(ConfigError, match=r"udcff'; it must be a path in UTF-8"):
             open_source(DataConfig(source=f"{kind}:/data/\udcff"), "test")
-        with pytest.raises(ConfigError, match=r"x00b' is not possible: a path in UTF-8"):
+        with pytest.raises(ConfigError, match=r"x00b'; it must be a path in UTF-8"):
             open_source(DataConfig(source=f"{kind}:/data/a\0b"), "test")
 
 
