@@ -10,7 +10,6 @@ import os
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from components.models.defend import AutoEncoder, DefendNet
 from components.models.weights import load_strictly
 from pipeline import weights_file
 from pipeline.jobs import source_hash
-from pipeline.storage import Storage
+from pipeline.storage import Storage, split_uri
 from pipeline.train_step import Shapes, build_net, classifier_of
 
 SCHEMA = 1
@@ -237,15 +236,10 @@ def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def _read(
     path: str | os.PathLike[str], name: str, trusted: str | Collection[str], sha256: str
 ) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
-    text = os.fspath(path)
-    # options of an object store stand behind the path
-    text, mark, options = text.partition("?") if "://" in text else (text, "", "")
-    if not text.endswith(".safetensors"):
-        text = f"{text.rstrip('/')}/{name}.safetensors"
-    if "://" not in text:
-        text = str(Path(text).expanduser().absolute())
-    parent, _, base = text.rpartition("/")
-    data = Storage(parent + mark + options).read_bytes(base)
+    storage, base = split_uri(path)
+    if not base.endswith(".safetensors"):
+        base = f"{base}/{name}.safetensors".lstrip("/")
+    data, text = storage.read_bytes(base), (storage / base).uri
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(
             f"{text} does not hold the weights that its records name: it was replaced or damaged since. Run the same command "

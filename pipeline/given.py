@@ -13,7 +13,15 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from components.attacks.spec import AttackSpec
-from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
+from components.config import (
+    MAX_NAME_BYTES,
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    PyramidConfig,
+    TrainConfig,
+    level_sizes,
+)
 from components.errors import ConfigError, DataError, UserError
 from components.models import libraries, own
 from components.models.defend import DefendNet
@@ -24,6 +32,8 @@ from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.train_step import Shapes, build_net
 
+LONGEST_NAME = MAX_NAME_BYTES - len("attack-")
+"""Bytes that are left for a model's name in that of its experiment."""
 USAGE = """\
 main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
 
@@ -125,9 +135,15 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
 
 
 def _name(model: str) -> str:
-    path = PurePosixPath(model.rstrip("/").replace("@", "-"))
+    """Return the name in the report of a model without --name: that of its file, as far as it can be one."""
+    text = model.partition("?")[0] if "://" in model else model
+    path = PurePosixPath(text.rstrip("/").replace("@", "-"))
     stem = path.parent.name if path.stem == "classifier" and path.parent.name else path.stem
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-") or "model"
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).lstrip("-.").rstrip("-")
+    if len(name.encode()) > LONGEST_NAME:  # its beginning, and what tells it from others that begin so
+        begin = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+        name = f"{begin}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name or "model"
 
 
 def _tracking_uri(rest: list[str]) -> str:
@@ -216,7 +232,7 @@ def _beside(where: str, tracking_uri: str) -> tuple[bytes | None, str]:
             return pretrained.read_file(f"{where.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""
         except UserError as e:
             return None, str(e)
-    directory = Storage(pretrained.whole_path(where).rpartition("/")[0] or "/")
+    directory, _, _ = pretrained.locate(where)
     if not directory.exists(AUTOENCODER):
         return None, f"there is no {AUTOENCODER} in {directory.uri}, where the classifier lies"
     return directory.read_bytes(AUTOENCODER), ""

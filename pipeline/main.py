@@ -176,11 +176,10 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
     """
     from components.config import Experiment, from_dict
     from components.errors import ConfigError
-    from pipeline.storage import Storage
+    from pipeline.storage import split_uri
 
-    where = file if "://" in file else str(Path(file).expanduser().absolute())
-    parent, _, name = where.rpartition("/")
-    record = Storage(parent or "/").read_json(name)
+    storage, name = split_uri(file)
+    record = storage.read_json(name)
     if not isinstance(record, dict) or not isinstance(record.get("experiment"), dict):
         raise ConfigError.of("--from", file, "a record with an experiment: best.json of a sweep, or run.json of a run")
     try:

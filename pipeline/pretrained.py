@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 from safetensors.torch import load as safetensors_load
 from torch import Tensor
@@ -13,7 +12,7 @@ from components.errors import DataError
 from components.models import libraries
 from components.models.weights import Weights
 from pipeline import weights_file
-from pipeline.storage import Storage
+from pipeline.storage import Storage, split_uri
 
 MLFLOW = "mlflow:"
 
@@ -45,35 +44,31 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
     Raises:
         As :func:`read`.
     """
-    file, key = _split_key(where)
-    if file.startswith(MLFLOW):
+    if where.startswith(MLFLOW):
         from pipeline import tracking  # MLflow is imported only by who asks for it
 
+        file, key = _split_key(where)
         return *tracking.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
-    storage, name = _place(file)
-    return whole_path(file), storage.read_bytes(name), key
+    storage, name, key = locate(where)
+    return storage.join(name), storage.read_bytes(name), key
+
+
+def locate(where: str) -> tuple[Storage, str, str]:
+    """Split FILE or FILE#KEY into the file's directory, its name, and the key; a file may have the sign in its own name.
+
+    Raises:
+        ConfigError: a URI with a password or key, or of an unknown protocol. StorageError: it cannot be read.
+    """
+    storage, name = split_uri(where)
+    file, key = _split_key(where)
+    if file == where or ("#" in name and storage.exists(name)):
+        return storage, name, ""
+    return *split_uri(file), key
 
 
 def _split_key(where: str) -> tuple[str, str]:
-    """Split FILE#KEY; a file may have the sign in its own name."""
     file, sign, key = where.rpartition("#")
-    if not sign or "/" in key:
-        return where, ""
-    if not where.startswith(MLFLOW):
-        storage, name = _place(where)
-        if storage.exists(name):
-            return where, ""
-    return file, key
-
-
-def _place(where: str) -> tuple[Storage, str]:
-    parent, _, name = whole_path(where).rpartition("/")
-    return Storage(parent or "/"), name
-
-
-def whole_path(where: str) -> str:
-    """A URI as it is, a path from the root on."""
-    return where if "://" in where else str(Path(where).expanduser().absolute())
+    return (file, key) if sign and "/" not in key else (where, "")
 
 
 def _torchvision(arch: str, name: str) -> Weights:

@@ -46,6 +46,8 @@ PASSING_TEXT = re.compile(
     re.IGNORECASE,
 )
 """Object stores say in words what went wrong. (curl's 51 and 60 are certificates, which do not mend themselves.)"""
+STORE_TEXT = re.compile(r"AWS Error|curlCode|google::cloud|Azure")
+"""What errors of Arrow's object stores have in their text; they have no error number."""
 
 
 class StorageError(UserError):
@@ -59,6 +61,34 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in PASSING_ERRNO
     return bool(PASSING_TEXT.search(str(error)))
+
+
+def is_access(error: BaseException) -> bool:
+    """Tell whether an error is about reaching a file, not about what is in it. Arrow raises OSError for both."""
+    by_system = isinstance(error, OSError) and error.errno is not None
+    return by_system or may_pass(error) or bool(STORE_TEXT.search(str(error)))
+
+
+def patiently(action: Callable[[], T], place: str, patience_s: float | None = None) -> T:
+    """Return what ``action`` returns. It is repeated for RETRY_S (or ``patience_s``) seconds while it fails for a reason
+    that may pass; the user is told once.
+
+    Args:
+        place: what does not answer then, for the message.
+    """
+    deadline = time.monotonic() + (RETRY_S if patience_s is None else patience_s)
+    pause, told = FIRST_PAUSE_S, False
+    while True:
+        try:
+            return action()
+        except (OSError, pa.ArrowException) as e:
+            if not may_pass(e) or time.monotonic() + pause > deadline:
+                raise
+            if not told:
+                say(f"storage {place} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
+                told = True
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 class Storage:
@@ -133,23 +163,9 @@ class Storage:
         """URI of a file or directory below, options included, for what opens it by itself."""
         return (self / name).full_uri
 
-    def _patiently(self, action: Callable[[], T], patience_s: float | None = None) -> T:
-        """Return what ``action`` returns. It is repeated for RETRY_S (or ``patience_s``) seconds while it fails for a
-        reason that may pass; the user is told once.
-        """
-        deadline = time.monotonic() + (RETRY_S if patience_s is None else patience_s)
-        pause, told = FIRST_PAUSE_S, False
-        while True:
-            try:
-                return action()
-            except (OSError, pa.ArrowException) as e:
-                if not may_pass(e) or time.monotonic() + pause > deadline:
-                    raise
-                if not told:
-                    say(f"storage {self.uri} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
-                    told = True
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+    def patiently(self, action: Callable[[], T], patience_s: float | None = None) -> T:
+        """Return what ``action`` returns, as :func:`patiently` does."""
+        return patiently(action, self.uri, patience_s)
 
     @contextlib.contextmanager
     def _errors(self, name: str, done: str) -> Iterator[None]:
@@ -164,7 +180,7 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         path = self.path(name)
         with self._errors(name, "read"):
-            return self._patiently(lambda: self.fs.get_file_info(path)).type != pafs.FileType.NotFound
+            return self.patiently(lambda: self.fs.get_file_info(path)).type != pafs.FileType.NotFound
 
     def list(self, name: str = "") -> list[str]:
         """Names of the files and directories directly below, sorted; empty where there is no such directory."""
@@ -174,7 +190,7 @@ class Storage:
     def _infos(self, name: str) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(self.path(name), allow_not_found=True)
         with self._errors(name, "listed"):
-            return list(self._patiently(lambda: self.fs.get_file_info(selector)))
+            return list(self.patiently(lambda: self.fs.get_file_info(selector)))
 
     def read_bytes(self, name: str) -> bytes:
         path = self.path(name)
@@ -184,13 +200,13 @@ class Storage:
                 return bytes(stream.read())
 
         with self._errors(name, "read"):
-            return self._patiently(read)
+            return self.patiently(read)
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[pa.NativeFile]:
         """Open a file for random access."""
         path = self.path(name)
-        with self._errors(name, "read"), self._patiently(lambda: self.fs.open_input_file(path)) as file:
+        with self._errors(name, "read"), self.patiently(lambda: self.fs.open_input_file(path)) as file:
             yield file
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
@@ -212,7 +228,7 @@ class Storage:
         beside = f"{name.rpartition('/')[0]}/{temporary}".lstrip("/")
         self._write(beside, data)
         try:
-            self._patiently(lambda: link_anew(self.path(beside), self.path(name)))
+            self.patiently(lambda: link_anew(self.path(beside), self.path(name)))
             return True
         except FileExistsError:
             return False
@@ -224,7 +240,7 @@ class Storage:
     def _write(self, name: str, data: bytes | pa.Buffer, patience_s: float | None = None) -> None:
         path = self.path(name)
         try:
-            self._patiently(lambda: self._write_once(path, data), patience_s)
+            self.patiently(lambda: self._write_once(path, data), patience_s)
         except (OSError, pa.ArrowException) as e:
             raise StorageError(
                 f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
@@ -288,7 +304,7 @@ class Storage:
         """Delete a file; not an error where there is none."""
         path = self.path(name)
         with self._errors(name, "deleted"), contextlib.suppress(FileNotFoundError):
-            self._patiently(lambda: self.fs.delete_file(path), patience_s)
+            self.patiently(lambda: self.fs.delete_file(path), patience_s)
 
     def check_writable(self) -> None:
         """Write and delete a small file, before hours of compute are spent. Does not wait for what does not answer.
@@ -326,6 +342,31 @@ def link_anew(source: str, path: str) -> None:
 
 def _is_uri(text: str) -> bool:
     return re.match(r"^[a-z][a-z0-9+.-]*://", text) is not None
+
+
+def split_uri(file: str | os.PathLike[str]) -> tuple[Storage, str]:
+    """Split the path or URI of a file into the directory that holds it and its name.
+
+    Args:
+        file: a path, also a relative or ``~`` one, or a URI, which may have options behind a ``?``.
+
+    Returns:
+        The directory, with those options, and the name. Of a URI without a directory the first is all of it, the name empty.
+
+    Raises:
+        ConfigError: as :class:`Storage`.
+    """
+    text = os.fspath(file)
+    if not _is_uri(text):
+        path = Path(text).expanduser().absolute()
+        return Storage(path.parent), path.name
+    check_no_secret(text)
+    text, _, options = (text, "", "") if text.startswith("file://") else text.partition("?")
+    protocol, _, below = text.rstrip("/").partition("://")
+    parent, _, name = below.rpartition("/")
+    if not parent:
+        parent, name = below, ""
+    return Storage(f"{protocol}://{parent}{'?' * bool(options)}{options}"), name
 
 
 def join_uri(root: str, name: str) -> str:

@@ -16,8 +16,8 @@ from torch import nn
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
-from pipeline import attack, checkpoints, train
-from pipeline.given import AUTOENCODER
+from pipeline import attack, checkpoints, pretrained, train
+from pipeline.given import AUTOENCODER, _name
 from pipeline.jobs import TrainingData
 from pipeline.main import main, parse
 from pipeline.recipes import RECIPES, full_suite
@@ -98,7 +98,9 @@ def test_the_budget_follows_from_the_images_unless_given(stranger: Path) -> None
 )
 def test_attacks_and_threat_models_are_set_one_without_the_other(stranger: Path, options: tuple[str, ...]) -> None:
     experiment = asked("--model", str(stranger), "--arch", "own_network:make", *options)
-    assert experiment.evaluation.threat_models == (options[1:] if "threat" in options[0] else ("white_box", "black_box"))
+    assert experiment.evaluation.threat_models == (
+        options[1:] if "threat" in options[0] else ("white_box", "black_box")
+    )
     assert experiment.evaluation.attacks == (options[1:] if "attacks" in options[0] else full_suite("0.3"))
 
 
@@ -129,6 +131,42 @@ def test_the_step_size_of_cw_goes_by_the_images(name: str, stranger: Path) -> No
     assert {s.lr for s in specs if s.name == "cw"} <= {0.01 if experiment.data.channels == 3 else 0.5}
     if experiment.paper in ("table1", "table3", "table4", "table6") or name == "a stranger's":
         assert any(s.name == "cw" for s in specs)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        (".hidden.pth", "hidden"),
+        ("..b.pth", "b"),
+        ("x" * 200 + ".pth", "x" * 84 + "-"),
+        ("ä" * 100 + ".pth", "ä" * 42 + "-"),
+        ("epoch=3 step.1.pth", "epoch-3-step.1"),
+        ("---.pth", "model"),
+    ],
+)
+def test_a_models_name_follows_from_any_name_of_its_file(stranger: Path, file: str, name: str) -> None:
+    renamed = stranger.rename(stranger.with_name(file))
+    (found,) = asked("--model", str(renamed), "--arch", "own_network:make").variants()
+    assert found == name or (name.endswith("-") and found.startswith(name) and len(found.encode()) == 93)
+
+
+def test_a_files_uri_has_options_and_a_key(stranger: Path) -> None:
+    where = "s3://b/c/x.v1.pth?endpoint_override=http://minio.example.com:9000&region=x"
+    for uri in (where, f"{where}#ema"):
+        storage, name, key = pretrained.locate(uri)
+        assert (storage.full_uri, name) == (where.replace("/x.v1.pth", ""), "x.v1.pth")
+        assert key == uri.removeprefix(where).removeprefix("#")
+        assert _name(uri) == "x.v1"
+    memory = Storage("memory://test-given/nets")
+    memory.write_bytes("a#1.pth", stranger.read_bytes())
+    for uri, name, key in (
+        ("a#1.pth", "a#1.pth", ""),
+        ("a#1.pth#ema", "a#1.pth", "ema"),
+        ("a.pth#ema", "a.pth", "ema"),
+    ):
+        assert pretrained.locate(memory.join(uri))[1:] == (name, key)
+    (name,) = asked("--model", memory.join("a#1.pth"), "--arch", "own_network:make").variants()
+    assert name == "a-1"
 
 
 def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,9 @@ def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
         ["run", *SMALL, "--storage", str(tmp_path / "s"), "--data.source", "parquet:s3://AKIA:hunter2@bucket/x"],
         ["run", *SMALL, "--storage", str(tmp_path / "s"), "--train.pretrained", "s3://AKIA:hunter2@bucket/x.pth"],
         ["run", "--from", "s3://AKIA:hunter2@bucket/run.json"],
+        ["run", "--from", "memory://bucket/run.json?secret_key=hunter2"],
+        ["attack", "--model", "memory://bucket/x.pth?secret_key=hunter2", "--arch", "resnet18"],
+        ["attack", "--model", "memory://bucket/x.pth?secret_key=hunter2#ema", "--arch", "resnet18"],
         ["attack", "--model", "s3://AKIA:hunter2@bucket/x.pth", "--arch", "resnet18", "--storage", str(tmp_path / "s")],
     ):
         assert main(place) in (1, 2), place

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from components.errors import ConfigError, UserError
 from pipeline import storage as storages
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, split_uri
 
 
 class FsspecStorage(Storage):
@@ -161,6 +161,35 @@ def test_options_of_a_uri_are_no_part_of_the_path() -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "directory", "name"),
+    [
+        ("/a/b/x.pth", "/a/b", "x.pth"),
+        ("/a/b/x?y#z.pth", "/a/b", "x?y#z.pth"),
+        ("/x.pth", "/", "x.pth"),
+        ("~/x.pth", "{home}", "x.pth"),
+        ("x.pth", "{here}", "x.pth"),
+        ("file:///a/x.pth", "file:///a", "x.pth"),
+        ("memory://b/c/x.pth", "memory://b/c", "x.pth"),
+        ("memory://x.pth", "memory://x.pth", ""),
+        (
+            "s3://b/c/x.pth?endpoint_override=minio:9000&region=x",
+            "s3://b/c?endpoint_override=minio:9000&region=x",
+            "x.pth",
+        ),
+        (
+            "s3://b/x.pth?endpoint_override=http://m:9000&region=x",
+            "s3://b?endpoint_override=http://m:9000&region=x",
+            "x.pth",
+        ),
+        ("s3://b?region=x", "s3://b?region=x", ""),
+    ],
+)
+def test_a_files_uri_is_its_directory_and_its_name(file: str, directory: str, name: str) -> None:
+    storage, found = split_uri(file)
+    assert (storage.full_uri, found) == (directory.format(home=Path.home(), here=os.getcwd()), name)
+
+
+@pytest.mark.parametrize(
     "uri",
     [
         "s3://AKIAEXAMPLE:hunter2@bucket/dir",
@@ -170,9 +199,10 @@ def test_options_of_a_uri_are_no_part_of_the_path() -> None:
     ],
 )
 def test_a_uri_with_a_password_is_refused_without_repeating_it(uri: str) -> None:
-    with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
-        Storage(uri)
-    assert "hunter2" not in str(caught.value)
+    for opened in (Storage, split_uri):
+        with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
+            opened(uri)
+        assert "hunter2" not in str(caught.value)
 
 
 def test_names_do_not_lead_out_of_a_storage(storage: Storage) -> None:
