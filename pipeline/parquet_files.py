@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -16,8 +15,19 @@ import pyarrow.parquet as pq
 from components.config import DataConfig
 from components.errors import DataError
 from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
-from pipeline.storage import Storage
-from pipeline.user_files import LFS_POINTER, Listing, first_names, is_text, list_directory, printable, reason
+from pipeline.storage import Storage, is_access
+from pipeline.user_files import (
+    CHECK_ACCESS,
+    LFS_POINTER,
+    Listing,
+    first_names,
+    is_text,
+    list_directory,
+    printable,
+    reason,
+)
+
+T = TypeVar("T")
 
 _LEVELS = 3
 """Levels of folders searched for Parquet files: the directory itself, ``data/`` or ``CONFIG/`` in it, and one level more."""
@@ -77,7 +87,7 @@ def _find_place(storage: Storage, test_split: str) -> _Place:
     """Return the folder that holds the splits; the directory itself where none does."""
     top = _look(storage, "", test_split)
     level = [top]
-    for _ in range(_LEVELS):
+    for depth in range(1, _LEVELS + 1):
         places = [place for place in level if place.holds_splits(test_split)]
         if len(places) > 1:
             names = [place.folder for place in places]
@@ -88,6 +98,8 @@ def _find_place(storage: Storage, test_split: str) -> _Place:
             )
         if places:
             return places[0]
+        if depth == _LEVELS:
+            break
         below = [_joined(place.folder, name) for place in level for name in place.others]
         level = [_look(storage, folder, test_split) for folder in below] if len(below) <= _MAX_FOLDERS else []
     return top
@@ -138,8 +150,8 @@ def _listing(storage: Storage, folder: str) -> Listing:
     if storage.is_local:
         # Arrow's own listing leaves out broken links, and fails at a name that is not UTF-8.
         return list_directory(storage.path(folder))
-    with reading(_joined(storage.uri, folder), "cannot be listed", "check the path and your access to it"):
-        infos = storage.fs.get_file_info(pafs.FileSelector(storage.path(folder)))
+    selector = pafs.FileSelector(storage.path(folder))
+    infos = asked(storage, _joined(storage.uri, folder), lambda: storage.fs.get_file_info(selector), "listed")
     visible = sorted((info.base_name, info.type) for info in infos if not info.base_name.startswith("."))
     return Listing(
         files=[name for name, kind in visible if kind == pafs.FileType.File],
@@ -151,9 +163,10 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
     """Open a Parquet file and read its footer.
 
     Raises:
-        DataError: it is gone, or is no Parquet file.
+        DataError: it is gone, cannot be reached, or is no Parquet file.
     """
-    with reading(f"{storage.uri}/{name}"):
+
+    def opened() -> pq.ParquetFile:
         file = storage.fs.open_input_file(storage.path(name))
         try:
             parquet = pq.ParquetFile(file)
@@ -163,14 +176,15 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
             if min(rows, default=0) < 0 or sum(rows) > file.size():
                 raise pa.ArrowInvalid(f"its footer says {sum(rows)} rows")
             return parquet
-        except (pa.ArrowException, OSError):
-            file.seek(0)
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+        except (pa.ArrowException, OSError) as e:
+            if not is_access(e) and file.read_at(len(LFS_POINTER), 0) == LFS_POINTER:
                 raise DataError(
                     f"{printable(f'{storage.uri}/{name}')} is a Git LFS pointer, not the file itself; run `git lfs pull` where the "
                     "data set was cloned"
                 ) from None
             raise
+
+    return asked(storage, f"{storage.uri}/{name}", opened)
 
 
 def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
@@ -179,19 +193,26 @@ def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-@contextlib.contextmanager
-def reading(
-    where: str,
-    fault: str = "is not a readable Parquet file",
-    remedy: str = "it is truncated or corrupt: get it again",
-) -> Iterator[None]:
-    """Turn what the file system or Arrow raises into a DataError: ``where``, ``fault``, the reason, ``remedy``."""
+def asked(storage: Storage, place: str, action: Callable[[], T], done: str = "read") -> T:
+    """Return what ``action`` returns, which is repeated while the storage does not answer.
+
+    Args:
+        place: the file or folder that it reads, for messages.
+        done: what is done to it: "read" or "listed".
+
+    Raises:
+        DataError: the place is gone or cannot be reached, or what Arrow found in it is no Parquet.
+    """
     try:
-        yield
+        return storage.patiently(action)
     except FileNotFoundError:
-        raise DataError(f"{printable(where)} does not exist on this machine; every node must reach the data") from None
+        raise DataError(f"{printable(place)} does not exist on this machine; every node must reach the data") from None
     except (pa.ArrowException, OSError, UnicodeError) as e:
-        raise DataError(f"{printable(where)} {fault} ({reason(e)}); {remedy}") from e
+        if done != "read" or is_access(e):
+            raise DataError(f"{printable(place)} cannot be {done} ({reason(e)}); {CHECK_ACCESS}") from e
+        raise DataError(
+            f"{printable(place)} is not a readable Parquet file ({reason(e)}); it is truncated or corrupt: get it again"
+        ) from e
 
 
 _DIGESTS: dict[tuple[str, int, Any], bytes] = {}
@@ -201,17 +222,20 @@ targets, and gigabytes need not be read as often."""
 
 def file_digest(storage: Storage, name: str) -> bytes:
     """Return the SHA-256 of a file. Raises DataError where it is gone or cannot be read."""
-    with reading(f"{storage.uri}/{name}", "cannot be read", "check the file and your access to it"):
-        path = storage.path(name)
+    path = storage.path(name)
+
+    def digest() -> bytes:
         info = storage.fs.get_file_info(path)
         key = f"{storage.uri}/{name}", info.size, info.mtime_ns
         if key not in _DIGESTS:
-            digest = hashlib.sha256()
+            sha256 = hashlib.sha256()
             with storage.fs.open_input_stream(path) as stream:
                 while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
-            _DIGESTS[key] = digest.digest()
+                    sha256.update(chunk)
+            _DIGESTS[key] = sha256.digest()
         return _DIGESTS[key]
+
+    return asked(storage, f"{storage.uri}/{name}", digest)
 
 
 _IMAGE_NAMES = ("image", "img")

@@ -26,6 +26,7 @@ from components.config import DataConfig
 from components.errors import ConfigError, DataError
 from pipeline.decode import decode, fitted
 from pipeline.parquet_files import (
+    asked,
     class_names_of,
     columns_of,
     file_digest,
@@ -425,7 +426,8 @@ class ParquetSource(Source):
         self, parquet: pq.ParquetFile, file: _ParquetFile, names: list[str], group: int | None = None
     ) -> pa.Table:
         rows = file.num_rows if group is None else file.row_group_rows[group]
-        try:
+
+        def read() -> pa.Table:
             if group is None:
                 table = parquet.read(columns=names, use_threads=False)
             else:
@@ -433,9 +435,9 @@ class ParquetSource(Source):
             if table.num_rows != rows:
                 raise pa.ArrowInvalid(f"it holds {table.num_rows} rows where its footer says {rows}")
             return table
-        except (pa.ArrowException, OSError) as e:
-            part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
-            raise DataError(f"{self._path(file)}{part}: the Parquet file is corrupt ({reason(e)}); get it again") from e
+
+        part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
+        return asked(self.storage, f"{self._path(file)}{part}", read)
 
     def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int, rows: np.ndarray) -> np.ndarray:
         """Return the labels of some rows of the file, int64; ``table`` begins at ``first_row``."""

@@ -60,7 +60,7 @@ def may_pass(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in PASSING_ERRNO
-    return bool(PASSING_TEXT.search(str(error)))
+    return isinstance(error, (TimeoutError, ConnectionError)) or bool(PASSING_TEXT.search(str(error)))
 
 
 def is_access(error: BaseException) -> bool:
@@ -85,7 +85,7 @@ def patiently(action: Callable[[], T], place: str, patience_s: float | None = No
             if not may_pass(e) or time.monotonic() + pause > deadline:
                 raise
             if not told:
-                say(f"storage {place} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
+                say(f"{place} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
                 told = True
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -165,7 +165,7 @@ class Storage:
 
     def patiently(self, action: Callable[[], T], patience_s: float | None = None) -> T:
         """Return what ``action`` returns, as :func:`patiently` does."""
-        return patiently(action, self.uri, patience_s)
+        return patiently(action, f"storage {self.uri}", patience_s)
 
     @contextlib.contextmanager
     def _errors(self, name: str, done: str) -> Iterator[None]:

@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from components.errors import DataError
+from pipeline.storage import patiently
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What a file begins with that `git clone` has left in the place of a file kept by Git LFS."""
+
+CHECK_ACCESS = "check the connection and your access to it, then run again"
+"""The remedy for what exists, but cannot be reached."""
 
 
 @dataclass
@@ -37,21 +41,23 @@ def list_directory(path: str) -> Listing:
     Raises:
         DataError: it cannot be listed.
     """
-    listing = Listing()
-    try:
+
+    def look() -> Listing:
+        listing = Listing()
         with os.scandir(path) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.startswith("."):
                     continue
                 kind = listing.broken
                 with contextlib.suppress(OSError):  # of a link that leads back to itself
                     kind = listing.folders if entry.is_dir() else listing.files if entry.is_file() else kind
                 kind.append(entry.name)
+        return listing
+
+    try:
+        return patiently(look, printable(path))
     except OSError as e:
-        raise DataError(f"{printable(path)} cannot be listed ({reason(e)}); make it readable") from e
-    for names in (listing.files, listing.folders, listing.broken):
-        names.sort()
-    return listing
+        raise DataError(f"{printable(path)} cannot be listed ({reason(e)}); {CHECK_ACCESS}") from e
 
 
 def read_file(path: str) -> bytes:
@@ -60,9 +66,13 @@ def read_file(path: str) -> bytes:
     Raises:
         DataError: it cannot be read, or is gone.
     """
-    try:
+
+    def read() -> bytes:
         with open(path, "rb") as file:
             return file.read()
+
+    try:
+        return patiently(read, printable(path))
     except OSError as e:
         raise DataError(
             f"{printable(path)} cannot be read ({reason(e)}); restore it, or remove it and run again"

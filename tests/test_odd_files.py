@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,11 +22,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_layouts import PNG, folders, hub, outcome
 from test_sources import IMAGE, encode, grey, write_parquet
+from test_storage import Flaky
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError, UserError
+from pipeline import storage as storages
 from pipeline.decode import decode, fitted
-from pipeline.sources import check_source, open_source
+from pipeline.sources import Source, check_source, open_source
+from pipeline.user_files import reason
 
 # --- what is no file ------------------------------------------------------------------------------------------------------
 
@@ -145,6 +150,96 @@ def test_a_parquet_file_that_vanishes_is_named(tmp_path: Path) -> None:
     for look in (lambda: source.fingerprint, source.labels):
         with pytest.raises(DataError, match=r"/test\.parquet (cannot be read|is not a readable Parquet file) \("):
             look()
+
+
+class Remote(Flaky):
+    """A file system of fsspec, remote://PATH, whose connection may also be lost within a file."""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("remote://")))
+
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        file = super().open(*args, **kwargs)
+        read = file.read
+
+        def reading(*sizes: int) -> bytes:
+            self._maybe_fail()
+            return bytes(read(*sizes))
+
+        file.read = reading
+        return file
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """Parquet files on a file system whose connection is lost where a test sets ``Remote.failures``."""
+    fsspec.register_implementation("remote", Remote, clobber=True)
+    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(Remote, "failures", 0)
+    data = hub(tmp_path, "train.parquet", "test.parquet")
+    return replace(data, source=data.source.replace("parquet:", "parquet:remote://"))
+
+
+ACTS: dict[str, Callable[[DataConfig, Source], object]] = {
+    "open": lambda data, _: open_source(data, "test"),
+    "labels": lambda _, source: source.labels(),
+    "fingerprint": lambda _, source: source.fingerprint,
+    "read": lambda _, source: source.read(np.arange(1)),
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_remote_data_set_that_does_not_answer_is_asked_again(
+    act: str, remote: DataConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = open_source(remote, "test")
+    monkeypatch.setattr(Remote, "failures", 2)
+    ACTS[act](remote, source)
+    assert Remote.failures == 0
+    assert "does not answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 28, Timeout was reached"),
+        OSError("AWS Error ACCESS_DENIED during GetObject operation: Access Denied"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EIO, "Input/output error"),
+        TimeoutError("no answer"),
+    ],
+)
+def test_a_data_set_that_cannot_be_reached_is_not_called_corrupt(
+    act: str, error: OSError, remote: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(remote, "test")
+    monkeypatch.setattr(storages, "RETRY_S", 0.02)
+    monkeypatch.setattr(Remote, "error", error)
+    monkeypatch.setattr(Remote, "failures", 1000)
+    with pytest.raises(UserError, match=reason(error)) as caught:
+        ACTS[act](remote, source)
+    assert "corrupt" not in str(caught.value)
+    if act != "open":
+        assert "check the connection and your access" in str(caught.value)
+
+
+def test_local_files_on_a_disk_that_fails_for_a_moment_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    data = folders(tmp_path, "val/a/0.png", "val/b/0.png")
+    scandir, errors = os.scandir, [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+
+    def stale(path: str) -> Any:
+        if errors:
+            raise errors.pop()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    assert outcome(data) == "read"
+    assert not errors
 
 
 def test_folders_that_cannot_be_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +519,6 @@ def test_damaged_parquet_files_are_read_or_named(
 
 
 def test_the_reason_is_one_line() -> None:
-    from pipeline.user_files import reason
 
     assert reason(OSError(2, "No such file", "x")) == "No such file"
     assert reason(ValueError("one\ntwo")) == "one"
