@@ -50,10 +50,14 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     elif not networks:
         raise DataError(_no_tensors(top, where))
     else:
+        # Every network has a matrix or a filter; statistics and metrics that stand beside one rarely have.
+        with_matrix = {name: tensors for name, tensors in networks.items() if any(t.ndim > 1 for t in tensors.values())}
+        networks = with_matrix or networks
         usual = [name for name in USUAL if name in networks]
         if len(networks) > 1 and not usual:
-            ways = listed(f"{where}#{name}" for name in networks)
-            raise DataError(f"{where} holds the weights of {len(networks)} networks: name one, as in {ways}")
+            ways = listed(f"{where}#{name}" for name in networks if name)
+            alone = "; or save the tensors at its top alone" if "" in networks else ""
+            raise DataError(f"{where} holds the weights of {len(networks)} networks: name one, as in {ways}{alone}")
         chosen = usual[0] if usual else next(iter(networks))
     for name, tensor in networks[chosen].items():
         if reason := why_not_saved(tensor):
@@ -65,8 +69,8 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     bare = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     weights = Weights(bare if len(bare) == len(tensors) else tensors)
     weights.where = f"{where} (the weights under {chosen!r}; at its top: {listed(top)})" if chosen else where
-    if len(networks) > 1 and not key:
-        others = listed(f"{where}#{name}" for name in networks if name != chosen)
+    others = "" if key else listed(f"{where}#{name}" for name in networks if name not in ("", chosen))
+    if others:
         weights.note = f"{where} holds several networks; the weights under {chosen!r} are taken. For others: {others}"
     return weights
 
@@ -239,10 +243,9 @@ def _networks(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dic
     """Yield the dictionaries of tensors in a file with their keys; those of optimizers and of metrics are no networks."""
     if not isinstance(value, dict) or len(path) > _DEEPEST:
         return
-    if value and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()):
-        if any(tensor.ndim for tensor in value.values()):
-            yield ".".join(path), value
-        return
+    tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if any(tensor.ndim for tensor in tensors.values()):
+        yield ".".join(path), tensors
     for name, inner in value.items():
         if isinstance(name, str) and "optim" not in name.lower():
             yield from _networks(inner, (*path, name))

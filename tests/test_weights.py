@@ -97,6 +97,9 @@ CHECKPOINTS: dict[str, Any] = {
     "nested twice": lambda: {"ema": {"decay": 0.999, "module": weights()}},
     "an average of torch's": lambda: {"n_averaged": torch.tensor(7), **prefixed("module.")},
     "a tensor beside it": lambda: {"weights": weights(), "accuracy": torch.tensor([0.9, 0.8])},
+    "statistics beside its tensors": lambda: {**weights(), "stats": {"mean": torch.zeros(3)}, "epoch": 3},
+    "entries without a tensor": lambda: {"state_dict": {**weights(), "extra": None, "version": 2}, "loss": 0.1},
+    "statistics within it": lambda: {"state_dict": {**weights(), "stats": {"covariance": torch.eye(3)}}},
     "a class of the script's own": lambda: {"net": weights(), "config": Settings(lr=0.1)},
     "parameters": lambda: {k: nn.Parameter(v) for k, v in weights().items()},
 }
@@ -143,6 +146,15 @@ def test_of_several_networks_in_a_file_one_is_named(tmp_path: Path) -> None:
     assert torch.equal(loaded(f"{file}#generator").state_dict()["head.bias"], other["head.bias"])
     with pytest.raises(DataError, match=r"no weights under 'student'.*generator, teacher\.net"):
         loaded(f"{file}#student")
+
+
+def test_tensors_beside_a_network_are_one_of_their_own(tmp_path: Path) -> None:
+    file, other = tmp_path / "two.pth", {k: v + 1 for k, v in weights().items()}
+    torch.save({**weights(), "teacher": other}, file)
+    said = said_of(file)
+    assert f"{file}#teacher" in said
+    assert "save the tensors at its top alone" in said
+    assert torch.equal(loaded(f"{file}#teacher").state_dict()["head.bias"], other["head.bias"])
 
 
 def test_of_usual_names_the_first_is_taken_and_said(tmp_path: Path) -> None:
