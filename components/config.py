@@ -24,6 +24,10 @@ MIN_LEVEL_SIZE = 7
 MAX_LEVELS = 4
 MAX_IMAGE_SIZE = 2**14
 """One image of this size in RGB takes 800 MB: a larger one is a mistake."""
+MAX_WIDTH = 4096
+"""A ResNet-18 of this width takes 180 GB: a larger one is a mistake."""
+MAX_CLASSES = 10**6
+"""ImageNet-21k has 21,841 classes. The last layer of a standard network takes 2 to 8 GB for a million."""
 FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
 PRINTED_IN = (*(f"table{i}" for i in range(1, 9)), "sec4.2", "sec4.3", "sec4.5")
 """Where the paper prints numbers: its tables and three sections of its text."""
@@ -173,6 +177,7 @@ class DataConfig:
         level_sizes(self.image_size)
         _check(self.channels in (1, 3), "data.channels", self.channels, "1 (grey) or 3 (RGB)")
         _check(self.num_classes >= 2, "data.num_classes", self.num_classes, "at least 2")
+        _check(self.num_classes <= MAX_CLASSES, "data.num_classes", self.num_classes, f"at most {MAX_CLASSES}")
         _check(0 <= self.validation_fraction < 1, "data.validation_fraction", self.validation_fraction, "in [0, 1)")
         _check(self.train_limit >= 0, "data.train_limit", self.train_limit, "0 (all) or more")
         _check(self.test_limit >= 0, "data.test_limit", self.test_limit, "0 (all) or more")
@@ -352,6 +357,7 @@ class TrainConfig:
             ", ".join(ENCODER_BLOCKS) + " or MODULE:FUNCTION (docs/networks.md)",
         )
         _check(self.width >= 1, "train.width", self.width, "at least 1 channel")
+        _check(self.width <= MAX_WIDTH, "train.width", self.width, f"at most {MAX_WIDTH} channels")
         if own:  # how many blocks it has is known when it is built
             _check(self.shared_blocks >= 1, "train.shared_blocks", self.shared_blocks, "at least 1")
         else:

@@ -173,7 +173,7 @@ class Storage:
         try:
             yield
         except FileNotFoundError:
-            raise StorageError(f"{self.uri}/{name} does not exist") from None
+            raise StorageError(f"{self.uri}/{name} does not exist; check the path") from None
         except (OSError, pa.ArrowException) as e:
             raise StorageError(f"{self.uri}/{name} could not be {done}: {e}") from e
 

@@ -84,7 +84,9 @@ def load_space(options: SweepOptions) -> tuple[str, Space]:
     except UserError as e:
         raise ConfigError(f"{path}: {e}") from None
     except Exception as e:  # whatever the user's file does
-        raise ConfigError(f"{path} is not a search space: {type(e).__name__}: {e}") from e
+        raise ConfigError(
+            f"{path} is not a search space: {type(e).__name__}: {e}; mend the file, or copy one of tune_spaces/"
+        ) from e
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
         raise ConfigError(f"{path} has no SPACE = Space(...); copy a file of tune_spaces/ (docs/sweeps.md)")

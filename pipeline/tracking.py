@@ -340,7 +340,7 @@ def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
             )
             return f"mlflow:runs:/{run_id}/{path}", Path(file).read_bytes()
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as e:
-        raise UserError(f"{said} cannot be had: {_reason(e)}") from None
+        raise UserError(f"{said} cannot be had: {_reason(e)}; check the name and --tracking-uri") from None
 
 
 def _where(client: MlflowClient, uri: str) -> tuple[str, str]:

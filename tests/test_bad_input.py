@@ -9,6 +9,7 @@ part that names the remedy.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -118,11 +119,13 @@ class Case:
     """The part of the message that names the remedy."""
     make: Callable[[Path], object] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    without: str = ""
+    """A package that must not be installed for this to be wrong."""
 
 
-def override(option: str, says: str, do: str, given: str = "", arguments: str = SMALL) -> Case:
+def override(option: str, says: str, do: str, given: str = "", arguments: str = SMALL, without: str = "") -> Case:
     """A recipe with one wrong field."""
-    return Case(given or f"`{option}`", f"{arguments} {option}", says, do)
+    return Case(given or f"`{option}`", f"{arguments} {option}", says, do, without=without)
 
 
 CASES: dict[str, list[Case]] = {
@@ -161,7 +164,7 @@ CASES: dict[str, list[Case]] = {
         override("--data.source torchvision:svhn", "data.source is 'torchvision:svhn'", "it must be torchvision:mnist or torchvision:cifar10"),
         override("--data.image-size 6", "data.image_size is 6", "it must be at least 7 pixels"),
         override("--data.image-size 100000", "data.image_size is 100000", "it must be at most 16384 pixels"),
-        override("--data.num-classes 100000000000", "this machine has too little memory", "lower --train.width, --data.image-size, --data.num-classes"),
+        override("--data.num-classes 100000000000", "data.num_classes is 100000000000", "it must be at most 1000000"),
         override("--data.image-size 32", "28x28 pixels, but data.image_size is 32", "set data.image_size"),
         override("--data.channels 2", "data.channels is 2", "it must be 1 (grey) or 3 (RGB)"),
         override("--data.num-classes 1", "data.num_classes is 1", "it must be at least 2"),
@@ -193,7 +196,7 @@ CASES: dict[str, list[Case]] = {
         override("--train.epochs -3", "train.epochs is -3", "it must be 0 or more"),
         override("--train.batch-size 0", "train.batch_size is 0", "it must be at least 1"),
         override("--train.batch-size 63 --scaling.workers 2", "models[a].batch_size is 63", "it must be a multiple of scaling.workers (2)"),
-        override("--train.width 100000000", "this machine has too little memory", "lower --train.width"),
+        override("--train.width 100000000", "train.width is 100000000", "it must be at most 4096 channels"),
         override(f"--train.epochs 1{'0' * 30}", "train.epochs is 1000", "it must be a number from -2**63 to 2**63 - 1", "a number of 31 digits"),
         override("--train.width 0", "train.width is 0", "it must be at least 1 channel"),
         override("--train.shared-blocks 5", "train.shared_blocks is 5", "it must be 1 to 4"),
@@ -264,22 +267,22 @@ CASES: dict[str, list[Case]] = {
         override("--train.arch :net", "train.arch is ':net'", "it must be resnet18, resnet50, vgg16, vgg16_bn, or MODULE:FUNCTION"),
         override("--train.arch torchvision:resnet18", "data.channels is 1, but torchvision's networks take 3", "--data.channels 3"),
         override("--train.arch torchvision:resnet99 --data.channels 3", "train.arch is 'torchvision:resnet99'", "it must be a name that torchvision can build"),
-        override("--train.arch timm:resnet18", "train.arch is 'timm:resnet18'", "it must be a network of an installed library (No module named 'timm'): pip install timm"),
+        override("--train.arch timm:resnet18", "train.arch is 'timm:resnet18'", "it must be a network of an installed library (No module named 'timm'): pip install timm", without="timm"),
         override("--train.arch torchvision:resnet18,transform_input=true --data.channels 3", "train.arch is", "have an option"),
         override("--train.arch json:loads", "calling it with num_classes=10", "failed (TypeError"),
     ],
     "Weights (`--train.pretrained`, `attack --model`)": [
-        Case("a file that does not exist", GIVEN + " --arch resnet18", "weights.pth does not exist", "does not exist"),
+        Case("a file that does not exist", GIVEN + " --arch resnet18", "weights.pth does not exist", "check the path"),
         Case("weights without `--arch`", GIVEN, "--arch is missing", "name the network", weights),
         Case("`--model` without a value", "attack --model", "--model: expected one argument", "main.py attack --help"),
         Case("a norm that is none", f"{GIVEN} --arch resnet18 --norm l3", "--norm is 'l3'", "it must be linf or l2", weights),
         Case("`--eps 8`", f"{GIVEN} --arch resnet18 --eps 8", "--eps is 8.0", "it must be at most 1 in linf, in units of [0,1] pixels: write 8/255", weights),
-        Case("weights of another network", f"{GIVEN} --arch resnet18", "another architecture", "another architecture", weights),
+        Case("weights of another network", f"{GIVEN} --arch resnet18", "another architecture", "name the network that they are of (--arch", weights),
         Case("a dictionary without tensors", f"{GIVEN} --arch resnet18", "holds no dictionary of tensors", "Give a state_dict", lambda here: weights(here, {"epoch": 3})),
         Case("a safetensors file cut short", "attack --model {here}/w.safetensors --arch resnet18", "cannot be read as a state_dict", "copy it again", text("w.safetensors", "abc")),
         Case("weights of another number of classes", f"{GIVEN} --arch own_network:make", "holds a head of 4 classes, but data.num_classes is 10", "--data.num-classes 4", lambda here: other_head(here)),
         Case("torchvision's weights that do not exist", "attack --model torchvision:NONE --arch torchvision:resnet18 --data.channels 3", "train.pretrained is 'torchvision:NONE'", "it must be torchvision:IMAGENET1K_V1"),
-        Case("weights that MLflow does not have", "attack --model mlflow:models:/nobody@best --arch resnet18", "mlflow:models:/nobody@best", "not found"),
+        Case("weights that MLflow does not have", "attack --model mlflow:models:/nobody@best --arch resnet18", "mlflow:models:/nobody@best", "check the name and --tracking-uri"),
         Case("an MLflow name without its kind", "attack --model mlflow:nobody --arch resnet18", "mlflow:nobody", "give mlflow:models:/NAME@ALIAS"),
     ],
     "Data files": [
@@ -295,10 +298,10 @@ CASES: dict[str, list[Case]] = {
                 ("no test split", "parquet", "no file for the test split", "there are only", lambda here: (parquet(here), (here / "test.parquet").unlink())),
                 ("half of the shards", "parquet", "1 of 2 train-*-of-*.parquet files are there", "get the missing ones", lambda here: (parquet(here), (here / "train.parquet").rename(here / "train-00000-of-00002.parquet"))),
                 ("no column of images", "parquet", "no column of images", "name the column in data.image_column", lambda here: parquet(here, image=[])),
-                ("images that are paths", "parquet", "column 'image' is string", "not a struct of bytes and path", lambda here: parquet(here, image=["a.png"] * 40)),
+                ("images that are paths", "parquet", "column 'image' is string", "name the column in data.image_column, or convert it", lambda here: parquet(here, image=["a.png"] * 40)),
                 ("no column of labels", "parquet", "no column of labels", "name the column in data.label_column", lambda here: parquet(here, label=[])),
                 ("labels that are words", "parquet", "column 'label' is string", "or convert it", lambda here: parquet(here, label=["cat"] * 40)),
-                ("a label out of range", "parquet", "row 17: label 12 is not in 0..9", "row 17", lambda here: row_17(here, "label", 12)),
+                ("a label out of range", "parquet", "row 17: label 12 is not in 0..9", "set data.num_classes to this data set's number of classes, or repair the label", lambda here: row_17(here, "label", 12)),
                 ("a missing label", "parquet", "row 17: the label is missing", "repair or remove this row", lambda here: row_17(here, "label", None)),
                 ("a class without an image", "parquet", "1 of 10 classes have no image", "data.allow_empty_classes=true", sample_without_a_class),
                 ("a first image that is no image", "parquet", "the image cannot be decoded", "Get the file again", lambda here: parquet(here, image=[{"bytes": b"GIF8", "path": None}] * 40)),
@@ -329,7 +332,7 @@ CASES: dict[str, list[Case]] = {
         Case("a space that does not exist", "sweep mnist-smoke --space nope", "--space is 'nope'", "it must be a file that exists (in a job: in its working directory), or one of ablation, lambda_blocks"),
         Case("a space that is no Python", "sweep mnist-smoke --space {here}/space.txt", "--space is", "it must be a file whose name ends in .py", text("space.txt", "")),
         Case("a space file without SPACE", "sweep mnist-smoke --space {here}/space.py", "has no SPACE = Space(...)", "copy a file of tune_spaces/", text("space.py", "x = 1")),
-        Case("a space file that fails", "sweep mnist-smoke --space {here}/space.py", "is not a search space: NameError", "space.py", text("space.py", "SPACE = Space()")),
+        Case("a space file that fails", "sweep mnist-smoke --space {here}/space.py", "is not a search space: NameError", "mend the file, or copy one of tune_spaces/", text("space.py", "SPACE = Space()")),
         Case("`--trials many`", "sweep mnist-smoke --space lambda_blocks --trials many", "--trials: invalid int value: 'many'", "main.py sweep --help"),
         Case("`--trials 0`", "sweep mnist-smoke --space lambda_blocks --trials 0", "space.trials is 0", "it must be at least 1"),
         Case("`--search bayes`", "sweep mnist-smoke --space lambda_blocks --search bayes", "space.search is 'bayes'", "it must be one of 'grid', 'random', 'tpe'"),
@@ -355,7 +358,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "Records (`run --from FILE`)": [
         Case("no file", "run --from", "--from needs a file", "the best.json of a sweep, or the run.json of a run"),
-        Case("a file that does not exist", "run --from {here}/run.json", "{here}/run.json does not exist", "does not exist"),
+        Case("a file that does not exist", "run --from {here}/run.json", "{here}/run.json does not exist", "check the path"),
         Case("a file that is no JSON", "run --from {here}/run.json", "run.json is not valid JSON", "delete it", text("run.json", "{")),
         Case("JSON without an experiment", "run --from {here}/run.json", "--from is", "it must be a record with an experiment", text("run.json", "[]")),
         *(
@@ -413,6 +416,8 @@ def identifiers() -> dict[str, tuple[str, Case]]:
 def test_bad_input_is_one_clear_error_before_compute(
     case: Case, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if case.without and importlib.util.find_spec(case.without):
+        pytest.skip(f"{case.without} is installed")
     if case.make is not None:
         case.make(tmp_path)
     # a run is kept below HOME unless --storage says otherwise
@@ -435,6 +440,10 @@ def test_bad_input_is_one_clear_error_before_compute(
 
 def test_the_corpus_is_large_and_has_no_case_twice() -> None:
     assert len(identifiers()) == sum(map(len, CASES.values())) >= 150
+
+
+def test_a_remedy_is_not_the_cause_again() -> None:
+    assert [name for name, (_, case) in identifiers().items() if case.do in case.says] == []
 
 
 def page() -> str:

@@ -9,14 +9,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from components.config import DataConfig, Experiment
-from pipeline.main import main, parse
+from pipeline.main import _is_shortage, main, parse
 from pipeline.recipes import RECIPES
 from pipeline.run import run_address
 
@@ -340,3 +343,11 @@ def test_a_typo_is_answered_without_loading_the_libraries() -> None:
     for arguments in ("'rnu'", "'run', 'mnist-dmeo'", "'sweep', 'mnist-smoke', '--trials', 'x'", "'sweep', '--help'"):
         code = f"from pipeline.main import main; main([{arguments}]); import sys; sys.exit({{'torch', 'ray', 'mlflow', 'numpy'}} & set(sys.modules) or 0)"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: torch.empty(2**62), lambda: np.empty(2**56)])
+def test_too_little_memory_is_told_from_other_errors(allocate: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    assert _is_shortage(caught.value)
+    assert not _is_shortage(RuntimeError("another error"))

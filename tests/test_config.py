@@ -150,6 +150,8 @@ def test_alternating_needs_its_epochs_and_an_autoencoder() -> None:
         (ScalingConfig, "scaling", "workers", 2**63, "a number from -2**63"),
         (EvaluationConfig, "evaluation", "search_precision", "float16", "'float32', 'bfloat16'"),
         (DataConfig, "data", "image_size", 2**14 + 1, "at most 16384"),
+        (DataConfig, "data", "num_classes", 10**6 + 1, "at most 1000000"),
+        (TrainConfig, "train", "width", 4097, "at most 4096 channels"),
         (TrainConfig, "train", "reformer_sigma", 0.0, "above 0"),
         (EvaluationConfig, "evaluation", "test_images", -1, "0 (all)"),
         (EvaluationConfig, "evaluation", "chunk_size", 0, "at least 1"),
