@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 # before Ray and MLflow are imported by any test
@@ -20,6 +22,15 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this nod
 # else tests starve beside anything else that runs; Ray spells it so
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
+# a test publishes to an MLflow of its own, and never to that of the person who starts it
+for _name in [name for name in os.environ if name.startswith("MLFLOW_TRACKING_")]:
+    del os.environ[_name]
+for _name in ("MLFLOW_EXPERIMENT_NAME", "DEFENDPP_REVISION"):
+    os.environ.pop(_name, None)
+
+# The same examples in every run: a failure can be repeated, and a time limit would be one of the machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")
 
 TESTS = Path(__file__).resolve().parent
 SHARED_DATA = TESTS.parents[1] / "shared" / "data"
@@ -72,6 +83,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def mute() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")

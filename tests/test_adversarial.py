@@ -216,7 +216,7 @@ def test_no_sample_leaves_early(model: nn.Sequential) -> None:
     assert rows == [24] * 4
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     eps=st.floats(1e-3, 1),
     norm=st.sampled_from(["linf", "l2"]),

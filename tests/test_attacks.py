@@ -395,7 +395,7 @@ def test_default_step_size_is_2_5_eps_over_steps() -> None:
 some_convnet = functools.cache(convnet)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     text=st.sampled_from([t.partition(":")[0] + (",norm=l2" if "norm=l2" in t else "") for t in ONE_OF_EACH[:-2]]),
     eps=st.floats(1e-4, 3),

@@ -317,7 +317,7 @@ def test_level_sizes_refuses_small_images() -> None:
     refused(lambda: level_sizes(6), "data.image_size", 6, "at least 7 pixels")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,8}", fullmatch=True),
     st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.from_regex(r"[a-z0-9.=-]{0,8}", fullmatch=True)),
@@ -398,7 +398,7 @@ def test_replace_typed_converts_by_the_fields_type() -> None:
     assert replace_typed(base, {"channels_last": "false"}, "x").channels_last is False
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.builds(
         TrainConfig,

@@ -40,7 +40,7 @@ def test_equals_torch_dct_and_scipy(size: int, backend: dct.Backend) -> None:
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(2, 48), data=st.data())
 def test_any_pair_of_sizes(size: int, data: st.DataObject) -> None:
     target = data.draw(st.integers(1, size - 1))

@@ -23,10 +23,6 @@ from pipeline.main import COMMANDS, parse, recorded
 from pipeline.recipes import RECIPES
 
 VALID = to_dict(RECIPES["mnist-smoke"].make())
-repeated = settings(  # the same examples each time: what CI finds is found again
-    derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-
 numbers = st.one_of(
     st.integers(-(2**70), 2**70),
     st.floats(),
@@ -59,7 +55,6 @@ def leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str
 FIELDS = leaves(VALID)
 
 
-@repeated
 @given(json_values)
 def test_any_json_is_a_config_or_is_refused(values: Any) -> None:
     for cls in (Experiment, TrainConfig, AttackSpec):
@@ -67,7 +62,7 @@ def test_any_json_is_a_config_or_is_refused(values: Any) -> None:
             from_dict(cls, values)
 
 
-@settings(repeated, max_examples=400)
+@settings(max_examples=400)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), json_values), min_size=1, max_size=3))
 def test_a_config_with_any_field_changed_is_a_config_or_is_refused(changes: list[tuple[tuple[str, ...], Any]]) -> None:
     values = copy.deepcopy(VALID)
@@ -82,7 +77,6 @@ def test_a_config_with_any_field_changed_is_a_config_or_is_refused(changes: list
         assert from_dict(Experiment, to_dict(config)) == config or "nan" in repr(config)
 
 
-@repeated
 @given(st.binary(max_size=40))
 def test_any_file_is_a_record_or_is_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "fuzzed.json"
@@ -95,7 +89,7 @@ fields = st.sampled_from([f.name for f in dataclasses.fields(AttackSpec)] + ["x"
 values = st.one_of(numbers.map(str), texts, st.sampled_from(["8/255", "1/0", "-1/-5", "l2", "random", "dlr", "1/inf"]))
 
 
-@settings(repeated, max_examples=400)
+@settings(max_examples=400)
 @given(st.sampled_from([*ATTACK_NAMES, "", "x"]), st.dictionaries(fields, values, max_size=4), texts)
 def test_any_text_is_an_attack_or_is_refused(name: str, settings: dict[str, str], text: str) -> None:
     for candidate in (text, f"{name}:" + ",".join(f"{k}={v}" for k, v in settings.items()), name):
@@ -105,7 +99,7 @@ def test_any_text_is_an_attack_or_is_refused(name: str, settings: dict[str, str]
             spec.check_fits(1, 28)
 
 
-@settings(repeated, max_examples=400)
+@settings(max_examples=400)
 @given(texts, st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)]), values, max_size=3))
 def test_any_text_is_a_model_or_is_refused(text: str, overrides: dict[str, str]) -> None:
     with contextlib.suppress(UserError):
@@ -141,14 +135,14 @@ def accepted_or_refused(command: str, arguments: list[str]) -> None:
         parse(command, arguments)
 
 
-@settings(repeated, max_examples=25, suppress_health_check=[*HealthCheck])
+@settings(max_examples=25, suppress_health_check=[*HealthCheck])
 @given(st.sampled_from(COMMANDS), st.lists(tokens, max_size=6))
 def test_any_command_line_is_parsed_or_is_refused(quick: None, command: str, arguments: list[str]) -> None:
     accepted_or_refused(command, arguments)
     accepted_or_refused(command, ["mnist-smoke", *arguments])
 
 
-@settings(repeated, max_examples=25, suppress_health_check=[*HealthCheck])
+@settings(max_examples=25, suppress_health_check=[*HealthCheck])
 @given(st.lists(st.tuples(st.sampled_from(OPTIONS), st.one_of(texts, numbers.map(str))), min_size=1, max_size=3))
 def test_any_override_is_taken_or_is_refused(quick: None, overrides: list[tuple[str, str]]) -> None:
     accepted_or_refused("run", ["mnist-smoke", *(word for pair in overrides for word in pair)])

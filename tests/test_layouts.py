@@ -376,7 +376,7 @@ def outcome(data: DataConfig) -> str:
         return text
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @example(labels=["a\nb", "\U0001f40c"], split="été\t", test_split="été\t")
 @given(labels=st.lists(NAMES, min_size=1, max_size=4), split=WORDS | NAMES, test_split=st.just("") | WORDS | NAMES)
 def test_any_names_of_folders_are_read_or_refused(labels: list[str], split: str, test_split: str) -> None:
@@ -396,7 +396,7 @@ def test_any_names_of_folders_are_read_or_refused(labels: list[str], split: str,
             assert said == "read"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @example(names=[("data/", "été\n")], test_split="été\n")
 @given(
     names=st.lists(st.tuples(st.just("") | st.just("data/") | WORDS.map(lambda w: w + "/"), WORDS | NAMES), max_size=4),
@@ -414,7 +414,7 @@ def test_any_names_of_parquet_files_are_read_or_refused(names: list[tuple[str, s
             assert said == "read" or "-of-" in test_split
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     labels=st.lists(st.none() | st.integers(-2, 4), max_size=6)
     | st.lists(st.none() | st.floats(), max_size=3)

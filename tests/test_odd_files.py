@@ -433,7 +433,7 @@ def test_small_and_long_images_are_resized_or_refused() -> None:
     assert fitted(Image.new("L", (3000, 28)), 28).size == (28, 28)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @example("JPEG", [(0.9, 0)], 0.5)
 @given(
     name=st.sampled_from(list(READABLE)),
@@ -504,7 +504,7 @@ def test_a_bad_image_is_named_by_file_and_row(tmp_path: Path) -> None:
     assert "/test.parquet row 2: there is no image" in outcome(DataConfig(source=f"parquet:{tmp_path}", num_classes=3))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_damaged_parquet_files_are_read_or_named(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, int]]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
@@ -359,7 +359,6 @@ def test_wilson_at_the_ends() -> None:
             wilson_interval(successes, n)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 20), st.integers(0, 20))
 def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, both: int, neither: int) -> None:
     a = np.array([True] * only_a + [False] * only_b + [True] * both + [False] * neither, dtype=bool)

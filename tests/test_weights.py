@@ -371,9 +371,7 @@ _LEAVES = st.one_of(
 )
 _KEYS = st.one_of(st.sampled_from(["state_dict", "model", "net", "module.w", "", ".", "a.b"]), st.integers(0, 2))
 _NESTED = st.recursive(_LEAVES, lambda inner: st.dictionaries(_KEYS, inner, max_size=4) | st.lists(inner, max_size=2))
-_QUICK = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+_QUICK = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 def loads_or_says_why(file: Path) -> None:
