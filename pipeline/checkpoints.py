@@ -81,7 +81,7 @@ def list_checkpoints(storage: Storage) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
+class StoredCheckpoint:
     """The checkpoint from which training goes on."""
 
     path: str
@@ -91,7 +91,7 @@ class Found:
     """Paths of newer checkpoints, which cannot be read."""
 
 
-def newest_whole(storage: Storage) -> Found:
+def newest_whole(storage: Storage) -> StoredCheckpoint:
     """Return the newest checkpoint below a directory that is not damaged. The damaged ones are left for inspection until
     the next checkpoint is written.
 
@@ -102,9 +102,9 @@ def newest_whole(storage: Storage) -> Found:
     for name in reversed(list_checkpoints(storage)):
         data, path = storage.read_bytes(name), f"{storage.uri}/{name}"
         if _is_whole(data):
-            return Found(path, data, tuple(damaged))
+            return StoredCheckpoint(path, data, tuple(damaged))
         damaged.append(path)
-    return Found("", b"", tuple(damaged))
+    return StoredCheckpoint("", b"", tuple(damaged))
 
 
 def _is_whole(data: bytes) -> bool:
@@ -117,16 +117,21 @@ def _is_whole(data: bytes) -> bool:
 
 
 def load_checkpoint(
-    found: Found, *, net: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, shapes: Shapes
+    checkpoint: StoredCheckpoint,
+    *,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    shapes: Shapes,
 ) -> int:
     """Load a checkpoint into network and optimizer and return how many epochs are done.
 
     Raises:
         DataError: a corrupt file, another schema version, or a checkpoint of another model.
     """
-    path = found.path
+    path = checkpoint.path
     try:
-        state = torch.load(io.BytesIO(found.data), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(checkpoint.data), map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises whatever the unpickler met
         raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
     schema = state.get("schema") if isinstance(state, dict) else None

@@ -48,28 +48,28 @@ class Lease:
 
     def __init__(self, directory: Storage, token: str = "") -> None:
         self._directory = directory
-        self._mine = {
+        self._identity = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "processes": _processes(),
             "token": token or secrets.token_hex(8),
         }
         self._beats = 0
-        self._seen: tuple[Any, float] | None = None
-        self._taken_by: Mapping[str, Any] | None = None
+        self._last_seen: tuple[Any, float] | None = None
+        self._new_holder: Mapping[str, Any] | None = None
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def held(self) -> bool:
-        return self._thread is not None and self._taken_by is None and not self._released.is_set()
+        return self._thread is not None and self._new_holder is None and not self._released.is_set()
 
     def try_acquire(self) -> bool:
         """Take the lease if it is free. Call it again and again to wait: a holder's death is seen by watching it."""
         if self.held:
             return True
         holder = self._holder()
-        if holder is not None and holder["token"] != self._mine["token"]:
+        if holder is not None and holder["token"] != self._identity["token"]:
             if self._lives(holder):
                 return False
             if not self._put_away(holder):
@@ -81,9 +81,9 @@ class Lease:
             return False
         if not self._directory.is_local:
             time.sleep(SETTLE_S)
-        if (now := self._holder()) is not None and now["token"] != self._mine["token"]:
+        if (now := self._holder()) is not None and now["token"] != self._identity["token"]:
             return False
-        self._taken_by = None
+        self._new_holder = None
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
         return True
@@ -94,17 +94,17 @@ class Lease:
         Raises:
             UserError: another process holds it and lives; names host, process and what to do.
         """
-        told = False
+        announced = False
         first: Any = None
         while not self.try_acquire():
             if (holder := self._holder()) is not None:
                 first = first or _heartbeat(holder)
                 if self._is_here(holder) or _heartbeat(holder) != first:
                     raise UserError(_refusal(self._directory, holder))
-                if not told:
+                if not announced:
                     left = f"{self._directory.uri} was left by {_name(holder)}"
                     say(f"{left}; waiting up to {EXPIRY_S:.0f} s to see whether it lives")
-                    told = True
+                    announced = True
             time.sleep(min(0.5, HEARTBEAT_S / 4))
         return self
 
@@ -116,9 +116,9 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLost where another process has taken the lease meanwhile."""
-        if self._taken_by is not None:
+        if self._new_holder is not None:
             raise LeaseLost(
-                f"{self._directory.uri} was taken over by {_name(self._taken_by)}: this command ends, that one goes on"
+                f"{self._directory.uri} was taken over by {_name(self._new_holder)}: this command ends, that one goes on"
             )
 
     def holder_name(self) -> str:
@@ -132,22 +132,22 @@ class Lease:
         if self._thread is not None:
             self._thread.join(HEARTBEAT_S)
         with suppress(StorageError):
-            if self._thread is not None and self._taken_by is None:
+            if self._thread is not None and self._new_holder is None:
                 self._directory.delete(FILE, patience_s=0.0)  # if it fails, the heartbeat that stands still frees it
 
     def _text(self) -> bytes:
         self._beats += 1
-        return json.dumps({**self._mine, "heartbeat": self._beats, "alive": time.time()}).encode()
+        return json.dumps({**self._identity, "heartbeat": self._beats, "alive": time.time()}).encode()
 
     def _beat(self) -> None:
         self._directory.write_bytes(FILE, self._text())
 
     def _keep_beating(self) -> None:
-        while self._taken_by is None and not self._released.wait(HEARTBEAT_S):
+        while self._new_holder is None and not self._released.wait(HEARTBEAT_S):
             with suppress(StorageError):  # who writes records reports a storage out of reach
                 holder = self._holder()
-                if holder is not None and holder["token"] != self._mine["token"]:
-                    self._taken_by = holder
+                if holder is not None and holder["token"] != self._identity["token"]:
+                    self._new_holder = holder
                 else:
                     self._beat()
 
@@ -192,15 +192,15 @@ class Lease:
 
     def _is_here(self, holder: Mapping[str, Any]) -> bool:
         """Whether the holder's process number means something on this machine (containers may share a host's name)."""
-        return all(holder.get(key) == self._mine[key] for key in ("host", "processes"))
+        return all(holder.get(key) == self._identity[key] for key in ("host", "processes"))
 
     def _lives(self, holder: Mapping[str, Any]) -> bool:
         if self._is_here(holder):  # one clock, so its reading counts; a process that nobody reaped still has its number
             return _runs(holder["pid"]) and time.time() - holder.get("alive", 0.0) < STALE_S
         beat = _heartbeat(holder)
-        if self._seen is None or self._seen[0] != beat:
-            self._seen = beat, time.monotonic()
-        return time.monotonic() - self._seen[1] < EXPIRY_S
+        if self._last_seen is None or self._last_seen[0] != beat:
+            self._last_seen = beat, time.monotonic()
+        return time.monotonic() - self._last_seen[1] < EXPIRY_S
 
 
 def _heartbeat(holder: Mapping[str, Any]) -> tuple[Any, Any, Any]:

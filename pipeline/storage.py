@@ -71,22 +71,22 @@ def is_access(error: BaseException) -> bool:
 
 def patiently(action: Callable[[], T], place: str, patience_s: float | None = None) -> T:
     """Return what ``action`` returns. It is repeated for RETRY_S (or ``patience_s``) seconds while it fails for a reason
-    that may pass; the user is told once.
+    that may pass; a message says so once.
 
     Args:
         place: what does not answer then, for the message.
     """
     deadline = time.monotonic() + (RETRY_S if patience_s is None else patience_s)
-    pause, told = FIRST_PAUSE_S, False
+    pause, announced = FIRST_PAUSE_S, False
     while True:
         try:
             return action()
         except (OSError, pa.ArrowException) as e:
             if not may_pass(e) or time.monotonic() + pause > deadline:
                 raise
-            if not told:
+            if not announced:
                 say(f"{place} does not answer ({e}); it is asked again for up to {RETRY_S:.0f} s")
-                told = True
+                announced = True
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 

@@ -166,13 +166,13 @@ class Loop:
         Rank 0 reads the file and sends its bytes, so that all ranks go on from the same state whatever each node's file
         system shows.
         """
-        found = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
-        if found.path:
+        newest = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
+        if newest.path:
             self.epoch = checkpoints.load_checkpoint(
-                found, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
+                newest, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
             )
-        if found.damaged:
-            self.resumed = {"from": found.path, "damaged": list(found.damaged)}
+        if newest.damaged:
+            self.resumed = {"from": newest.path, "damaged": list(newest.damaged)}
 
     def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""

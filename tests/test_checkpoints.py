@@ -24,7 +24,7 @@ from components.models.classifiers import ResNet18
 from components.models.defend import DefendNet
 from pipeline import attack
 from pipeline.checkpoints import (
-    Found,
+    StoredCheckpoint,
     export,
     load_autoencoder,
     load_checkpoint,
@@ -170,7 +170,7 @@ def test_epochs_done(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_whole(Storage(tmp_path)) == Found("", b"", ())
+    assert newest_whole(Storage(tmp_path)) == StoredCheckpoint("", b"", ())
 
 
 def spoil(path: Path, part: float) -> None:
