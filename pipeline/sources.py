@@ -559,11 +559,14 @@ class FolderSource(Source):
         return digest.hexdigest()
 
     def check_files(self) -> None:
-        stats = {name: self._stat(name) for name in self.names}
-        empty = [name for name, found in stats.items() if found.st_size == 0]
-        # On a network's file system each call takes its time, so only files that are not open to everybody are asked about.
-        closed = [name for name, found in stats.items() if not found.st_mode & stat.S_IROTH]
-        locked = [name for name in closed if not os.access(f"{self.directory}/{name}", os.R_OK)]
+        empty, locked = [], []
+        for name in self.names:
+            status = self._stat(name)
+            if status.st_size == 0:
+                empty.append(name)
+            # On a network's file system each call takes its time, so only files that are not open to everybody are asked about.
+            if not status.st_mode & stat.S_IROTH and not os.access(f"{self.directory}/{name}", os.R_OK):
+                locked.append(name)
         for names, fault in ((empty, "is empty"), (locked, "cannot be read by this user")):
             if names:
                 raise DataError(_first_of(self.directory, names, f"{fault}; get the file again or remove it"))
@@ -621,7 +624,8 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
     listing = list_directory(directory)
     classes_directory, folders = directory, listing.folders
     # The labels of a network follow the training folders. Where nothing is trained there may be none.
-    if split == "test" and choose_word(root, "train", list_directory(root).names):
+    beside = list_directory(root)
+    if split == "test" and choose_word(root, "train", [*beside.folders, *beside.broken]):
         train = _split_directory(root, "train")
         if training_folders := list_directory(train).folders:
             classes_directory, folders = train, training_folders

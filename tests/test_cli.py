@@ -272,7 +272,7 @@ def test_an_error_that_nobody_can_read_keeps_its_status() -> None:
 def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(tmp_path: Path) -> None:
     done = shell(f"main run --from {tmp_path}/größe", PYTHONIOENCODING="ascii")
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}/gr\\xf6\\xdfe does not exist\n"
+    assert done.stderr == f"error: {tmp_path}/gr\\xf6\\xdfe does not exist; check the path\n"
 
 
 @pytest.mark.parametrize("reader", ["| tail -n 1", "| head -n 1", ">&-", "> /dev/full"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
@@ -115,6 +116,34 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data" / "val" / "a" / "1.png").symlink_to(tmp_path / "real" / "b" / "0.png")
     data = DataConfig(source=f"folder:{tmp_path}/data", num_classes=2)
     assert check_source(data, trains=False)[0].startswith("test: 3 images")
+
+
+def test_folders_below_the_third_level_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = hub(tmp_path, "a/b/c/d/test.parquet")
+    scandir, listed = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: (listed.append(path), scandir(path))[1])
+    assert "no file for the test split" in outcome(data)
+    assert {path.removeprefix(str(tmp_path)) for path in listed} == {"", "/a", "/a/b"}
+
+
+def test_a_plain_file_called_train_is_no_split(tmp_path: Path) -> None:
+    data = folders(tmp_path, "test/a/0.png", "test/b/0.png")
+    (tmp_path / "train").write_bytes(b"a list of files")
+    assert outcome(data) == "read"
+    (tmp_path / "train").unlink()
+    (tmp_path / "train").symlink_to("gone")
+    assert "/train is no folder but a broken link" in outcome(data)
+
+
+def test_files_are_checked_without_keeping_what_is_known_of_each(tmp_path: Path) -> None:
+    data = folders(tmp_path, *(f"test/{label}/{i}.png" for label in "ab" for i in range(1000)))
+    source = open_source(data, "test")
+    tracemalloc.start()
+    try:
+        source.check_files()
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_that_vanishes_or_is_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
