@@ -170,6 +170,13 @@ def test_image_knows_the_revision_that_it_was_built_from() -> None:
         assert """--build-arg REVISION="$(git describe --always --abbrev=40 --dirty --exclude '*')" """ in build
 
 
+def test_the_readmes_map_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    modules = [*ROOT.glob("pipeline/*.py"), *ROOT.glob("components/*.py")]
+    names = [f"{path.parent.name}/{path.name}" for path in modules if path.name != "__init__.py"]
+    assert [name for name in names if name not in readme] == []
+
+
 @pytest.mark.parametrize("page", ["README.md", "infra/README.md"])
 def test_documented_submissions_are_those_that_the_local_cluster_prints(page: str) -> None:
     script = (INFRA / "local-cluster.sh").read_text().replace("\\$", "$")
