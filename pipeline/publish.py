@@ -72,11 +72,17 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
     record = records.read_run(run)
     start_run(tracker, record)
     for name, model in record["models"].items():
+        begin = _unix(record.get("created"))
+        with tracker.excused(f"first epoch of {name}"):
+            begin = _first_step(root, model) or begin
+        # Start it also if its files cannot be read: its evaluations are children of its run.
+        start_model(tracker, record, name, begin)
         with tracker.excused(f"model {name}"):
-            _publish_model(tracker, root, record, name, model)
+            _publish_model(tracker, root, record, name, model, begin)
     labels = records.attack_labels(record)
     for order, evaluation in enumerate(record["evaluations"]):
-        _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
+        with tracker.excused("evaluation {model} {threat_model} {attack}".format(**evaluation)):
+            _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
     if record["evaluations"]:
         tracker.start("run", record["name"], tags={"mlflow.note.content": tables.markdown(record)})
     for row in comparison.over_seeds(record):
@@ -94,15 +100,23 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
         tracker.finish("run", time=_unix(record["finished"]))
 
 
+def _first_step(root: Storage, model: Mapping[str, Any]) -> float | None:
+    """Return when a model took its first step (unix seconds), or None for a model without a history."""
+    history = records.history_files(root, model)
+    steps = records.read_epoch(root, history[0])["steps"] if history else []
+    return float(steps[0]["time"]) if steps else None
+
+
 def _publish_model(
-    tracker: Tracker, root: Storage, record: Mapping[str, Any], name: str, model: Mapping[str, Any]
+    tracker: Tracker,
+    root: Storage,
+    record: Mapping[str, Any],
+    name: str,
+    model: Mapping[str, Any],
+    begin: float | None,
 ) -> None:
     alias = f"model/{name}"
-    history = records.history_files(root, model)
-    first = root.read_json(history[0]) if history else None
-    begin = first["steps"][0]["time"] if first and first["steps"] else _unix(record.get("created"))
-    start_model(tracker, record, name, begin)
-    for file in history:
+    for file in records.history_files(root, model):
         tracker.history(alias, _epoch_of(file), partial(records.read_epoch, root, file))
     tracker.metrics(alias, {**_model_metrics(model), **table_metrics(record, name)})
     _datasets(tracker, alias, record, ("train", "validation"))

@@ -456,15 +456,14 @@ def register(run: Run, models: list[attack.Model]) -> None:
             continue
         if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
             continue
-        classifier = checkpoints.load_classifier(run.root.join(model.path), sha256=model.sha256)
-        example = _example(data.channels, data.image_size)
-        run.tracker.register_model(
-            f"model/{model.name}",
-            classifier,
-            example,
-            f"{run.experiment.name}-{replicates[model.name][0]}",
-            metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},
-        )
+        with run.tracker.excused(f"registration of {model.name}"):
+            run.tracker.register_model(
+                f"model/{model.name}",
+                checkpoints.load_classifier(run.root.join(model.path), sha256=model.sha256),
+                _example(data.channels, data.image_size),
+                f"{run.experiment.name}-{replicates[model.name][0]}",
+                metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},
+            )
 
 
 def _example(channels: int, size: int) -> Any:
@@ -477,13 +476,13 @@ def finish_stage(run: Run) -> None:
     """Publish what one stage left; the next one goes on with the same MLflow run."""
     run.publish()
     run.tracker.finish("run")
-    run.tracker.flush()
+    run.tracker.conclude()
 
 
 def finish(run: Run) -> None:
     """Publish what is left, then show the table and where to look."""
     run.publish()
-    run.tracker.flush()
+    run.tracker.conclude()
     tables.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
     say(f"MLflow: {tracking_uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")

@@ -419,7 +419,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         sweep.save()
         with stage("report"):
             _report(sweep)
-            sweep.tracker.flush()
+            sweep.tracker.conclude()
         say(f"sweep: {sweep.storage.uri}")
         say(
             f"MLflow: {tracking_uri.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}"
@@ -544,15 +544,16 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     """The chosen model (of several seeds the first) in MLflow's registry (:func:`publish.choice_version`)."""
     path = chosen["models"][0]["path"]
     data = sweep.experiment.data
-    sweep.tracker.register_model(
-        publish.trial_alias(chosen),
-        checkpoints.load_classifier(
-            sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
-        ),
-        run._example(data.channels, data.image_size),
-        metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
-        **publish.choice_version(sweep.record, sweep.storage),
-    )
+    with sweep.tracker.excused("registration of the chosen model"):
+        sweep.tracker.register_model(
+            publish.trial_alias(chosen),
+            checkpoints.load_classifier(
+                sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
+            ),
+            run._example(data.channels, data.image_size),
+            metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
+            **publish.choice_version(sweep.record, sweep.storage),
+        )
 
 
 def _evaluate(sweep: Sweep) -> None:

@@ -13,6 +13,7 @@ import getpass
 import hashlib
 import json
 import logging
+import operator
 import os
 import re
 import secrets
@@ -80,6 +81,8 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """MLflow refuses more metrics than that in one request."""
+REACH_SECONDS = 30.0
+"""How long MLflow, and then the place of its artifacts, may take to answer before a run."""
 RETRY_SECONDS = 10.0
 """How long an outage is left alone before a call tries the server again."""
 UPLOAD_TIMEOUT_SECONDS = 120
@@ -150,20 +153,23 @@ def check_reachable(
     # before MLflow tries to mend it; the inode tells it from one that another process puts in its place
     inode = path.stat().st_ino if path is not None and holds_nothing(path) else None
     error = _reach(uri, experiment)
-    if error is not None and path is not None and inode is not None and _replaced(path, inode, echo):
+    broken = error is not None and _blames_database(error)
+    if broken and path is not None and inode is not None and _replaced(path, inode, echo):
         error = _reach(uri, experiment)
     if isinstance(error, UserError):
         raise error
     if error is not None:
-        raise UserError(_refusal(uri, error, named_by)) from None
+        raise UserError(_refusal(uri, error, named_by, experiment)) from None
 
 
 def _reach(uri: str, experiment: str) -> BaseException | None:
     """Return why MLflow cannot be used, or None."""
 
+    location = ""
+
     def ask() -> None:
+        nonlocal location
         location = _experiment(_client(uri), experiment, _artifact_root(uri)).artifact_location
-        _check_artifacts(uri, experiment, location)
 
     try:
         if uri.startswith("sqlite:"):
@@ -172,7 +178,24 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
         return e
     with _http_limits(timeout=4, retries=1):
         # mlflow asks a database fifteen times, whatever the settings say; a bucket may be asked for minutes
-        return _error_within(30.0, ask)
+        error = _error_within(REACH_SECONDS, ask)
+        if error is None:
+            error = _error_within(REACH_SECONDS, lambda: _check_artifacts(uri, experiment, location))
+            if isinstance(error, TimeoutError):
+                error = _unwritable(experiment, location, error)
+    return error
+
+
+def _blames_database(error: BaseException) -> bool:
+    """Return whether an error is one of the tables or the format of a database, and not of a lock, a name or a folder."""
+    return not isinstance(error, UserError | OSError) and bool(
+        re.search(
+            "no such (table|column)|table .* already exists|duplicate column|out-of-date database schema"
+            "|can't locate revision|malformed|not a database",
+            str(error),
+            re.IGNORECASE,
+        )
+    )
 
 
 def _replaced(path: Path, inode: int, echo: Callable[[str], None]) -> bool:
@@ -186,7 +209,7 @@ def _replaced(path: Path, inode: int, echo: Callable[[str], None]) -> bool:
     return True
 
 
-def _refusal(uri: str, error: BaseException, named_by: str) -> str:
+def _refusal(uri: str, error: BaseException, named_by: str, experiment: str) -> str:
     """Return the sentence for an MLflow that cannot be used: what, why, and what to do."""
     shown, status = without_password(uri), _http_status(error)
     other = {
@@ -196,6 +219,11 @@ def _refusal(uri: str, error: BaseException, named_by: str) -> str:
         named_by,
         "make it readable and writable, move it away for a new one, or name another MLflow with --tracking-uri",
     )
+    if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
+        return (
+            f"MLflow at {shown} refuses the experiment {experiment[:100]!r}: {_reason(error)}. "
+            "Name another one with --experiment-name"
+        )
     if not uri.startswith("http"):
         return f"MLflow database {sqlite_path(uri) if uri.startswith('sqlite:') else shown} cannot be used: {_reason(error)}. To go on, {other}"
     if status in (401, 403):
@@ -244,13 +272,18 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
         with contextlib.suppress(Exception):  # some stores let nobody delete
             repository.delete_artifacts(name)
     except Exception as e:  # whatever the library of that store raises
-        hint = ""
-        if location.startswith("mlflow-artifacts:"):
-            hint = " (the server has to run with --serve-artifacts, and to reach its store)"
-        raise UserError(
-            f"artifacts of the MLflow experiment {experiment!r} go to {without_password(location)}, which cannot be "
-            f"written from here: {_reason(e)}{hint}. Mend that, or name another experiment with --experiment-name"
-        ) from None
+        raise _unwritable(experiment, location, e) from None
+
+
+def _unwritable(experiment: str, location: str, error: Exception) -> UserError:
+    """Return the error for artifacts that cannot be written to the place of an experiment."""
+    hint = ""
+    if location.startswith("mlflow-artifacts:"):
+        hint = " (the server has to run with --serve-artifacts, and to reach its store)"
+    return UserError(
+        f"artifacts of the MLflow experiment {experiment!r} go to {without_password(location)}, which cannot be "
+        f"written from here: {_reason(error)}{hint}. Mend that, or name another experiment with --experiment-name"
+    )
 
 
 def _artifact_root(uri: str) -> str | None:
@@ -267,11 +300,12 @@ def _experiment(client: MlflowClient, name: str, artifact_root: str | None) -> E
     if experiment is None:
         # the kind opens the UI's page for training runs; without it the UI asks
         kind = {"mlflow.experimentKind": "custom_model_development"}
-        with contextlib.suppress(MlflowException):  # another process was quicker
-            client.create_experiment(name, artifact_root, tags=kind)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise MlflowException(f"experiment {name!r} cannot be made")
+        try:
+            experiment = client.get_experiment(client.create_experiment(name, artifact_root, tags=kind))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # another process may have been quicker
+            if experiment is None:
+                raise
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     return experiment
@@ -425,10 +459,14 @@ class Tracker:
         self._sender: threading.Thread | None = None
         self._waiters = 0
         self._stopped = False
+        self._sent_at = 0.0
+        """When the queue last became shorter (monotonic seconds)."""
         self._client: MlflowClient | None = None
         self._outage = False
         self._rejected: dict[str, str] = {}
         """What was refused or could not be read, by key, and why."""
+        self._saving = threading.Lock()
+        """Held while ``tracking.json`` is written; taken before ``_changed``."""
         self._saved_at = 0.0
         self._unsaved = False
         self._file = self._load()
@@ -606,10 +644,16 @@ class Tracker:
         """End a run: FINISHED, FAILED or KILLED. A later :meth:`start` continues one that did not end well."""
         with self._changed:
             self._require(alias)
-            if self._state["status"].get(alias) == status and not self._queued(alias, "status/"):
+            if self.has_ended(alias, status) and not self._queued(alias, "status/"):
                 return
             end = _milliseconds(time)
-            self._put(alias, f"status/{status}", lambda client: self._set_status(client, alias, status, end))
+
+            def send(client: MlflowClient) -> None:
+                # The first connection forgets the status of a run that MLflow no longer has.
+                if self._state["status"].get(alias) != status:
+                    self._set_status(client, alias, status, end)
+
+            self._put(alias, f"status/{status}", send)
 
     def has_ended(self, alias: str, status: str) -> bool:
         """Whether a run is published as ended like that, so that nothing of it need be read again."""
@@ -650,17 +694,22 @@ class Tracker:
                 self._rejected.pop(what, None)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until all is sent, for at most about ``timeout_s``. Returns whether it is."""
+        """Wait until all is sent, or nothing could be sent for ``timeout_s``. Return whether all is sent."""
+        begin = clock.monotonic()
         with self._changed:
             self._waiters += 1
             self._changed.notify_all()  # an outage is not waited out now
-            done = self._changed.wait_for(lambda: not self._queue, timeout_s)
-            self._waiters -= 1
+            try:
+                while self._queue and (left := max(begin, self._sent_at) + timeout_s - clock.monotonic()) > 0:
+                    self._changed.wait_for(lambda: not self._queue, left)
+            finally:
+                self._waiters -= 1
+            done = not self._queue
         self._save(force=True)
         return done
 
     def flush(self, timeout_s: float = 30.0) -> bool:
-        """Send what waits, for at most about so long, and say how it ended. True if all is published."""
+        """Send what waits until nothing could be sent for ``timeout_s``, and say how it ended. Return whether all is published."""
         self.wait(timeout_s)
         with self._changed:
             missing = len({operation.key for operation in self._queue} | set(self._rejected))
@@ -672,6 +721,13 @@ class Tracker:
             f"{self.storage.uri}; run the same command or `report` again to publish"
         )
         return False
+
+    def conclude(self, timeout_s: float = 30.0) -> bool:
+        """Send what waits at the end of a run; see :meth:`flush`. Its runs end as FINISHED even if the rest has to wait."""
+        published = self.flush(timeout_s)
+        if not published:
+            self.stop("FINISHED")
+        return published
 
     def stop_for(self, error: BaseException, *, complete: bool) -> None:
         """End the run for what stopped it: KILLED at once by an interruption, FAILED after the rest is sent.
@@ -762,6 +818,7 @@ class Tracker:
                 else:
                     self._reject(operation.key, f"MLflow refused {operation.key.replace('|', ': ')}", failure)
                 self._queue.popleft()
+                self._sent_at = clock.monotonic()
                 self._waiting.discard(operation.key)
                 if self._outage:
                     self._outage = False
@@ -981,17 +1038,19 @@ class Tracker:
         return _new_file()
 
     def _save(self, *, force: bool = False) -> None:
-        with self._changed:
-            if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
-                return
-            self._state["published"] = sorted(self._published)
-            text = json.dumps(self._file, indent=1, sort_keys=True)
-            self._unsaved, self._saved_at = False, clock.monotonic()
-        try:
-            self.storage.write_bytes("tracking.json", text.encode())
-        except (StorageError, OSError) as e:
-            self._unsaved = True
-            self._echo(f"MLflow's bookkeeping could not be kept: {e}")
+        # One at a time: an older text never replaces a newer one, and a caller returns when its state is on storage.
+        with self._saving:
+            with self._changed:
+                if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
+                    return
+                self._state["published"] = sorted(self._published)
+                text = json.dumps(self._file, indent=1, sort_keys=True)
+                self._unsaved, self._saved_at = False, clock.monotonic()
+            try:
+                self.storage.write_bytes("tracking.json", text.encode())
+            except (StorageError, OSError) as e:
+                self._unsaved = True
+                self._echo(f"MLflow's bookkeeping could not be kept: {e}")
 
 
 def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
@@ -1040,10 +1099,13 @@ def _status(error: Exception) -> int | None:
 
 
 def _weights_digest(module: nn.Module) -> str:
+    import torch
+
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().numpy().tobytes())
+        # NumPy has no bfloat16 and no float8, so the bytes are read as integers.
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -1088,22 +1150,42 @@ def _user() -> str:
         return "unknown"
 
 
+_limits_lock = threading.Lock()
+_limits: list[dict[str, str | None]] = []
+"""Limits in force, the latest last. The first are those of the environment before any of them."""
+
+
 @contextlib.contextmanager
 def _http_limits(*, timeout: int, retries: int | None = None) -> Iterator[None]:
-    """Other limits for the requests inside, which mlflow reads from the environment at each."""
-    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
+    """Set other limits for the requests inside. MLflow reads them from the environment at each request.
+
+    The environment is shared by all threads, so the latest limits hold for all, until their block ends.
+    """
+    limits: dict[str, str | None] = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
     if retries is not None:
-        wanted["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(retries)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+        limits["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(retries)
+    with _limits_lock:
+        if not _limits:
+            names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+            _limits.append({name: os.environ.get(name) for name in names})
+        _limits.append(limits)
+        _set_limits()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        with _limits_lock:
+            _limits[:] = [others for others in _limits if others is not limits]
+            _set_limits()
+            if len(_limits) == 1:
+                _limits.clear()
+
+
+def _set_limits() -> None:
+    for name, value in functools.reduce(operator.or_, _limits).items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

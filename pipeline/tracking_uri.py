@@ -23,8 +23,8 @@ OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 60.0
 """How long another process may hold the lock of a database file before this one goes on without it."""
-FILLED = {"alembic_version", "experiments", "experiment_tags", "workspaces"}
-"""Tables that hold something in a database without runs."""
+FILLED = {"alembic_version", "experiments", "workspaces"}
+"""Tables that hold something in a new database. Its only experiment is number 0, the default."""
 
 
 def resolve(option: str, storage: Storage) -> tuple[str, str]:
@@ -196,9 +196,11 @@ def holds_nothing(path: Path) -> bool:
             query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
             tables = {name for (name,) in connection.execute(query)}
             full = {t for t in tables if connection.execute(f'SELECT 1 FROM "{t}" LIMIT 1').fetchone()}
+            if not ({"experiments", "runs"} <= tables and full <= FILLED):
+                return False
+            return connection.execute("SELECT 1 FROM experiments WHERE experiment_id <> 0").fetchone() is None
     except sqlite3.Error:
         return False
-    return {"experiments", "runs"} <= tables and full <= FILLED
 
 
 @contextlib.contextmanager

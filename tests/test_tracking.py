@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search import LogUniform, Space
-from pipeline import publish, records, report, tracking, tracking_uri
+from pipeline import attack, publish, records, report, tracking, tracking_uri
 from pipeline import run as run_stages
 from pipeline.progress import Bar
 from pipeline.storage import Storage
@@ -277,14 +278,18 @@ def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMak
     def publish() -> str | None:
         tracker = tracking.Tracker(uri, run, echo=said.append)
         tracker.start("run", "x", time=1e9, params={"lr": 0.1})
+        tracker.finish("run", time=2e9)
         assert tracker.flush()
         return tracker.run_id()
 
     first = publish()
     client = MlflowClient(uri)
+    assert client.get_run(first or "").info.status == "FINISHED"
     client.delete_run(first or "")
     second = publish()
     assert second != first
+    assert client.get_run(second or "").info.status == "FINISHED"
+    assert client.get_run(second or "").info.end_time == 2e12
     assert client.get_run(second or "").data.params == {"lr": "0.1"}
     assert sum("no longer has" in line for line in said) == 1
 
@@ -361,6 +366,32 @@ def test_registered_model_is_a_module_with_gradients(
     expected = torch.autograd.grad(network(x)[:, 3].sum(), x)[0]
     assert torch.equal(x.grad, expected)
     assert expected.abs().sum() > 0
+
+
+def test_weights_that_numpy_cannot_hold_have_a_digest() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 2))
+    before = tracking._weights_digest(network)
+    network.register_buffer("scale", torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    network.register_buffer("empty", torch.zeros(0, dtype=torch.float8_e4m3fn))
+    network.register_buffer("steps", torch.tensor(3))
+    first = tracking._weights_digest(network)
+    network.register_buffer("scale", torch.tensor([1.0, 2.5], dtype=torch.bfloat16))
+    assert len({before, first, tracking._weights_digest(network)}) == 3
+
+
+def test_a_registration_that_fails_ends_no_run(
+    run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    tracker = tracking.Tracker(database(tmp_path), run, echo=said.append)
+    record = records.read_run(run)
+    publish.start_run(tracker, record)
+    publish.start_model(tracker, record, "defend")
+    state = run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker)
+    lost = attack.Model(name="defend", path="models/gone", sha256="0")
+    run_stages.register(state, [lost])
+    assert not tracker.flush(60)
+    assert any("registration of defend not published" in line for line in said), said
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------------------------
@@ -587,6 +618,54 @@ def test_ui_command_names_the_run() -> None:
     assert shutil.which(command.split()[1]) or Path(command.split()[1]).exists()
 
 
+def test_limits_of_several_threads_leave_nothing_behind() -> None:
+    names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    before = [os.environ.get(name) for name in names]
+    upload, check = tracking._http_limits(timeout=120), tracking._http_limits(timeout=1, retries=0)
+    upload.__enter__()
+    check.__enter__()
+    assert [os.environ[name] for name in names] == ["1", "0"]
+    upload.__exit__(None, None, None)  # of a thread that is done first, though it began first
+    assert [os.environ[name] for name in names] == ["1", "0"]
+    check.__exit__(None, None, None)
+    assert [os.environ.get(name) for name in names] == before
+
+
+class _SlowStorage(Storage):
+    """A storage whose first write waits for :attr:`released`."""
+
+    begun: threading.Event
+    released: threading.Event
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.released.wait(60)
+        super().write_bytes(name, data)
+
+
+def test_an_older_bookkeeping_never_replaces_a_newer_one(tmp_path: Path) -> None:
+    run = _SlowStorage(tmp_path / "x")
+    run.begun, run.released = threading.Event(), threading.Event()
+    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=_silent)
+
+    def save() -> None:
+        tracker._unsaved = True
+        tracker._save(force=True)
+
+    older = threading.Thread(target=save)
+    older.start()
+    assert run.begun.wait(60)
+    tracker._published.add("run|create")
+    newer = threading.Thread(target=save)
+    newer.start()
+    newer.join(0.3)
+    run.released.set()
+    older.join()
+    newer.join()
+    assert run.read_json("tracking.json")["uris"][tracker.uri]["published"] == ["run|create"]
+
+
 # -- outages ---------------------------------------------------------------------------------------------------------------
 
 
@@ -671,13 +750,6 @@ def test_a_server_killed_on_the_way_gets_everything(
     assert "could not be told that the run is KILLED" in said[-1]
 
 
-@pytest.fixture
-def mute() -> Iterator[str]:
-    """The address of a server that takes connections and never answers."""
-    with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
 def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Storage, mute: str) -> None:
     said: list[str] = []
     tracker = tracking.Tracker(mute, run, echo=said.append)
@@ -716,6 +788,43 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     _expect_fake_run(client, run)
 
 
+def test_the_end_of_a_run_waits_while_something_is_sent(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    tracker = tracking.Tracker(database(tmp_path), root / "runs/x", echo=lambda line: None)
+    tracker.start("run", "x")
+    assert tracker.wait(60)
+
+    def read() -> dict[str, Any]:
+        time.sleep(0.2)
+        return {"epoch": 0, "phase": "classifier", "steps": [{"step": 0, "time": 1e9, "loss": 1.0}]}
+
+    for epoch in range(12):
+        tracker.history("run", epoch, read)
+    assert tracker.flush(timeout_s=1.5), "12 operations of 0.2 s take longer than that, and none of them does"
+
+
+def test_a_run_is_finished_though_its_rest_cannot_be_sent(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    uri, released = database(tmp_path), threading.Event()
+    tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker.start("run", "x")
+    tracker.start("model/m", "m", parent="run")
+    assert tracker.wait(60)
+
+    def read() -> dict[str, Any]:
+        released.wait(60)
+        return {"epoch": 0, "phase": "classifier", "steps": []}
+
+    tracker.history("model/m", 0, read)
+    tracker.finish("model/m")
+    tracker.finish("run")
+    try:
+        assert not tracker.conclude(timeout_s=0.1)
+        assert {r.info.status for r in _runs(MlflowClient(uri)).values()} == {"FINISHED"}
+    finally:
+        released.set()
+
+
 @pytest.mark.parametrize(
     ("error", "complete", "status", "child"),
     [
@@ -749,22 +858,27 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     uri, said = database(tmp_path), list[str]()
     home = run.read_json("run.json")["models"]["no_defense"]["path"]
     begin = root.read_bytes(f"{home}/model.json")
-    epoch = root.read_bytes(f"{home}/history/epoch-00002.json")
+    epochs = {n: root.read_bytes(n) for n in (f"{home}/history/epoch-0000{e}.json" for e in (0, 2))}
     (root.local_root / home / "model.json").unlink()
     (root.local_root / home / "model.json").mkdir()  # there, and cannot be read
-    root.write_bytes(f"{home}/history/epoch-00002.json", b"{")
+    for name in epochs:
+        root.write_bytes(name, b"{")
     tracker = tracking.Tracker(uri, run, echo=said.append)
     publish.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     client = MlflowClient(uri)
-    assert _runs(client)["fake-mnist/defend/white_box/ddn"].info.status == "FINISHED"
-    assert len(said) == 3, said
-    assert "model no_defense not published" in said[0] + said[1]
-    assert "2 operations not published" in said[2]
+    runs = _runs(client)
+    for model in ("defend", "no_defense"):  # a damaged model has its evaluations too
+        assert runs[f"fake-mnist/{model}/white_box/ddn"].info.status == "FINISHED"
+    assert "fake-mnist/no_defense" in runs
+    assert any("model no_defense not published" in line for line in said)
+    assert any("first epoch of no_defense not published" in line for line in said)
+    assert "4 operations not published" in said[-1], said
 
     (root.local_root / home / "model.json").rmdir()
     root.write_bytes(f"{home}/model.json", begin)
-    root.write_bytes(f"{home}/history/epoch-00002.json", epoch)
+    for name, data in epochs.items():
+        root.write_bytes(name, data)
     publish.publish_run(tracker, run, root)
     assert tracker.flush(60)
     losses = client.get_metric_history(_runs(client)["fake-mnist/no_defense"].info.run_id, "train/loss")
@@ -791,8 +905,16 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
         del epoch
     assert sum(one() is not None for one in alive) < 150
     reads = tracker.pending
-    tracker.history("model/defend", 900, lambda: pytest.fail("read before it can be sent"))
+    too_early: list[str] = []
+
+    def read() -> dict[str, Any]:
+        too_early.append("read before it can be sent")
+        return {}
+
+    tracker.history("model/defend", 900, read)
     assert tracker.pending == reads + 1
+    assert not tracker.wait(0.5)
+    assert not too_early
 
 
 NAME = """o'neil "copy" \\ 100%: a/b.c é"""

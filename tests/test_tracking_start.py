@@ -35,13 +35,6 @@ PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "büch
 """Names of directories; some have a meaning in URLs, some in shells."""
 
 
-@pytest.fixture(autouse=True)
-def no_tracking_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
-        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-
-
 @pytest.fixture(scope="module")
 def forked() -> Callable[[str], Any]:
     """Starts ``check_reachable`` in a process that has imported MLflow already."""
@@ -79,25 +72,37 @@ def _break(database: Path) -> None:
 
 
 def test_a_kill_while_the_database_is_made_leaves_nothing_broken(forked: Callable[[str], Any], tmp_path: Path) -> None:
+    """One kill comes when the file gets its name. Six more are spread over the time that this took."""
+    databases = [tmp_path / str(i) / "mlflow.db" for i in range(7)]
+    forked("starts the server that forks, and names no database").join()
     begin = time.monotonic()
-    tracking.check_reachable(f"sqlite:///{tmp_path}/whole/mlflow.db")
-    seconds = min(4.0, 2 * (time.monotonic() - begin))
+    process = forked(f"sqlite:///{databases[0]}")
+    while process.is_alive() and not databases[0].exists():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    seconds = time.monotonic() - begin
     draw = random.Random(0)
-    broken = []
-    for i in range(5):  # four at a time, two on each core
-        uris = [f"sqlite:///{tmp_path}/{i}-{j}/mlflow.db" for j in range(4)]
-        processes = [forked(uri) for uri in uris]
+    moments = [(i + draw.random()) / 6 * seconds for i in range(6)]
+    absent = 0
+    for i in range(0, 6, 2):  # one on each core
         begin = time.monotonic()
-        for process, moment in zip(processes, sorted(draw.uniform(0, seconds) for _ in uris), strict=True):
+        pair = databases[i + 1 : i + 3]
+        processes = [forked(f"sqlite:///{database}") for database in pair]
+        for moment, database, process in zip(moments[i : i + 2], pair, processes, strict=True):
             time.sleep(max(0.0, begin + moment - time.monotonic()))
             process.kill()
-        for uri, process in zip(uris, processes, strict=True):
             process.join()
-            try:
-                tracking.check_reachable(uri)
-            except UserError as e:
-                broken.append(str(e))
-    assert not broken, f"{len(broken)} of 20, the first: {broken[0]}"
+            absent += not database.exists()
+    assert absent, "every kill came too late"
+    broken = []
+    for database in databases:
+        try:
+            tracking.check_reachable(f"sqlite:///{database}")
+        except UserError as e:
+            broken.append(str(e))
+    assert not broken, f"{len(broken)} of {len(databases)}, the first: {broken[0]}"
+    assert not list(tmp_path.rglob("*broken*"))
 
 
 def test_two_commands_may_begin_on_a_new_storage_at_once(forked: Callable[[str], Any], tmp_path: Path) -> None:
@@ -109,9 +114,8 @@ def test_two_commands_may_begin_on_a_new_storage_at_once(forked: Callable[[str],
 
 
 def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracking.check_reachable(f"sqlite:///{tmp_path}/first.db")
-    (tmp_path / "first.db").rename(tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking._prepare(tmp_path / "mlflow.db")
     _break(tmp_path / "mlflow.db")
     old = (tmp_path / "mlflow.db").stat().st_ino
     tracking.check_reachable(uri)
@@ -121,6 +125,40 @@ def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pyt
     MlflowClient(uri).create_run("1")
     tracking.check_reachable(uri)
     assert len(list(tmp_path.glob("mlflow.db*"))) == 2
+
+
+def test_a_whole_database_without_runs_is_never_put_aside(tmp_path: Path) -> None:
+    uri, database = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlflow.db"
+    tracking._prepare(database)
+    inode = database.stat().st_ino
+    with pytest.raises(UserError, match=r"refuses the experiment 'x.*500.*--experiment-name"):
+        tracking.check_reachable(uri, "x" * 501)
+    (tmp_path / "mlartifacts").touch()
+    with pytest.raises(UserError, match=r"artifacts of the MLflow experiment 'defendpp' go to .*mlartifacts"):
+        tracking.check_reachable(uri)
+    (tmp_path / "mlartifacts").unlink()
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("DELETE FROM experiment_tags")
+        connection.execute("DELETE FROM experiments")
+        connection.commit()
+        connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(UserError, match="database is locked"):
+            tracking.check_reachable(uri)
+    MlflowClient(uri).create_experiment("bucket", "s3://defendpp-test-bucket/artifacts")
+    with pytest.raises(UserError, match="boto3"):
+        tracking.check_reachable(uri, "bucket")
+    assert database.stat().st_ino == inode
+    assert not list(tmp_path.glob("*broken*"))
+
+
+def test_a_broken_database_with_an_experiment_is_left_alone(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/first.db"
+    tracking.check_reachable(uri, "of a person")
+    database = (tmp_path / "first.db").rename(tmp_path / "mlflow.db")
+    _break(database)
+    with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
+        tracking.check_reachable(f"sqlite:///{database}")
+    assert not list(tmp_path.glob("*broken*"))
 
 
 def test_a_broken_database_with_runs_is_left_alone(tmp_path: Path) -> None:
@@ -234,7 +272,7 @@ _PARTS += [
 @example("http://127.0.0.1:1/é?#")
 @example("http://[::1")
 @example("sqlite:////\x00")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
     """No address of the parts reaches a machine: port 1 of this one refuses at once."""
     said = ""
@@ -253,8 +291,14 @@ THERE = {"experiment": {"experiment_id": "1", "name": "defendpp", "artifact_loca
 
 
 @contextmanager
-def _answering(status: int, body: str, *, unless: str = "", kind: str = "text/html") -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server that gives one answer to all, but an experiment to the Authorization ``unless``."""
+def _answering(
+    status: int, body: str, *, unless: str = "", kind: str = "text/html", reads: tuple[int, str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """An HTTP server that gives one answer to all, but an experiment to the Authorization ``unless``.
+
+    Args:
+        reads: another status and body for GET requests.
+    """
     seen: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -262,8 +306,9 @@ def _answering(status: int, body: str, *, unless: str = "", kind: str = "text/ht
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
             seen.append(self.headers.get("Authorization") or "")
             good = unless and seen[-1] == unless
-            data = json.dumps(THERE).encode() if good else body.encode()
-            self.send_response(200 if good else status)
+            code, text = reads if reads is not None and self.command == "GET" else (status, body)
+            data = json.dumps(THERE).encode() if good else text.encode()
+            self.send_response(200 if good else code)
             self.send_header("Content-Type", "application/json" if good else kind)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -307,6 +352,27 @@ def test_what_is_no_mlflow_server_is_called_so(status: int, body: str, message: 
     assert "<" not in str(refused.value), "pages do not belong into a message"
     assert "\n" not in str(refused.value)
     assert "mlflow server --host" not in str(refused.value), "a server that answers need not be started"
+
+
+def test_why_an_experiment_cannot_be_made_is_said() -> None:
+    absent = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"})
+    denied = json.dumps({"error_code": "PERMISSION_DENIED", "message": "Permission denied"})
+    with (
+        _answering(403, denied, kind="application/json", reads=(404, absent)) as (uri, _),
+        pytest.raises(UserError, match=r"HTTP 403.*MLFLOW_TRACKING_USERNAME"),
+    ):
+        tracking.check_reachable(uri)
+
+
+def test_a_store_of_artifacts_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, mute: str) -> None:
+    monkeypatch.setattr(tracking, "REACH_SECONDS", 1.0)
+    there = json.dumps({"experiment": {**THERE["experiment"], "artifact_location": f"{mute}/artifacts"}})
+    with (
+        _answering(200, there, kind="application/json") as (uri, _),
+        pytest.raises(UserError, match=rf"(?s)artifacts .* go to {mute}/artifacts.*no answer within") as refused,
+    ):
+        tracking.check_reachable(uri)
+    assert uri not in str(refused.value), "the server is not at fault"
 
 
 @pytest.mark.parametrize(
