@@ -527,6 +527,8 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         complete = True
         finish(run)
     except BaseException as e:
+        # a report that cannot be written spoils no result
+        complete = complete or (isinstance(e, Exception) and bool(run.record["finished"]))
         run.tracker.stop_for(e, complete=complete)
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise

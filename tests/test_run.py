@@ -383,21 +383,21 @@ def open_to_other_machines() -> dict[str, set[str]]:
     return sockets
 
 
-def test_driver_terminated_and_worker_killed_and_continued_equals_unbroken_bit_for_bit(
+def test_driver_interrupted_and_worker_killed_and_continued_equals_unbroken_bit_for_bit(
     unbroken: Path, ray_cluster: str, tmp_path: Path
 ) -> None:
     storage = tmp_path / "s"
     shutil.copytree(unbroken.with_name("shards-only"), storage)
-    process = training(storage, ray_cluster, epochs=3)
-    # of a cluster of this machine's own other machines reach rank 0's store alone: infra/README.md, "Ports"
-    (sockets,) = open_to_other_machines().items()
-    assert "RayTrainWorker" in sockets[0]
-    assert len(sockets[1]) == 1
-    while "defend" not in statuses(storage):
-        assert process.poll() is None, process.communicate()
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, out + err
+    with Terminal(command("train", storage, *ALTERNATING), {**os.environ, "RAY_ADDRESS": ray_cluster}) as terminal:
+        terminal.wait_until(
+            lambda _: "defend" in statuses(storage) and len(list(storage.glob("models/*/history/*.json"))) >= 3
+        )
+        # of a cluster of this machine's own other machines reach rank 0's store alone: infra/README.md, "Ports"
+        (sockets,) = open_to_other_machines().items()
+        assert "RayTrainWorker" in sockets[0]
+        assert len(sockets[1]) == 1
+        terminal.ctrl_c()
+        assert terminal.end() == 128 + signal.SIGINT, terminal.text[-3000:]
     assert statuses(storage) == {"mnist-smoke": "KILLED", "defend": "KILLED"}
     assert not list(storage.glob("ray/*")), "Ray Train's own files"
 
@@ -448,6 +448,18 @@ def test_ctrl_c_and_sigterm_end_every_stage_at_once_and_leave_nothing_running(
             assert statuses(new) == {"mnist-smoke": "KILLED"}
     print("seconds from the signal to the end:", {stage: round(s, 1) for stage, s in seconds.items()})
     assert max(seconds.values()) < 20, "below five on a machine that does nothing else"
+
+
+def test_a_report_that_cannot_be_written_leaves_the_run_finished(
+    finished: tuple[Path, str], ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = tmp_path / "s"
+    shutil.copytree(finished[0], storage)
+    (report,) = storage.glob("runs/*/report/report.html")
+    report.unlink()
+    (report / "in the way").mkdir(parents=True)
+    assert "could not be written" in refused(command("report", storage), capsys)
+    assert set(statuses(storage).values()) == {"FINISHED"}
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(
