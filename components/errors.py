@@ -11,6 +11,11 @@ FEW_NAMES = 15
 """A message lists so many names beside the one that it suggests."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class UserError(Exception):
     """Something the user gave is wrong. The message names what, where and what to do; no traceback is shown."""
 

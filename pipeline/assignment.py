@@ -53,7 +53,7 @@ class Assignment:
 
     @property
     def holds(self) -> bool:
-        """Whether the model that was taken is still this group's."""
+        """Tell whether the model that was taken is still this group's."""
         return self._held is not None and self._held.held
 
     def leave(self) -> None:
@@ -63,7 +63,7 @@ class Assignment:
             self._held = None
 
     def _is_over(self, home: Storage) -> bool:
-        """Whether the model is finished, or failed in this very worker group: it would fail again."""
+        """Tell whether the model is finished, or failed in this very worker group: it would fail again."""
         if home.exists("model.json"):
             return True
         files = (name for name in (NOT_FINITE, FAILED_MODEL) if home.exists(name))

@@ -108,7 +108,7 @@ def newest_whole(storage: Storage) -> StoredCheckpoint:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Whether all checksums of a checkpoint's zip archive are right. (torch.load does not compare them.)"""
+    """Tell whether all checksums of a checkpoint's zip archive are right. (torch.load does not compare them.)"""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.testzip() is None
@@ -305,7 +305,7 @@ def check_source(data: bytes, arch: str, where: str) -> None:
 
 
 def _metadata(data: bytes) -> dict[str, Any] | None:
-    """What this project wrote into a safetensors file; None if it did not write it. Raises ValueError."""
+    """Return what this project wrote into a safetensors file; None if it did not write it. Raises ValueError."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
     text = metadata.get("defendpp") if isinstance(metadata, dict) else None

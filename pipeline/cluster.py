@@ -180,8 +180,6 @@ def check_shared(root: Storage) -> None:
                     f"{reason}. Give a directory that every node mounts, or an object store (s3://BUCKET/PATH)"
                 )
     finally:
-        for file in ("driver", *(node["NodeID"] for node in nodes)):
-            root.delete(f"{name}/{file}")
         with contextlib.suppress(OSError):
             root.fs.delete_dir(root.path(name))
 

@@ -70,9 +70,7 @@ class Lease:
             return True
         holder = self._holder()
         if holder is not None and holder["token"] != self._identity["token"]:
-            if self._lives(holder):
-                return False
-            if not self._put_away(holder):
+            if self._lives(holder) or not self._put_away(holder):
                 return False
             holder = None
         if holder is not None:
@@ -168,14 +166,13 @@ class Lease:
             return False
         except OSError as e:
             raise StorageError(f"{path} was left by {_name(dead)} and cannot be removed: {e}. Remove it") from e
-        moved = self._read(f"{FILE}{aside[len(path) :]}")
-        if moved is not None and moved["token"] != dead["token"]:  # it was just taken: give it back
+        moved = self._read(os.path.basename(aside))
+        was_taken = moved is not None and moved["token"] != dead["token"]
+        if was_taken:  # in this very moment: give it back
             with suppress(OSError):
                 os.link(aside, path)
-            os.unlink(aside)
-            return False
         os.unlink(aside)
-        return True
+        return not was_taken
 
     def _holder(self) -> dict[str, Any] | None:
         if (holder := self._read(FILE)) is not None:
@@ -233,5 +230,5 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from components.config import Experiment, from_dict, to_dict
-from components.errors import UserError
+from components.errors import UserError, first_line
 from pipeline import checkpoints, train
 from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
@@ -84,8 +84,7 @@ class Pool:
             self._ray.get(self._queue.lost.remote(number))
             mine = unwrap(error)
             if self._alive:
-                reason = next(iter(str(mine or error).splitlines()), type(error).__name__)
-                say(f"a Ray Train run of the sweep was lost for good, {self._alive} left: {reason}")
+                say(f"a Ray Train run of the sweep was lost for good, {self._alive} left: {first_line(mine or error)}")
                 return
             self._fail(
                 mine

@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from components.errors import ConfigError, UserError
+from components.errors import ConfigError, UserError, first_line
 from pipeline.progress import say
 from pipeline.redaction import check_no_secret
 
@@ -209,9 +209,16 @@ class Storage:
         with self._errors(name, "read"), self.patiently(lambda: self.fs.open_input_file(path)) as file:
             yield file
 
-    def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write_bytes(self, name: str, data: bytes | pa.Buffer, patience_s: float | None = None) -> None:
         """Write a whole file or nothing: to a temporary name and then moved, or as one object on an object store."""
-        self._write(name, data)
+        path = self.path(name)
+        try:
+            self.patiently(lambda: self._write_once(path, data), patience_s)
+        except (OSError, pa.ArrowException) as e:
+            raise StorageError(
+                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
+                "make room or give another storage, then run the same command again to continue"
+            ) from e
 
     def write_if_absent(self, name: str, data: bytes) -> bool:
         """Write a whole file unless there is one of that name. Returns whether it was written.
@@ -222,11 +229,11 @@ class Storage:
         if not self.is_local:
             if self.exists(name):
                 return False
-            self._write(name, data)
+            self.write_bytes(name, data)
             return True
         temporary = f".{name.rpartition('/')[2]}.{secrets.token_hex(4)}.tmp"
         beside = f"{name.rpartition('/')[0]}/{temporary}".lstrip("/")
-        self._write(beside, data)
+        self.write_bytes(beside, data)
         try:
             self.patiently(lambda: link_anew(self.path(beside), self.path(name)))
             return True
@@ -236,16 +243,6 @@ class Storage:
             raise StorageError(f"{self.uri}/{name} could not be written: {e}") from e
         finally:
             self.delete(beside)
-
-    def _write(self, name: str, data: bytes | pa.Buffer, patience_s: float | None = None) -> None:
-        path = self.path(name)
-        try:
-            self.patiently(lambda: self._write_once(path, data), patience_s)
-        except (OSError, pa.ArrowException) as e:
-            raise StorageError(
-                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
-                "make room or give another storage, then run the same command again to continue"
-            ) from e
 
     def _write_once(self, path: str, data: bytes | pa.Buffer) -> None:
         parent, _, base = path.rpartition("/")
@@ -314,7 +311,7 @@ class Storage:
         """
         name = f"write-test-{secrets.token_hex(4)}"
         try:
-            self._write(name, b"x" * 4096, patience_s=0.0)
+            self.write_bytes(name, b"x" * 4096, patience_s=0.0)
             self.delete(name)
         except NotImplementedError:
             raise StorageError(
@@ -394,12 +391,12 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return fs, root
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
         if not str(e).startswith("Unrecognized filesystem"):
-            reason = _first_line(e)
+            reason = first_line(e)
         # fsspec may open what pyarrow does not, but would take pyarrow's options for a part of the path.
         if reason and "?" in uri:
             raise ConfigError.of("storage", uri, f"{allowed} ({reason})") from None
     except OSError as e:
-        raise StorageError(f"storage {uri} cannot be opened: {_first_line(e)}") from e
+        raise StorageError(f"storage {uri} cannot be opened: {first_line(e)}") from e
     except ImportError as e:
         raise ConfigError.of("storage", uri, f"{allowed} ({e})") from None
     try:
@@ -408,10 +405,6 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         fs, root = fsspec.core.url_to_fs(uri)
         return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), root
     except OSError as e:
-        raise StorageError(f"storage {uri} cannot be opened: {_first_line(e)}") from e
+        raise StorageError(f"storage {uri} cannot be opened: {first_line(e)}") from e
     except Exception as e:  # A protocol that takes more than a URI raises a TypeError, an AttributeError, ...
-        raise ConfigError.of("storage", uri, f"{allowed} ({reason or _first_line(e)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError.of("storage", uri, f"{allowed} ({reason or first_line(e)})") from None

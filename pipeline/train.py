@@ -24,7 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
 from components.config import Experiment, TrainConfig, from_dict, to_dict
-from components.errors import DataError, UserError
+from components.errors import DataError, UserError, first_line
 from components.models.classifiers import ARCHITECTURES
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
@@ -778,8 +778,8 @@ def _blame(group: Sequence[Job], root: Storage, token: str, error: Exception) ->
     """Record the model at which the workers died again and again as failed, so that those behind it are trained."""
     for home in (root / job.address for job in group):
         if home.exists(ATTEMPT) and home.read_json(ATTEMPT)["token"] == token:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            record_failure(home, f"its workers died again and again (killed for want of memory?): {reason}", token)
+            reason = f"its workers died again and again (killed for want of memory?): {first_line(error)}"
+            record_failure(home, reason, token)
             home.delete(ATTEMPT)
             return True
     return False

@@ -25,7 +25,7 @@ class Weights(dict[str, Tensor]):
     where: str = ""
     """The file, for messages."""
     note: str = ""
-    """What a user should know of how they were chosen, or empty."""
+    """Note for the user on how they were chosen, or empty."""
 
 
 def renamed(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
