@@ -12,8 +12,8 @@ from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit statuses that shells and schedulers know: 128 + the signal's number."""
-SHUTDOWN_S = 3.0
-"""How long the end of an interrupted command waits for Ray, whose processes end with their driver in any case."""
+CLEAN_UP_S = 3.0
+"""How long the end of an interrupted command waits for a storage that may not answer."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -65,25 +65,34 @@ def exit_status(error: KeyboardInterrupt) -> int:
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
 
 
-def _shut_down() -> None:
-    if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+def _clean_up() -> None:
     for clean in list(_unfinished):
         with contextlib.suppress(Exception):
             clean()
 
 
 def leave(status: int) -> None:
-    """End the process with a status. After an interrupt at once: threads that still work for it are not waited for."""
-    if status not in (INTERRUPTED, TERMINATED):
+    """End the process with a status. Where an interrupt or an error cut off threads that use Ray, at once.
+
+    Ray is not shut down under them: its core would end the process with a status of its own when such a thread next calls
+    it, or the thread would start Ray anew. Of a node of this process's own, its children die with it; theirs are killed.
+    """
+    if status not in (INTERRUPTED, TERMINATED) and not _unfinished:
         sys.exit(status)
     # a second Ctrl-C or SIGTERM has nothing more to say
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    shutdown = threading.Thread(target=_shut_down, daemon=True)
-    shutdown.start()
-    shutdown.join(SHUTDOWN_S)
+    cleaning = threading.Thread(target=_clean_up, daemon=True)
+    cleaning.start()
+    cleaning.join(CLEAN_UP_S)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(status)  # Ray's threads abort an interpreter that ends while they work
+    import psutil  # not before: the command line says which package a Python lacks
+
+    this = psutil.Process()
+    for process in this.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.ppid() != this.pid:
+                process.kill()
+    os._exit(status)
