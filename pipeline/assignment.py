@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE
-from pipeline.lease import Lease
+from pipeline.lease import WorkingLease
 from pipeline.storage import Storage
 
 ATTEMPT = "attempt.json"
@@ -27,8 +27,7 @@ class Assignment:
     def __init__(self, orders: Sequence[Mapping[str, Any]], root: Storage, token: str) -> None:
         self._root, self._token = root, token
         self._left = {order["address"]: dict(order) for order in orders}
-        self._watched: dict[str, Lease] = {}
-        self._held: Lease | None = None
+        self._lease = WorkingLease(root, token)
 
     def take(self) -> dict[str, Any] | None:
         """Return the next model, whose lease is held from then on; {} while others train all that is left; None at the end.
@@ -40,9 +39,7 @@ class Assignment:
             home = self._root / address
             if self._is_over(home):
                 del self._left[address]
-            # the same object each time: it watches whether the holder's heartbeat changes
-            elif self._watched.setdefault(address, Lease(home, self._token)).try_acquire():
-                self._held = self._watched.pop(address)
+            elif self._lease.try_take(address):
                 # the one that held it may have finished it in between
                 if not self._is_over(home):
                     home.write_json(ATTEMPT, {"token": self._token})  # whom to blame if the workers die
@@ -54,13 +51,11 @@ class Assignment:
     @property
     def holds(self) -> bool:
         """Tell whether the model that was taken is still this group's."""
-        return self._held is not None and self._held.held
+        return self._lease.held
 
     def leave(self) -> None:
         """Give the lease of the model that was taken back."""
-        if self._held is not None:
-            self._held.release()
-            self._held = None
+        self._lease.release()
 
     def _is_over(self, home: Storage) -> bool:
         """Tell whether the model is finished, or failed in this very worker group: it would fail again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -69,19 +70,19 @@ class Lease:
         if self.held:
             return True
         holder = self._holder()
-        if holder is not None and holder["token"] != self._identity["token"]:
-            if self._lives(holder) or not self._put_away(holder):
+        if holder is None:
+            if not self._directory.write_if_absent(FILE, self._text()):
                 return False
-            holder = None
-        if holder is not None:
+        elif holder["token"] == self._identity["token"]:
             self._beat()
-        elif not self._directory.write_if_absent(FILE, self._text()):
+        elif self._lives(holder) or not self._take_over(holder):
             return False
         if not self._directory.is_local:
             time.sleep(SETTLE_S)
         if (now := self._holder()) is not None and now["token"] != self._identity["token"]:
             return False
         self._new_holder = None
+        self._released.clear()
         self._thread = threading.Thread(target=self._keep_beating, daemon=True)
         self._thread.start()
         return True
@@ -125,12 +126,14 @@ class Lease:
         return "" if holder is None or not self._lives(holder) else _name(holder)
 
     def release(self) -> None:
-        """Give the lease back."""
+        """Give the lease back, if it is held. It may be taken again."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
         self._released.set()
-        if self._thread is not None:
-            self._thread.join(HEARTBEAT_S)
+        thread.join(HEARTBEAT_S)
         with suppress(StorageError):
-            if self._thread is not None and self._new_holder is None:
+            if self._new_holder is None:
                 self._directory.delete(FILE, patience_s=0.0)  # if it fails, the heartbeat that stands still frees it
 
     def _text(self) -> bytes:
@@ -149,35 +152,40 @@ class Lease:
                 else:
                     self._beat()
 
-    def _put_away(self, dead: Mapping[str, Any]) -> bool:
-        """Remove the file of a holder that is gone. False where another process did so first.
+    def _take_over(self, dead: Mapping[str, Any]) -> bool:
+        """Put this holder's file in the place of that of one who is gone. False where another process did so first.
 
         Raises:
-            StorageError: it cannot be removed.
+            StorageError: the file cannot be opened or written.
         """
         if not self._directory.is_local:
-            self._directory.delete(FILE)
+            self._beat()
             return True
         path = self._directory.path(FILE)
-        aside = f"{path}.{secrets.token_hex(4)}.gone"
         try:
-            os.rename(path, aside)  # of those that see the holder dead, one succeeds
+            with open(path, "r+b") as file:  # for writing: NFS locks no other
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                except OSError:
+                    pass  # a file system without locks: of two, the first sees at its next heartbeat who came later
+                # whoever was quicker has put another file there before the lock went on to this process
+                if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return False
+                if (now := self._holder()) is None or _heartbeat(now) != _heartbeat(dead):
+                    return False
+                self._beat()
+                return True
         except FileNotFoundError:
             return False
         except OSError as e:
-            raise StorageError(f"{path} was left by {_name(dead)} and cannot be removed: {e}. Remove it") from e
-        moved = self._read(os.path.basename(aside))
-        was_taken = moved is not None and moved["token"] != dead["token"]
-        if was_taken:  # in this very moment: give it back
-            with suppress(OSError):
-                os.link(aside, path)
-        os.unlink(aside)
-        return not was_taken
+            raise StorageError(f"{path} was left by {_name(dead)} and cannot be opened: {e}. Remove it") from e
 
     def _holder(self) -> dict[str, Any] | None:
         if (holder := self._read(FILE)) is not None:
             return holder
-        # a file that nobody can read is watched as a holder is, and put away as one that is gone
+        # a file that nobody can read is watched as a holder is, and replaced as one that is gone
         return UNREADABLE if self._directory.exists(FILE) else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -188,7 +196,7 @@ class Lease:
         return None
 
     def _is_here(self, holder: Mapping[str, Any]) -> bool:
-        """Whether the holder's process number means something on this machine (containers may share a host's name)."""
+        """Tell whether the holder's process number means something on this machine (containers may share a host's name)."""
         return all(holder.get(key) == self._identity[key] for key in ("host", "processes"))
 
     def _lives(self, holder: Mapping[str, Any]) -> bool:
@@ -198,6 +206,39 @@ class Lease:
         if self._last_seen is None or self._last_seen[0] != beat:
             self._last_seen = beat, time.monotonic()
         return time.monotonic() - self._last_seen[1] < EXPIRY_S
+
+
+class WorkingLease:
+    """The lease of the one directory that a worker group works on, while it watches those that others hold.
+
+    Args:
+        token: as of :class:`Lease`.
+    """
+
+    def __init__(self, root: Storage, token: str) -> None:
+        self._root, self._token = root, token
+        self._watched: dict[str, Lease] = {}
+        self._lease: Lease | None = None
+
+    def try_take(self, address: str) -> bool:
+        """Take the lease of a directory below the root if it is free. Ask again and again to wait for one."""
+        # the same object each time: it watches whether the holder's heartbeat changes
+        lease = self._watched.setdefault(address, Lease(self._root / address, self._token))
+        if not lease.try_acquire():
+            return False
+        self._lease = self._watched.pop(address)
+        return True
+
+    @property
+    def held(self) -> bool:
+        """Tell whether the directory that was taken is still this group's."""
+        return self._lease is not None and self._lease.held
+
+    def release(self) -> None:
+        """Give the lease that was taken back, if there is one."""
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
 
 
 def _heartbeat(holder: Mapping[str, Any]) -> tuple[Any, Any, Any]:

@@ -19,7 +19,7 @@ from components.errors import UserError, first_line
 from pipeline import checkpoints, train
 from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
-from pipeline.lease import Lease
+from pipeline.lease import WorkingLease
 from pipeline.objective import Meter
 from pipeline.progress import say
 from pipeline.ranks import Ranks
@@ -117,28 +117,19 @@ def _serve(settings: dict[str, Any]) -> None:
     data = train.DataCache(root, ranks)
     meter: Meter | None = None
 
-    lease: Lease | None = None
-    watched: dict[str, Lease] = {}
-    """Leases of models that another run is training: the same object each time sees whether the heartbeat changes."""
+    lease = WorkingLease(root, f"{settings['token']}-{number}")
 
     def next_order() -> tuple[dict[str, Any] | None, str]:
-        nonlocal lease
         order = ray.get(queue.take.remote(number))
-        if not order:
-            return order, ""
-        address = order["address"]
-        lease = watched.pop(address, None) or Lease(root / address, f"{settings['token']}-{number}")
-        return order, what_to_do(order, lease)
+        return order, what_to_do(order) if order else ""
 
-    def what_to_do(order: Mapping[str, Any], lease: Lease) -> str:
+    def what_to_do(order: Mapping[str, Any]) -> str:
         home = root / order["address"]
         left = _what_is_left(home, objective)
         if left != "train":
             return left
-        if lease.try_acquire():  # the run that held it may have finished the model in between
-            return _what_is_left(home, objective)
-        watched[order["address"]] = lease
-        return BUSY
+        # the run that held it may have finished the model in between
+        return _what_is_left(home, objective) if lease.try_take(order["address"]) else BUSY
 
     def serve(order: Mapping[str, Any], left: str) -> tuple[str, str]:
         """Return state and reason."""
@@ -153,9 +144,7 @@ def _serve(settings: dict[str, Any]) -> None:
                     home,
                     objective,
                     agreed,
-                    lambda a=order["address"]: (
-                        ray.get(queue.cancelled.remote(a, number)) or not (lease is not None and lease.held)
-                    ),
+                    lambda a=order["address"]: ray.get(queue.cancelled.remote(a, number)) or not lease.held,
                 )
                 train.train_model(dict(order), home, data, settings, between)
                 return ("" if between.stopped else DONE), ""
@@ -206,9 +195,7 @@ def _serve(settings: dict[str, Any]) -> None:
         return True
 
     while serve_next():
-        if lease is not None:
-            lease.release()
-            lease = None
+        lease.release()
 
 
 def _what_is_left(home: Storage, objective: Objective) -> str:

@@ -16,7 +16,7 @@ import pytest
 
 from components.errors import UserError
 from pipeline import lease
-from pipeline.lease import Lease
+from pipeline.lease import Lease, WorkingLease
 from pipeline.storage import Storage
 
 
@@ -33,7 +33,7 @@ def mark(directory: Storage, host: str, pid: int, *, beat: int = 1, behind_s: fl
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
-def test_a_file_that_nobody_can_read_is_put_away_after_a_while(tmp_path: Path, text: str) -> None:
+def test_a_file_that_nobody_can_read_is_replaced_after_a_while(tmp_path: Path, text: str) -> None:
     (tmp_path / lease.FILE).write_text(text)
     mine = Lease(Storage(tmp_path)).acquire()
     assert Storage(tmp_path).read_json(lease.FILE)["pid"] == os.getpid()
@@ -141,3 +141,43 @@ def test_who_was_taken_over_notices_and_leaves_the_other_its_lease(tmp_path: Pat
         mine.check()
     mine.release()
     assert directory.read_json(lease.FILE)["pid"] == 7, "it is the other's"
+
+
+def test_a_lease_that_was_released_can_be_taken_again_and_released_only_once(tmp_path: Path) -> None:
+    directory = Storage(tmp_path)
+    mine, other = Lease(directory), Lease(directory).acquire()
+    assert not mine.try_acquire()
+    mine.release()  # it was not held: the other keeps its own
+    assert other.held
+    assert (tmp_path / lease.FILE).exists()
+    for _ in range(2):
+        other.release()
+        assert mine.try_acquire()
+        assert mine.held
+        begin = directory.read_json(lease.FILE)["heartbeat"]
+        deadline = time.monotonic() + 30
+        while directory.read_json(lease.FILE)["heartbeat"] == begin:
+            assert time.monotonic() < deadline, "no heartbeat"
+        other.release()  # again: what is another's by now stays
+        assert (tmp_path / lease.FILE).exists()
+        mine.release()
+        assert os.listdir(tmp_path) == []
+        assert other.try_acquire()
+    other.release()
+
+
+def test_who_works_on_one_directory_after_the_other_waits_for_those_of_others(tmp_path: Path) -> None:
+    root = Storage(tmp_path)
+    other = Lease(root / "b").acquire()
+    mine = WorkingLease(root, "group")
+    assert mine.try_take("a")
+    assert mine.held
+    mine.release()
+    assert not mine.try_take("b")
+    assert not mine.held
+    mine.release()  # as a worker does after each turn
+    other.release()
+    assert mine.try_take("b")
+    assert mine.held
+    mine.release()
+    assert not (tmp_path / "b" / lease.FILE).exists()
