@@ -22,6 +22,8 @@ from components.robustness import mcnemar, wilson_interval
 from pipeline import comparison, plots
 from pipeline.storage import Storage
 
+SCHEMA = 1
+"""Of ``run.json``, ``sweep.json`` and ``best.json``."""
 PHASES = ("joint", "autoencoder", "classifier", "adversarial", "reformer")
 THREATS = {
     "clean": "clean",
@@ -48,6 +50,19 @@ Row = dict[str, Any]
 # -- reading ---------------------------------------------------------------------------------------------------------------
 
 
+def read_record(directory: Storage, file: str) -> dict[str, Any]:
+    """Read ``run.json`` or ``sweep.json``.
+
+    Raises:
+        DataError: it is of another schema. StorageError: it cannot be read.
+    """
+    record = directory.read_json(file)
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{directory.uri}/{file} has schema {schema!r}; this version reads schema {SCHEMA}")
+    return dict(record)
+
+
 def read_run(run: Storage) -> dict[str, Any]:
     """``run.json`` with what a run that is not complete lacks filled in empty.
 
@@ -56,10 +71,7 @@ def read_run(run: Storage) -> dict[str, Any]:
     """
     if not run.exists("run.json"):
         raise DataError(f"{run.uri} is not the directory of a run: it has no run.json. Runs lie under STORAGE/runs/")
-    record = run.read_json("run.json")
-    if not isinstance(record, dict) or record.get("schema") != 1:
-        schema = record.get("schema") if isinstance(record, dict) else None
-        raise DataError(f"{run.uri}/run.json has schema {schema!r}; this version reads schema 1")
+    record = read_record(run, "run.json")
     for key in ("name", "experiment"):
         if key not in record:
             raise DataError(f"{run.uri}/run.json lacks {key!r}; run the same command again to write it anew")

@@ -43,7 +43,6 @@ from pipeline.redaction import redacted
 from pipeline.storage import HALF_WRITTEN_S, Storage
 from pipeline.train_step import Shapes, stored_levels
 
-SCHEMA = 1
 STAGES = ("pyramids", "train", "attack", "report")
 
 
@@ -162,15 +161,7 @@ def open_run(
             num_classes=experiment.data.num_classes,
             sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
         )
-        for line in train.check_models(experiment, shapes):
-            say(line)
-        attacked, workers = experiment.evaluation.test_images, experiment.scaling.workers
-        for line in sources.check_source(experiment.data, trains=experiment.trains, attacked=attacked, workers=workers):
-            say(line)
-        with stage("Ray"):
-            cluster.connect()
-        cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
-        cluster.check_shared(root)
+        check_and_join(experiment, experiment, shapes, root)
         if will_train:
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read
@@ -182,12 +173,30 @@ def open_run(
         raise
 
 
+def check_and_join(experiment: Experiment, networks: Experiment, shapes: Shapes, root: Storage) -> None:
+    """Check networks and data, join Ray, and check what it has and that its nodes share the storage.
+
+    Args:
+        networks: its models are built; a sweep's are those of its trials.
+
+    Raises:
+        UserError: one of its kinds, naming what, where and what to do.
+    """
+    for line in train.check_models(networks, shapes):
+        say(line)
+    scaling, attacked = experiment.scaling, experiment.evaluation.test_images
+    for line in sources.check_source(
+        experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers
+    ):
+        say(line)
+    with stage("Ray"):
+        cluster.connect()
+    cluster.check_resources(scaling, scaling.wait_s)
+    cluster.check_shared(root)
+
+
 def _read_record(storage: Storage) -> dict[str, Any] | None:
-    record = storage.read_json("run.json") if storage.exists("run.json") else None
-    if record is not None and (not isinstance(record, dict) or record.get("schema") != SCHEMA):
-        schema = record.get("schema") if isinstance(record, dict) else None
-        raise UserError(f"{storage.uri}/run.json has schema {schema}, this version reads {SCHEMA}")
-    return record
+    return records.read_record(storage, "run.json") if storage.exists("run.json") else None
 
 
 def _opened(
@@ -236,7 +245,7 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
 
 def _new_record(experiment: Experiment) -> dict[str, Any]:
     return {
-        "schema": SCHEMA,
+        "schema": records.SCHEMA,
         "name": experiment.name,
         "experiment": recorded(experiment),
         "created": _now(),

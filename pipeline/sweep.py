@@ -40,8 +40,8 @@ from pipeline import (
     memory,
     pretrained,
     publish,
+    records,
     run,
-    sources,
     sweep_report,
     tracking,
     tracking_uri,
@@ -55,8 +55,6 @@ from pipeline.progress import say, stage
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
 from pipeline.trial import ENDED, FINISHED, new_entry
-
-SCHEMA = 1
 
 
 def load_space(options: SweepOptions) -> tuple[str, Space]:
@@ -345,14 +343,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     )
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
-    train.check_models(probed, sweep.shapes)
-    attacked, workers = experiment.evaluation.test_images, experiment.scaling.workers
-    for line in sources.check_source(experiment.data, trains=True, attacked=attacked, workers=workers):
-        say(line)
-    with stage("Ray"):
-        cluster.connect()
-    cluster.check_resources(experiment.scaling, experiment.scaling.wait_s)
-    cluster.check_shared(root)
+    run.check_and_join(experiment, probed, sweep.shapes, root)
     memory.check_gpu_memory(probed, sweep.shapes)
     sweep.lease = Lease(storage).acquire()  # before its record is read
     try:
@@ -365,15 +356,13 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
 
 def _open_record(sweep: Sweep, space_name: str) -> None:
     storage, experiment = sweep.storage, sweep.experiment
-    record = storage.read_json("sweep.json") if storage.exists("sweep.json") else None
-    if record is not None and record.get("schema") != SCHEMA:
-        raise UserError(f"{storage.uri}/sweep.json has schema {record.get('schema')}, this version reads {SCHEMA}")
+    record = records.read_record(storage, "sweep.json") if storage.exists("sweep.json") else None
     say(f"{'continuing' if record else 'new sweep at'} {storage.uri}")
     if record is not None:
         sweep.record = record
     else:
         sweep.record = {
-            "schema": SCHEMA,
+            "schema": records.SCHEMA,
             "name": experiment.name,
             "space_name": space_name,
             "seed": sweep.options.seed,
@@ -528,7 +517,7 @@ def _conclude(sweep: Sweep) -> None:
             "rule": sweep_report.rule(sweep.space.clean_tolerance),
         }
         final = sweep.final(chosen["parameters"])
-        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": run.recorded(final)})
+        sweep.storage.write_json("best.json", {"schema": records.SCHEMA, "experiment": run.recorded(final)})
         sweep.save()
     say(sweep_report.conclusion(sweep.record))
     _report(sweep)

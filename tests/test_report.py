@@ -16,7 +16,7 @@ import fake_run
 import pytest
 from rich.console import Console
 
-from components.errors import UserError
+from components.errors import DataError, UserError
 from components.robustness import mcnemar
 from pipeline import environment, records, report, tables
 from pipeline.storage import Storage
@@ -284,6 +284,14 @@ def test_partial_runs_give_a_partial_report(tmp_path: Path) -> None:
     run.write_json("run.json", record)
     report.build(run, root)
     assert "not trained yet: no_defense, control, defend" in _page(run)[0]
+
+
+@pytest.mark.parametrize("file", ["run.json", "sweep.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "1", "{}", '{"schema": 99}'])
+def test_a_record_of_another_kind_is_refused(file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DataError, match=f"{file} has schema (None|99); this version reads schema 1"):
+        records.read_record(Storage(tmp_path), file)
 
 
 def test_missing_and_corrupt_records_are_named(tmp_path: Path) -> None:
