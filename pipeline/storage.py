@@ -211,14 +211,7 @@ class Storage:
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer, patience_s: float | None = None) -> None:
         """Write a whole file or nothing: to a temporary name and then moved, or as one object on an object store."""
-        path = self.path(name)
-        try:
-            self.patiently(lambda: self._write_once(path, data), patience_s)
-        except (OSError, pa.ArrowException) as e:
-            raise StorageError(
-                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
-                "make room or give another storage, then run the same command again to continue"
-            ) from e
+        self._write(name, data, patience_s, anew=False)
 
     def write_if_absent(self, name: str, data: bytes) -> bool:
         """Write a whole file unless there is one of that name. Returns whether it was written.
@@ -231,20 +224,20 @@ class Storage:
                 return False
             self.write_bytes(name, data)
             return True
-        temporary = f".{name.rpartition('/')[2]}.{secrets.token_hex(4)}.tmp"
-        beside = f"{name.rpartition('/')[0]}/{temporary}".lstrip("/")
-        self.write_bytes(beside, data)
-        try:
-            self.patiently(lambda: link_anew(self.path(beside), self.path(name)))
-            return True
-        except FileExistsError:
-            return False
-        except OSError as e:
-            raise StorageError(f"{self.uri}/{name} could not be written: {e}") from e
-        finally:
-            self.delete(beside)
+        return self._write(name, data, None, anew=True)
 
-    def _write_once(self, path: str, data: bytes | pa.Buffer) -> None:
+    def _write(self, name: str, data: bytes | pa.Buffer, patience_s: float | None, *, anew: bool) -> bool:
+        path = self.path(name)
+        try:
+            return self.patiently(lambda: self._write_once(path, data, anew), patience_s)
+        except (OSError, pa.ArrowException) as e:
+            raise StorageError(
+                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
+                "make room or give another storage, then run the same command again to continue"
+            ) from e
+
+    def _write_once(self, path: str, data: bytes | pa.Buffer, anew: bool) -> bool:
+        """Write a file by way of another name. Returns whether it was written: not if ``anew`` (local alone) and there is one."""
         parent, _, base = path.rpartition("/")
         temporary = path if self._is_object_store else f"{parent}/.{base}.{secrets.token_hex(4)}.tmp"
         try:
@@ -254,7 +247,17 @@ class Storage:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())  # else a power cut leaves an empty file under the final name
-                os.replace(temporary, path)
+                if not anew:
+                    os.replace(temporary, path)
+                    return True
+                try:
+                    link_anew(temporary, path)
+                    return True
+                except FileExistsError:
+                    return False
+                finally:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary)
             else:
                 if not self._is_object_store:
                     self.fs.create_dir(parent, recursive=True)
@@ -262,6 +265,7 @@ class Storage:
                     stream.write(data)
                 if temporary != path:
                     self.fs.move(temporary, path)
+                return True
         except BaseException:  # a task that is cancelled while it writes leaves nothing either
             if temporary != path:
                 with contextlib.suppress(OSError):

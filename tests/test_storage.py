@@ -218,6 +218,15 @@ def test_a_file_is_created_by_one(storage: Storage) -> None:
     assert storage.list("a") == ["b"]
 
 
+def test_of_a_file_that_is_there_and_of_one_that_cannot_be_nothing_is_left(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    for _ in range(2):
+        storage.write_if_absent("file", b"1")
+    with pytest.raises(StorageError, match="file/below could not be written"):
+        storage.write_if_absent("file/below", b"2")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_write_that_is_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
