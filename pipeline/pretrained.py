@@ -84,12 +84,14 @@ def _torchvision(arch: str, name: str) -> Weights:
         allowed = " or ".join(f"torchvision:{k}" for k in known.__members__)
         raise ConfigError.of("train.pretrained", f"torchvision:{name}", allowed)
     try:
-        return Weights(known[name].get_state_dict(progress=False, check_hash=True))
+        weights = Weights(known[name].get_state_dict(progress=False, check_hash=True))
     except OSError as e:
         raise DataError(
             f"train.pretrained: torchvision:{name} of {arch} cannot be downloaded ({e}); where there is no internet, give the "
             "path of the .pth file"
         ) from e
+    weights.where = f"torchvision:{name}"
+    return weights
 
 
 def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:

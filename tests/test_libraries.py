@@ -74,6 +74,15 @@ def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
         torch.testing.assert_close(checkpoints.load_classifier(tmp_path)(x), expected)
 
 
+def test_published_weights_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = published("mobilenet_v3_small")
+    entry = torchvision.models.get_model_weights("mobilenet_v3_small").IMAGENET1K_V1
+    monkeypatch.setattr(type(entry), "get_state_dict", lambda *_, **__: dict(tensors))
+    config = of("torchvision:mobilenet_v3_small", "torchvision:IMAGENET1K_V1")
+    with pytest.raises(ConfigError, match=r"^torchvision:IMAGENET1K_V1 holds a head of 1000 classes"):
+        build_net(config, replace(SHAPES, num_classes=10), pretrained.read(config))
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_whether_the_network_transforms_its_images_can_be_said(name: str) -> None:
     def made(arch: str, pretrained: bool) -> object:
