@@ -703,7 +703,7 @@ class Experiment:
     def _check_threat_models(self) -> None:
         """Refuse threat models under none of which a model would be attacked."""
         remedies = [self._idle(threat) for threat in self.evaluation.threat_models]
-        if remedies and all(remedies):
+        if all(remedies):
             raise ConfigError.of("evaluation.threat_models", ", ".join(self.evaluation.threat_models), remedies[0])
 
     def _idle(self, threat: str) -> str:
@@ -909,13 +909,18 @@ def _from_json(value: Any, hint: Any, where: str) -> Any:
     if isinstance(value, int):
         _check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
     if isinstance(value, str):
-        _check("\0" not in value and is_unicode(value), where, value, "text without NUL characters and lone surrogates")
+        _check(is_text(value), where, value, "text without NUL characters and lone surrogates")
     return value
 
 
 def is_unicode(text: str) -> bool:
     """Tell whether text can be written as UTF-8. Python keeps bytes that it cannot decode as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_text(text: str) -> bool:
+    """Tell whether text can be written as UTF-8 and has no zero byte, as the name of a file must."""
+    return "\0" not in text and is_unicode(text)
 
 
 def content_hash(*parts: Any) -> str:

@@ -28,7 +28,6 @@ from components.attacks.search import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, content_hash
 from components.errors import DataError
-from components.models.comdefend import Reformed
 from components.models.defend import adaptive_objective
 from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
 from pipeline import checkpoints, shards
@@ -251,6 +250,18 @@ def _example_sets(
     return list(sets.values()), addresses
 
 
+def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
+    """Return what every task's job begins with: its data, and how its process is set up (:func:`prepare_task`)."""
+    return {
+        "root": root.full_uri,
+        "test": test.address,
+        "seed": experiment.evaluation.seed,
+        "device": "cuda" if experiment.scaling.gpus_per_attack else "cpu",
+        "threads": experiment.scaling.threads_per_worker,
+        "trusted": sorted({config.arch for config in experiment.variants().values()}),
+    }
+
+
 def attack(
     models: Sequence[Model],
     test: shards.ShardSet,
@@ -323,14 +334,7 @@ def attack(
     finish_ready()
     tell = progress or (lambda done, total, note: None)
     tell(total - sum(left.values()), total, "chunks")
-    common = {
-        "root": root.full_uri,
-        "test": test.address,
-        "seed": config.seed,
-        "device": "cuda" if scaling.gpus_per_attack else "cpu",
-        "threads": scaling.threads_per_worker,
-        "trusted": sorted({config.arch for config in experiment.variants().values()}),
-    }
+    common = job_basis(experiment, root, test)
     jobs = (
         (
             {
@@ -575,10 +579,7 @@ def load_model(root: str, weights: str, device: str) -> nn.Module:
     if not behind:
         return checkpoints.load_classifier(path, device, sha256=sha256)
     ((classifier, _, second),) = behind
-    return Reformed(
-        checkpoints.load_reformer(path, device, sha256=sha256),
-        checkpoints.load_classifier(classifier, device, sha256=second),
-    ).eval()
+    return checkpoints.load_reformed(path, classifier, device, sha256=(sha256, second))
 
 
 @functools.lru_cache(maxsize=2)
@@ -605,9 +606,14 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
     return stream_seed(seed, chunk, int(content_hash(name)[:15], 16))
 
 
-def _attack_chunks(job: dict[str, Any]) -> None:
+def prepare_task(job: dict[str, Any]) -> None:
+    """Set up a task's process for a job that :func:`job_basis` begins."""
     torch.set_num_threads(job["threads"])
     checkpoints.trust(job.get("trusted", ()))
+
+
+def _attack_chunks(job: dict[str, Any]) -> None:
+    prepare_task(job)
     for i, start, stop in job["chunks"]:
         _attack_chunk(job, i, start, stop)
 

@@ -375,6 +375,10 @@ def load_reformed(
     device: str | torch.device = "cpu",
     *,
     trusted: str | Collection[str] = (),
+    sha256: tuple[str, str] = ("", ""),
 ) -> Reformed:
-    """A reformer with a classifier behind it, in eval mode: images in [0,1] to logits. As :func:`load_classifier`."""
-    return Reformed(load_reformer(reformer, device), load_classifier(classifier, device, trusted=trusted)).eval()
+    """Load a reformer with a classifier behind it, in eval mode: images in [0,1] to logits. As :func:`load_classifier`."""
+    return Reformed(
+        load_reformer(reformer, device, sha256=sha256[0]),
+        load_classifier(classifier, device, trusted=trusted, sha256=sha256[1]),
+    ).eval()

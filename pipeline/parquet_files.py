@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from components.config import DataConfig
+from components.config import DataConfig, is_text
 from components.errors import DataError
 from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 from pipeline.storage import Storage, is_access
@@ -21,7 +21,6 @@ from pipeline.user_files import (
     LFS_POINTER,
     Listing,
     first_names,
-    is_text,
     list_directory,
     printable,
     reason,
@@ -74,7 +73,8 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     for name, listing in place.splits.items():
         _refuse_broken(f"{at}/{name}", listing, test_split)
     folders = {name: _parquet(listing.files) for name, listing in place.splits.items()}
-    return [_joined(place.folder, name) for name in parquet_files(at, split, place.files, folders, test_split)]
+    named = test_split if split == "test" else ""
+    return [_joined(place.folder, name) for name in parquet_files(at, split, place.files, folders, named)]
 
 
 def split_names_in(storage: Storage, test_split: str) -> list[str]:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from components.config import DataConfig
+from components.config import DataConfig, is_text
 from components.errors import ConfigError, DataError
 from pipeline.decode import decode, fitted
 from pipeline.parquet_files import (
@@ -38,7 +38,7 @@ from pipeline.parquet_files import (
 from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, split_words
 from pipeline.splits import draw_order, split_indices
 from pipeline.storage import Storage
-from pipeline.user_files import Listing, first_names, is_text, list_directory, printable, read_file, reason
+from pipeline.user_files import Listing, first_names, list_directory, printable, read_file, reason
 
 Split = Literal["train", "validation", "test"]
 """The logical splits; train and validation are both taken out of the source's training images."""
@@ -367,7 +367,7 @@ class ParquetSource(Source):
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.uri or Path(__file__).resolve().parent / "data" / self.sample)
+        return _opened(self.uri or str(Path(__file__).resolve().parent / "data" / self.sample))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -477,6 +477,12 @@ class ParquetSource(Source):
                 "read); embed the image or remove this row"
             )
         decode(self.data, value, lambda: f"{self._path(file)} row {row}", out)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(uri: str) -> Storage:
+    """Open a storage once in each process: it is asked for at every row group."""
+    return Storage(uri)
 
 
 def _open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
@@ -620,13 +626,17 @@ class FolderSource(Source):
 def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource:
     if "://" in root:
         raise ConfigError.of("data.source", data.source, "a local directory for folder:; use parquet: for a URI")
-    directory = _split_directory(root, split, data.test_split)
+    if not os.path.isdir(root):
+        raise DataError(
+            f"{printable(root)} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*"
+        )
+    top = list_directory(root)
+    directory = _split_directory(root, top, split, data.test_split if split == "test" else "")
     listing = list_directory(directory)
     classes_directory, folders = directory, listing.folders
     # The labels of a network follow the training folders. Where nothing is trained there may be none.
-    beside = list_directory(root)
-    if split == "test" and choose_word(root, "train", [*beside.folders, *beside.broken]):
-        train = _split_directory(root, "train")
+    if split == "test" and choose_word(root, "train", [*top.folders, *top.broken]):
+        train = _split_directory(root, top, "train")
         if training_folders := list_directory(train).folders:
             classes_directory, folders = train, training_folders
     _check_class_folders(directory, listing, classes_directory, folders)
@@ -653,19 +663,19 @@ def _open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSourc
     )
 
 
-def _split_directory(root: str, split: SourceSplit, test_split: str = "") -> str:
-    if not os.path.isdir(root):
-        raise DataError(
-            f"{printable(root)} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*"
-        )
-    listing = list_directory(root)
+def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split: str = "") -> str:
+    """Return the folder of a split. ``listing`` is of ``root``, ``test_split`` as of :func:`choose_word`.
+
+    Raises:
+        DataError: there is none, or two, or it is a broken link.
+    """
     folders = listing.folders
     # Without the broken ones another split would silently take the place of one whose link is broken.
     word = choose_word(root, split, [*folders, *listing.broken], test_split)
     if word in listing.broken:
         raise DataError(f"{printable(f'{root}/{word}')} is no folder but a broken link; replace or remove it")
     if word is None:
-        names = test_split if split == "test" and test_split else " or ".join(WORDS[split])
+        names = test_split or " or ".join(WORDS[split])
         there = f"; there are only {first_names(folders)}" if folders else ""
         remedy = ". Name one of them in data.test_split" if split == "test" and folders else ""
         parent, name = os.path.split(root)

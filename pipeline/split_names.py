@@ -51,7 +51,8 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     Args:
         place: for the message.
         words: names in the directory that may be a split's.
-        test_split: ``data.test_split``, the name that is meant for the test images; empty where the user did not say.
+        test_split: ``data.test_split``, the name that is meant for the test images; empty where the user did not say, and for
+            every other split.
 
     Returns:
         None if there is none.
@@ -59,9 +60,9 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     Raises:
         DataError: two names fit equally well: val beside validation, or Test beside test.
     """
-    if split == "test" and test_split in words and test_split:
+    if test_split and test_split in words:
         return test_split
-    named = (test_split.lower(),) if split == "test" and test_split else WORDS[split]
+    named = (test_split.lower(),) if test_split else WORDS[split]
     fitting = sorted({word for word in words if word.lower() in named})
     tests = [word for word in fitting if word.lower() in ("train", "test")] or fitting
     if len(tests) > 1:
@@ -85,7 +86,7 @@ def parquet_files(
         place: the directory, for messages.
         names: the Parquet files in it.
         folders: name of each folder in it that has Parquet files -> these.
-        test_split: ``data.test_split``.
+        test_split: as of :func:`choose_word`.
 
     Returns:
         Paths of the split's files from the directory, sorted.
@@ -95,8 +96,7 @@ def parquet_files(
             not one of its files (test_hard.parquet beside test.parquet).
     """
     # A name that the user gave means itself alone. One that is guessed must not be the beginning of others.
-    named = split == "test" and bool(test_split)
-    word_of = {name: split_of(name) if named else _beginning(name) for name in names}
+    word_of = {name: split_of(name) if test_split else _beginning(name) for name in names}
     word = choose_word(place, split, [*word_of.values(), *folders], test_split)
     if word is None:
         raise DataError(_no_split(place, split, names, folders, test_split))
@@ -114,7 +114,7 @@ def parquet_files(
 def _no_split(
     place: str, split: SourceSplit, names: Sequence[str], folders: Mapping[str, Sequence[str]], test_split: str
 ) -> str:
-    words = (test_split,) if split == "test" and test_split else WORDS[split][:2]
+    words = (test_split,) if test_split else WORDS[split][:2]
     wanted = " or ".join(f"{word}.parquet, {word}-NNNNN-of-NNNNN.parquet" for word in words)
     text = f"{printable(place)}: no file for the {split} split ({printable(wanted)}, or these in a folder); "
     if not names and not folders:

@@ -79,14 +79,6 @@ def read_file(path: str) -> bytes:
         ) from e
 
 
-def is_text(name: str) -> bool:
-    """Tell whether a name is UTF-8 and has no zero byte."""
-    try:
-        return b"\0" not in name.encode()
-    except UnicodeEncodeError:
-        return False
-
-
 def printable(name: str) -> str:
     """Return a name as a message shows it: line breaks and bytes that are not UTF-8 are escaped."""
     return name if name.isprintable() else repr(name)[1:-1]

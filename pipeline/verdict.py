@@ -16,7 +16,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, content_hash
 from components.reliability import POINTS_AT_ONCE, Judged, active_test, flags, probe
 from components.robustness import mcnemar, usual_budgets, usual_eps, wilson_interval, worst_case
-from pipeline import attack, checkpoints, shards
+from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
 from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
@@ -207,8 +207,7 @@ def _jobs(
         if spec.name not in UNTESTED:
             budget = spec.eps if spec.eps is not None else _usual(experiment, str(spec.norm))
             wanted.append((text, str(spec.norm), budget))
-    scaling, seed = experiment.scaling, experiment.evaluation.seed
-    out = []
+    basis, out = attack.job_basis(experiment, root, test), []
     for text, norm, eps in wanted:
         bfloat16 = bool(text) and attack.in_bfloat16(text, experiment.evaluation)
         name = AttackSpec.parse(text).name if text else "pgd"  # the probe runs PGD
@@ -220,7 +219,7 @@ def _jobs(
             eps,
             test.address,
             images,
-            seed,
+            basis["seed"],
             *(["bfloat16"] if bfloat16 else []),
             # found nothing at first: it aimed at classes that cannot be reached there
             *(["runner_up"] if text and AttackSpec.parse(text).target in ("random", "least_likely") else []),
@@ -232,8 +231,7 @@ def _jobs(
         out.append(
             {
                 "file": f"reliability/{content_hash(*said)}.json",
-                "root": root.full_uri,
-                "test": test.address,
+                **basis,
                 "model": model.weights,
                 "name": model.name,
                 "attack": text,
@@ -241,10 +239,6 @@ def _jobs(
                 "norm": norm,
                 "eps": eps,
                 "images": images,
-                "seed": seed,
-                "device": "cuda" if scaling.gpus_per_attack else "cpu",
-                "threads": scaling.threads_per_worker,
-                "trusted": sorted({config.arch for config in experiment.variants().values()}),
             }
         )
     return out
@@ -262,8 +256,7 @@ def _usual(experiment: Experiment, norm: str) -> float:
 
 
 def _measure(job: dict[str, Any]) -> None:
-    torch.set_num_threads(job["threads"])
-    checkpoints.trust(job.get("trusted", ()))
+    attack.prepare_task(job)
     _, images, labels = attack.load_images(job, 0, job["images"])
     model = attack.load_model(job["root"], job["model"], job["device"])
     fast = None

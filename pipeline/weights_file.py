@@ -18,6 +18,7 @@ from torch import Tensor
 
 from components.errors import DataError
 from components.models.weights import Weights, listed, standalone, why_not_saved
+from pipeline.user_files import LFS_POINTER
 
 USUAL = ("state_dict", "model", "model_state_dict", "net")
 """Keys under which training scripts save a network. Of several in a file, the first of these is taken."""
@@ -104,7 +105,7 @@ def why_no_weights(data: bytes, where: str) -> str:
         return "is empty: download or copy it again"
     if is_safetensors(data):  # first: the bytes before its header may be any
         return _cut_short(data)
-    if data.startswith(b"version https://git-lfs"):
+    if data.startswith(LFS_POINTER):
         size = next((line[5:] for line in data.decode(errors="replace").splitlines() if line.startswith("size ")), "?")
         return (
             f"is a Git LFS pointer to a file of {size} bytes, not the file itself: run git lfs pull in its repository"
