@@ -61,7 +61,7 @@ def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """Exit status of a command that was interrupted."""
+    """Return the exit status of a command that was interrupted."""
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
 
 

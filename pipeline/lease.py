@@ -121,7 +121,7 @@ class Lease:
             )
 
     def holder_name(self) -> str:
-        """Process and host of a holder that seems to live, for messages; empty where there is none."""
+        """Return process and host of a holder that seems to live, for messages; empty where there is none."""
         holder = self._holder()
         return "" if holder is None or not self._lives(holder) else _name(holder)
 

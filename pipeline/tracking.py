@@ -31,7 +31,7 @@ from urllib.parse import quote
 
 from components.errors import ConfigError, UserError
 from pipeline import records
-from pipeline.environment import without_password
+from pipeline.redaction import without_password
 from pipeline.storage import Storage, StorageError
 from pipeline.tracking_uri import (
     OPTION,

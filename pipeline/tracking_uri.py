@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from components.errors import ConfigError, UserError
-from pipeline.environment import without_password
+from pipeline.redaction import without_password
 from pipeline.storage import Storage
 
 OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"

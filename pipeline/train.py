@@ -134,20 +134,17 @@ class Loop:
         data: RankData,
         validation: RankData | None,
         *,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | None = None,
+        ranks: Ranks | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.shapes, self.data, self.validation = config, shapes, data, validation
-        self.rank, self.world = rank, world
-        self.device = device or torch.device("cpu")
-        self.ranks = Ranks(rank, world, self.device)
-        self.local_batch = config.batch_size // world
+        self.ranks = ranks or Ranks()
+        self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
+        self.local_batch = config.batch_size // self.world
         self.steps_per_epoch = len(data) // self.local_batch
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"train.batch_size={config.batch_size} is more than the {len(data) * world} training images there are"
+                f"train.batch_size={config.batch_size} is more than the {len(data) * self.world} training images there are"
             )
         self.net = build_net(config, shapes, weights).to(self.device)
         if config.channels_last:
@@ -374,7 +371,7 @@ class ModelFailed(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """One line that says why a model could not be trained, and what to do about it."""
+    """Return one line that says why a model could not be trained, and what to do about it."""
     if isinstance(error, UserError):
         return str(error)
     first = next(iter(str(error).splitlines()), "")
@@ -385,7 +382,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _lost_a_rank(error: Exception) -> bool:
-    """Whether a collective failed because another rank is gone, which is no fault of the model."""
+    """Tell whether a collective failed because another rank is gone, which is no fault of the model."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
@@ -460,9 +457,7 @@ def train_model(
         shapes,
         train_data,
         data.get("validation", job["pyramids"], levels=False),
-        rank=data.ranks.rank,
-        world=data.ranks.world,
-        device=data.ranks.device,
+        ranks=data.ranks,
         weights=pretrained.load(data.root, job["weights"]) if job["weights"] else None,
     )
     kept = home / "checkpoints"
@@ -765,7 +760,7 @@ def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment,
 
 
 def _progress_of(group: Sequence[Job], root: Storage) -> list[Any]:
-    """What changes on the storage when an epoch or a model of the group ends, one way or another."""
+    """Return what changes on the storage when an epoch or a model of the group ends, one way or another."""
     homes = [root / job.address for job in group]
     ends = ("model.json", FAILED_MODEL, NOT_FINITE)
     return [

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from components.config import TrainConfig
 from components.schedule import learning_rate, phase_at_epoch
+from pipeline.ranks import Ranks
 from pipeline.storage import Storage
 from pipeline.train import Loop, NonFiniteLoss, RankData
 from pipeline.train_step import (
@@ -105,7 +106,7 @@ def worker(rank: int, directory: str) -> None:
 
     def loop(config: TrainConfig, validation: bool = False, data: RankData | None = None) -> Loop:
         mine = data or rows(rank, levels=config.defense != "none")
-        return Loop(config, SHAPES, mine, rows(rank, n=11, seed=1) if validation else None, rank=rank, world=WORLD)
+        return Loop(config, SHAPES, mine, rows(rank, n=11, seed=1) if validation else None, ranks=Ranks(rank, WORLD))
 
     for name, changes in CASES.items():
         config = tiny(**changes)
