@@ -507,12 +507,8 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         will_train=command in ("run", "train"),
         needs_tracking=needs_tracking,
     )
-    if command in ("run", "attack"):
-        run.record["finished"] = None  # until it is again: else its publication would end it, whatever happens
-        run.save()
     publish.start_run(run.tracker, run.record)
-    # a report that cannot be written spoils no result
-    complete = command == "report" and bool(run.record["finished"])
+    complete = False
     try:
         if command == "report":
             make_report(run)
@@ -536,10 +532,12 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
             register(run, models)
         run.record["finished"] = _now()
         run.save()
-        complete = True
         make_report(run)
+        complete = True
         finish(run)
     except BaseException as e:
+        # a report that cannot be written spoils no result
+        complete = complete or (isinstance(e, Exception) and bool(run.record["finished"]))
         run.tracker.stop_for(e, complete=complete)
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise

@@ -462,17 +462,6 @@ def test_a_report_that_cannot_be_written_leaves_the_run_finished(
     assert set(statuses(storage).values()) == {"FINISHED"}
 
 
-def test_a_finished_run_that_fails_when_it_is_continued_is_failed(
-    finished: tuple[Path, str], ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    storage = tmp_path / "s"
-    shutil.copytree(finished[0], storage)
-    for weights in storage.glob("models/*/classifier.safetensors"):
-        weights.write_bytes(b"")
-    assert "classifier.safetensors" in refused(command("run", storage), capsys)
-    assert statuses(storage)["mnist-smoke"] == "FAILED"
-
-
 def test_a_loss_that_is_not_finite_stops_with_its_step(
     unbroken: Path, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
