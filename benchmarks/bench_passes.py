@@ -23,8 +23,8 @@ from components.attacks.apgd import apgd, apgd_t
 from components.attacks.autoattack import autoattack
 from components.attacks.bim import bim
 from components.attacks.fab import fab_t
+from components.attacks.fast_copy import stand_in
 from components.attacks.pgd import pgd
-from components.attacks.search import stand_in
 from components.attacks.square import square
 
 Attack = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ import torch
 from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, seconds, train
 from torch import Tensor, nn
 
-from components.attacks.search import search, stand_in
+from components.attacks.fast_copy import search, stand_in
 from components.attacks.spec import AttackSpec
 from pipeline import checkpoints
 

@@ -25,8 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from components.config import TrainConfig, level_sizes
-from components.schedule import Phase
-from pipeline.train_step import Batch, PhaseModule, Shapes, build_net, make_optimizer, train_step
+from components.config.data import Shapes
+from components.models.build import build_net
+from components.training.augment import Batch
+from components.training.schedule import Phase
+from components.training.step import PhaseModule, make_optimizer, train_step
 
 GOAL = 1.1
 

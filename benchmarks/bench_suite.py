@@ -28,9 +28,10 @@ import torch
 from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, passes, seconds, train
 from torch import Tensor, nn
 
-from components.attacks.search import search, stand_in
+from components.attacks.fast_copy import search, stand_in
 from components.attacks.spec import AttackSpec
-from components.robustness import judge, summarize, verify_examples
+from components.evaluation.judge import judge, verify_examples
+from components.evaluation.metrics import summarize
 from pipeline.comparison import shown_metrics
 
 Attack = Callable[[], Tensor]

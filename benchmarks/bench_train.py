@@ -17,13 +17,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from components.losses import reconstruction_loss, reconstruction_terms
-from components.schedule import learning_rate
+from components.config.data import Shapes
+from components.models.build import build_net
+from components.training.losses import reconstruction_loss, reconstruction_terms
+from components.training.schedule import learning_rate
 from pipeline import cluster, environment, pyramids, train
 from pipeline.jobs import TrainingData
 from pipeline.recipes import mnist_demo
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 
 def plain_loop(data: train.RankData, config, shapes: Shapes) -> float:  # type: ignore[no-untyped-def]

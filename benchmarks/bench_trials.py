@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from components.config import Experiment
+from components.config.data import Shapes
 from pipeline import cluster, environment, pyramids, sweep, train
 from pipeline.jobs import TrainingData
 from pipeline.options import SweepOptions
 from pipeline.recipes import mnist_demo
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes
 
 SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.py"
 

@@ -39,24 +39,19 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from components.attacks.common import is_adversarial, loss_gradient, norms  # noqa: E402
+from components.attacks.fast_copy import computes_in_bfloat16, stand_in  # noqa: E402
 from components.attacks.registry import run_attack  # noqa: E402
-from components.attacks.search import computes_in_bfloat16, stand_in  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
 from components.config import DataConfig, Shapes, TrainConfig, level_sizes, stored_levels  # noqa: E402
+from components.models.build import build_net
 from components.models.defend import DefendNet, Noise, adaptive_objective  # noqa: E402
 from components.precision import true_float32  # noqa: E402
-from components.schedule import Phase, phase_at_epoch  # noqa: E402
+from components.training.augment import Batch, gaussian_noise
+from components.training.schedule import Phase, phase_at_epoch  # noqa: E402
+from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline import environment  # noqa: E402
 from pipeline.recipes import RECIPES  # noqa: E402
 from pipeline.sources import open_source  # noqa: E402
-from pipeline.train_step import (  # noqa: E402
-    Batch,
-    PhaseModule,
-    build_net,
-    gaussian_noise,
-    make_optimizer,
-    train_step,
-)
 
 LOSS_TOLERANCE = 1e-3
 """Largest relative difference between the first loss on the GPU and on the CPU, both in float32."""

@@ -24,16 +24,18 @@ import ray
 import torch
 from torch import Tensor, nn
 
-from components.attacks.search import computes_in_bfloat16, search, stand_in
+from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
-from components.config import EvaluationConfig, Experiment, content_hash
+from components.config import EvaluationConfig, Experiment
 from components.errors import DataError
+from components.evaluation.judge import Columns, judge, verify_examples
+from components.evaluation.metrics import summarize, usual_budgets
+from components.fields import content_hash
 from components.models.defend import adaptive_objective
-from components.robustness import Columns, judge, summarize, usual_budgets, verify_examples
+from components.random_streams import stream_seed
 from pipeline import checkpoints, shards
 from pipeline.cluster import ResourceError, attack_bundle, room_for, unwrap
 from pipeline.storage import HALF_WRITTEN_S, Storage, join_uri
-from pipeline.train_step import stream_seed
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""

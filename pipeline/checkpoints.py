@@ -16,17 +16,19 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import nn
 
-from components.config import TrainConfig, from_dict, to_dict
+from components.config import TrainConfig
+from components.config.data import Shapes
 from components.errors import ConfigError, DataError
+from components.fields import from_dict, to_dict
 from components.models import libraries, own
 from components.models.adapter import refuse_in_place
+from components.models.build import build_net, classifier_of
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from components.models.weights import load_strictly
 from pipeline import weights_file
 from pipeline.jobs import source_hash
 from pipeline.storage import Storage, split_uri
-from pipeline.train_step import Shapes, build_net, classifier_of
 
 SCHEMA = 1
 """Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""

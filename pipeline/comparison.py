@@ -9,8 +9,9 @@ from typing import Any
 from scipy.special import stdtrit
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, from_dict
+from components.config import Experiment
 from components.errors import ConfigError
+from components.fields import from_dict
 from pipeline import paper
 
 Row = dict[str, Any]

@@ -38,9 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, content_hash, level_sizes
+from components.config import Experiment, level_sizes
 from components.dct import laplacian_bands, lowpass_pyramid, spectrum, target_levels
 from components.errors import DataError
+from components.fields import content_hash
 from components.precision import true_float32
 from pipeline import checkpoints, figures, records
 from pipeline.attack import Model, read_chunks, read_examples

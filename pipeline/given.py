@@ -13,24 +13,18 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from components.attacks.spec import AttackSpec
-from components.config import (
-    MAX_NAME_BYTES,
-    DataConfig,
-    EvaluationConfig,
-    Experiment,
-    PyramidConfig,
-    TrainConfig,
-    level_sizes,
-)
+from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError, DataError, UserError
+from components.evaluation.metrics import usual_eps
+from components.fields import MAX_NAME_BYTES
 from components.models import libraries, own
+from components.models.build import build_net
 from components.models.defend import DefendNet
-from components.robustness import usual_eps
 from pipeline import checkpoints, pretrained, weights_file
 from pipeline.options import Parser
 from pipeline.recipes import full_suite
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 LONGEST_NAME = MAX_NAME_BYTES - len("attack-")
 """Bytes that are left for a model's name in that of its experiment."""

@@ -12,19 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from components.config import (
-    SEED_STRIDE,
-    Experiment,
-    Shapes,
-    TrainConfig,
-    content_hash,
-    replace_typed,
-    stored_levels,
-    to_dict,
-)
+from components.config import SEED_STRIDE, Experiment, Shapes, TrainConfig, stored_levels
 from components.errors import ConfigError
+from components.fields import content_hash, replace_typed, to_dict
 from components.models import libraries, own
-from components.search import Point
+from components.search_space import Point
 
 CODE_VERSION = 1
 """Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""

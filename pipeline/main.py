@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"defendpp {version()}")
         return 0
-    from components.config import is_unicode
     from components.errors import ConfigError, UserError
+    from components.fields import is_unicode
     from pipeline.options import names_a_model
     from pipeline.progress import complain
 
@@ -174,8 +174,9 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
     Raises:
         StorageError: it cannot be read. ConfigError: it holds none, or one that this version does not know.
     """
-    from components.config import Experiment, from_dict
+    from components.config import Experiment
     from components.errors import ConfigError
+    from components.fields import from_dict
     from pipeline.storage import split_uri
 
     storage, name = split_uri(file)

@@ -15,9 +15,12 @@ from ray.exceptions import GetTimeoutError
 from torch import Tensor, nn
 
 from components.config import Experiment, TrainConfig
-from components.schedule import phase_at_epoch
+from components.config.data import Shapes
+from components.models.build import build_net
+from components.training.augment import Batch, gaussian_noise, targets_of
+from components.training.schedule import phase_at_epoch
+from components.training.step import PhaseModule
 from pipeline.cluster import ResourceError
-from pipeline.train_step import Batch, PhaseModule, Shapes, build_net, gaussian_noise, targets_of
 
 PROBE_IMAGES = 2
 """What is kept for the backward pass grows with the batch; so many images show by how much."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
+from components.evaluation.judge import verify_examples
 from components.precision import true_float32
-from components.robustness import verify_examples
+from components.random_streams import stream_seed
 from pipeline import shards
 from pipeline.jobs import Objective
 from pipeline.splits import draw_order
 from pipeline.storage import Storage
-from pipeline.train_step import stream_seed
 
 CHUNK = 50
 """Images attacked together. Each chunk has its own random stream, so the number of ranks changes no result."""

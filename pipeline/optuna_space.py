@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from components.search import DRAWS_PER_TRIAL, Choice, IntRange, LogUniform, Point, Space
+from components.search_space import DRAWS_PER_TRIAL, Choice, IntRange, LogUniform, Point, Space
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:

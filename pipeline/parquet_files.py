@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from components.config import DataConfig, is_text
+from components.config import DataConfig
 from components.errors import DataError
+from components.fields import is_text
 from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 from pipeline.storage import Storage, is_access
 from pipeline.user_files import (

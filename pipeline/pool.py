@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from components.config import Experiment, from_dict, to_dict
+from components.config import Experiment
 from components.errors import UserError, first_line
+from components.fields import from_dict, to_dict
+from components.models.build import classifier_of
 from pipeline import checkpoints, train
 from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
@@ -24,7 +26,6 @@ from pipeline.objective import Meter
 from pipeline.progress import say
 from pipeline.ranks import Ranks
 from pipeline.storage import Storage, StorageError
-from pipeline.train_step import classifier_of
 
 POLL_S = 0.3
 BUSY = "busy"

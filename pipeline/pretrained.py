@@ -7,8 +7,8 @@ import hashlib
 from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
-from components.config import ConfigError, TrainConfig
-from components.errors import DataError
+from components.config import TrainConfig
+from components.errors import ConfigError, DataError
 from components.models import libraries
 from components.models.weights import Weights
 from pipeline import weights_file

@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from ray.data import Datasink
 from ray.exceptions import UserCodeException
 
-from components.config import DataConfig, PyramidConfig, content_hash, level_sizes
+from components.config import DataConfig, PyramidConfig, level_sizes
 from components.errors import UserError
+from components.fields import content_hash
 from pipeline.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tensor_array
 from pipeline.sources import Batch, Source, Split, open_source, split_rows
 from pipeline.splits import DRAW_VERSION

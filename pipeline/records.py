@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, TrainConfig, parse_spec, to_dict
+from components.config import Experiment, TrainConfig
 from components.errors import ConfigError, DataError
-from components.robustness import mcnemar, wilson_interval
+from components.evaluation.statistics import mcnemar, wilson_interval
+from components.fields import parse_spec, to_dict
 from pipeline import comparison, plots
 from pipeline.storage import Storage
 

@@ -14,8 +14,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, content_hash, level_sizes, to_dict
+from components.config import Experiment, level_sizes
+from components.config.data import Shapes
+from components.config.train import stored_levels
 from components.errors import UserError
+from components.fields import content_hash, to_dict
 from components.models import libraries
 from pipeline import (
     attack,
@@ -41,7 +44,6 @@ from pipeline.lease import Lease
 from pipeline.progress import Bar, say, stage
 from pipeline.redaction import redacted
 from pipeline.storage import HALF_WRITTEN_S, Storage
-from pipeline.train_step import Shapes, stored_levels
 
 STAGES = ("pyramids", "train", "attack", "report")
 

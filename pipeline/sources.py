@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from components.config import DataConfig, is_text
+from components.config import DataConfig
 from components.errors import ConfigError, DataError
+from components.fields import is_text
 from pipeline.decode import decode, fitted
 from pipeline.parquet_files import (
     asked,

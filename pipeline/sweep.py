@@ -20,19 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
-from components.config import (
-    MAX_NAME_BYTES,
-    Experiment,
-    TrainConfig,
-    check_name,
-    content_hash,
-    parse_spec,
-    replace_typed,
-    to_dict,
-)
+from components.config import Experiment, TrainConfig
 from components.errors import ConfigError, UserError
-from components.robustness import usual_eps
-from components.search import Point, Space, choose, ends, pareto_front
+from components.evaluation.metrics import usual_eps
+from components.fields import MAX_NAME_BYTES, check_name, content_hash, parse_spec, replace_typed, to_dict
+from components.search_space import Point, Space, choose, ends, pareto_front
 from pipeline import (
     checkpoints,
     cluster,

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from components.robustness import wilson_interval
+from components.evaluation.statistics import wilson_interval
 from pipeline import plots, records, tables
 from pipeline.storage import Storage
 

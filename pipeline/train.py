@@ -23,13 +23,20 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from components.config import Experiment, TrainConfig, from_dict, to_dict
+from components.config import Experiment, TrainConfig
+from components.config.data import Shapes
+from components.config.train import stored_levels
 from components.errors import DataError, UserError, first_line
+from components.fields import from_dict, to_dict
+from components.models.build import build_net
 from components.models.classifiers import ARCHITECTURES
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
 from components.precision import describe
-from components.schedule import Phase, learning_rate, phase_at_epoch
+from components.random_streams import ADVERSARIAL_STREAM, DROPOUT_STREAM, stream_seed
+from components.training.augment import Batch, augmented, gaussian_noise
+from components.training.schedule import Phase, learning_rate, phase_at_epoch
+from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
 from pipeline import checkpoints, interrupts, pretrained
 from pipeline.assignment import ATTEMPT, Assignment
 from pipeline.given import AUTOENCODER, copy_autoencoder
@@ -38,21 +45,6 @@ from pipeline.lease import Lease, LeaseLost
 from pipeline.progress import say
 from pipeline.ranks import Ranks
 from pipeline.storage import HALF_WRITTEN_S, Storage, StorageError
-from pipeline.train_step import (
-    ADVERSARIAL_STREAM,
-    DROPOUT_STREAM,
-    Batch,
-    PhaseModule,
-    Shapes,
-    augmented,
-    build_net,
-    gaussian_noise,
-    make_optimizer,
-    stored_levels,
-    stream_seed,
-    train_step,
-    validation_sums,
-)
 
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from components.errors import UserError
-from components.search import Point
+from components.search_space import Point
 from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
 from pipeline.storage import Storage, StorageError
 

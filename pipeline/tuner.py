@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from components.config import content_hash
 from components.errors import ConfigError, UserError
+from components.fields import content_hash
 from pipeline import cluster, run, sweep_report, train
 from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Plan
 from pipeline.pool import Pool

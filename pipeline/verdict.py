@@ -13,14 +13,18 @@ import numpy as np
 import torch
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, content_hash
-from components.reliability import POINTS_AT_ONCE, Judged, active_test, flags, probe
-from components.robustness import mcnemar, usual_budgets, usual_eps, wilson_interval, worst_case
+from components.config import Experiment
+from components.evaluation.active_test import active_test
+from components.evaluation.flags import Judged, flags
+from components.evaluation.metrics import usual_budgets, usual_eps, worst_case
+from components.evaluation.probe import POINTS_AT_ONCE, probe
+from components.evaluation.statistics import mcnemar, wilson_interval
+from components.fields import content_hash
+from components.random_streams import stream_seed
 from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
 from pipeline.cluster import attack_bundle
 from pipeline.storage import Storage
-from pipeline.train_step import stream_seed
 
 CODE_VERSION = 3
 """Part of every address here. Raise it when the same settings would measure something else."""

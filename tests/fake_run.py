@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from safetensors.numpy import save
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, to_dict
-from components.robustness import summarize
+from components.config import Experiment
+from components.evaluation.metrics import summarize
+from components.fields import to_dict
 from pipeline.storage import Storage
 
 MODELS = ("no_defense", "control", "defend")

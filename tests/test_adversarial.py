@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from components.adversarial import adversarial_examples, mixed_loss
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
+from components.training.adversarial import adversarial_examples, mixed_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

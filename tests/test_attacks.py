@@ -23,9 +23,9 @@ from components.attacks.noise import noise
 from components.attacks.pgd import pgd
 from components.attacks.registry import ATTACKS, run_attack
 from components.attacks.spec import ATTACK_NAMES, AttackSpec
-from components.config import from_dict, to_dict
 from components.errors import ConfigError
-from components.robustness import verify_examples
+from components.evaluation.judge import verify_examples
+from components.fields import from_dict, to_dict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

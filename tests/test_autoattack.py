@@ -26,12 +26,14 @@ from components.attacks.registry import ATTACKS, run_attack
 from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.attacks.square import square
 from components.attacks.targets import choose_targets
-from components.config import TrainConfig, from_dict, level_sizes, to_dict
+from components.config import TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError
+from components.evaluation.judge import verify_examples
+from components.fields import from_dict, to_dict
+from components.models.build import build_net
 from components.models.defend import AutoEncoder, DefendNet, adaptive_objective
-from components.robustness import verify_examples
 from pipeline.attack import _craft
-from pipeline.train_step import Shapes, build_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

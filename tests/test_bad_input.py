@@ -27,7 +27,7 @@ import torch
 from own_network import Net
 from PIL import Image
 
-from components.config import to_dict
+from components.fields import to_dict
 from pipeline.main import main
 from pipeline.recipes import RECIPES
 

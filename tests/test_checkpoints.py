@@ -19,9 +19,12 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from components.config import TrainConfig
+from components.config.data import Shapes
 from components.errors import DataError
-from components.models.classifiers import ResNet18
+from components.models.build import build_net
 from components.models.defend import DefendNet
+from components.models.resnet import ResNet18
+from components.training.step import make_optimizer
 from pipeline import attack
 from pipeline.checkpoints import (
     StoredCheckpoint,
@@ -34,7 +37,6 @@ from pipeline.checkpoints import (
 )
 from pipeline.storage import Storage, StorageError
 from pipeline.train import Loop, RankData
-from pipeline.train_step import Shapes, build_net, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
+from components.config import EvaluationConfig, Experiment, TrainConfig
+from components.fields import to_dict
 from pipeline import comparison, paper, publish, records, tables
 from pipeline.attack import Model, plan
 from pipeline.recipes import PAPER, RECIPES

@@ -19,14 +19,10 @@ from components.config import (
     PyramidConfig,
     ScalingConfig,
     TrainConfig,
-    content_hash,
-    from_dict,
     level_sizes,
-    parse_spec,
-    replace_typed,
-    to_dict,
 )
 from components.errors import ConfigError
+from components.fields import content_hash, from_dict, parse_spec, replace_typed, to_dict
 
 ALTERNATING = {"schedule": "alternating", "cycles": 2, "autoencoder_epochs": 3, "classifier_epochs": 1}
 

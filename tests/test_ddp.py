@@ -20,20 +20,15 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from components.config import TrainConfig
-from components.schedule import learning_rate, phase_at_epoch
+from components.config.data import Shapes
+from components.models.build import build_net
+from components.random_streams import stream_seed
+from components.training.augment import Batch, gaussian_noise
+from components.training.schedule import learning_rate, phase_at_epoch
+from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline.ranks import Ranks
 from pipeline.storage import Storage
 from pipeline.train import Loop, NonFiniteLoss, RankData
-from pipeline.train_step import (
-    Batch,
-    PhaseModule,
-    Shapes,
-    build_net,
-    gaussian_noise,
-    make_optimizer,
-    stream_seed,
-    train_step,
-)
 
 WORLD = 2
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))

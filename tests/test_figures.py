@@ -22,14 +22,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig, to_dict
+from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
+from components.config.data import Shapes
 from components.errors import DataError
-from components.robustness import wilson_interval
+from components.evaluation.statistics import wilson_interval
+from components.fields import to_dict
+from components.models.build import build_net
 from pipeline import checkpoints, figures, gallery, plots, records, report
 from pipeline.attack import Model
 from pipeline.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 SIZE, CHUNK = 14, 3
 FGSM = "fgsm:eps=0.2"

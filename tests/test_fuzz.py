@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from components.attacks.spec import ATTACK_NAMES, AttackSpec
-from components.config import Experiment, TrainConfig, from_dict, parse_spec, replace_typed, to_dict
+from components.config import Experiment, TrainConfig
 from components.errors import UserError
+from components.fields import from_dict, parse_spec, replace_typed, to_dict
 from pipeline.main import COMMANDS, parse, recorded
 from pipeline.recipes import RECIPES
 

@@ -15,7 +15,9 @@ from torch import nn
 
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError, DataError
+from components.models.build import build_net
 from pipeline import attack, checkpoints, pretrained, train
 from pipeline.given import AUTOENCODER, _name
 from pipeline.jobs import TrainingData
@@ -23,7 +25,6 @@ from pipeline.main import main, parse
 from pipeline.recipes import RECIPES, full_suite
 from pipeline.run import _as_subjects
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 from pipeline.verdict import budgets
 
 GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))

@@ -17,8 +17,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_sources import IMAGE, encode, grey, write_parquet
 
-from components.config import DataConfig, Experiment, to_dict
+from components.config import DataConfig, Experiment
 from components.errors import ConfigError, DataError, UserError
+from components.fields import to_dict
 from pipeline import run
 from pipeline.recipes import RECIPES
 from pipeline.sources import Source, check_source, open_source

@@ -14,11 +14,11 @@ from torch import Tensor
 from components.config import Shapes, TrainConfig
 from components.errors import ConfigError
 from components.models import libraries
+from components.models.build import build_net
 from components.models.classifiers import build_classifier
 from pipeline import checkpoints, given, pretrained
 from pipeline.jobs import model_address
 from pipeline.storage import Storage
-from pipeline.train_step import build_net
 
 SHAPES = Shapes(image_size=80, channels=3, num_classes=1000, sizes=(80, 40, 20))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from components.losses import reconstruction_loss, reconstruction_terms
+from components.training.losses import reconstruction_loss, reconstruction_terms
 
 Reduction = Literal["mean", "sum"]
 

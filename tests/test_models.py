@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from components.config import level_sizes
 from components.errors import ConfigError
-from components.models.classifiers import apply_head, build_classifier, encoder_blocks
+from components.models.adapter import apply_head, encoder_blocks
+from components.models.classifiers import build_classifier
 from components.models.decoders import DecodeBlock, HighFrequency
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, unit_shapes
 

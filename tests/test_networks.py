@@ -23,15 +23,8 @@ from components.config import Shapes, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
 from components.models.adapter import Adapter, Normalize, apply_head, check_adapter, encoder_blocks, encoder_units
 from components.models.classifiers import ARCHITECTURES, build_classifier, load_weights
-from components.models.decoders import (
-    DecodeBottleneck,
-    DecodeConv,
-    HourglassDecoder,
-    UnitShape,
-    build_decoder,
-    plan,
-    stages_of,
-)
+from components.models.decoder_plan import UnitShape, plan_decoder, stages_of
+from components.models.decoders import DecodeBottleneck, DecodeConv, HourglassDecoder, build_decoder
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 from pipeline import checkpoints
 from pipeline.jobs import model_address
@@ -242,7 +235,7 @@ def test_stages_and_taps(arch: str, size: int, units: list[int], stages: list[in
     measured = shapes(arch, size)
     assert [u.size for u in measured] == units
     assert [s.size for s in stages_of(measured, size)] == stages
-    assert plan(measured, level_sizes(size)).taps == taps
+    assert plan_decoder(measured, level_sizes(size)).taps == taps
 
 
 def pyramid(arch: str, size: int, width: int = 4, levels: int = 0) -> Any:

@@ -14,8 +14,9 @@ import pytest
 from rich.console import Console
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, from_dict
-from components.robustness import summarize
+from components.config import Experiment
+from components.evaluation.metrics import summarize
+from components.fields import from_dict
 from pipeline import comparison, publish, records, report, tables
 from pipeline.storage import Storage
 

@@ -15,13 +15,14 @@ from own_network import Net
 from safetensors.torch import save_file
 
 from components.config import TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError, DataError
+from components.models.build import build_net
 from components.models.classifiers import build_classifier
 from pipeline import checkpoints, jobs
 from pipeline.given import AUTOENCODER
 from pipeline.main import parse
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))

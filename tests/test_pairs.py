@@ -14,15 +14,18 @@ from torch import Tensor
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.config import ENCODER_BLOCKS, TrainConfig, level_sizes
+from components.config.data import Shapes
+from components.config.train import stored_levels
 from components.dct import linear_pyramid, lowpass_pyramid
+from components.evaluation.judge import judge, verify_examples
+from components.models.build import build_net, classifier_of
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import DefendNet
-from components.robustness import judge, verify_examples
-from components.schedule import phase_at_epoch
+from components.training.augment import Batch
+from components.training.schedule import phase_at_epoch
 from pipeline import checkpoints
 from pipeline.storage import Storage
 from pipeline.train import Loop, RankData
-from pipeline.train_step import Batch, Shapes, build_net, classifier_of, stored_levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig, level_sizes
-from components.models.classifiers import encoder_blocks
+from components.config.data import Shapes
+from components.models.adapter import encoder_blocks
+from components.models.build import build_net
 from components.models.defend import DefendNet
 from pipeline import checkpoints
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 EPS, STEPS, IMAGES = 0.2, 10, 16
 ROOT = Path(__file__).resolve().parents[1]

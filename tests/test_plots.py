@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from components.config import Experiment, from_dict
+from components.config import Experiment
+from components.fields import from_dict
 from pipeline import plots, records, report
 from pipeline.storage import Storage
 

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from components.attacks.fast_copy import search, stand_in
 from components.attacks.registry import run_attack
-from components.attacks.search import search, stand_in
 from components.attacks.spec import AttackSpec
+from components.evaluation.active_test import active_test
+from components.evaluation.judge import judge
+from components.evaluation.probe import probe
 from components.precision import describe, true_float32
-from components.reliability import active_test, probe
-from components.robustness import judge
+from components.training.augment import Batch
+from components.training.step import validation_sums
 from pipeline import attack, gallery, objective, shards, verdict
 from pipeline.jobs import Objective
 from pipeline.storage import Storage
-from pipeline.train_step import Batch, validation_sums
 
 TRUE = ("ieee",) * 6 + (False, False, "highest", False, True, False)
 

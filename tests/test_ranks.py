@@ -22,14 +22,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from components.config import TrainConfig, to_dict
+from components.config import TrainConfig
+from components.config.data import Shapes
+from components.fields import to_dict
 from pipeline import train
 from pipeline.jobs import FAILED_MODEL
 from pipeline.ranks import Ranks
 from pipeline.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.storage import Storage
 from pipeline.train import Between, DataCache, Loop, ModelFailed, train_model, train_models
-from pipeline.train_step import Shapes
 
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 TRAIN = "pyramids/train"

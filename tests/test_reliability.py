@@ -14,17 +14,21 @@ import torch
 from small_cnn import digits
 from torch import Tensor, nn
 
-from components import reliability
-from components.attacks import apgd, fab
+from components.attacks import apgd, fab, fast_copy
 from components.attacks.common import loss_gradient
+from components.attacks.fast_copy import search
 from components.attacks.pgd import pgd
 from components.attacks.registry import run_attack
-from components.attacks.search import search
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
+from components.evaluation import active_test as evaluation_active_test
+from components.evaluation import judge as evaluation_judge
+from components.evaluation import probe as evaluation_probe
+from components.evaluation.active_test import active_test
+from components.evaluation.flags import Flag, Judged, flags
+from components.evaluation.judge import AttackViolation, judge
+from components.evaluation.probe import probe
 from components.models.adapter import check_output
-from components.reliability import Flag, Judged, active_test, flags, probe
-from components.robustness import AttackViolation, judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -460,9 +464,9 @@ BATCH_INDEPENDENT: dict[str, Callable[[], nn.Module]] = {
 
 def dependence_of(model: nn.Module, x: Tensor, at_once: int = 64) -> Flag:
     """The flag alone: a whole probe attacks, which is beside the point here."""
-    (first, again) = (reliability._outputs(model, x, at_once) for _ in range(2))
+    (first, again) = (evaluation_probe.checked_outputs(model, x, at_once) for _ in range(2))
     noise = float((first - again).abs().max())
-    measured = reliability._batch_dependence(model, x, first, noise, at_once)
+    measured = evaluation_probe._batch_dependence(model, x, first, noise, at_once)
     json.dumps(measured, allow_nan=False)
     return next(f for f in flags(clean_probe(batch_dependence=measured), []) if f.name == "batch_dependent_output")
 
@@ -673,7 +677,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Te
         seen.append((model, inputs, labels, {"fast": fast, **options}))
         return change(inputs, search(spec, model, fast, inputs, labels, **options))
 
-    monkeypatch.setattr(reliability, "search", attack)
+    monkeypatch.setattr(fast_copy, "search", attack)
     return seen
 
 
@@ -708,7 +712,7 @@ def test_the_attack_searches_on_the_stand_in_and_the_network_has_the_last_word(
         judges.append(model)
         return judge(model, *batch)
 
-    monkeypatch.setattr(reliability, "judge", judging)
+    monkeypatch.setattr(evaluation_judge, "judge", judging)
 
     def tested(fast: nn.Module | None, text: str = "ddn:steps=20") -> dict[str, Any]:
         return active_test(honest, test_images[0][:8], AttackSpec.parse(text), eps=1.5, fast=fast, generator=seeded(1))
@@ -732,18 +736,18 @@ def test_inner_points_are_class_0_and_the_planted_one_is_not(
     monkeypatch: pytest.MonkeyPatch, honest: nn.Module, test_images: Batch
 ) -> None:
     made: list[tuple[str, Tensor]] = []
-    around = reliability._around
+    around = evaluation_active_test._around
 
     def spy(clean: Tensor, eps: float, norm: Any, n: int, generator: Any) -> Tensor:
         points = around(clean, eps, norm, n, generator)
         made.append((f"{eps:.4g}", points))
         return points
 
-    monkeypatch.setattr(reliability, "_around", spy)
+    monkeypatch.setattr(evaluation_active_test, "_around", spy)
     for norm, eps in (("linf", 0.1), ("l2", 1.5)):
         made.clear()
         clean = test_images[0][:1]
-        planted = reliability._plant(honest, clean, eps, norm, 32, seeded(4), 64)
+        planted = evaluation_active_test._plant(honest, clean, eps, norm, 32, seeded(4), 64)
         assert planted is not None
         (inner_eps, inner), (outer_eps, outer) = made
         assert (inner_eps, outer_eps) == (f"{0.95 * eps:.4g}", f"{eps:.4g}")

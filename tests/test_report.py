@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from components.errors import DataError, UserError
-from components.robustness import mcnemar
+from components.evaluation.statistics import mcnemar
 from pipeline import environment, records, report, tables
 from pipeline.storage import Storage
 

@@ -17,16 +17,9 @@ from components.attacks.common import is_adversarial
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import UserError
-from components.robustness import (
-    AttackViolation,
-    judge,
-    mcnemar,
-    summarize,
-    usual_budgets,
-    verify_examples,
-    wilson_interval,
-    worst_case,
-)
+from components.evaluation.judge import AttackViolation, judge, verify_examples
+from components.evaluation.metrics import summarize, usual_budgets, worst_case
+from components.evaluation.statistics import mcnemar, wilson_interval
 
 LINF, L2, FREE = AttackSpec.parse("bim:eps=0.2"), AttackSpec.parse("pgd:eps=0.5,norm=l2"), AttackSpec.parse("ddn")
 METRICS = {

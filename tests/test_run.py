@@ -27,7 +27,8 @@ from mlflow_server import MlflowServer
 from safetensors.torch import load_file
 from terminal import Terminal
 
-from components.config import DataConfig, from_dict
+from components.config import DataConfig
+from components.fields import from_dict
 from pipeline.checkpoints import load_autoencoder, load_classifier
 from pipeline.main import main
 from pipeline.sources import open_source, split_rows

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from components.config import TrainConfig
-from components.schedule import Phase, learning_rate, phase_at, phase_at_epoch
+from components.training.schedule import Phase, learning_rate, phase_at, phase_at_epoch
 
 
 def alternating(cycles: int, autoencoder: int, classifier: int, joint: int) -> TrainConfig:

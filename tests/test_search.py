@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from components.config import TrainConfig
 from components.errors import ConfigError
-from components.schedule import learning_rate
-from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform, choose, pareto_front
+from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform, choose, pareto_front
+from components.training.schedule import learning_rate
 
 SPACES = sorted((Path(__file__).resolve().parent.parent / "tune_spaces").glob("[a-z]*.py"))
 LAM = {"lam": LogUniform(1e-4, 10.0)}

@@ -10,13 +10,14 @@ import torch
 import torch.fx.experimental.optimization
 from torch import Tensor, nn
 
-from components.attacks import search as search_module
+from components.attacks import registry
+from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
 from components.attacks.registry import run_attack
-from components.attacks.search import computes_in_bfloat16, search, stand_in
 from components.attacks.spec import AttackSpec
 from components.models.adapter import attach
-from components.models.classifiers import VGG16, ResNet18, ResNet50
 from components.models.comdefend import ComDefend, Reformed
+from components.models.resnet import ResNet18, ResNet50
+from components.models.vgg import VGG16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -260,7 +261,7 @@ def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
             logits: Tensor = net(x)
             return logits - 1e6 * (slips[:, None] & nn.functional.one_hot(labels, 5).bool())
 
-    monkeypatch.setattr(search_module, "run_attack", fake)
+    monkeypatch.setattr(registry, "run_attack", fake)
     asked: list[Tensor] = []
 
     def knows(x: Tensor, rows: Tensor) -> Tensor:

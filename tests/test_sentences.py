@@ -12,7 +12,8 @@ import fake_run
 import pytest
 from rich.console import Console
 
-from components.config import EvaluationConfig, Experiment, TrainConfig, to_dict
+from components.config import EvaluationConfig, Experiment, TrainConfig
+from components.fields import to_dict
 from pipeline import attack, records, report, sweep_report, tables
 from pipeline.storage import Storage
 

@@ -21,9 +21,10 @@ import pytest
 from mlflow_server import MlflowServer
 from ray import cloudpickle
 
-from components.config import Experiment, ScalingConfig, Shapes, TrainConfig, to_dict
+from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
-from components.search import Asha, Choice, IntRange, LogUniform, Space, Uniform
+from components.fields import to_dict
+from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
 from pipeline import environment, jobs, lease, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
@@ -748,9 +749,10 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
 
     from components.attacks.registry import run_attack
     from components.attacks.spec import AttackSpec
+    from components.models.build import build_net
+    from components.random_streams import stream_seed
     from pipeline import objective, shards
     from pipeline.splits import draw_order
-    from pipeline.train_step import build_net, stream_seed
 
     generator = np.random.default_rng(0)
     columns = {

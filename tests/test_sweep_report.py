@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from components.robustness import wilson_interval
-from components.search import Choice, IntRange, LogUniform, Space
+from components.evaluation.statistics import wilson_interval
+from components.search_space import Choice, IntRange, LogUniform, Space
 from pipeline import sweep_report
 from pipeline.storage import Storage
 

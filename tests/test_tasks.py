@@ -15,8 +15,8 @@ from test_attacks import convnet, near_grey, predict
 from torch import Tensor, nn
 
 from components.attacks.spec import AttackSpec
-from components.config import to_dict
-from components.robustness import judge
+from components.evaluation.judge import judge
+from components.fields import to_dict
 from pipeline import attack, cluster
 from pipeline.cluster import ResourceError
 from pipeline.recipes import RECIPES

@@ -23,7 +23,7 @@ from mlflow_server import MlflowServer, free_port
 
 from components.errors import UserError
 from components.models.classifiers import build_classifier
-from components.search import LogUniform, Space
+from components.search_space import LogUniform, Space
 from pipeline import attack, publish, records, report, tracking, tracking_uri
 from pipeline import run as run_stages
 from pipeline.progress import Bar

@@ -13,22 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.config import TrainConfig
+from components.config.data import Shapes
 from components.errors import DataError
+from components.models.build import build_net, classifier_of
 from components.models.defend import DefendNet, run_blocks
-from components.schedule import Phase
+from components.random_streams import stream_seed
+from components.training.augment import Batch, gaussian_noise
+from components.training.schedule import Phase
+from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
 from pipeline.train import Loop, NonFiniteLoss, RankData
-from pipeline.train_step import (
-    Batch,
-    PhaseModule,
-    Shapes,
-    build_net,
-    classifier_of,
-    gaussian_noise,
-    make_optimizer,
-    stream_seed,
-    train_step,
-    validation_sums,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

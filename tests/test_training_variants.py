@@ -11,27 +11,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from components.adversarial import adversarial_examples
 from components.config import TrainConfig
+from components.config.data import Shapes
+from components.config.train import stored_levels
 from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import ConfigError, DataError
+from components.models.build import build_net, classifier_of
 from components.models.defend import DefendNet
+from components.training.adversarial import adversarial_examples
+from components.training.augment import Batch, augmented, gaussian_noise, targets_of
+from components.training.step import PhaseModule, adversarial_spec, make_optimizer, train_step
 from pipeline import pretrained
 from pipeline.storage import Storage, StorageError
-from pipeline.train_step import (
-    Batch,
-    PhaseModule,
-    Shapes,
-    adversarial_spec,
-    augmented,
-    build_net,
-    classifier_of,
-    gaussian_noise,
-    make_optimizer,
-    stored_levels,
-    targets_of,
-    train_step,
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

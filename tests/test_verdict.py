@@ -20,17 +20,20 @@ import torch
 from scipy.stats import binomtest
 from test_tasks import Small
 
-from components import reliability
-from components.attacks.search import search
+from components.attacks import fast_copy
+from components.attacks.fast_copy import search
 from components.attacks.spec import AttackSpec
-from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes, to_dict
+from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError
-from components.robustness import worst_case
+from components.evaluation import active_test
+from components.evaluation.metrics import worst_case
+from components.fields import to_dict
+from components.models.build import build_net
 from pipeline import attack, checkpoints, comparison, records, report, shards, tables, verdict
 from pipeline.cluster import ResourceError
 from pipeline.publish import table_metrics
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 
 def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:
@@ -217,7 +220,7 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         return search(spec, model, fast, *arguments, **options)
 
     monkeypatch.setattr(attack, "search", spy)
-    monkeypatch.setattr(reliability, "search", spy)
+    monkeypatch.setattr(fast_copy, "search", spy)
     common = with_network(tmp_path, "own_network:make")
     for bfloat16 in (False, True):
         job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
@@ -660,7 +663,7 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
 
     def spy(model: Any, *arguments: Any, fast: Any, **options: Any) -> dict[str, Any]:
         given.append((model, fast))
-        return reliability.active_test(model, *arguments, fast=fast, **options)
+        return active_test.active_test(model, *arguments, fast=fast, **options)
 
     monkeypatch.setattr(verdict, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")

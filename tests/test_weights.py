@@ -24,13 +24,14 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from components.config import Experiment, TrainConfig, level_sizes
+from components.config.data import Shapes
 from components.errors import ConfigError, DataError, UserError
 from components.models import libraries
+from components.models.build import build_net
 from components.models.weights import load_strictly, renamed
 from pipeline import checkpoints, pretrained, train
 from pipeline.main import parse
 from pipeline.storage import Storage
-from pipeline.train_step import Shapes, build_net
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 

@@ -1,6 +1,6 @@
 """Table 1's ablation as a grid: each decoder with each kind of targets."""
 
-from components.search import Choice, Space
+from components.search_space import Choice, Space
 
 SPACE = Space(
     parameters={

@@ -1,6 +1,6 @@
 """The readings of the loss: weight w of the reconstruction, and its squared norm as a mean or a sum over pixels."""
 
-from components.search import Choice, LogUniform, Space
+from components.search_space import Choice, LogUniform, Space
 
 SPACE = Space(
     parameters={"reconstruction_weight": LogUniform(1e-3, 100.0), "reconstruction_reduction": Choice(["mean", "sum"])},

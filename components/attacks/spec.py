@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from components.config import is_int64, parse_spec, replace_typed
 from components.errors import ConfigError
+from components.fields import is_int64, parse_spec, replace_typed
 
 Setting = str | int | float
 

@@ -11,154 +11,18 @@ and sizes that this cannot reach are refused before anything is built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from components.errors import ConfigError
-from components.models.adapter import Mirror
-
-DecoderKind = Literal["pyramid", "hourglass", "hourglass_concat", "hourglass_add"]
-Connection = Literal["none", "concat", "add"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitShape:
-    """What a decoder must know of one encoder unit.
-
-    Args:
-        depth: residual blocks ("plain": convolutions) that mirror it; 0: a pool.
-        in_channels: channels of what it reads; for the first unit, which reads the image, those that it gives.
-        out_channels, size: of its output; size in pixels.
-        mirror: what mirrors it.
-        stem: it begins with a convolution that ``depth`` does not count.
-    """
-
-    depth: int
-    in_channels: int
-    out_channels: int
-    size: int
-    mirror: Mirror = "basic"
-    stem: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Consecutive units that are mirrored as one. Sizes in pixels: ``size_in`` of what it reads, ``size`` of its output."""
-
-    depth: int
-    in_channels: int
-    channels: int
-    size_in: int
-    size: int
-    mirror: Mirror
-    stem: bool
-
-
-def stages_of(units: Sequence[UnitShape], image_size: int) -> list[Stage]:
-    """The stages of an encoder: every unit with the units of depth 0 (pools) that follow it."""
-    stages: list[Stage] = []
-    size_in = image_size
-    for unit in units:
-        if unit.depth == 0 and not unit.stem and stages:
-            stages[-1] = replace(stages[-1], size=unit.size)
-        else:
-            stages.append(
-                Stage(
-                    depth=unit.depth,
-                    in_channels=unit.in_channels,
-                    channels=unit.out_channels,
-                    size_in=size_in,
-                    size=unit.size,
-                    mirror=unit.mirror,
-                    stem=unit.stem,
-                )
-            )
-        size_in = unit.size
-    return stages
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a decoder builds, checked.
-
-    Args:
-        stages: input to latent. Stage m < M-1 is mirrored by the doubling of level m+1 to level m, the others by D_{M-1}.
-        taps: for each level m < M-1 the unit whose map it reads.
-        tap_channels, tap_sizes: of those maps. A size smaller than the level's is doubled before it is read.
-        bottom_sizes: pixels before and after each step of D_{M-1}, which begins with the last stage.
-    """
-
-    stages: tuple[Stage, ...]
-    sizes: tuple[int, ...]
-    taps: tuple[int, ...]
-    tap_channels: tuple[int, ...]
-    tap_sizes: tuple[int, ...]
-    bottom_sizes: tuple[int, ...]
-
-
-def plan(units: Sequence[UnitShape], sizes: Sequence[int]) -> Plan:
-    """Which stage mirrors what and which map each level reads.
-
-    Args:
-        units: shapes of the encoder units, input to latent.
-        sizes: level sizes in pixels, level 0 (the image) first (``components.config.level_sizes``).
-
-    Raises:
-        ConfigError: more levels than stages, or sizes that doubling does not reach.
-    """
-    levels = len(sizes)
-    stages = stages_of(units, sizes[0])
-    if not 1 <= levels <= len(stages):
-        raise ConfigError.of("pyramids.levels", levels, f"at most {len(stages)}, one per stage of the encoder")
-
-    def refuse(why: str) -> ConfigError:
-        return ConfigError.of("data.image_size", sizes[0], f"a size {why}")
-
-    for m in range(levels - 1):
-        if not _reaches(sizes[m + 1], sizes[m]):
-            raise refuse(f"that stride 2 reaches: level {m + 1} has {sizes[m + 1]} pixels, level {m} has {sizes[m]}")
-    taps = []
-    for m in range(levels - 1):
-        # the largest map that is not larger than the level; of several, the last: the most worked-out one
-        fitting = [(u.size, i) for i, u in enumerate(units) if u.size <= sizes[m]]
-        size, index = max(fitting, default=(0, 0))
-        if size != sizes[m] and not _reaches(size, sizes[m]):
-            raise refuse(
-                f"whose levels the encoder has maps for: level {m} has {sizes[m]} pixels, the encoder's next map {size}"
-            )
-        taps.append(index)
-    # the last stage's mirror comes first and grows; never above the level's own size, which is the smaller of the two where
-    # floor and ceiling differ (30: maps of 15 and 8, level of 7)
-    steps = [stages[-1].size]
-    for stage in reversed(stages[levels - 1 :]):
-        steps.append(min(stage.size_in, sizes[-1]))
-        if steps[-1] != steps[-2] and not _reaches(steps[-2], steps[-1]):
-            raise refuse(
-                f"whose last level stride 2 reaches from the latent map: {' -> '.join(map(str, steps))} (of {sizes[-1]})"
-            )
-    if steps[-1] != sizes[-1]:
-        raise refuse(f"whose last level {sizes[-1]} is reached from {steps[0]} pixels: {' -> '.join(map(str, steps))}")
-    return Plan(
-        stages=tuple(stages),
-        sizes=tuple(sizes),
-        taps=tuple(taps),
-        tap_channels=tuple(units[i].out_channels for i in taps),
-        tap_sizes=tuple(units[i].size for i in taps),
-        bottom_sizes=tuple(steps),
-    )
-
-
-def _reaches(size_in: int, size_out: int) -> bool:
-    """Whether one stride-2 transposed convolution goes from one size to the other."""
-    return size_out in (2 * size_in - 1, 2 * size_in)
+from components.models.decoder_plan import Connection, DecoderKind, DecoderPlan, Stage, UnitShape, plan_decoder, reaches
 
 
 def _output_padding(size_in: int, size_out: int) -> int:
     """A stride-2 transposed convolution gives 2n-1 pixels, or 2n with one more row and column."""
-    if not _reaches(size_in, size_out):
+    if not reaches(size_in, size_out):
         raise ConfigError.of("data.image_size", size_out, f"a size that stride 2 reaches from {size_in} pixels")
     return size_out - (2 * size_in - 1)
 
@@ -290,7 +154,7 @@ def mirrored(
     return nn.Sequential(*blocks)
 
 
-def _bottom(p: Plan, out_channels: int, *, last: bool) -> nn.Sequential:
+def _bottom(p: DecoderPlan, out_channels: int, *, last: bool) -> nn.Sequential:
     """D_{M-1}: the mirrors of stages M-1.. in reverse. Only the last one changes to ``out_channels``."""
     mirrors = []
     stages = p.stages[len(p.sizes) - 1 :]
@@ -352,7 +216,7 @@ class PyramidDecoder(nn.Module):
 
     def __init__(self, units: Sequence[UnitShape], sizes: Sequence[int], image_channels: int) -> None:
         super().__init__()
-        p = plan(units, sizes)
+        p = plan_decoder(units, sizes)
         levels = len(sizes)
         self.sizes = p.sizes
         self.taps = p.taps
@@ -405,7 +269,7 @@ class HourglassDecoder(nn.Module):
         heads: int = 0,
     ) -> None:
         super().__init__()
-        p = plan(units, sizes)
+        p = plan_decoder(units, sizes)
         levels = len(sizes)
         self.sizes = p.sizes
         self.taps = p.taps

@@ -17,7 +17,8 @@ from components.models.adapter import (
     evaluating,
     units_of,
 )
-from components.models.decoders import UnitShape, build_decoder
+from components.models.decoder_plan import UnitShape
+from components.models.decoders import build_decoder
 
 Noise = Callable[[Tensor], Tensor]
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
-from components.config import TrainConfig, _check, _hints
+from components.config import TrainConfig
 from components.errors import ConfigError
+from components.fields import check, hints_of
 
 Value = str | int | float | bool
 Point = dict[str, Value]
@@ -37,14 +38,14 @@ class Choice:
     values: Sequence[Value]
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             not isinstance(self.values, str) and len(self.values) > 0,
             "Choice",
             self.values,
             "a list of at least one value",
         )
         object.__setattr__(self, "values", tuple(self.values))
-        _check(len(set(self.values)) == len(self.values), "Choice", self.values, "a list with each value once")
+        check(len(set(self.values)) == len(self.values), "Choice", self.values, "a list with each value once")
 
     def at(self, share: float) -> Value:
         """The value so far along the domain; share in [0, 1)."""
@@ -62,7 +63,7 @@ class Uniform:
     high: float
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             -math.inf < self.low < self.high < math.inf,
             "Uniform",
             (self.low, self.high),
@@ -85,7 +86,7 @@ class LogUniform:
     high: float
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             0 < self.low < self.high < math.inf,
             "LogUniform",
             (self.low, self.high),
@@ -109,7 +110,7 @@ class IntRange:
 
     def __post_init__(self) -> None:
         whole = all(isinstance(v, int) and not isinstance(v, bool) for v in (self.low, self.high))
-        _check(
+        check(
             whole and self.low < self.high,
             "IntRange",
             (self.low, self.high),
@@ -148,8 +149,8 @@ class Asha:
     reduction: float = 3.0
 
     def __post_init__(self) -> None:
-        _check(self.grace_epochs >= 1, "asha.grace_epochs", self.grace_epochs, "at least 1")
-        _check(1 < self.reduction < math.inf, "asha.reduction", self.reduction, "above 1")
+        check(self.grace_epochs >= 1, "asha.grace_epochs", self.grace_epochs, "at least 1")
+        check(1 < self.reduction < math.inf, "asha.reduction", self.reduction, "above 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,52 +180,50 @@ class Space:
     """Which of the recipe's models is varied, by its name there. Empty: its first Defend++ model, else its first defended one."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.parameters), "space.parameters", dict(self.parameters), "at least one field of TrainConfig")
-        hints = _hints(TrainConfig)
+        check(bool(self.parameters), "space.parameters", dict(self.parameters), "at least one field of TrainConfig")
+        hints = hints_of(TrainConfig)
         for name, domain in self.parameters.items():
             where = f"space.parameters[{name!r}]"
             if name not in hints:
                 raise ConfigError.unknown("field of TrainConfig in space.parameters:", name, hints)
             if name in NOT_SWEPT:
                 raise ConfigError(f"{where} cannot be swept: {NOT_SWEPT[name]}")
-            _check(
+            check(
                 isinstance(domain, Choice | Uniform | LogUniform | IntRange),
                 where,
                 domain,
                 "Choice([...]), Uniform(low, high), LogUniform(low, high) or IntRange(low, high)",
             )
             for value in ends(domain):
-                _check(_is_of(value, hints[name]), where, value, f"a value of type {_named(hints[name])}")
+                check(_is_of(value, hints[name]), where, value, f"a value of type {_named(hints[name])}")
             if listed(domain) is None:
-                _check(
-                    hints[name] is float, where, str(domain), "IntRange or Choice, since the field has whole numbers"
-                )
-        _check(self.search in ("grid", "random", "tpe"), "space.search", self.search, "one of 'grid', 'random', 'tpe'")
+                check(hints[name] is float, where, str(domain), "IntRange or Choice, since the field has whole numbers")
+        check(self.search in ("grid", "random", "tpe"), "space.search", self.search, "one of 'grid', 'random', 'tpe'")
         if self.search == "grid":
             for name, domain in self.parameters.items():
-                _check(
+                check(
                     listed(domain) is not None,
                     f"space.parameters[{name!r}]",
                     str(domain),
                     "Choice or IntRange where search is 'grid': a range of real numbers has no end of points",
                 )
         least = 0 if self.search == "grid" else 1
-        _check(self.trials >= least, "space.trials", self.trials, f"at least {least}")
-        _check(
+        check(self.trials >= least, "space.trials", self.trials, f"at least {least}")
+        check(
             self.asha is None or "epochs" not in self.parameters,
             "space.asha",
             self.asha,
             "None where epochs is swept: trials of unlike length cannot be compared half-way",
         )
         spec = AttackSpec.parse(self.attack)
-        _check(
+        check(
             spec.kind == "budget" and spec.name not in ("adaptive", "noise"),
             "space.attack",
             self.attack,
             "an attack with a budget, such as pgd:eps=0.1,steps=10 (adaptive and noise are not for this)",
         )
-        _check(self.images >= 1, "space.images", self.images, "at least 1")
-        _check(0 <= self.clean_tolerance <= 1, "space.clean_tolerance", self.clean_tolerance, "in [0, 1]")
+        check(self.images >= 1, "space.images", self.images, "at least 1")
+        check(0 <= self.clean_tolerance <= 1, "space.clean_tolerance", self.clean_tolerance, "in [0, 1]")
 
     @property
     def size(self) -> int | None:

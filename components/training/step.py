@@ -6,89 +6,23 @@ unused ones. The driver of the steps (``pipeline/train.py``) wraps it in DDP and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.adversarial import adversarial_examples, mixed_loss
 from components.attacks.spec import AttackSpec
-from components.config import Shapes, TrainConfig
+from components.config import TrainConfig
 from components.config import stored_levels as stored_levels
-from components.dct import target_levels
-from components.losses import reconstruction_loss, reconstruction_terms
-from components.models import libraries
-from components.models.classifiers import build_classifier, load_weights
+from components.models.build import classifier_of
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
-from components.models.weights import renamed
 from components.precision import true_float32
-from components.schedule import Phase
-
-AUGMENT_STREAM = 1
-ADVERSARIAL_STREAM = 2
-DROPOUT_STREAM = 3
-"""Keep the random streams of a step apart; its noise has none of these numbers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Images and targets on the training device.
-
-    images: uint8 [N, C, W, W]. labels: int64 [N]. levels: stored levels 1.. as float16 or float32 [N, C, W_m, W_m];
-    empty where only level 0 has a target.
-    """
-
-    images: Tensor
-    labels: Tensor
-    levels: tuple[Tensor, ...] = ()
-
-
-def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The untrained network of a config: the bare classifier, a DefendNet (classifier and auto-encoder), or a ComDefend.
-
-    Args:
-        weights: what ``config.pretrained`` names; the classifier starts from them.
-
-    Raises:
-        ConfigError: sizes or blocks that do not fit together. DataError: weights of another network.
-    """
-    if config.defense == "comdefend":
-        return ComDefend(shapes.channels, width=config.width, sigma=config.reformer_sigma, seed=config.seed)
-    classifier = build_classifier(
-        config.arch,
-        num_classes=shapes.num_classes,
-        channels=shapes.channels,
-        image_size=shapes.image_size,
-        width=config.width,
-        mean=config.normalize_mean,
-        std=config.normalize_std,
-        seed=config.seed,
-        needs_adapter=config.defense == "defend++" or config.noise_location == "latent",
-        pretrained=bool(config.pretrained),
-    )
-    if weights is not None:
-        tensors = libraries.tensors_for(config.arch, renamed(classifier, weights))
-        where = getattr(weights, "where", config.pretrained)
-        load_weights(classifier, tensors, where, replace_head=config.replace_head, trains=config.epochs > 0)
-    if config.defense != "defend++":
-        return classifier
-    return DefendNet(
-        classifier,
-        shared_blocks=config.shared_blocks,
-        sizes=shapes.sizes,
-        channels=shapes.channels,
-        decoder=config.decoder,
-        levels=1 if config.targets == "none" else 0,
-        seed=config.seed,
-    )
-
-
-def classifier_of(net: nn.Module) -> nn.Module:
-    """The classifier of a network that may or may not have an auto-encoder."""
-    return net.classifier if isinstance(net, DefendNet) else net
+from components.training.adversarial import adversarial_examples, mixed_loss
+from components.training.augment import Batch, targets_of
+from components.training.losses import reconstruction_loss, reconstruction_terms
+from components.training.schedule import Phase
 
 
 class PhaseModule(nn.Module):
@@ -171,30 +105,6 @@ class PhaseModule(nn.Module):
         return loss, {**terms, "loss": loss.detach()}
 
 
-def gaussian_noise(config: TrainConfig, step: int, rank: int, device: torch.device) -> Noise | None:
-    """The noise of one step (sec. 4.2; ComDefend's code), or None. Its stream follows from seed, step and rank alone, so a
-    continued run draws what the unbroken one would have drawn."""
-    sigma = config.reformer_sigma if config.defense == "comdefend" else config.noise_sigma
-    if (config.noise_location == "none" and config.defense != "comdefend") or sigma == 0:
-        return None
-    generator = torch.Generator(device).manual_seed(stream_seed(config.seed, step, rank))
-
-    def add(x: Tensor) -> Tensor:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-        return x + (sigma * noise).to(x.dtype)
-
-    return add
-
-
-def stream_seed(*parts: int) -> int:
-    """A seed for an independent random stream, mixed from small integers (FNV-1a over their bytes, 63 bits)."""
-    value = 0xCBF29CE484222325
-    for part in parts:
-        for byte in part.to_bytes(8, "little", signed=True):
-            value = (value ^ byte) * 0x100000001B3 % 2**64
-    return value >> 1
-
-
 def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """SGD (or Adam) over every parameter of both networks: momentum is kept per parameter over changes of phase.
 
@@ -203,39 +113,6 @@ def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
     if config.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def augmented(batch: Batch, config: TrainConfig, step: int, rank: int) -> Batch:
-    """The batch of one step, flipped and cropped as ``config.augment`` says; its stream follows from seed, step and rank.
-
-    Stored levels are flipped with their image: the low-pass operator commutes with a flip, though not with a crop (sec. 3.3's
-    operator acts on the whole image; docs/method.md).
-    """
-    if config.augment == "none":
-        return batch
-    images = batch.images
-    n, _, height, width = images.shape
-    generator = torch.Generator().manual_seed(stream_seed(config.seed, step, rank, AUGMENT_STREAM))
-    flip = (torch.rand(n, generator=generator) < 0.5).to(images.device).view(n, 1, 1, 1)
-    flipped = [torch.where(flip, x.flip(-1), x) for x in (images, *batch.levels)]
-    if config.augment == "flip":
-        return replace(batch, images=flipped[0], levels=tuple(flipped[1:]))
-    p = config.crop_padding
-    offsets = torch.randint(0, 2 * p + 1, (2, n, 1), generator=generator).to(images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)
-    columns = offsets[1] + torch.arange(width, device=images.device)
-    padded = F.pad(flipped[0], (p, p, p, p))
-    cropped = padded[torch.arange(n, device=images.device)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return replace(batch, images=cropped.permute(0, 3, 1, 2).contiguous(), levels=())
-
-
-def targets_of(images: Tensor, batch: Batch, config: TrainConfig, sizes: Sequence[int]) -> list[Tensor]:
-    """The levels that have a target, level 0 first: stored ones, or computed from ``images`` (float, in [0,1])."""
-    if config.defense != "defend++" or config.targets == "none":
-        return [images]
-    if config.augment != "crop_flip":
-        return [images, *(level.float() for level in batch.levels)]
-    return target_levels(images, sizes, config.targets)
 
 
 def adversarial_spec(config: TrainConfig) -> AttackSpec:

@@ -1,0 +1,188 @@
+"""Checks, text, JSON and hashes of frozen dataclasses whose fields are settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import typing
+from typing import Any, Literal, TypeVar
+
+from components.errors import ConfigError
+
+MAX_NAME_BYTES = 100
+"""Longest name of an experiment or a model. A file system allows 255 bytes, and names are combined and given suffixes."""
+
+
+def check(ok: bool, name: str, value: object, allowed: str) -> None:
+    # not(ok) also catches comparisons with NaN, which are False
+    if not ok:
+        raise ConfigError.of(name, value, allowed)
+
+
+def is_name(name: str) -> bool:
+    """Tell whether a name can be part of a path, a URI and an MLflow name on every system."""
+    return re.fullmatch(r"\w[\w.+-]*", name) is not None and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse a name that could leave the storage's directories or that one of them does not take.
+
+    Every name that becomes part of a path comes through here: of experiments, models and search spaces.
+
+    Args:
+        where: what has the name, as the user knows it.
+
+    Raises:
+        ConfigError: an empty or a long name, or one with other characters.
+    """
+    allowed = (
+        f"1 to {MAX_NAME_BYTES} bytes of letters, digits, _ - + and ., beginning with a letter, a digit or _: "
+        "it becomes part of a path"
+    )
+    check(is_name(name), where, name, allowed)
+
+
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields; finding them out parses their text, so once is enough."""
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
+
+
+def is_int64(value: float) -> bool:
+    """Tell whether a whole number has at most 64 bits, as seeds, sizes and tensors have."""
+    return -(2**63) <= value < 2**63
+
+
+def check_values(config: Any, prefix: str) -> None:
+    """Refuse a value outside a field's Literal, which dataclasses do not, and a whole number of more than 64 bits."""
+    hints = hints_of(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        where = f"{prefix}.{f.name}".removeprefix(".")
+        if typing.get_origin(hints[f.name]) is Literal:
+            allowed = typing.get_args(hints[f.name])
+            check(value in allowed, where, value, "one of " + ", ".join(map(repr, allowed)))
+        elif isinstance(value, int):
+            check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, str]]:
+    """Split ``NAME:FIELD=VALUE,FIELD=VALUE`` into its name and its fields (values as text).
+
+    Raises:
+        ConfigError: the name is empty or a part is not FIELD=VALUE.
+    """
+    name, colon, rest = text.partition(":")
+    check_name(f"the name in {text!r}", name)
+    fields: dict[str, str] = {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"{part!r} in {text!r} is not FIELD=VALUE; the form is NAME:FIELD=VALUE,FIELD=VALUE")
+        if key in fields:
+            raise ConfigError(f"{text!r} sets {key} twice: leave one out")
+        fields[key] = value.strip()
+    return name, fields
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> ConfigT:
+    """A copy of a config dataclass with some fields replaced by values given as text, each converted to its field's type.
+
+    Raises:
+        ConfigError: unknown field, or text that is not a value of the field's type.
+    """
+    hints = hints_of(type(config))
+    values: dict[str, Any] = {}
+    for name, text in overrides.items():
+        if name not in hints:
+            raise ConfigError.unknown(f"field of {where}:", name, hints)
+        values[name] = _convert(text, hints[name], f"{where}.{name}")
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _convert(text: str, hint: Any, where: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        return text  # checked against the literals by the dataclass itself
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError.of(where, text, "true or false")
+        return text.lower() == "true"
+    if hint in (int, float, str):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ConfigError.of(where, text, f"a value of type {hint.__name__}") from None
+    raise ConfigError(f"{where} cannot be set for one model: set it for all of them, as an option")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types (tuples become lists), enough to repeat the run."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(cls: type[ConfigT], values: Any) -> ConfigT:
+    """Return the config whose :func:`to_dict` is ``values``.
+
+    Args:
+        values: parsed JSON, which may come out of anybody's file.
+
+    Raises:
+        ConfigError: an unknown or missing field, a value of another type, or one that the class itself refuses.
+    """
+    check(isinstance(values, dict), cls.__name__, values, "a JSON object with the fields of this version")
+    hints = hints_of(cls)
+    kwargs: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError.unknown(f"field of {cls.__name__}:", name, hints)
+        kwargs[name] = _from_json(value, hints[name], f"{cls.__name__}.{name}")
+    for f in dataclasses.fields(typing.cast(Any, cls)):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in kwargs:
+            raise ConfigError(f"{cls.__name__} lacks the field {f.name}, which every record of this version has")
+    return cls(**kwargs)
+
+
+def _from_json(value: Any, hint: Any, where: str) -> Any:
+    """Return a value of JSON as what a field of type ``hint`` holds."""
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(Any, hint), value)
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list), where, value, "a list")
+        return tuple(_from_json(item, typing.get_args(hint)[0], where) for item in value)
+    kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
+    accepted = {*kinds, int} if float in kinds else set(kinds)
+    # exactly of the type: True is an int to Python
+    check(type(value) in accepted, where, value, f"a value of type {' or '.join(k.__name__ for k in kinds)}")
+    if isinstance(value, int):
+        check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
+    if isinstance(value, str):
+        check(is_text(value), where, value, "text without NUL characters and lone surrogates")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether text can be written as UTF-8. Python keeps bytes that it cannot decode as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_text(text: str) -> bool:
+    """Tell whether text can be written as UTF-8 and has no zero byte, as the name of a file must."""
+    return "\0" not in text and is_unicode(text)
+
+
+def content_hash(*parts: Any) -> str:
+    """16 hex digits that name a result by all that it follows from. Parts must be JSON types."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

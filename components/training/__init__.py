@@ -1,0 +1,1 @@
+"""One optimisation step of each phase, in PyTorch alone."""

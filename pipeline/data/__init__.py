@@ -1,0 +1,1 @@
+"""Stage 1: images become low-pass pyramids in Parquet shards."""
