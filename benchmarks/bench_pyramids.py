@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from components.config import level_sizes
 from components.dct import lowpass_pyramid
-from pipeline.environment import hardware
+from pipeline.runtime.provenance import hardware
 
 CASES = ((224, 3, 16, 5.0), (32, 3, 256, 10.0), (28, 1, 256, 10.0))
 """Size, channels, images per batch, and how many times torch-dct's speed is the goal. scipy.fft's is a goal everywhere.

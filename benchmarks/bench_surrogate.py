@@ -32,7 +32,7 @@ from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch  # noqa: E402
 from components.training.step import PhaseModule, make_optimizer, train_step
-from pipeline import environment  # noqa: E402
+from pipeline.runtime import provenance  # noqa: E402
 from pipeline.sources import open_source  # noqa: E402
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
@@ -93,7 +93,7 @@ def main() -> None:
     images, labels = (t.to(args.device) for t in load(args.train_images + args.samples))
     known = slice(args.train_images)
     x, y = images[args.train_images :].float() / 255, labels[args.train_images :]
-    hardware = environment.hardware()
+    hardware = provenance.hardware()
     name = hardware["gpus"][0] if args.device == "cuda" else hardware["cpu"]
     print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}; {vars(args)}", flush=True)
     attacks = [f"pgd:eps={eps},steps=20" for eps in args.eps] + ["ddn:steps=40"]

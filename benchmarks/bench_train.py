@@ -21,10 +21,11 @@ from components.config.data import Shapes
 from components.models.build import build_net
 from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import learning_rate
-from pipeline import cluster, environment, pyramids, train
+from pipeline import pyramids, train
 from pipeline.jobs import TrainingData
 from pipeline.recipes import mnist_demo
-from pipeline.storage import Storage
+from pipeline.runtime import cluster, provenance
+from pipeline.runtime.storage import Storage
 
 
 def plain_loop(data: train.RankData, config, shapes: Shapes) -> float:  # type: ignore[no-untyped-def]
@@ -75,7 +76,7 @@ def main() -> None:
         scaling=replace(base.scaling, workers=1, threads_per_worker=arguments.threads),
     )
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
-    print(environment.hardware()["cpu"], environment.versions())
+    print(provenance.hardware()["cpu"], provenance.versions())
     print(
         f"width {arguments.width}, {arguments.images} images, batch {config.batch_size}, threads {arguments.threads}, seed {config.seed}"
     )

@@ -17,11 +17,12 @@ from typing import Any
 
 from components.config import Experiment
 from components.config.data import Shapes
-from pipeline import cluster, environment, pyramids, sweep, train
+from pipeline import pyramids, sweep, train
 from pipeline.jobs import TrainingData
 from pipeline.options import SweepOptions
 from pipeline.recipes import mnist_demo
-from pipeline.storage import Storage
+from pipeline.runtime import cluster, provenance
+from pipeline.runtime.storage import Storage
 
 SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.py"
 
@@ -75,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name, way in (("a sweep's pool", swept), ("a Ray Train run each", alone)):
             measured[name] = way(replace(experiment, storage=f"{directory}/{way.__name__}"), arguments.trials)
-    print(environment.hardware()["cpu"], environment.versions())
+    print(provenance.hardware()["cpu"], provenance.versions())
     print(f"{arguments.images} images, width {arguments.width}, 1 epoch, one model at a time, one repetition")
     for name, (models, seconds, floor) in measured.items():
         beyond = (seconds - floor) / models

@@ -49,8 +49,8 @@ from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import Phase, phase_at_epoch  # noqa: E402
 from components.training.step import PhaseModule, make_optimizer, train_step
-from pipeline import environment  # noqa: E402
 from pipeline.recipes import RECIPES  # noqa: E402
+from pipeline.runtime import provenance  # noqa: E402
 from pipeline.sources import open_source  # noqa: E402
 
 LOSS_TOLERANCE = 1e-3
@@ -116,11 +116,11 @@ def _short(value: Any) -> str:
 
 def versions() -> dict[str, Any]:
     """Return the versions of Python and of the packages that matter, the processor, the GPU and the revision."""
-    machine = environment.hardware()
-    found = {**environment.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
+    machine = provenance.hardware()
+    found = {**provenance.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
     if machine["gpus"]:
         found |= {"gpu": machine["gpus"][0], "cudnn": torch.backends.cudnn.version()}
-    return {**found, "revision": environment.revision(ROOT)["revision"] or environment.source_hash(ROOT) or "unknown"}
+    return {**found, "revision": provenance.revision(ROOT)["revision"] or provenance.source_hash(ROOT) or "unknown"}
 
 
 # -- part 1 ----------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE
-from pipeline.lease import WorkingLease
-from pipeline.storage import Storage
+from pipeline.runtime.lease import WorkingLease
+from pipeline.runtime.storage import Storage
 
 ATTEMPT = "attempt.json"
 """In a model's directory: {token} of the worker group that took it up last, until it is finished."""

@@ -34,8 +34,9 @@ from components.fields import content_hash
 from components.models.defend import adaptive_objective
 from components.random_streams import stream_seed
 from pipeline import checkpoints, shards
-from pipeline.cluster import ResourceError, attack_bundle, room_for, unwrap
-from pipeline.storage import HALF_WRITTEN_S, Storage, join_uri
+from pipeline.runtime.cluster import ResourceError, attack_bundle, room_for
+from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, join_uri
+from pipeline.runtime.user_errors import unwrap
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""

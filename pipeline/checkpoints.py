@@ -28,7 +28,7 @@ from components.models.defend import AutoEncoder, DefendNet
 from components.models.weights import load_strictly
 from pipeline import weights_file
 from pipeline.jobs import source_hash
-from pipeline.storage import Storage, split_uri
+from pipeline.runtime.storage import Storage, split_uri
 
 SCHEMA = 1
 """Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""

@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from components.config import DataConfig
 from components.errors import DataError
-from pipeline.user_files import LFS_POINTER, reason
+from pipeline.runtime.user_files import LFS_POINTER, reason
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 """PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so they are refused."""

@@ -46,8 +46,8 @@ from components.precision import true_float32
 from pipeline import checkpoints, figures, records
 from pipeline.attack import Model, read_chunks, read_examples
 from pipeline.plots import first_replicates
+from pipeline.runtime.storage import Storage
 from pipeline.shards import ShardSet
-from pipeline.storage import Storage
 
 IMAGES = 8
 SPECTRA = 3

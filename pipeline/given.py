@@ -24,7 +24,7 @@ from components.models.defend import DefendNet
 from pipeline import checkpoints, pretrained, weights_file
 from pipeline.options import Parser
 from pipeline.recipes import full_suite
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 LONGEST_NAME = MAX_NAME_BYTES - len("attack-")
 """Bytes that are left for a model's name in that of its experiment."""
@@ -143,7 +143,7 @@ def _name(model: str) -> str:
 def _tracking_uri(rest: list[str]) -> str:
     """--tracking-uri out of the arguments that are left; without it the database in --storage."""
     from pipeline import tracking_uri
-    from pipeline.storage import Storage
+    from pipeline.runtime.storage import Storage
 
     options = Parser("attack")
     options.add_argument("--tracking-uri", default="")

@@ -17,7 +17,7 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(Path(__file__).paren
 if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
 
-from pipeline import interrupts  # noqa: E402
+from pipeline.runtime import interrupts  # noqa: E402
 
 HELP = """\
 Trains Defend++ and what it is compared with, attacks all of them, and reports what the numbers mean.
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     from components.errors import ConfigError, UserError
     from components.fields import is_unicode
     from pipeline.options import names_a_model
-    from pipeline.progress import complain
+    from pipeline.runtime.console import complain
 
     command, rest = arguments[0], arguments[1:]
     try:
@@ -177,7 +177,7 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
     from components.config import Experiment
     from components.errors import ConfigError
     from components.fields import from_dict
-    from pipeline.storage import split_uri
+    from pipeline.runtime.storage import split_uri
 
     storage, name = split_uri(file)
     record = storage.read_json(name)
@@ -218,10 +218,10 @@ def script() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - a script may be run by any Python
         sys.stderr.write(f"error: this Python ({sys.executable}) is too old: {_right_python()}\n")
         return 1
-    from pipeline import streams
+    from pipeline.runtime import standard_streams
 
     interrupts.install()
-    streams.harden()
+    standard_streams.harden()
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt as e:  # while something was imported

@@ -20,7 +20,7 @@ from components.models.build import build_net
 from components.training.augment import Batch, gaussian_noise, targets_of
 from components.training.schedule import phase_at_epoch
 from components.training.step import PhaseModule
-from pipeline.cluster import ResourceError
+from pipeline.runtime.cluster import ResourceError
 
 PROBE_IMAGES = 2
 """What is kept for the backward pass grows with the batch; so many images show by how much."""

@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 from components.config import DataConfig
 from components.errors import DataError
 from components.fields import is_text
-from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
-from pipeline.storage import Storage, is_access
-from pipeline.user_files import (
+from pipeline.runtime.storage import Storage, is_access
+from pipeline.runtime.user_files import (
     CHECK_ACCESS,
     LFS_POINTER,
     Listing,
@@ -26,6 +25,7 @@ from pipeline.user_files import (
     printable,
     reason,
 )
+from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 
 T = TypeVar("T")
 

@@ -19,13 +19,13 @@ from components.errors import UserError, first_line
 from components.fields import from_dict, to_dict
 from components.models.build import classifier_of
 from pipeline import checkpoints, train
-from pipeline.cluster import unwrap
 from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
-from pipeline.lease import WorkingLease
 from pipeline.objective import Meter
-from pipeline.progress import say
 from pipeline.ranks import Ranks
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.console import say
+from pipeline.runtime.lease import WorkingLease
+from pipeline.runtime.storage import Storage, StorageError
+from pipeline.runtime.user_errors import unwrap
 
 POLL_S = 0.3
 BUSY = "busy"

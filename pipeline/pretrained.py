@@ -12,7 +12,7 @@ from components.errors import ConfigError, DataError
 from components.models import libraries
 from components.models.weights import Weights
 from pipeline import weights_file
-from pipeline.storage import Storage, split_uri
+from pipeline.runtime.storage import Storage, split_uri
 
 MLFLOW = "mlflow:"
 

@@ -8,7 +8,7 @@ import ray
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.network_interface import name_interface
+from pipeline.runtime.network_interface import name_interface
 
 
 class _Backend(_TorchBackend):

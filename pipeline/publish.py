@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from pipeline import comparison, records, sweep_report, tables
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 from pipeline.tracking import Tracker
 
 

@@ -28,10 +28,10 @@ from ray.exceptions import UserCodeException
 from components.config import DataConfig, PyramidConfig, level_sizes
 from components.errors import UserError
 from components.fields import content_hash
+from pipeline.runtime.storage import Storage
 from pipeline.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tensor_array
 from pipeline.sources import Batch, Source, Split, open_source, split_rows
 from pipeline.splits import DRAW_VERSION
-from pipeline.storage import Storage
 
 PROGRESS_INTERVAL_S = 0.5
 STALE_S = 60.0

@@ -21,7 +21,7 @@ from components.errors import ConfigError, DataError
 from components.evaluation.statistics import mcnemar, wilson_interval
 from components.fields import parse_spec, to_dict
 from pipeline import comparison, plots
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 SCHEMA = 1
 """Of ``run.json``, ``sweep.json`` and ``best.json``."""

@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 
 from pipeline import comparison, figures, plots, records, tables
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:

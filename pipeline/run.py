@@ -23,9 +23,7 @@ from components.models import libraries
 from pipeline import (
     attack,
     checkpoints,
-    cluster,
     comparison,
-    environment,
     gallery,
     memory,
     publish,
@@ -40,10 +38,11 @@ from pipeline import (
     train,
     verdict,
 )
-from pipeline.lease import Lease
-from pipeline.progress import Bar, say, stage
-from pipeline.redaction import redacted
-from pipeline.storage import HALF_WRITTEN_S, Storage
+from pipeline.runtime import cluster, provenance
+from pipeline.runtime.console import Bar, say, stage
+from pipeline.runtime.lease import Lease
+from pipeline.runtime.redaction import redacted
+from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
 
 STAGES = ("pyramids", "train", "attack", "report")
 
@@ -221,7 +220,7 @@ def _opened(
         lease=lease,
     )
     if not records_only:
-        run.record |= environment.environment()
+        run.record |= provenance.environment()
         run.save()
     return run
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.errors import DataError
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 FORMAT_VERSION = 1
 """Of shards and manifest, part of every address. Raised when the bytes that the same settings give change."""

@@ -36,10 +36,10 @@ from pipeline.parquet_files import (
     row_counts,
     split_names_in,
 )
+from pipeline.runtime.storage import Storage
+from pipeline.runtime.user_files import Listing, first_names, list_directory, printable, read_file, reason
 from pipeline.split_names import WORDS, SourceSplit, choose_word, ordered_classes, split_words
 from pipeline.splits import draw_order, split_indices
-from pipeline.storage import Storage
-from pipeline.user_files import Listing, first_names, list_directory, printable, read_file, reason
 
 Split = Literal["train", "validation", "test"]
 """The logical splits; train and validation are both taken out of the source's training images."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from components.errors import DataError
-from pipeline.user_files import first_names, printable
+from pipeline.runtime.user_files import first_names, printable
 
 SourceSplit = Literal["train", "test"]
 

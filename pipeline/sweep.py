@@ -27,8 +27,6 @@ from components.fields import MAX_NAME_BYTES, check_name, content_hash, parse_sp
 from components.search_space import Point, Space, choose, ends, pareto_front
 from pipeline import (
     checkpoints,
-    cluster,
-    environment,
     memory,
     pretrained,
     publish,
@@ -41,11 +39,12 @@ from pipeline import (
     tuner,
 )
 from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
-from pipeline.lease import Lease
 from pipeline.options import SweepOptions
-from pipeline.progress import say, stage
 from pipeline.recipes import full_suite
-from pipeline.storage import Storage
+from pipeline.runtime import cluster, provenance
+from pipeline.runtime.console import say, stage
+from pipeline.runtime.lease import Lease
+from pipeline.runtime.storage import Storage
 from pipeline.trial import ENDED, FINISHED, new_entry
 
 
@@ -371,7 +370,7 @@ def _open_record(sweep: Sweep, space_name: str) -> None:
             "stages": {},
         }
     sweep.record.setdefault("earlier_evaluations", [])
-    sweep.record |= {"space": sweep.space.to_dict(), "finished": None, **environment.environment()}
+    sweep.record |= {"space": sweep.space.to_dict(), "finished": None, **provenance.environment()}
     sweep.save()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from components.evaluation.statistics import wilson_interval
 from pipeline import plots, records, tables
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 Trial = Mapping[str, Any]
 NEUTRAL, FRONT, CHOICE = "#9ca3af", "#0072b2", "#d55e00"

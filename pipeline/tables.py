@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pipeline import comparison, records
 from pipeline.records import Row
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 TERMINAL_WIDTH = 100
 """Where there is no terminal to ask."""

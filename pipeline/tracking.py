@@ -31,8 +31,8 @@ from urllib.parse import quote
 
 from components.errors import ConfigError, UserError
 from pipeline import records
-from pipeline.redaction import without_password
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.redaction import without_password
+from pipeline.runtime.storage import Storage, StorageError
 from pipeline.tracking_uri import (
     OPTION,
     VARIABLE,

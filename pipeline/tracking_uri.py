@@ -16,8 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from components.errors import ConfigError, UserError
-from pipeline.redaction import without_password
-from pipeline.storage import Storage
+from pipeline.runtime.redaction import without_password
+from pipeline.runtime.storage import Storage
 
 OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")

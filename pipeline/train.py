@@ -37,14 +37,15 @@ from components.random_streams import ADVERSARIAL_STREAM, DROPOUT_STREAM, stream
 from components.training.augment import Batch, augmented, gaussian_noise
 from components.training.schedule import Phase, learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
-from pipeline import checkpoints, interrupts, pretrained
+from pipeline import checkpoints, pretrained
 from pipeline.assignment import ATTEMPT, Assignment
 from pipeline.given import AUTOENCODER, copy_autoencoder
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job, TrainingData, model_address
-from pipeline.lease import Lease, LeaseLost
-from pipeline.progress import say
 from pipeline.ranks import Ranks
-from pipeline.storage import HALF_WRITTEN_S, Storage, StorageError
+from pipeline.runtime import interrupts
+from pipeline.runtime.console import say
+from pipeline.runtime.lease import Lease, LeaseLost
+from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, StorageError
 
 VALIDATION_BATCH = 500
 LIVE_INTERVAL_S = 1.0
@@ -675,7 +676,7 @@ def _end_of(home: Storage, watch: _Watch, token: str) -> dict[str, Any]:
 
 def parallel_runs(experiment: Experiment) -> int:
     """How many Ray Train runs there is room for at once."""
-    from pipeline.cluster import room_for, train_bundle
+    from pipeline.runtime.cluster import room_for, train_bundle
 
     scaling = experiment.scaling
     room = max(1, room_for(train_bundle(scaling)) // scaling.workers)
@@ -727,7 +728,7 @@ def _fit_side_by_side(
 def _fit(group: Sequence[Job], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
     import ray.train
 
-    from pipeline.cluster import unwrap
+    from pipeline.runtime.user_errors import unwrap
 
     failures = experiment.scaling.max_failures
     token = f"{settings['token']}-{secrets.token_hex(4)}"
@@ -784,8 +785,8 @@ def fit_workers(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pipeline.cluster import train_bundle
     from pipeline.process_group import NodeTorchConfig
+    from pipeline.runtime.cluster import train_bundle
 
     scaling = experiment.scaling
     # nothing of Ray's own state is continued: the models' directories say how far they are

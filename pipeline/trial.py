@@ -14,7 +14,7 @@ from typing import Any
 from components.errors import UserError
 from components.search_space import Point
 from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.storage import Storage, StorageError
 
 POLL_S = 0.5
 FINISHED, RUNNING = "finished", "running"

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline import sweep_report
-from pipeline.progress import PLAIN_INTERVAL_S, console, say
+from pipeline.runtime.console import PLAIN_INTERVAL_S, console, say
 
 STYLES = {"finished": "green", "running": "bold", "stopped": "dim", "diverged": "red", "failed": "red"}
 SPARE_LINES = 8

@@ -16,11 +16,12 @@ import ray
 
 from components.errors import ConfigError, UserError
 from components.fields import content_hash
-from pipeline import cluster, run, sweep_report, train
+from pipeline import run, sweep_report, train
 from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Plan
 from pipeline.pool import Pool
-from pipeline.progress import say
-from pipeline.storage import StorageError
+from pipeline.runtime import user_errors
+from pipeline.runtime.console import say
+from pipeline.runtime.storage import StorageError
 from pipeline.trial import ENDED, FINISHED, RUNNING, Followed, new_entry, run_trial
 from pipeline.trial_table import TrialTable
 
@@ -94,7 +95,7 @@ def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], r
     except Exception as e:
         pool.close()
         # Tune wraps what a callback raises
-        mine = following.error or cluster.unwrap(e)
+        mine = following.error or user_errors.unwrap(e)
         if mine is None:
             raise
         raise mine from None

@@ -23,8 +23,8 @@ from components.fields import content_hash
 from components.random_streams import stream_seed
 from pipeline import attack, shards
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
-from pipeline.cluster import attack_bundle
-from pipeline.storage import Storage
+from pipeline.runtime.cluster import attack_bundle
+from pipeline.runtime.storage import Storage
 
 CODE_VERSION = 3
 """Part of every address here. Raise it when the same settings would measure something else."""

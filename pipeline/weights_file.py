@@ -18,7 +18,7 @@ from torch import Tensor
 
 from components.errors import DataError
 from components.models.weights import Weights, listed, standalone, why_not_saved
-from pipeline.user_files import LFS_POINTER
+from pipeline.runtime.user_files import LFS_POINTER
 
 USUAL = ("state_dict", "model", "model_state_dict", "net")
 """Keys under which training scripts save a network. Of several in a file, the first of these is taken."""

@@ -64,7 +64,7 @@ def ray_cluster() -> Iterator[str]:
     """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
     import ray
 
-    from pipeline import cluster
+    from pipeline.runtime import cluster
 
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name

@@ -14,7 +14,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.metrics import summarize
 from components.fields import to_dict
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 MODELS = ("no_defense", "control", "defend")
 ATTACKS = ("noise:eps=0.2", "fgsm:eps=0.2", "bim:eps=0.2,steps=40", "ddn:steps=60")

@@ -13,9 +13,9 @@ from components.config import TrainConfig
 from pipeline import train
 from pipeline.assignment import Assignment
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job
-from pipeline.lease import Lease
 from pipeline.recipes import RECIPES
-from pipeline.storage import Storage
+from pipeline.runtime.lease import Lease
+from pipeline.runtime.storage import Storage
 
 NAMES = ("a", "killer", "b")
 JOBS = [Job(name=n, config=TrainConfig(), pyramids={}, weights="", address=f"models/{n}") for n in NAMES]

@@ -35,7 +35,7 @@ from pipeline.checkpoints import (
     newest_whole,
     save_checkpoint,
 )
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.storage import Storage, StorageError
 from pipeline.train import Loop, RankData
 
 pytestmark = pytest.mark.usefixtures("one_thread")

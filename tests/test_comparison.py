@@ -15,7 +15,7 @@ from components.fields import to_dict
 from pipeline import comparison, paper, publish, records, tables
 from pipeline.attack import Model, plan
 from pipeline.recipes import PAPER, RECIPES
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 
 def subjects(experiment: Experiment) -> list[Model]:

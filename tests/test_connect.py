@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from components.errors import UserError
-from pipeline import cluster
+from pipeline.runtime import cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 CONNECT = """

@@ -27,7 +27,7 @@ from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline.ranks import Ranks
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 from pipeline.train import Loop, NonFiniteLoss, RankData
 
 WORLD = 2

@@ -24,7 +24,7 @@ from pipeline.jobs import TrainingData
 from pipeline.main import main, parse
 from pipeline.recipes import RECIPES, full_suite
 from pipeline.run import _as_subjects
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 from pipeline.verdict import budgets
 
 GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))

@@ -18,7 +18,7 @@ from components.config import Shapes, level_sizes
 from pipeline import attack, jobs, pyramids, report, shards, verdict
 from pipeline.recipes import RECIPES
 from pipeline.run import run_address
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 FILE = Path(__file__).with_name("golden.json")
 NAMES = ("mnist-demo", "table2-smoke", "robustness-smoke", "eq3-smoke")

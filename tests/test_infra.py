@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline import environment
+from pipeline.runtime import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -160,10 +160,10 @@ def test_image_knows_the_revision_that_it_was_built_from() -> None:
     *rest, argument, label, file, _, _ = dockerfile_stages()["ray"]
     assert argument == "ARG REVISION="
     assert label == "LABEL org.opencontainers.image.revision=$REVISION"
-    assert file == f'RUN echo "$REVISION" > {environment.REVISION_FILE}'
+    assert file == f'RUN echo "$REVISION" > {provenance.REVISION_FILE}'
     assert [line for line in rest if line.startswith("WORKDIR ")] == ["WORKDIR /home/ray/defendpp"]
     # A job that brings its own source would inherit a variable of the image.
-    assert environment.REVISION_VARIABLE not in (INFRA / "Dockerfile").read_text()
+    assert provenance.REVISION_VARIABLE not in (INFRA / "Dockerfile").read_text()
     for name in ("README.md", "Dockerfile"):
         (build,) = re.findall(rf"docker build .*-t {IMAGE} .*", (INFRA / name).read_text())
         # Without --exclude the revision would be the name of a tag, once there is one.

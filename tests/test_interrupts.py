@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import interrupts
+from pipeline.runtime import interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = """

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import environment
+from pipeline.runtime import provenance
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,8 +107,8 @@ def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_f
     assert "white-box" in done.stdout
     assert (tmp_path / "defendpp" / "mlflow.db").exists()
     # the copy that the job ran in has no .git
-    assert record["source"] == environment.source_hash(ROOT)
-    assert record["git"]["revision"] == environment.git(ROOT)["revision"]
+    assert record["source"] == provenance.source_hash(ROOT)
+    assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
 
     # "here" would be a temporary copy on the head node
     bad = shell.submit("run", *SMALL, storage="here")

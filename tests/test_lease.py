@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from components.errors import UserError
-from pipeline import lease
-from pipeline.lease import Lease, WorkingLease
-from pipeline.storage import Storage
+from pipeline.runtime import lease
+from pipeline.runtime.lease import Lease, WorkingLease
+from pipeline.runtime.storage import Storage
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from components.models.build import build_net
 from components.models.classifiers import build_classifier
 from pipeline import checkpoints, given, pretrained
 from pipeline.jobs import model_address
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 SHAPES = Shapes(image_size=80, channels=3, num_classes=1000, sizes=(80, 40, 20))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,13 +13,14 @@ import torch
 from components.config import DataConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.models.build import build_net
-from pipeline import cluster, memory, pyramids, run, train
-from pipeline.cluster import ResourceError
+from pipeline import memory, pyramids, run, train
 from pipeline.jobs import TrainingData
 from pipeline.main import main
 from pipeline.memory import refuse_what_does_not_fit, training_bytes
 from pipeline.recipes import RECIPES
-from pipeline.storage import Storage
+from pipeline.runtime import cluster
+from pipeline.runtime.cluster import ResourceError
+from pipeline.runtime.storage import Storage
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline import records, report, tables
 from pipeline.publish import table_metrics
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 
 def record(right: int, n: int, classes: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from components.models.decoders import DecodeBottleneck, DecodeConv, HourglassDe
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 from pipeline import checkpoints
 from pipeline.jobs import model_address
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from components.config import Experiment
 from components.evaluation.metrics import summarize
 from components.fields import from_dict
 from pipeline import comparison, publish, records, report, tables
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 DDN = str(AttackSpec.parse("ddn:steps=60"))
 

@@ -27,10 +27,10 @@ from test_storage import Flaky
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError, UserError
-from pipeline import storage as storages
 from pipeline.decode import decode, fitted
+from pipeline.runtime import storage
+from pipeline.runtime.user_files import reason
 from pipeline.sources import Source, check_source, open_source
-from pipeline.user_files import reason
 
 # --- what is no file ------------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,7 @@ class Remote(Flaky):
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Parquet files on a file system whose connection is lost where a test sets ``Remote.failures``."""
     fsspec.register_implementation("remote", Remote, clobber=True)
-    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Remote, "failures", 0)
     data = hub(tmp_path, "train.parquet", "test.parquet")
     return replace(data, source=data.source.replace("parquet:", "parquet:remote://"))
@@ -244,7 +244,7 @@ def test_a_data_set_that_cannot_be_reached_is_not_called_corrupt(
     act: str, error: OSError, remote: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(remote, "test")
-    monkeypatch.setattr(storages, "RETRY_S", 0.02)
+    monkeypatch.setattr(storage, "RETRY_S", 0.02)
     monkeypatch.setattr(Remote, "error", error)
     monkeypatch.setattr(Remote, "failures", 1000)
     with pytest.raises(UserError, match=reason(error)) as caught:
@@ -257,7 +257,7 @@ def test_a_data_set_that_cannot_be_reached_is_not_called_corrupt(
 def test_local_files_on_a_disk_that_fails_for_a_moment_are_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
     data = folders(tmp_path, "val/a/0.png", "val/b/0.png")
     scandir, errors = os.scandir, [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
 

@@ -22,7 +22,7 @@ from components.models.classifiers import build_classifier
 from pipeline import checkpoints, jobs
 from pipeline.given import AUTOENCODER
 from pipeline.main import parse
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))

@@ -24,7 +24,7 @@ from components.models.defend import DefendNet
 from components.training.augment import Batch
 from components.training.schedule import phase_at_epoch
 from pipeline import checkpoints
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 from pipeline.train import Loop, RankData
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -25,7 +25,7 @@ from components.models.adapter import encoder_blocks
 from components.models.build import build_net
 from components.models.defend import DefendNet
 from pipeline import checkpoints
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 EPS, STEPS, IMAGES = 0.2, 10, 16
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from components.config import Experiment
 from components.fields import from_dict
 from pipeline import plots, records, report
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
 

@@ -23,7 +23,7 @@ from components.training.augment import Batch
 from components.training.step import validation_sums
 from pipeline import attack, gallery, objective, shards, verdict
 from pipeline.jobs import Objective
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 TRUE = ("ieee",) * 6 + (False, False, "highest", False, True, False)
 

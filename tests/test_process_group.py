@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import network_interface
+from pipeline.runtime import network_interface
 
 NODES = {"left": "10.213.77.1", "right": "10.213.77.2"}
 RANK = """

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import progress
+from pipeline.runtime import console
 
 
 def test_plain_lines_say_how_far_and_how_long(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    with progress.stage("train") as bar:
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.stage("train") as bar:
         now[0] += 60  # workers start: no part of the pace
         bar.update(10, 110, "steps")
         now[0] += 20

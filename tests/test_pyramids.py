@@ -29,8 +29,8 @@ from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import DataError
 from pipeline import pyramids, shards, sources
 from pipeline.pyramids import address_of, build
+from pipeline.runtime.storage import Storage, StorageError
 from pipeline.shards import MANIFEST, ShardSet, load
-from pipeline.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = DataConfig(train_limit=700, test_limit=130)

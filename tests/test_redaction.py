@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from components.errors import ConfigError
-from pipeline import environment, recipes
-from pipeline.redaction import check_no_secret, without_password
+from pipeline import recipes
 from pipeline.run import recorded
+from pipeline.runtime import provenance
+from pipeline.runtime.redaction import check_no_secret, without_password
 
 SECRET = [
     ("postgresql+psycopg://mlflow:ab/cd@db/mlflow", "postgresql+psycopg://***@db/mlflow"),
@@ -49,7 +50,7 @@ def test_a_secret_is_redacted_in_a_uri_in_a_text_and_in_a_command(uri: str, show
     assert without_password(uri) == shown
     assert without_password(f"MLflow at {uri} is down. Mail me@host") == f"MLflow at {shown} is down. Mail me@host"
     assert without_password(f"it is '{uri}', not a") == f"it is '{shown}', not a"
-    assert environment.command(["main.py", f"--storage={uri}", uri]).count("***") == 2 * shown.count("***")
+    assert provenance.command(["main.py", f"--storage={uri}", uri]).count("***") == 2 * shown.count("***")
     with pytest.raises(ConfigError, match="holds a password or key") as caught:
         check_no_secret(uri)
     assert shown in str(caught.value)

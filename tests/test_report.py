@@ -18,8 +18,9 @@ from rich.console import Console
 
 from components.errors import DataError, UserError
 from components.evaluation.statistics import mcnemar
-from pipeline import environment, records, report, tables
-from pipeline.storage import Storage
+from pipeline import records, report, tables
+from pipeline.runtime import provenance
+from pipeline.runtime.storage import Storage
 
 
 @pytest.fixture(scope="module")
@@ -343,14 +344,14 @@ def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
-    found = environment.environment()
+    found = provenance.environment()
     json.dumps(found)
     assert found["versions"]["torch"]
     assert found["hardware"]["cpus"] >= 1
-    assert environment.git(tmp_path) == {"revision": None, "dirty": None}
+    assert provenance.git(tmp_path) == {"revision": None, "dirty": None}
     # a directory inside a checkout is not that checkout
-    assert environment.git(environment.ROOT / "pipeline") == {"revision": None, "dirty": None}
-    said = environment.command(["main.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
+    assert provenance.git(provenance.ROOT / "pipeline") == {"revision": None, "dirty": None}
+    said = provenance.command(["main.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
     assert said == "python main.py --tracking-uri 'https://***@host/x' 'a b'"
 
 
@@ -358,43 +359,43 @@ def test_environment_without_a_checkout_takes_the_revision_that_it_is_given(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     revision = "e44c8eb0c2a44d3f8f0c4f8e5b1a0d2c3e4f5a6b"
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
     monkeypatch.delenv("DEFENDPP_REVISION", raising=False)
-    assert environment.environment()["git"] == {"revision": None, "dirty": None}
+    assert provenance.environment()["git"] == {"revision": None, "dirty": None}
     monkeypatch.setenv("DEFENDPP_REVISION", revision)
-    assert environment.environment()["git"] == {"revision": revision, "dirty": None}
+    assert provenance.environment()["git"] == {"revision": revision, "dirty": None}
     monkeypatch.setenv("DEFENDPP_REVISION", f"{revision}-dirty")  # as `git describe --dirty` writes it
-    assert environment.environment()["git"] == {"revision": revision, "dirty": True}
+    assert provenance.environment()["git"] == {"revision": revision, "dirty": True}
     # The source of an image has the file beside it, and the file wins.
     (tmp_path / "REVISION").write_text("\n")
-    assert environment.environment()["git"]["revision"] == revision
+    assert provenance.environment()["git"]["revision"] == revision
     (tmp_path / "REVISION").write_text(f"{revision[::-1]}-dirty\n")
-    assert environment.environment()["git"] == {"revision": revision[::-1], "dirty": True}
+    assert provenance.environment()["git"] == {"revision": revision[::-1], "dirty": True}
     monkeypatch.undo()
     monkeypatch.setenv("DEFENDPP_REVISION", revision)  # a checkout knows better
-    assert environment.environment()["git"] == environment.git(environment.ROOT)
+    assert provenance.environment()["git"] == provenance.git(provenance.ROOT)
 
 
 def test_source_hash_is_that_of_a_copy_and_changes_with_every_byte_and_name(tmp_path: Path) -> None:
-    expected = environment.environment()["source"]
+    expected = provenance.environment()["source"]
     assert re.fullmatch(r"[0-9a-f]{16}", expected)
     for name in ("components", "pipeline", "tune_spaces"):
-        shutil.copytree(environment.ROOT / name, tmp_path / name)
-    assert environment.source_hash(tmp_path) == expected
+        shutil.copytree(provenance.ROOT / name, tmp_path / name)
+    assert provenance.source_hash(tmp_path) == expected
     (tmp_path / "pipeline" / "__pycache__").mkdir(exist_ok=True)
     (tmp_path / "pipeline" / "__pycache__" / "x.pyc").write_bytes(b"x")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "x.py").write_text("x")
-    assert environment.source_hash(tmp_path) == expected
+    assert provenance.source_hash(tmp_path) == expected
     for name in ("components/dct.py", "pipeline/report.html.j2", "tune_spaces/ablation.py"):
         file = tmp_path / name
         source = file.read_bytes()
         file.write_bytes(source + b"\n")
-        assert environment.source_hash(tmp_path) != expected
+        assert provenance.source_hash(tmp_path) != expected
         file.write_bytes(source)
-    assert environment.source_hash(tmp_path) == expected
+    assert provenance.source_hash(tmp_path) == expected
     (tmp_path / "components" / "dct.py").rename(tmp_path / "components" / "dct2.py")
-    assert environment.source_hash(tmp_path) != expected
+    assert provenance.source_hash(tmp_path) != expected
 
 
 def test_environment_sees_uncommitted_changes(tmp_path: Path) -> None:
@@ -409,8 +410,8 @@ def test_environment_sees_uncommitted_changes(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-m", "a")
-    clean = environment.git(tmp_path)
+    clean = provenance.git(tmp_path)
     assert re.fullmatch(r"[0-9a-f]{40}", clean["revision"])
     assert clean["dirty"] is False
     (tmp_path / "a").write_text("2")
-    assert environment.git(tmp_path) == {**clean, "dirty": True}
+    assert provenance.git(tmp_path) == {**clean, "dirty": True}

@@ -15,7 +15,7 @@ from rich.console import Console
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
 from pipeline import attack, records, report, sweep_report, tables
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 NET = Experiment(
     name="attack-net",

@@ -15,8 +15,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from components.errors import ConfigError, UserError
-from pipeline import storage as storages
-from pipeline.storage import Storage, StorageError, split_uri
+from pipeline.runtime import storage as runtime_storage
+from pipeline.runtime.storage import Storage, StorageError, split_uri
 
 
 class FsspecStorage(Storage):
@@ -117,7 +117,7 @@ class Flaky(LocalFileSystem):
 def test_a_storage_that_fails_for_a_moment_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], operation: str, error: OSError
 ) -> None:
-    monkeypatch.setattr(storages, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(runtime_storage, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Flaky, "error", error)
     one = Storage(tmp_path)
     one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
@@ -127,7 +127,7 @@ def test_a_storage_that_fails_for_a_moment_is_asked_again(
     getattr(one, operation)(*arguments)
     assert Flaky.failures == 0
     assert capsys.readouterr().out.count("does not answer") == 1, "said once"
-    monkeypatch.setattr(storages, "RETRY_S", 0.05)
+    monkeypatch.setattr(runtime_storage, "RETRY_S", 0.05)
     monkeypatch.setattr(Flaky, "failures", 1000)
     with pytest.raises(StorageError, match=f"{tmp_path}.*{re.escape(str(error))}"):
         getattr(one, operation)(*arguments)

@@ -25,13 +25,14 @@ from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
 from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import environment, jobs, lease, run, sweep, sweep_report, tracking, train, tuner
+from pipeline import jobs, run, sweep, sweep_report, tracking, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
 from pipeline.options import SweepOptions, parse_sweep
 from pipeline.pool import Pool
 from pipeline.recipes import RECIPES, full_suite
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime import lease, provenance
+from pipeline.runtime.storage import Storage, StorageError
 from pipeline.trial import Followed, new_entry, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -449,7 +450,7 @@ def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.
             "stages": {},
             "created": None,
             "finished": None,
-            **environment.environment(),
+            **provenance.environment(),
         },
         tracker=SimpleNamespace(),  # type: ignore[arg-type]
         space=space,

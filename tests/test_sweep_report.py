@@ -12,7 +12,7 @@ import pytest
 from components.evaluation.statistics import wilson_interval
 from components.search_space import Choice, IntRange, LogUniform, Space
 from pipeline import sweep_report
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 BLOCKS = {"lam": LogUniform(1e-4, 10.0), "shared_blocks": IntRange(1, 4)}
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import judge
 from components.fields import to_dict
-from pipeline import attack, cluster
-from pipeline.cluster import ResourceError
+from pipeline import attack
 from pipeline.recipes import RECIPES
 from pipeline.records import explanation
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime import cluster
+from pipeline.runtime.cluster import ResourceError
+from pipeline.runtime.storage import Storage, StorageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

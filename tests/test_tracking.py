@@ -26,8 +26,8 @@ from components.models.classifiers import build_classifier
 from components.search_space import LogUniform, Space
 from pipeline import attack, publish, records, report, tracking, tracking_uri
 from pipeline import run as run_stages
-from pipeline.progress import Bar
-from pipeline.storage import Storage
+from pipeline.runtime.console import Bar
+from pipeline.runtime.storage import Storage
 
 DatabaseMaker = Callable[[Path], str]
 

@@ -29,7 +29,7 @@ from components.config import Experiment
 from components.errors import ConfigError, UserError
 from pipeline import given as external
 from pipeline import run, tracking, tracking_uri, train
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "bücher 数", "%", "a%2525?#"]
 """Names of directories; some have a meaning in URLs, some in shells."""

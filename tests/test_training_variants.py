@@ -22,7 +22,7 @@ from components.training.adversarial import adversarial_examples
 from components.training.augment import Batch, augmented, gaussian_noise, targets_of
 from components.training.step import PhaseModule, adversarial_spec, make_optimizer, train_step
 from pipeline import pretrained
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.storage import Storage, StorageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import progress, trial_table
-from pipeline.progress import PLAIN_INTERVAL_S
+from pipeline import trial_table
+from pipeline.runtime import console as runtime_console
+from pipeline.runtime.console import PLAIN_INTERVAL_S
 from pipeline.trial_table import LOG_INTERVAL_S, LOG_ROWS, LOG_WIDTH, SPARE_LINES, TrialTable
 
 
@@ -35,7 +36,7 @@ def console(monkeypatch: pytest.MonkeyPatch, **more: Any) -> io.StringIO:
     file = io.StringIO()
     made = Console(file=file, highlight=False, soft_wrap=True, **more)
     monkeypatch.setattr(trial_table, "console", made)
-    monkeypatch.setattr(progress, "console", made)
+    monkeypatch.setattr(runtime_console, "console", made)
     return file
 
 

@@ -31,9 +31,9 @@ from components.evaluation.metrics import worst_case
 from components.fields import to_dict
 from components.models.build import build_net
 from pipeline import attack, checkpoints, comparison, records, report, shards, tables, verdict
-from pipeline.cluster import ResourceError
 from pipeline.publish import table_metrics
-from pipeline.storage import Storage
+from pipeline.runtime.cluster import ResourceError
+from pipeline.runtime.storage import Storage
 
 
 def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ from components.models.build import build_net
 from components.models.weights import load_strictly, renamed
 from pipeline import checkpoints, pretrained, train
 from pipeline.main import parse
-from pipeline.storage import Storage
+from pipeline.runtime.storage import Storage
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 

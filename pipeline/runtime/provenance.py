@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.redaction import without_password
+from pipeline.runtime.redaction import without_password
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
 ROOT = Path(__file__).resolve().parent.parent

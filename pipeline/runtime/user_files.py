@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from components.errors import DataError
-from pipeline.storage import patiently
+from pipeline.runtime.storage import patiently
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """What a file begins with that `git clone` has left in the place of a file kept by Git LFS."""

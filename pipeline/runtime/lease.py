@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from components.errors import UserError
-from pipeline.progress import say
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime.console import say
+from pipeline.runtime.storage import Storage, StorageError
 
 FILE = "owner.json"
 HEARTBEAT_S = 10.0

@@ -21,8 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from components.config import ScalingConfig
 from components.errors import UserError
-from pipeline import interrupts
-from pipeline.storage import Storage, StorageError
+from pipeline.runtime import interrupts
+from pipeline.runtime.storage import Storage, StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -225,22 +225,6 @@ def _short_of(each: dict[str, float], count: int, what: str) -> str | None:
         f"on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or scaling.cpus_per_attack, use --scaling.no-gpu "
         "where there is none, add nodes, or give a growing cluster time with scaling.wait_s"
     )
-
-
-def unwrap(error: BaseException) -> UserError | None:
-    """The user's error inside what Ray wrapped around it, if there is one."""
-    seen: set[int] = set()
-    queue: list[Any] = [error]
-    while queue:
-        e = queue.pop(0)
-        if e is None or id(e) in seen:
-            continue
-        seen.add(id(e))
-        if isinstance(e, UserError) and type(e).__name__.find("RayTaskError") < 0:
-            return e
-        queue += [getattr(e, "cause", None), e.__cause__, e.__context__]
-        queue += list(getattr(e, "worker_failures", {}).values())
-    return None
 
 
 def executable(name: str) -> str:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from components.errors import ConfigError, UserError, first_line
-from pipeline.progress import say
-from pipeline.redaction import check_no_secret
+from pipeline.runtime.console import say
+from pipeline.runtime.redaction import check_no_secret
 
 T = TypeVar("T")
 

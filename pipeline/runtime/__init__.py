@@ -1,0 +1,1 @@
+"""What every stage stands on: storage, Ray, leases, the console."""
