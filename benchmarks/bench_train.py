@@ -23,7 +23,7 @@ from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import learning_rate
 from pipeline import pyramids, train
 from pipeline.jobs import TrainingData
-from pipeline.recipes import mnist_demo
+from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.storage import Storage
 

@@ -20,7 +20,7 @@ from components.config.data import Shapes
 from pipeline import pyramids, sweep, train
 from pipeline.jobs import TrainingData
 from pipeline.options import SweepOptions
-from pipeline.recipes import mnist_demo
+from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.storage import Storage
 

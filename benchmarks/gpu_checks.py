@@ -49,7 +49,7 @@ from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import Phase, phase_at_epoch  # noqa: E402
 from components.training.step import PhaseModule, make_optimizer, train_step
-from pipeline.recipes import RECIPES  # noqa: E402
+from pipeline.recipes.registry import RECIPES  # noqa: E402
 from pipeline.runtime import provenance  # noqa: E402
 from pipeline.sources import open_source  # noqa: E402
 

@@ -23,7 +23,7 @@ from components.models.build import build_net
 from components.models.defend import DefendNet
 from pipeline import checkpoints, pretrained, weights_file
 from pipeline.options import Parser
-from pipeline.recipes import full_suite
+from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 
 LONGEST_NAME = MAX_NAME_BYTES - len("attack-")

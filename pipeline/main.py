@@ -132,7 +132,7 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
     """
     from components.errors import ConfigError
     from pipeline.options import names_a_model
-    from pipeline.recipes import RECIPES
+    from pipeline.recipes.registry import RECIPES
 
     if command == "attack" and names_a_model(arguments):
         import tyro
@@ -191,7 +191,9 @@ def recorded(file: str):  # type: ignore[no-untyped-def]
 
 def list_recipes() -> None:
     """Print what each recipe shows, the scales it comes at, its models and what it costs."""
-    from pipeline.recipes import PAPER, RECIPES, SCALES
+    from pipeline.recipes.paper import PAPER
+    from pipeline.recipes.registry import RECIPES
+    from pipeline.recipes.scales import SCALES
 
     lines = ["Scales of the paper's tables and figures (NAME-SCALE; NAME alone is NAME-fast):", ""]
     lines += [f"  {scale:<6} {meaning}" for scale, meaning in SCALES.items()]

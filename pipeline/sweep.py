@@ -40,7 +40,7 @@ from pipeline import (
 )
 from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
 from pipeline.options import SweepOptions
-from pipeline.recipes import full_suite
+from pipeline.recipes.suites import full_suite
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease

@@ -13,7 +13,7 @@ from components.config import TrainConfig
 from pipeline import train
 from pipeline.assignment import Assignment
 from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from components.fields import to_dict
 from pipeline.main import main
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "pipeline" / "data" / "mnist-sample"

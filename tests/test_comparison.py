@@ -14,7 +14,8 @@ from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
 from pipeline import comparison, paper, publish, records, tables
 from pipeline.attack import Model, plan
-from pipeline.recipes import PAPER, RECIPES
+from pipeline.recipes.paper import PAPER
+from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.storage import Storage
 
 

@@ -21,7 +21,7 @@ from components.config import Experiment, TrainConfig
 from components.errors import UserError
 from components.fields import from_dict, parse_spec, replace_typed, to_dict
 from pipeline.main import COMMANDS, parse, recorded
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 
 VALID = to_dict(RECIPES["mnist-smoke"].make())
 numbers = st.one_of(

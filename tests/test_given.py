@@ -22,7 +22,8 @@ from pipeline import attack, checkpoints, pretrained, train
 from pipeline.given import AUTOENCODER, _name
 from pipeline.jobs import TrainingData
 from pipeline.main import main, parse
-from pipeline.recipes import RECIPES, full_suite
+from pipeline.recipes.registry import RECIPES
+from pipeline.recipes.suites import full_suite
 from pipeline.run import _as_subjects
 from pipeline.runtime.storage import Storage
 from pipeline.verdict import budgets

@@ -16,7 +16,7 @@ import pytest
 
 from components.config import Shapes, level_sizes
 from pipeline import attack, jobs, pyramids, report, shards, verdict
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 from pipeline.run import run_address
 from pipeline.runtime.storage import Storage
 

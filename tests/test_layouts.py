@@ -21,7 +21,7 @@ from components.config import DataConfig, Experiment
 from components.errors import ConfigError, DataError, UserError
 from components.fields import to_dict
 from pipeline import run
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 from pipeline.sources import Source, check_source, open_source
 
 PNG = encode(grey(1)[0])

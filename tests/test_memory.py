@@ -17,7 +17,7 @@ from pipeline import memory, pyramids, run, train
 from pipeline.jobs import TrainingData
 from pipeline.main import main
 from pipeline.memory import refuse_what_does_not_fit, training_bytes
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 from pipeline.runtime import cluster
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage

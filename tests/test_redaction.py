@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from components.errors import ConfigError
-from pipeline import recipes
+from pipeline.recipes import mnist
 from pipeline.run import recorded
 from pipeline.runtime import provenance
 from pipeline.runtime.redaction import check_no_secret, without_password
@@ -65,7 +65,7 @@ def test_a_uri_without_a_secret_stays_whole(uri: str) -> None:
 
 def test_a_record_holds_its_storage_whole_and_its_tracking_server_without_a_user() -> None:
     storage = "abfss://container@account.dfs.example/path?credential_kind=anonymous"
-    experiment = replace(recipes.mnist_smoke(), storage=storage, tracking_uri="http://me:a/b@host:5000")
+    experiment = replace(mnist.mnist_smoke(), storage=storage, tracking_uri="http://me:a/b@host:5000")
     record = recorded(experiment)
     assert record["storage"] == storage
     assert record["tracking_uri"] == "http://host:5000"

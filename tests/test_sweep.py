@@ -30,7 +30,8 @@ from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, 
 from pipeline.main import main, parse
 from pipeline.options import SweepOptions, parse_sweep
 from pipeline.pool import Pool
-from pipeline.recipes import RECIPES, full_suite
+from pipeline.recipes.registry import RECIPES
+from pipeline.recipes.suites import full_suite
 from pipeline.runtime import lease, provenance
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.trial import Followed, new_entry, run_trial

@@ -13,7 +13,7 @@ import torch
 from components.models.classifiers import build_classifier
 from pipeline.checkpoints import load_reformed
 from pipeline.main import main
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 
 pytestmark = pytest.mark.cluster
 

@@ -18,7 +18,7 @@ from components.attacks.spec import AttackSpec
 from components.evaluation.judge import judge
 from components.fields import to_dict
 from pipeline import attack
-from pipeline.recipes import RECIPES
+from pipeline.recipes.registry import RECIPES
 from pipeline.records import explanation
 from pipeline.runtime import cluster
 from pipeline.runtime.cluster import ResourceError

@@ -1,0 +1,169 @@
+"""The scales of the paper's recipes, from a smoke test to the paper's own hyper-parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, ScalingConfig, TrainConfig
+from pipeline.recipes.mnist import mnist, mnist_slim
+from pipeline.recipes.suites import attacks
+
+SCALES = {
+    "smoke": "a minute or two on 2 cores, on the bundled sample whatever the table's data set: to see that it runs; its numbers mean nothing",
+    "slim": "10,000 images of MNIST, width 16, on a CPU: hours",
+    "fast": "about the paper's clean accuracy in a tenth of its epochs, for one GPU",
+    "paper": "the paper's own hyper-parameters (sec. 4.1) and, where it has none, ours (docs/method.md), for one GPU",
+}
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def smoke(name: str, scale: str) -> Experiment:
+    return Experiment(
+        name=f"{name}-{scale}",
+        scale=scale,
+        data=DataConfig(source="sample:mnist", train_limit=300, test_limit=20),
+        pyramids=PyramidConfig(rows_per_shard=200),
+        train=TrainConfig(
+            width=4, epochs=1, batch_size=64, lr=0.05, clip_norm=1.0, reconstruction_weight=10.0, adversarial_steps=2
+        ),
+        evaluation=EvaluationConfig(
+            attacks=attacks(0.2, steps=2, ddn_steps=3), test_images=8, chunk_size=8, reliability_images=0
+        ),
+        # the start of a Ray Train run costs more than all models of this size
+        scaling=ScalingConfig(parallel_models=1),
+    )
+
+
+def mnist_scale(name: str, scale: str) -> Experiment:
+    """MNIST at one scale; joint training, all four blocks shared (sec. 4.2)."""
+    base = smoke(name, scale)
+    if scale == "smoke":
+        return base
+    if scale == "slim":
+        return replace(mnist_slim(), name=base.name, scale=scale, description="", seeds=3)
+    if scale == "fast":
+        return replace(mnist(), name=base.name, scale=scale, description="")
+    return replace(
+        mnist(),
+        name=base.name,
+        scale=scale,
+        description="",
+        data=DataConfig(source="torchvision:mnist", download=True, validation_fraction=0.0),
+        train=TrainConfig(
+            epochs=250, lr=0.01, lr_schedule="step", batch_size=256, reconstruction_weight=10.0, adversarial_steps=40
+        ),
+        evaluation=EvaluationConfig(attacks=attacks(0.2, steps=100, ddn_steps=100), chunk_size=250),
+    )
+
+
+def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig:
+    """CIFAR-10's and ImageNet's training at one scale: the paper's steps of the learning rate, or a tenth of it in one cycle."""
+    if scale == "paper":
+        return replace(train, lr=0.1, lr_schedule="step")
+    return replace(
+        train,
+        epochs=30,
+        autoencoder_epochs=1,
+        classifier_epochs=1,
+        lr=fast_lr,
+        clip_norm=1.0,
+        precision="bfloat16",
+        channels_last=True,
+    )
+
+
+def cifar10(name: str, scale: str) -> Experiment:
+    """CIFAR-10 at one scale; alternating, then joint training, three blocks shared (sec. 3.4, 4.2)."""
+    if scale == "smoke":
+        base = smoke(name, scale)
+        return replace(
+            base,
+            data=replace(base.data, image_size=32, channels=3, resize="crop"),
+            train=replace(
+                base.train,
+                shared_blocks=3,
+                augment="crop_flip",
+                schedule="alternating",
+                epochs=3,
+                cycles=1,
+                autoencoder_epochs=1,
+                classifier_epochs=1,
+                adversarial_eps=0.05,
+            ),
+            evaluation=replace(base.evaluation, attacks=attacks(0.05, steps=2, ddn_steps=3, channels=3)),
+        )
+    train = TrainConfig(
+        shared_blocks=3,
+        augment="crop_flip",
+        schedule="alternating",
+        epochs=300,
+        batch_size=256,
+        reconstruction_weight=10.0,
+        normalize_mean=CIFAR10_MEAN,
+        normalize_std=CIFAR10_STD,
+        adversarial_eps=0.05,
+    )
+    train = _scheduled(train, scale, fast_lr=0.2)
+    return Experiment(
+        name=f"{name}-{scale}",
+        scale=scale,
+        data=DataConfig(
+            source="torchvision:cifar10",
+            download=True,
+            image_size=32,
+            channels=3,
+            validation_fraction=0.1 if scale == "fast" else 0.0,
+        ),
+        train=train,
+        evaluation=EvaluationConfig(
+            attacks=attacks(0.05, steps=100, ddn_steps=100, channels=3),
+            test_images=1000 if scale == "fast" else 0,
+            chunk_size=250,
+        ),
+        scaling=ScalingConfig(gpu=True, gpus_per_attack=0.5),
+    )
+
+
+def imagenet(name: str, scale: str) -> Experiment:
+    """ImageNet-like images at 224x224 from pretrained weights (the paper's clean accuracy out of 10,000 images implies them)."""
+    if scale == "smoke":
+        base = cifar10(name, scale)
+        return replace(
+            base,
+            # 64 pixels: torchvision's own stem and four levels, as at 224, at a tenth of the cost
+            data=replace(base.data, image_size=64, train_limit=64, test_limit=8),
+            train=replace(base.train, augment="flip", batch_size=16),
+            evaluation=replace(base.evaluation, attacks=attacks(0.01, steps=2, ddn_steps=3, channels=3), chunk_size=4),
+        )
+    train = TrainConfig(
+        shared_blocks=3,
+        augment="flip",
+        schedule="alternating",
+        epochs=300,
+        reconstruction_weight=10.0,
+        pretrained="torchvision:IMAGENET1K_V1",
+        normalize_mean=IMAGENET_MEAN,
+        normalize_std=IMAGENET_STD,
+        adversarial_eps=0.01,
+    )
+    train = _scheduled(train, scale, fast_lr=0.02)
+    return Experiment(
+        name=f"{name}-{scale}",
+        scale=scale,
+        data=DataConfig(
+            source="folder:/data/imagenet",
+            image_size=224,
+            channels=3,
+            num_classes=1000,
+            allow_empty_classes=True,  # the 1,000 test images of NIPS 2017 are not of every class
+            resize="crop",
+            train_limit=10_000,
+            validation_fraction=0.1 if scale == "fast" else 0.0,
+        ),
+        train=train,
+        evaluation=EvaluationConfig(
+            attacks=attacks(0.01, steps=100, ddn_steps=100, channels=3), test_images=1000, chunk_size=50
+        ),
+        scaling=ScalingConfig(gpu=True, gpus_per_attack=0.5),
+    )
