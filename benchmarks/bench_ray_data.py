@@ -30,7 +30,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray  # noqa: E402
 
 from components.config import DataConfig, PyramidConfig  # noqa: E402
-from pipeline import pyramids  # noqa: E402
+from pipeline.data import pyramids  # noqa: E402
 from pipeline.runtime import cluster
 from pipeline.runtime.provenance import hardware  # noqa: E402
 from pipeline.runtime.storage import Storage  # noqa: E402

@@ -32,8 +32,8 @@ from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch  # noqa: E402
 from components.training.step import PhaseModule, make_optimizer, train_step
+from pipeline.data.sources.open import open_source  # noqa: E402
 from pipeline.runtime import provenance  # noqa: E402
-from pipeline.sources import open_source  # noqa: E402
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
 WIDTHS = {"sigma / 10": 0.1, "sigma / 3": 1 / 3, "sigma": 1.0, "3 sigma": 3.0, "10 sigma": 10.0, "identity": 1e6}

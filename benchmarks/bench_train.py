@@ -21,7 +21,8 @@ from components.config.data import Shapes
 from components.models.build import build_net
 from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import learning_rate
-from pipeline import pyramids, train
+from pipeline import train
+from pipeline.data import pyramids
 from pipeline.jobs import TrainingData
 from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance

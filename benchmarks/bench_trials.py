@@ -17,7 +17,8 @@ from typing import Any
 
 from components.config import Experiment
 from components.config.data import Shapes
-from pipeline import pyramids, sweep, train
+from pipeline import sweep, train
+from pipeline.data import pyramids
 from pipeline.jobs import TrainingData
 from pipeline.options import SweepOptions
 from pipeline.recipes.mnist import mnist_demo

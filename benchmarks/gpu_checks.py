@@ -49,9 +49,9 @@ from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import Phase, phase_at_epoch  # noqa: E402
 from components.training.step import PhaseModule, make_optimizer, train_step
+from pipeline.data.sources.open import open_source  # noqa: E402
 from pipeline.recipes.registry import RECIPES  # noqa: E402
 from pipeline.runtime import provenance  # noqa: E402
-from pipeline.sources import open_source  # noqa: E402
 
 LOSS_TOLERANCE = 1e-3
 """Largest relative difference between the first loss on the GPU and on the CPU, both in float32."""

@@ -33,7 +33,8 @@ from components.evaluation.metrics import summarize, usual_budgets
 from components.fields import content_hash
 from components.models.defend import adaptive_objective
 from components.random_streams import stream_seed
-from pipeline import checkpoints, shards
+from pipeline import checkpoints
+from pipeline.data import shards
 from pipeline.runtime.cluster import ResourceError, attack_bundle, room_for
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, join_uri
 from pipeline.runtime.user_errors import unwrap

@@ -45,9 +45,9 @@ from components.fields import content_hash
 from components.precision import true_float32
 from pipeline import checkpoints, figures, records
 from pipeline.attack import Model, read_chunks, read_examples
+from pipeline.data.shards import ShardSet
 from pipeline.plots import first_replicates
 from pipeline.runtime.storage import Storage
-from pipeline.shards import ShardSet
 
 IMAGES = 8
 SPECTRA = 3

@@ -27,17 +27,16 @@ from pipeline import (
     gallery,
     memory,
     publish,
-    pyramids,
     records,
     report,
-    shards,
-    sources,
     tables,
     tracking,
     tracking_uri,
     train,
     verdict,
 )
+from pipeline.data import pyramids, shards
+from pipeline.data.sources import base, open
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.lease import Lease
@@ -71,10 +70,10 @@ class Run:
         )
 
     @property
-    def splits(self) -> tuple[sources.Split, ...]:
+    def splits(self) -> tuple[base.Split, ...]:
         if not self.experiment.trains:
             return ("test",)
-        held_out: tuple[sources.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
+        held_out: tuple[base.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
         return ("train", *held_out, "test")
 
     def save(self) -> None:
@@ -186,9 +185,7 @@ def check_and_join(experiment: Experiment, networks: Experiment, shapes: Shapes,
     for line in train.check_models(networks, shapes):
         say(line)
     scaling, attacked = experiment.scaling, experiment.evaluation.test_images
-    for line in sources.check_source(
-        experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers
-    ):
+    for line in open.check_source(experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers):
         say(line)
     with stage("Ray"):
         cluster.connect()
@@ -271,7 +268,7 @@ def _now() -> str:
 def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str) -> bool:
     """Whether a model of the experiment lies finished on the storage. Reads the source's files to hash them."""
 
-    def address(split: sources.Split, targets: pyramids.Targets) -> str:
+    def address(split: base.Split, targets: pyramids.Targets) -> str:
         return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
 
     data = train.TrainingData(

@@ -387,7 +387,7 @@ class DataCache:
         self.kept: dict[str, tuple[tuple[str, bool], RankData]] = {}
 
     def get(self, split: str, addresses: Mapping[str, str], levels: bool) -> RankData | None:
-        from pipeline import shards
+        from pipeline.data import shards
 
         if split not in addresses:
             return None

@@ -21,8 +21,9 @@ from components.evaluation.probe import POINTS_AT_ONCE, probe
 from components.evaluation.statistics import mcnemar, wilson_interval
 from components.fields import content_hash
 from components.random_streams import stream_seed
-from pipeline import attack, shards
+from pipeline import attack
 from pipeline.attack import BLACK_BOX, WHITE_BOX, Model, read_chunks
+from pipeline.data import shards
 from pipeline.runtime.cluster import attack_bundle
 from pipeline.runtime.storage import Storage
 

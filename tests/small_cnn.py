@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from components.config import DataConfig
-from pipeline.sources import open_source
+from pipeline.data.sources.open import open_source
 
 
 def digits(split: str, rows: int) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,8 @@ from components.fields import to_dict
 from components.models.build import build_net
 from pipeline import checkpoints, figures, gallery, plots, records, report
 from pipeline.attack import Model
+from pipeline.data.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.runtime.storage import Storage
-from pipeline.shards import FORMAT_VERSION, ShardSet, tensor_array
 
 SIZE, CHUNK = 14, 3
 FGSM = "fgsm:eps=0.2"

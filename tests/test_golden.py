@@ -15,7 +15,8 @@ import fake_run
 import pytest
 
 from components.config import Shapes, level_sizes
-from pipeline import attack, jobs, pyramids, report, shards, verdict
+from pipeline import attack, jobs, report, verdict
+from pipeline.data import pyramids, shards
 from pipeline.recipes.registry import RECIPES
 from pipeline.run import run_address
 from pipeline.runtime.storage import Storage

@@ -21,8 +21,9 @@ from components.config import DataConfig, Experiment
 from components.errors import ConfigError, DataError, UserError
 from components.fields import to_dict
 from pipeline import run
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.open import check_source, open_source
 from pipeline.recipes.registry import RECIPES
-from pipeline.sources import Source, check_source, open_source
 
 PNG = encode(grey(1)[0])
 

@@ -13,7 +13,8 @@ import torch
 from components.config import DataConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.models.build import build_net
-from pipeline import memory, pyramids, run, train
+from pipeline import memory, run, train
+from pipeline.data import pyramids
 from pipeline.jobs import TrainingData
 from pipeline.main import main
 from pipeline.memory import refuse_what_does_not_fit, training_bytes

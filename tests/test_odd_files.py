@@ -27,10 +27,11 @@ from test_storage import Flaky
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError, UserError
-from pipeline.decode import decode, fitted
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.decode import decode, fitted
+from pipeline.data.sources.open import check_source, open_source
 from pipeline.runtime import storage
 from pipeline.runtime.user_files import reason
-from pipeline.sources import Source, check_source, open_source
 
 # --- what is no file ------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from components.evaluation.probe import probe
 from components.precision import describe, true_float32
 from components.training.augment import Batch
 from components.training.step import validation_sums
-from pipeline import attack, gallery, objective, shards, verdict
+from pipeline import attack, gallery, objective, verdict
+from pipeline.data import shards
 from pipeline.jobs import Objective
 from pipeline.runtime.storage import Storage
 

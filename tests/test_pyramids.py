@@ -27,10 +27,11 @@ from test_storage import FsspecStorage
 from components.config import DataConfig, PyramidConfig
 from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import DataError
-from pipeline import pyramids, shards, sources
-from pipeline.pyramids import address_of, build
+from pipeline.data import pyramids, shards
+from pipeline.data.pyramids import address_of, build
+from pipeline.data.shards import MANIFEST, ShardSet, load
+from pipeline.data.sources import base, open
 from pipeline.runtime.storage import Storage, StorageError
-from pipeline.shards import MANIFEST, ShardSet, load
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = DataConfig(train_limit=700, test_limit=130)
@@ -61,8 +62,8 @@ def files(storage: Storage, address: str) -> dict[str, bytes]:
 
 @pytest.mark.cluster
 def test_rows_are_those_of_the_source_in_order(train: ShardSet) -> None:
-    source = sources.open_source(DATA, "train")
-    rows = sources.split_rows(source, "train")
+    source = open.open_source(DATA, "train")
+    rows = base.split_rows(source, "train")
     images, labels = source.read(rows)
     assert train.num_rows == len(rows)
     assert train.shard_rows == (100,) * 6 + (len(rows) - 600,)
@@ -135,7 +136,7 @@ def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
     assert test.shard_rows == (100, 30)
     assert len({train.address, held_out.address, test.address}) == 3
     rows = np.concatenate([s.read_rows(0, s.num_rows)["index"] for s in (train, held_out)])
-    np.testing.assert_array_equal(np.sort(rows), sources.open_source(DATA, "train").numbers)
+    np.testing.assert_array_equal(np.sort(rows), open.open_source(DATA, "train").numbers)
 
 
 @pytest.mark.cluster
@@ -162,8 +163,8 @@ def test_shared_data_sets(
     data = DataConfig(source=f"parquet:{shared_data / name}", image_size=size, channels=channels, test_limit=rows)
     made = build(data, PyramidConfig(rows_per_shard=rows - 10), storage, "test")
     columns = made.read_rows(0, rows)
-    source = sources.open_source(data, "test")
-    np.testing.assert_array_equal(columns["image"], source.read(np.arange(rows))[0][sources.split_rows(source, "test")])
+    source = open.open_source(data, "test")
+    np.testing.assert_array_equal(columns["image"], source.read(np.arange(rows))[0][base.split_rows(source, "test")])
     levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, made.level_sizes)
     assert len(levels) == (4 if size == 224 else 3)
     for m, level in enumerate(levels[1:], start=1):
@@ -206,7 +207,7 @@ def test_address_follows_all_that_the_content_follows_from(tmp_path: Path) -> No
 @pytest.mark.cluster
 def test_reuse_does_no_work(train: ShardSet, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pyramids, "_write", lambda *a: pytest.fail("worked"))
-    monkeypatch.setattr(sources.Source, "read", lambda *a: pytest.fail("decoded"))
+    monkeypatch.setattr(base.Source, "read", lambda *a: pytest.fail("decoded"))
     calls: list[tuple[int, int]] = []
     again = build(DATA, SMALL, storage, "train", progress=lambda *a: calls.append(a))
     assert again.manifest == train.manifest
@@ -220,7 +221,7 @@ def test_manifest(train: ShardSet, storage: Storage) -> None:
     manifest = json.loads(files(storage, train.address)[MANIFEST])
     assert manifest["version"] == shards.FORMAT_VERSION
     assert manifest["source"]["source"] == "sample:mnist"
-    assert manifest["fingerprint"] == sources.open_source(DATA, "train").fingerprint
+    assert manifest["fingerprint"] == open.open_source(DATA, "train").fingerprint
     assert sum(s["rows"] for s in manifest["shards"]) == manifest["num_rows"] == train.num_rows
     assert not any("time" in key or "date" in key for key in manifest)
     assert sorted(files(storage, train.address)) == [MANIFEST, *(f"shard-{i:05d}.parquet" for i in range(7))]
@@ -337,7 +338,7 @@ def _wait_until_still(directory: Path) -> None:
 def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(copy.storage, copy.address)
     copy.storage.delete(f"{copy.address}/{MANIFEST}")
-    monkeypatch.setattr(sources.Source, "read", lambda *a: pytest.fail("decoded"))
+    monkeypatch.setattr(base.Source, "read", lambda *a: pytest.fail("decoded"))
     build(DATA, SMALL, copy.storage, "train")
     assert files(copy.storage, copy.address) == before
 

@@ -26,10 +26,10 @@ from components.config import TrainConfig
 from components.config.data import Shapes
 from components.fields import to_dict
 from pipeline import train
+from pipeline.data.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.jobs import FAILED_MODEL
 from pipeline.ranks import Ranks
 from pipeline.runtime.storage import Storage
-from pipeline.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.train import Between, DataCache, Loop, ModelFailed, train_model, train_models
 
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))

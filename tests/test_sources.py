@@ -19,8 +19,9 @@ from PIL import Image
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
-from pipeline.sources import check_source, open_source, split_rows
-from pipeline.splits import split_indices, splitmix64
+from pipeline.data.sources.base import split_rows
+from pipeline.data.sources.open import check_source, open_source
+from pipeline.data.splits import split_indices, splitmix64
 
 SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "data" / "mnist-sample"
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

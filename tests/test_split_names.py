@@ -18,9 +18,9 @@ from test_sources import IMAGE, encode, grey, write_parquet
 
 from components.config import DataConfig
 from components.errors import DataError
-from pipeline import sources
-from pipeline.sources import check_source, open_source
-from pipeline.splits import draw_order, split_indices
+from pipeline.data.sources import base
+from pipeline.data.sources.open import check_source, open_source
+from pipeline.data.splits import draw_order, split_indices
 
 PNG = encode(grey(1)[0])
 
@@ -280,7 +280,7 @@ def test_equal_numbers_have_no_order(tmp_path: Path) -> None:
 
 
 def test_a_line_describes_each_split() -> None:
-    sample = Path(sources.__file__).parent / "data" / "mnist-sample"
+    sample = Path(base.__file__).parent / "data" / "mnist-sample"
     label = {s: pq.read_table(sample / f"{s}-00000-of-00001.parquet")["label"].to_numpy() for s in ("train", "test")}
     train, validation = split_indices(np.arange(6000), 0.1, 0)
     parts = {

@@ -11,10 +11,11 @@ import pytest
 from test_sources import encode, write_parquet
 
 from components.config import DataConfig, PyramidConfig
-from pipeline import sources
-from pipeline.pyramids import _plan, address_of
-from pipeline.sources import open_source
-from pipeline.splits import draw_order, held_out
+from pipeline.data.pyramids import _plan, address_of
+from pipeline.data.sources import base
+from pipeline.data.sources import torchvision as sources_torchvision
+from pipeline.data.sources.open import open_source
+from pipeline.data.splits import draw_order, held_out
 
 ROWS, CLASSES, SIZE = 200, 10, 8
 SortedSource = Callable[[], DataConfig]
@@ -59,8 +60,8 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> DataConfig:
         def __len__(self) -> int:
             return ROWS
 
-    monkeypatch.setattr(sources, "_torchvision_dataset", lambda *a, **k: Dataset())
-    sources._torchvision_arrays.cache_clear()
+    monkeypatch.setattr(sources_torchvision, "_torchvision_dataset", lambda *a, **k: Dataset())
+    sources_torchvision._torchvision_arrays.cache_clear()
     return DataConfig(source="torchvision:mnist", image_size=SIZE)
 
 
@@ -127,7 +128,7 @@ def test_an_unlimited_training_split_keeps_its_order_and_address(tmp_path: Path)
 def test_a_limit_moves_no_image_between_training_and_validation(tmp_path: Path) -> None:
     data = replace(parquet(tmp_path), validation_fraction=0.3)
 
-    def numbers(split: sources.Split, **changes: int) -> set[int]:
+    def numbers(split: base.Split, **changes: int) -> set[int]:
         plan = _plan(replace(data, **changes), PyramidConfig(), split, "none")
         return set(plan.source.numbers[plan.rows].tolist())
 

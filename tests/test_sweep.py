@@ -753,8 +753,9 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     from components.attacks.spec import AttackSpec
     from components.models.build import build_net
     from components.random_streams import stream_seed
-    from pipeline import objective, shards
-    from pipeline.splits import draw_order
+    from pipeline import objective
+    from pipeline.data import shards
+    from pipeline.data.splits import draw_order
 
     generator = np.random.default_rng(0)
     columns = {

@@ -30,7 +30,8 @@ from components.evaluation import active_test
 from components.evaluation.metrics import worst_case
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import attack, checkpoints, comparison, records, report, shards, tables, verdict
+from pipeline import attack, checkpoints, comparison, records, report, tables, verdict
+from pipeline.data import shards
 from pipeline.publish import table_metrics
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage

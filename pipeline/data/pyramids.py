@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +22,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ray.data import Datasink
-from ray.exceptions import UserCodeException
 
 from components.config import DataConfig, PyramidConfig, level_sizes
 from components.errors import UserError
 from components.fields import content_hash
+from pipeline.data.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tensor_array
+from pipeline.data.sources.base import Batch, Source, Split, split_rows
+from pipeline.data.sources.open import open_source
+from pipeline.data.splits import DRAW_VERSION
+from pipeline.runtime.quiet import quiet_ray_data
 from pipeline.runtime.storage import Storage
-from pipeline.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tensor_array
-from pipeline.sources import Batch, Source, Split, open_source, split_rows
-from pipeline.splits import DRAW_VERSION
+from pipeline.runtime.user_errors import carried_user_error, carrying_user_errors
 
 PROGRESS_INTERVAL_S = 0.5
 STALE_S = 60.0
@@ -87,7 +88,7 @@ def build(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class ShardSetPlan:
     """All that a task needs to make any shard of a set. Picklable."""
 
     source: Source
@@ -201,7 +202,7 @@ class _Plan:
 class _ShardDatasink(Datasink[dict[str, Any]]):
     """Writes each task's table as one file, and the manifest when all are there."""
 
-    def __init__(self, plan: _Plan, directory: Storage) -> None:
+    def __init__(self, plan: ShardSetPlan, directory: Storage) -> None:
         self.plan = plan
         self.directory = directory
 
@@ -212,14 +213,14 @@ class _ShardDatasink(Datasink[dict[str, Any]]):
         expected = len(self.plan.shard_rows(shard))
         if table.num_rows != expected:
             raise RuntimeError(f"Ray Data passed {table.num_rows} rows of shard {shard}, not {expected}")
-        with _carrying_user_errors():
+        with carrying_user_errors():
             return _write_shard(self.directory, shard, table)
 
     def on_write_complete(self, write_result: Any) -> None:
         _write_manifest(self.plan, self.directory, write_result.write_returns)
 
 
-def _write(plan: _Plan, directory: Storage, missing: list[int]) -> None:
+def _write(plan: ShardSetPlan, directory: Storage, missing: list[int]) -> None:
     if not missing:  # killed between the last shard and the manifest
         _write_manifest(plan, directory, [])
         return
@@ -234,15 +235,15 @@ def _write(plan: _Plan, directory: Storage, missing: list[int]) -> None:
     context.target_max_block_size = None  # a shard is as large as rows_per_shard says, and stays one block
 
     def build_shard(batch: pa.Table) -> pa.Table:
-        with _carrying_user_errors():
+        with carrying_user_errors():
             return plan.table(batch["shard"][0].as_py())
 
     tables = shards.map_batches(build_shard, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
     try:
-        with _quiet_ray_data():
+        with quiet_ray_data():
             tables.write_datasink(_ShardDatasink(plan, directory))
     except Exception as e:
-        user_error = _carried_user_error(e)
+        user_error = carried_user_error(e)
         if user_error is None:
             raise
         raise user_error from None
@@ -272,7 +273,7 @@ def _entry(shard: int, rows: int, data: bytes | pa.Buffer) -> dict[str, Any]:
     return {"name": _name(shard), "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _write_manifest(plan: _Plan, directory: Storage, written: Sequence[dict[str, Any]]) -> None:
+def _write_manifest(plan: ShardSetPlan, directory: Storage, written: Sequence[dict[str, Any]]) -> None:
     """Write the manifest, last; shards that an earlier, killed build left are hashed again."""
     entries = {entry["name"]: entry for entry in written}
     earlier = [i for i in range(plan.num_shards) if _name(i) not in entries]
@@ -292,14 +293,14 @@ def _write_manifest(plan: _Plan, directory: Storage, written: Sequence[dict[str,
     directory.write_json(MANIFEST, manifest)
 
 
-def _plan(data: DataConfig, pyramids: PyramidConfig, split: Split, targets: Targets) -> _Plan:
+def _plan(data: DataConfig, pyramids: PyramidConfig, split: Split, targets: Targets) -> ShardSetPlan:
     source = open_source(data, "test" if split == "test" else "train")
     sizes = level_sizes(data.image_size, 1 if targets == "none" else pyramids.levels)
     if pyramids.rows_per_shard == 0:
         stored = np.dtype(pyramids.dtype).itemsize
         row_bytes = data.channels * (sizes[0] ** 2 + stored * sum(size**2 for size in sizes[1:]))
         pyramids = replace(pyramids, rows_per_shard=max(1, min(MAX_SHARD_ROWS, SHARD_BYTES // row_bytes)))
-    return _Plan(
+    return ShardSetPlan(
         source=source,
         fingerprint=source.fingerprint,
         split=split,
@@ -335,7 +336,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reporting(plan: _Plan, directory: Storage, report: Callable[[int, int], None] | None) -> Iterator[None]:
+def _reporting(plan: ShardSetPlan, directory: Storage, report: Callable[[int, int], None] | None) -> Iterator[None]:
     """Report the images in finished shards while the body runs: what is on the storage is what a rerun would not redo."""
     if report is None:
         yield
@@ -359,34 +360,6 @@ def _reporting(plan: _Plan, directory: Storage, report: Callable[[int, int], Non
         thread.join()
 
 
-class _TaskError(UserCodeException):
-    """Carries a UserError from a task to the driver. As it is, Ray would add its own advice to the message."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-    def __reduce__(self) -> tuple[type[_TaskError], tuple[UserError]]:
-        return _TaskError, (self.error,)
-
-
-@contextlib.contextmanager
-def _carrying_user_errors() -> Iterator[None]:
-    try:
-        yield
-    except UserError as e:
-        raise _TaskError(e) from None
-
-
-def _carried_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError in what Ray wrapped a task's error in."""
-    while error is not None:
-        if isinstance(error, _TaskError):
-            return error.error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
-
-
 def _import_torch() -> None:
     """Import what a task needs out of components.dct, so that no interrupt can leave torch half imported.
 
@@ -396,25 +369,3 @@ def _import_torch() -> None:
     thread = threading.Thread(target=importlib.import_module, args=("components.dct",))
     thread.start()
     thread.join()
-
-
-_QUIET = {
-    "ray.data": logging.WARNING,  # when a plan starts and ends; its warnings (no resources, memory) stay
-    "ray.data._internal.progress": logging.ERROR,  # that bars are off
-    # a failed task with a traceback, twice: build raises the error itself
-    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
-    "ray.data.exceptions": logging.CRITICAL,
-}
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """No lines of Ray Data's own about what :func:`build` reports: ``_QUIET`` says which."""
-    before = {name: logging.getLogger(name).level for name in _QUIET}
-    for name, level in _QUIET.items():
-        logging.getLogger(name).setLevel(level)
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)

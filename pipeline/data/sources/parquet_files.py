@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from components.config import DataConfig
 from components.errors import DataError
 from components.fields import is_text
+from pipeline.data.sources.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 from pipeline.runtime.storage import Storage, is_access
 from pipeline.runtime.user_files import (
     CHECK_ACCESS,
@@ -25,7 +26,6 @@ from pipeline.runtime.user_files import (
     printable,
     reason,
 )
-from pipeline.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
 
 T = TypeVar("T")
 

@@ -1,0 +1,224 @@
+"""Parquet files as a source of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.config import DataConfig
+from components.errors import DataError
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.decode import decode
+from pipeline.data.sources.open import open_source
+from pipeline.data.sources.parquet_files import (
+    asked,
+    class_names_of,
+    columns_of,
+    file_digest,
+    find_parquet,
+    open_parquet_file,
+    row_counts,
+    split_names_in,
+)
+from pipeline.data.sources.split_names import WORDS, SourceSplit
+from pipeline.runtime.storage import Storage
+from pipeline.runtime.user_files import first_names, printable
+
+SAMPLES = {"mnist": "mnist-sample"}
+"""Bundled samples: name -> directory below pipeline/data."""
+
+
+@dataclass(frozen=True)
+class _ParquetFile:
+    name: str
+    row_group_rows: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_group_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource(Source):
+    """Files of the Hugging Face image layout: a struct column of ``bytes`` and ``path``, and a column of integer labels.
+
+    Its rows are those of the files in the order of their names. A read decompresses the row groups that it touches, so the
+    memory it takes is that of one row group (of encoded images).
+    """
+
+    uri: str
+    """Directory or URI; empty for a bundled sample, which is found again beside this file on whatever node reads."""
+    sample: str
+    files: tuple[_ParquetFile, ...]
+    image_column: str
+    label_column: str
+
+    @property
+    def storage(self) -> Storage:
+        return _opened(self.uri or str(Path(__file__).resolve().parent / "data" / self.sample))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over each file's SHA-256, in order: it changes with any byte, not with names or places."""
+        whole = hashlib.sha256()
+        # Without these settings the columns follow from the files.
+        chosen = f"{self.data.image_column}\0{self.data.label_column}"
+        if chosen != "\0":
+            whole.update(chosen.encode())
+        for file in self.files:
+            whole.update(file_digest(self.storage, file.name))
+        return whole.hexdigest()
+
+    def labels(self) -> np.ndarray:
+        parts = [np.empty(0, np.int64)]
+        for file, rows, _ in self._by_file(self.numbers):
+            with self._open(file) as parquet:
+                parts.append(self._labels(self._columns(parquet, file, [self.label_column]), file, 0, rows))
+        return np.concatenate(parts)
+
+    def _unlabelled(self) -> str:
+        text = super()._unlabelled()
+        if self.split == "train":
+            return text
+        others = [name for name in split_names_in(self.storage, self.data.test_split) if self._has_labels(name)]
+        others.sort(key=lambda name: name.lower() in WORDS["train"])
+        return f"{text}: set data.test_split to a split that has labels ({first_names(others)})" if others else text
+
+    def _has_labels(self, split: str) -> bool:
+        """Tell whether another split of the same directory has labels."""
+        try:
+            other = open_source(dataclasses.replace(self.data, test_split=split, test_limit=0), "test")
+            return bool((other.labels() >= 0).any())
+        except DataError:
+            return False
+
+    def _row_place(self, position: int) -> str:
+        ((file, rows, _),) = self._by_file(self.numbers[position : position + 1])
+        return f"{self._path(file)} row {rows[0]}"
+
+    def _by_file(self, numbers: np.ndarray) -> Iterator[tuple[_ParquetFile, np.ndarray, slice]]:
+        """Yield each file that sorted row numbers touch, with the rows of that file and which part of ``numbers`` they are."""
+        starts = np.cumsum([0, *(f.num_rows for f in self.files)])
+        for number, file in enumerate(self.files):
+            low, high = np.searchsorted(numbers, starts[number : number + 2])
+            if low < high:
+                yield file, numbers[low:high] - starts[number], slice(int(low), int(high))
+
+    def _path(self, file: _ParquetFile) -> str:
+        return printable(f"{self.storage.uri}/{file.name}")
+
+    def _open(self, file: _ParquetFile) -> pq.ParquetFile:
+        return open_parquet_file(self.storage, file.name)
+
+    def _columns(
+        self, parquet: pq.ParquetFile, file: _ParquetFile, names: list[str], group: int | None = None
+    ) -> pa.Table:
+        rows = file.num_rows if group is None else file.row_group_rows[group]
+
+        def read() -> pa.Table:
+            if group is None:
+                table = parquet.read(columns=names, use_threads=False)
+            else:
+                table = parquet.read_row_group(group, columns=names, use_threads=False)
+            if table.num_rows != rows:
+                raise pa.ArrowInvalid(f"it holds {table.num_rows} rows where its footer says {rows}")
+            return table
+
+        part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
+        return asked(self.storage, f"{self._path(file)}{part}", read)
+
+    def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int, rows: np.ndarray) -> np.ndarray:
+        """Return the labels of some rows of the file, int64; ``table`` begins at ``first_row``."""
+        column = table[self.label_column].take(pa.array(rows - first_row))
+        if column.null_count:
+            row = rows[column.is_null().to_pylist().index(True)]
+            raise DataError(f"{self._path(file)} row {row}: the label is missing; repair or remove this row")
+        return column.to_numpy().astype(np.int64)
+
+    def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        self._check_class_count()
+        for file, rows, part in self._by_file(self.numbers[indices]):
+            self._read_file(file, rows, images[part], labels[part])
+
+    def _read_file(self, file: _ParquetFile, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        starts = np.cumsum([0, *file.row_group_rows])
+        with self._open(file) as parquet:
+            for group in range(len(file.row_group_rows)):
+                low, high = np.searchsorted(rows, starts[group : group + 2])
+                if low == high:
+                    continue
+                table = self._columns(parquet, file, [self.image_column, self.label_column], group)
+                wanted = rows[low:high]
+                labels[low:high] = self._labels(table, file, int(starts[group]), wanted)
+                self._check_label_range(
+                    labels[low:high], lambda i, wanted=wanted: f"{self._path(file)} row {wanted[i]}"
+                )
+                column = table[self.image_column]
+                for row, out in zip(wanted, images[low:high], strict=True):
+                    encoded = column[int(row - starts[group])]
+                    self._decode_row(encoded["bytes"].as_py() if encoded.is_valid else None, file, int(row), out)
+
+    def _decode_row(self, value: bytes | None, file: _ParquetFile, row: int, out: np.ndarray) -> None:
+        if not value:
+            raise DataError(
+                f"{self._path(file)} row {row}: there is no image (no bytes; images outside of the Parquet file are not "
+                "read); embed the image or remove this row"
+            )
+        decode(self.data, value, lambda: f"{self._path(file)} row {row}", out)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(uri: str) -> Storage:
+    """Open a storage once in each process: it is asked for at every row group."""
+    return Storage(uri)
+
+
+def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
+    empty = ParquetSource(
+        data=data,
+        split=split,
+        num_rows=0,
+        class_names=(),
+        uri=uri,
+        sample=sample,
+        files=(),
+        image_column="",
+        label_column="",
+    )
+    storage = empty.storage
+    if not storage.exists():
+        raise DataError(
+            f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
+        )
+    names = find_parquet(storage, split, data.test_split)
+    files: list[_ParquetFile] = []
+    columns = "", ""
+    class_names: tuple[str, ...] = ()
+    for name in names:
+        where = printable(f"{storage.uri}/{name}")
+        with open_parquet_file(storage, name) as parquet:
+            files.append(_ParquetFile(name, row_counts(parquet)))
+            found = columns_of(parquet.schema_arrow, data, where)
+            if len(files) > 1 and found != columns:
+                raise DataError(f"{where}: its columns of images and labels are {found}, those of {names[0]} {columns}")
+            columns = found
+            named = class_names_of(parquet.schema_arrow, columns[1])
+            if class_names and named and named != class_names:
+                raise DataError(f"{where}: its classes are not those of {names[0]}; they are of two data sets")
+            class_names = class_names or named
+    return dataclasses.replace(
+        empty,
+        num_rows=sum(f.num_rows for f in files),
+        class_names=class_names or tuple(map(str, range(data.num_classes))),
+        files=tuple(files),
+        image_column=columns[0],
+        label_column=columns[1],
+    )
