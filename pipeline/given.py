@@ -142,14 +142,14 @@ def _name(model: str) -> str:
 
 def _tracking_uri(rest: list[str]) -> str:
     """--tracking-uri out of the arguments that are left; without it the database in --storage."""
-    from pipeline import tracking_uri
     from pipeline.runtime.storage import Storage
+    from pipeline.tracking import uri
 
     options = Parser("attack")
     options.add_argument("--tracking-uri", default="")
     options.add_argument("--storage", default=Experiment(name="x").storage)
     known, _ = options.parse_known_args(rest)
-    return known.tracking_uri or tracking_uri.default_uri(Storage(known.storage))
+    return known.tracking_uri or uri.default_uri(Storage(known.storage))
 
 
 def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:

@@ -45,10 +45,10 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
         As :func:`read`.
     """
     if where.startswith(MLFLOW):
-        from pipeline import tracking  # MLflow is imported only by who asks for it
+        from pipeline.tracking import weights  # MLflow is imported only by who asks for it
 
         file, key = _split_key(where)
-        return *tracking.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
+        return *weights.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
     storage, name, key = locate(where)
     return storage.join(name), storage.read_bytes(name), key
 

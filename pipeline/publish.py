@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import comparison, records, sweep_report, tables
 from pipeline.runtime.storage import Storage
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 
 def start_run(tracker: Tracker, record: Mapping[str, Any]) -> None:

@@ -20,21 +20,7 @@ from components.config.train import stored_levels
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.models import libraries
-from pipeline import (
-    attack,
-    checkpoints,
-    comparison,
-    gallery,
-    memory,
-    publish,
-    records,
-    report,
-    tables,
-    tracking,
-    tracking_uri,
-    train,
-    verdict,
-)
+from pipeline import attack, checkpoints, comparison, gallery, memory, publish, records, report, tables, train, verdict
 from pipeline.data import pyramids, shards
 from pipeline.data.sources import base, open
 from pipeline.runtime import cluster, provenance
@@ -42,6 +28,8 @@ from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.redaction import redacted
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
+from pipeline.tracking import server, uri
+from pipeline.tracking.tracker import Tracker
 
 STAGES = ("pyramids", "train", "attack", "report")
 
@@ -55,7 +43,7 @@ class Run:
     storage: Storage
     """runs/<recipe>-<hash> below root."""
     record: dict[str, Any]
-    tracker: tracking.Tracker
+    tracker: Tracker
     lease: Lease | None = field(default=None, kw_only=True)
     """Held while this process works on the directory."""
 
@@ -147,7 +135,7 @@ def open_run(
         raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     if needs:
         _check_made(record or {}, experiment, storage, needs)
-    uri, experiment_name = tracking.choose(
+    uri, experiment_name = server.choose(
         experiment.tracking_uri,
         experiment.experiment_name,
         root,
@@ -166,7 +154,7 @@ def open_run(
             memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read
     try:
-        tracker = tracking.Tracker(uri, storage, experiment=experiment_name, echo=say)
+        tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
         return _opened(experiment, root, storage, tracker, lease, records_only)
     except BaseException:
         lease.release()
@@ -198,7 +186,7 @@ def _read_record(storage: Storage) -> dict[str, Any] | None:
 
 
 def _opened(
-    experiment: Experiment, root: Storage, storage: Storage, tracker: tracking.Tracker, lease: Lease, records_only: bool
+    experiment: Experiment, root: Storage, storage: Storage, tracker: Tracker, lease: Lease, records_only: bool
 ) -> Run:
     for directory in ("", "report", "report/plots"):
         storage.delete_stale(directory, HALF_WRITTEN_S)
@@ -492,7 +480,7 @@ def finish(run: Run) -> None:
     run.tracker.conclude()
     tables.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
-    say(f"MLflow: {tracking_uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
+    say(f"MLflow: {uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:

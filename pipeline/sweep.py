@@ -25,19 +25,7 @@ from components.errors import ConfigError, UserError
 from components.evaluation.metrics import usual_eps
 from components.fields import MAX_NAME_BYTES, check_name, content_hash, parse_spec, replace_typed, to_dict
 from components.search_space import Point, Space, choose, ends, pareto_front
-from pipeline import (
-    checkpoints,
-    memory,
-    pretrained,
-    publish,
-    records,
-    run,
-    sweep_report,
-    tracking,
-    tracking_uri,
-    train,
-    tuner,
-)
+from pipeline import checkpoints, memory, pretrained, publish, records, run, sweep_report, train, tuner
 from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
 from pipeline.options import SweepOptions
 from pipeline.recipes.suites import full_suite
@@ -45,6 +33,8 @@ from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
+from pipeline.tracking import server, tracker
+from pipeline.tracking.uri import default_uri, ui_command
 from pipeline.trial import ENDED, FINISHED, new_entry
 
 
@@ -314,7 +304,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
             f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
         )
     Lease(storage).check_free()
-    uri, experiment_name = tracking.choose(
+    uri, experiment_name = server.choose(
         experiment.tracking_uri,
         experiment.experiment_name,
         root,
@@ -326,7 +316,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         root=root,
         storage=storage,
         record={},
-        tracker=tracking.Tracker(uri, storage, experiment=experiment_name, echo=say),
+        tracker=tracker.Tracker(uri, storage, experiment=experiment_name, echo=say),
         space=space,
         options=options,
         model=model,
@@ -401,9 +391,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
             _report(sweep)
             sweep.tracker.conclude()
         say(f"sweep: {sweep.storage.uri}")
-        say(
-            f"MLflow: {tracking_uri.ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}"
-        )
+        say(f"MLflow: {ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
     except BaseException as e:
         sweep.tracker.stop_for(e, complete=bool(sweep.record.get("finished")))
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
@@ -416,7 +404,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
 def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
     """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
     experiment = sweep.experiment
-    uri = experiment.tracking_uri or tracking_uri.default_uri(sweep.root)
+    uri = experiment.tracking_uri or default_uri(sweep.root)
     weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
     return Plan(
         root=sweep.root.full_uri,

@@ -547,9 +547,9 @@ def _tracking_uri(experiment: Experiment) -> str:
     """Where mlflow:... is looked up: the tracking server of the run, or the database in its storage."""
     if experiment.tracking_uri:
         return experiment.tracking_uri
-    from pipeline import tracking_uri
+    from pipeline.tracking import uri
 
-    return tracking_uri.default_uri(Storage(experiment.storage))
+    return uri.default_uri(Storage(experiment.storage))
 
 
 def check_models(experiment: Experiment, shapes: Shapes) -> list[str]:

@@ -25,7 +25,7 @@ from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
 from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import jobs, run, sweep, sweep_report, tracking, train, tuner
+from pipeline import jobs, run, sweep, sweep_report, train, tuner
 from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
 from pipeline.main import main, parse
 from pipeline.options import SweepOptions, parse_sweep
@@ -34,6 +34,7 @@ from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime import lease, provenance
 from pipeline.runtime.storage import Storage, StorageError
+from pipeline.tracking import tracker
 from pipeline.trial import Followed, new_entry, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -946,7 +947,7 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice_even_if_the
         evaluate(one)
 
     monkeypatch.setattr(sweep, "_evaluate", without_server)
-    monkeypatch.setattr(tracking.Tracker.flush, "__defaults__", (1.0,))
+    monkeypatch.setattr(tracker.Tracker.flush, "__defaults__", (1.0,))
     assert main(command(space, storage, "--resume", "--evaluate", "recipe", "--tracking-uri", server.uri)) == 0
     assert "operations not published" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in kept} == kept

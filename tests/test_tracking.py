@@ -24,10 +24,13 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search_space import LogUniform, Space
-from pipeline import attack, publish, records, report, tracking, tracking_uri
+from pipeline import attack, publish, records, report
 from pipeline import run as run_stages
 from pipeline.runtime.console import Bar
 from pipeline.runtime.storage import Storage
+from pipeline.tracking import tracker as tracking_tracker
+from pipeline.tracking import uri
+from pipeline.tracking.server import check_reachable, http_limits
 
 DatabaseMaker = Callable[[Path], str]
 
@@ -38,7 +41,7 @@ def database() -> DatabaseMaker:
 
     def make(directory: Path) -> str:
         uri = f"sqlite:///{directory / 'mlflow.db'}"
-        tracking.check_reachable(uri)
+        check_reachable(uri)
         return uri
 
     return make
@@ -175,7 +178,7 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
     said: list[str] = []
 
     def publish_all() -> str | None:
-        tracker = tracking.Tracker(uri, run, echo=said.append)
+        tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
         publish.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
@@ -195,7 +198,7 @@ def test_a_known_publication_is_not_sent(root: Storage, database: DatabaseMaker,
     run, uri = root / "runs/x", database(tmp_path)
 
     def publish() -> None:
-        tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+        tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
         tracker.start("run", "x", time=1e9)
         tracker.metrics("run", {"a": 1.0, "b": None})
         assert tracker.flush()
@@ -216,7 +219,7 @@ def test_live_training_and_the_final_publication_meet(
     uri = database(tmp_path)
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
-    tracker = tracking.Tracker(uri, run, echo=_silent)
+    tracker = tracking_tracker.Tracker(uri, run, echo=_silent)
     publish.start_run(tracker, records.read_run(run))
     publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     files = records.history_files(root, record["models"]["defend"])
@@ -233,7 +236,7 @@ def test_live_training_and_the_final_publication_meet(
     assert _runs(client)["fake-mnist/defend"].info.status == "FAILED"
 
     run.write_json("run.json", record)
-    again = tracking.Tracker(uri, run, echo=lambda line: None)
+    again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
     publish.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
@@ -242,7 +245,7 @@ def test_live_training_and_the_final_publication_meet(
 
 def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
-    tracker = tracking.Tracker(uri, root / "runs/x", echo=_silent)
+    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=_silent)
     tracker.start("model/m", "m")
     steps = [{"step": i, "time": 1e9 + i, "loss": 1.0 / (1 + i), "lr": None} for i in range(450)]
     tracker.history("model/m", 3, lambda: {"epoch": 3, "phase": "autoencoder", "steps": steps, "validation": {}})
@@ -254,7 +257,7 @@ def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tm
 def test_artifacts_of_a_remote_storage(database: DatabaseMaker, tmp_path: Path) -> None:
     away = Storage("memory://away")
     away.write_bytes("models/m/classifier.safetensors", b"weights")
-    tracker = tracking.Tracker(database(tmp_path), away / "runs/x", echo=_silent)
+    tracker = tracking_tracker.Tracker(database(tmp_path), away / "runs/x", echo=_silent)
     tracker.start("model/m", "m")
     tracker.artifact("model/m", away, "models/m/classifier.safetensors", "weights")
     for text in (b"first", b"second"):
@@ -275,7 +278,7 @@ def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMak
     said: list[str] = []
 
     def publish() -> str | None:
-        tracker = tracking.Tracker(uri, run, echo=said.append)
+        tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
         tracker.start("run", "x", time=1e9, params={"lr": 0.1})
         tracker.finish("run", time=2e9)
         assert tracker.flush()
@@ -298,7 +301,7 @@ def test_a_refused_operation_does_not_hold_up_the_others(
 ) -> None:
     uri = database(tmp_path)
     said: list[str] = []
-    tracker = tracking.Tracker(uri, root / "runs/x", echo=said.append)
+    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=said.append)
     tracker.start("run", "x", params={"lr": 0.1})
     tracker.start("run", "x", params={"lr": 0.2})  # MLflow's params cannot change
     tracker.metrics("run", {"a": 1.0})
@@ -316,7 +319,7 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
     run = root / "runs/x"
     run.write_bytes("tracking.json", b"{")
     said: list[str] = []
-    tracker = tracking.Tracker(database(tmp_path), run, echo=said.append)
+    tracker = tracking_tracker.Tracker(database(tmp_path), run, echo=said.append)
     tracker.start("run", "x")
     assert tracker.flush()
     assert "tracking.json cannot be used" in said[0]
@@ -326,12 +329,12 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     said: list[str] = []
     run = root / "runs/x"
-    tracker = tracking.Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
+    tracker = tracking_tracker.Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
     tracker.start("run", "x")
     _until(lambda: bool(said))
     assert not tracker.flush(timeout_s=0)
     assert "***@127.0.0.1" in said[0]
-    assert "secret" not in "".join(said) + tracking_uri.ui_command(tracker.uri, "1", "r")
+    assert "secret" not in "".join(said) + uri.ui_command(tracker.uri, "1", "r")
     assert not run.exists("tracking.json") or b"secret" not in run.read_bytes("tracking.json")
 
 
@@ -342,7 +345,7 @@ def test_registered_model_is_a_module_with_gradients(
     network = build_classifier("resnet18", num_classes=10, channels=1, image_size=28, width=2, seed=3).eval()
     images = np.random.default_rng(0).random((3, 1, 28, 28), dtype=np.float32)
     for _ in range(2):  # the second time nothing is made
-        tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
+        tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
         tracker.start("model/m", "m")
         tracker.register_model("model/m", network, images, "defendpp-m", metadata={"address": "models/m-1"})
         assert tracker.flush()
@@ -369,20 +372,20 @@ def test_registered_model_is_a_module_with_gradients(
 
 def test_weights_that_numpy_cannot_hold_have_a_digest() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(4, 2))
-    before = tracking._weights_digest(network)
+    before = tracking_tracker._weights_digest(network)
     network.register_buffer("scale", torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
     network.register_buffer("empty", torch.zeros(0, dtype=torch.float8_e4m3fn))
     network.register_buffer("steps", torch.tensor(3))
-    first = tracking._weights_digest(network)
+    first = tracking_tracker._weights_digest(network)
     network.register_buffer("scale", torch.tensor([1.0, 2.5], dtype=torch.bfloat16))
-    assert len({before, first, tracking._weights_digest(network)}) == 3
+    assert len({before, first, tracking_tracker._weights_digest(network)}) == 3
 
 
 def test_a_registration_that_fails_ends_no_run(
     run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    tracker = tracking.Tracker(database(tmp_path), run, echo=said.append)
+    tracker = tracking_tracker.Tracker(database(tmp_path), run, echo=said.append)
     record = records.read_run(run)
     publish.start_run(tracker, record)
     publish.start_model(tracker, record, "defend")
@@ -451,7 +454,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
 ) -> None:
     """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
     run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
-    tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
     publish.publish_run(tracker, run, root)
     tracker.flush()
     trials = [_trial(1, root, "defend"), _trial(2, root, "no_defense", "control")]
@@ -459,7 +462,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
     sweep.write_json("sweep.json", record)
     sweep.write_json("best.json", {})
     for _ in range(2):  # the second time nothing is added
-        tracker = tracking.Tracker(uri, sweep, echo=lambda line: None)
+        tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
         publish.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
     client = MlflowClient(uri)
@@ -502,7 +505,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
     for told in tries:
         models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
         record = _sweep(run, [_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
-        tracker = tracking.Tracker(uri, sweep, echo=lambda line: None)
+        tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
         publish.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
         found = _runs(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
@@ -514,7 +517,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
 def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -> None:
     run = fake_run.write(root, evaluations=False)
     record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
-    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     publish.start_run(tracker, record)
     publish.start_sweep(tracker, _sweep(run, [_trial(1, root)], seeds=1) | {"data": record["data"]})
 
@@ -536,7 +539,7 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
         record, sweep = _sweep(run, trials, seeds=1), root / f"sweeps/fake-mnist-lam-{name}"
         record["choice"]["trial"] = chosen + 1
         said: list[str] = []
-        tracker = tracking.Tracker(uri, sweep, echo=said.append)
+        tracker = tracking_tracker.Tracker(uri, sweep, echo=said.append)
         publish.start_sweep(tracker, record)
         alias = publish.trial_alias(trials[chosen])
         tracker.start(alias, alias, parent="run")
@@ -569,56 +572,54 @@ def test_a_dead_server_is_refused_quickly() -> None:
     uri = f"http://127.0.0.1:{free_port()}"
     begin = time.monotonic()
     with pytest.raises(UserError, match=rf"{uri} cannot be used: connection refused.*--tracking-uri"):
-        tracking.check_reachable(uri)
+        check_reachable(uri)
     assert time.monotonic() - begin < 10
 
 
 def test_a_server_that_never_answers_is_refused_quickly(mute: str) -> None:
     begin = time.monotonic()
     with pytest.raises(UserError, match=rf"{mute} cannot be used: timed out"):
-        tracking.check_reachable(mute)
+        check_reachable(mute)
     assert time.monotonic() - begin < 15
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "/tmp/mlruns", "file:///tmp/mlruns", "file:mlruns"])
 def test_file_stores_are_refused_with_a_hint(uri: str) -> None:
     with pytest.raises(UserError, match=r"sqlite:////.*mlruns\.db"):
-        tracking.check_reachable(uri)
+        check_reachable(uri)
 
 
 def test_databases_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "notes.db"
     other.write_text("no database at all, but long enough to have a header of one hundred bytes. " * 3)
     with pytest.raises(UserError, match=r"notes\.db cannot be used: file is not a database"):
-        tracking.check_reachable(f"sqlite:///{other}")
+        check_reachable(f"sqlite:///{other}")
     assert other.read_text().startswith("no database")
     with pytest.raises(UserError, match=r"relative path.*sqlite:////"):
-        tracking.check_reachable("sqlite:///mlflow.db")
+        check_reachable("sqlite:///mlflow.db")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/mlflow\.db cannot be used"):
-        tracking.check_reachable(f"sqlite:///{tmp_path}/file/mlflow.db")
+        check_reachable(f"sqlite:///{tmp_path}/file/mlflow.db")
 
 
 def test_default_database_lies_in_the_storage(tmp_path: Path) -> None:
-    assert tracking_uri.default_uri(Storage(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert uri.default_uri(Storage(tmp_path)) == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(UserError, match=r"memory://elsewhere is not on this machine.*--tracking-uri"):
-        tracking_uri.default_uri(Storage("memory://elsewhere"))
+        uri.default_uri(Storage("memory://elsewhere"))
 
 
 def test_ui_command_names_the_run() -> None:
-    command = tracking_uri.ui_command("sqlite:////data/my runs/mlflow.db", "7", "abc")
+    command = uri.ui_command("sqlite:////data/my runs/mlflow.db", "7", "abc")
     assert "'sqlite:////data/my runs/mlflow.db'" in command
     assert "#/experiments/7/runs/abc" in command
-    assert tracking_uri.ui_command("http://host:5000/", "7", "abc").startswith(
-        "open 'http://host:5000/#/experiments/7/runs/abc"
-    )
+    assert uri.ui_command("http://host:5000/", "7", "abc").startswith("open 'http://host:5000/#/experiments/7/runs/abc")
     assert shutil.which(command.split()[1]) or Path(command.split()[1]).exists()
 
 
 def test_limits_of_several_threads_leave_nothing_behind() -> None:
     names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
     before = [os.environ.get(name) for name in names]
-    upload, check = tracking._http_limits(timeout=120), tracking._http_limits(timeout=1, retries=0)
+    upload, check = http_limits(timeout=120), http_limits(timeout=1, retries=0)
     upload.__enter__()
     check.__enter__()
     assert [os.environ[name] for name in names] == ["1", "0"]
@@ -644,7 +645,7 @@ class _SlowStorage(Storage):
 def test_an_older_bookkeeping_never_replaces_a_newer_one(tmp_path: Path) -> None:
     run = _SlowStorage(tmp_path / "x")
     run.begun, run.released = threading.Event(), threading.Event()
-    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=_silent)
+    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=_silent)
 
     def save() -> None:
         tracker._unsaved = True
@@ -668,7 +669,7 @@ def test_an_older_bookkeeping_never_replaces_a_newer_one(tmp_path: Path) -> None
 
 def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
     said: list[str] = []
-    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
+    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
     begin = time.monotonic()
     tracker.start("run", "x")
     for step in range(200):
@@ -698,9 +699,9 @@ def test_a_server_killed_on_the_way_gets_everything(
     run: Storage, root: Storage, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = run.read_json("run.json")
-    tracking.check_reachable(server.uri)
+    check_reachable(server.uri)
     said: list[str] = []
-    tracker = tracking.Tracker(server.uri, run, echo=said.append)
+    tracker = tracking_tracker.Tracker(server.uri, run, echo=said.append)
     publish.start_run(tracker, records.read_run(run))
     publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = records.history_files(root, record["models"]["defend"])
@@ -723,7 +724,7 @@ def test_a_server_killed_on_the_way_gets_everything(
     client = MlflowClient(server.uri)
     _expect_fake_run(client, run)
     before = _everything(client)
-    again = tracking.Tracker(server.uri, run, echo=said.append)
+    again = tracking_tracker.Tracker(server.uri, run, echo=said.append)
     publish.publish_run(again, run, root)
     assert again.flush()
     assert _everything(client) == before
@@ -749,7 +750,7 @@ def test_a_server_killed_on_the_way_gets_everything(
 
 def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Storage, mute: str) -> None:
     said: list[str] = []
-    tracker = tracking.Tracker(mute, run, echo=said.append)
+    tracker = tracking_tracker.Tracker(mute, run, echo=said.append)
     begin = time.monotonic()
     for _ in range(3):
         publish.publish_run(tracker, run, root)
@@ -763,7 +764,7 @@ def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Stora
 
 def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
-    tracker = tracking.Tracker(uri, run, echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
     record = records.read_run(run)
     publish.start_run(tracker, record)
     for name in fake_run.MODELS:
@@ -779,14 +780,14 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     assert found.pop("fake-mnist/control") == "FINISHED"
     assert found == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
 
-    again = tracking.Tracker(uri, run, echo=lambda line: None)
+    again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
     publish.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
 
 
 def test_the_end_of_a_run_waits_while_something_is_sent(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    tracker = tracking.Tracker(database(tmp_path), root / "runs/x", echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(database(tmp_path), root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     assert tracker.wait(60)
 
@@ -803,7 +804,7 @@ def test_a_run_is_finished_though_its_rest_cannot_be_sent(
     root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
     uri, released = database(tmp_path), threading.Event()
-    tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     tracker.start("model/m", "m", parent="run")
     assert tracker.wait(60)
@@ -841,7 +842,7 @@ def test_a_run_ends_as_what_stopped_it(
     tmp_path: Path,
 ) -> None:
     uri = database(tmp_path)
-    tracker = tracking.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     tracker.start("model/m", "m", parent="run")
     assert tracker.wait(60)
@@ -860,7 +861,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     (root.local_root / home / "model.json").mkdir()  # there, and cannot be read
     for name in epochs:
         root.write_bytes(name, b"{")
-    tracker = tracking.Tracker(uri, run, echo=said.append)
+    tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
     publish.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     client = MlflowClient(uri)
@@ -887,7 +888,7 @@ class _Epoch(dict[str, Any]):
 
 
 def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
-    tracker = tracking.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     record = records.read_run(run)
     publish.start_run(tracker, record)
     progress = run_stages._TrainProgress(
@@ -921,7 +922,7 @@ def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tm
     uri, said = database(tmp_path), list[str]()
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
     for _ in range(2):
-        tracker = tracking.Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
+        tracker = tracking_tracker.Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
         tracker.start("run", NAME)
         tracker.start(f"model/{NAME}", NAME, parent="run", tags={"model": NAME})
         tracker.register_model(
@@ -941,7 +942,7 @@ def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tm
 def test_one_reason_is_said_once(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri, said = database(tmp_path), list[str]()
     MlflowClient(uri).create_experiment("bucket", "s3://bucket/artifacts")
-    tracker = tracking.Tracker(uri, run, experiment="bucket", echo=said.append)
+    tracker = tracking_tracker.Tracker(uri, run, experiment="bucket", echo=said.append)
     publish.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     assert len(said) == 2, said

@@ -28,8 +28,11 @@ from mlflow_server import MlflowServer, free_port
 from components.config import Experiment
 from components.errors import ConfigError, UserError
 from pipeline import given as external
-from pipeline import run, tracking, tracking_uri, train
+from pipeline import run, train
 from pipeline.runtime.storage import Storage
+from pipeline.tracking import server as tracking_server
+from pipeline.tracking.tracker import Tracker
+from pipeline.tracking.uri import check_address, default_uri, ui_command
 
 PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "bücher 数", "%", "a%2525?#"]
 """Names of directories; some have a meaning in URLs, some in shells."""
@@ -42,7 +45,7 @@ def forked() -> Callable[[str], Any]:
     context.set_forkserver_preload(["pipeline.tracking"])
 
     def start(uri: str) -> Any:
-        process = context.Process(target=tracking.check_reachable, args=(uri,))
+        process = context.Process(target=tracking_server.check_reachable, args=(uri,))
         process.start()
         return process
 
@@ -51,7 +54,7 @@ def forked() -> Callable[[str], Any]:
 
 def _database(directory: Path) -> Path:
     """A whole database of MLflow, empty but for an experiment of one run."""
-    tracking.check_reachable(f"sqlite:///{directory}/mlflow.db")
+    tracking_server.check_reachable(f"sqlite:///{directory}/mlflow.db")
     client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
     experiment = client.get_experiment_by_name("defendpp")
     assert experiment is not None
@@ -100,7 +103,7 @@ def test_a_kill_while_the_database_is_made_leaves_nothing_broken(forked: Callabl
     broken = []
     for database in databases:
         try:
-            tracking.check_reachable(f"sqlite:///{database}")
+            tracking_server.check_reachable(f"sqlite:///{database}")
         except UserError as e:
             broken.append(str(e))
     assert not broken, f"{len(broken)} of {len(databases)}, the first: {broken[0]}"
@@ -112,32 +115,32 @@ def test_two_commands_may_begin_on_a_new_storage_at_once(forked: Callable[[str],
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
-    tracking.check_reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
+    tracking_server.check_reachable(f"sqlite:///{tmp_path}/new/mlflow.db")
 
 
 def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracking._prepare(tmp_path / "mlflow.db")
+    tracking_server._prepare(tmp_path / "mlflow.db")
     _break(tmp_path / "mlflow.db")
     old = (tmp_path / "mlflow.db").stat().st_ino
-    tracking.check_reachable(uri)
+    tracking_server.check_reachable(uri)
     (aside,) = tmp_path.glob("mlflow.db.broken-*")
     assert aside.stat().st_ino == old
     assert str(aside) in capsys.readouterr().err
     MlflowClient(uri).create_run("1")
-    tracking.check_reachable(uri)
+    tracking_server.check_reachable(uri)
     assert len(list(tmp_path.glob("mlflow.db*"))) == 2
 
 
 def test_a_whole_database_without_runs_is_never_put_aside(tmp_path: Path) -> None:
     uri, database = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlflow.db"
-    tracking._prepare(database)
+    tracking_server._prepare(database)
     inode = database.stat().st_ino
     with pytest.raises(UserError, match=r"refuses the experiment 'x.*500.*--experiment-name"):
-        tracking.check_reachable(uri, "x" * 501)
+        tracking_server.check_reachable(uri, "x" * 501)
     (tmp_path / "mlartifacts").touch()
     with pytest.raises(UserError, match=r"artifacts of the MLflow experiment 'defendpp' go to .*mlartifacts"):
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
     (tmp_path / "mlartifacts").unlink()
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("DELETE FROM experiment_tags")
@@ -145,21 +148,21 @@ def test_a_whole_database_without_runs_is_never_put_aside(tmp_path: Path) -> Non
         connection.commit()
         connection.execute("BEGIN IMMEDIATE")
         with pytest.raises(UserError, match="database is locked"):
-            tracking.check_reachable(uri)
+            tracking_server.check_reachable(uri)
     MlflowClient(uri).create_experiment("bucket", "s3://defendpp-test-bucket/artifacts")
     with pytest.raises(UserError, match="boto3"):
-        tracking.check_reachable(uri, "bucket")
+        tracking_server.check_reachable(uri, "bucket")
     assert database.stat().st_ino == inode
     assert not list(tmp_path.glob("*broken*"))
 
 
 def test_a_broken_database_with_an_experiment_is_left_alone(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/first.db"
-    tracking.check_reachable(uri, "of a person")
+    tracking_server.check_reachable(uri, "of a person")
     database = (tmp_path / "first.db").rename(tmp_path / "mlflow.db")
     _break(database)
     with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
-        tracking.check_reachable(f"sqlite:///{database}")
+        tracking_server.check_reachable(f"sqlite:///{database}")
     assert not list(tmp_path.glob("*broken*"))
 
 
@@ -167,7 +170,7 @@ def test_a_broken_database_with_runs_is_left_alone(tmp_path: Path) -> None:
     database = _database(tmp_path).rename(tmp_path / "other.db")
     _break(database)
     with pytest.raises(UserError, match=r"other\.db cannot be used"):
-        tracking.check_reachable(f"sqlite:///{database}")
+        tracking_server.check_reachable(f"sqlite:///{database}")
     with closing(sqlite3.connect(database)) as connection:
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (1,)
     assert not list(tmp_path.glob("*broken*"))
@@ -177,14 +180,14 @@ def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "photos.db")) as connection:
         connection.execute("CREATE TABLE experiments (colour TEXT)")
     with pytest.raises(UserError, match=r"photos\.db cannot be used"):
-        tracking.check_reachable(f"sqlite:///{tmp_path}/photos.db")
+        tracking_server.check_reachable(f"sqlite:///{tmp_path}/photos.db")
     assert not list(tmp_path.glob("*broken*"))
 
 
 def test_an_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").touch()
     (tmp_path / ".mlflow.db.0123.tmp").write_text("left behind by a process that was killed")
-    tracking.check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
+    tracking_server.check_reachable(f"sqlite:///{tmp_path}/mlflow.db")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection:
         assert connection.execute("SELECT count(*) FROM alembic_version").fetchone() == (1,)
     assert sorted(os.listdir(tmp_path)) == [".mlflow.db.lock", "mlartifacts", "mlflow.db"]
@@ -193,9 +196,9 @@ def test_an_empty_file_is_replaced_by_a_database(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PATHS)
 def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / name)
-    uri = tracking_uri.default_uri(storage)
-    tracking.check_reachable(uri)
-    tracker = tracking.Tracker(uri, storage / "runs/x", echo=lambda line: None)
+    uri = default_uri(storage)
+    tracking_server.check_reachable(uri)
+    tracker = Tracker(uri, storage / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     storage.write_bytes("note.txt", b"n")
     tracker.artifact("run", storage, "note.txt")
@@ -203,7 +206,7 @@ def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name / "mlflow.db").exists()
     assert list((tmp_path / name / "mlartifacts").rglob("note.txt"))
     assert os.listdir(tmp_path) == [name], "something was written beside the storage"
-    words = shlex.split(tracking_uri.ui_command(uri, tracker.experiment_id, tracker.run_id()), comments=True)
+    words = shlex.split(ui_command(uri, tracker.experiment_id, tracker.run_id()), comments=True)
     shown = words[words.index("--backend-store-uri") + 1]
     assert MlflowClient(shown).get_run(tracker.run_id() or "").info.run_name == "x"
     assert (storage / "runs/x").read_json("tracking.json")["uris"][uri]["experiment"] == tracker.experiment_id
@@ -229,7 +232,7 @@ def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
 )
 def test_an_address_that_cannot_be_is_refused_for_its_own_reason(uri: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as refused:
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
     assert "is a directory" not in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -279,8 +282,8 @@ def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
     """No address of the parts reaches a machine: port 1 of this one refuses at once."""
     said = ""
     try:
-        tracking_uri.check_address(uri)
-        tracking_uri.ui_command(uri, "1", "a")
+        check_address(uri)
+        ui_command(uri, "1", "a")
     except UserError as e:
         said = str(e)
     assert said.isprintable()
@@ -350,7 +353,7 @@ HTML = "<!doctype html>\n<html><head><title>Router</title></head><body>Welcome</
 )
 def test_what_is_no_mlflow_server_is_called_so(status: int, body: str, message: str) -> None:
     with _answering(status, body) as (uri, _), pytest.raises(UserError, match=message) as refused:
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
     assert "<" not in str(refused.value), "pages do not belong into a message"
     assert "\n" not in str(refused.value)
     assert "mlflow server --host" not in str(refused.value), "a server that answers need not be started"
@@ -363,17 +366,17 @@ def test_why_an_experiment_cannot_be_made_is_said() -> None:
         _answering(403, denied, kind="application/json", reads=(404, absent)) as (uri, _),
         pytest.raises(UserError, match=r"HTTP 403.*MLFLOW_TRACKING_USERNAME"),
     ):
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
 
 
 def test_a_store_of_artifacts_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch, mute: str) -> None:
-    monkeypatch.setattr(tracking, "REACH_SECONDS", 1.0)
+    monkeypatch.setattr(tracking_server, "REACH_SECONDS", 1.0)
     there = json.dumps({"experiment": {**THERE["experiment"], "artifact_location": f"{mute}/artifacts"}})
     with (
         _answering(200, there, kind="application/json") as (uri, _),
         pytest.raises(UserError, match=rf"(?s)artifacts .* go to {mute}/artifacts.*no answer within") as refused,
     ):
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
     assert uri not in str(refused.value), "the server is not at fault"
 
 
@@ -390,7 +393,7 @@ def test_credentials_come_from_mlflows_variables(
     for name, value in variables.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     with _answering(401, "", unless=header) as (uri, seen):
-        tracking.check_reachable(uri)
+        tracking_server.check_reachable(uri)
     assert set(seen) == {header}
 
 
@@ -412,11 +415,11 @@ def test_artifacts_that_cannot_be_written_are_found_out_before_the_run(tmp_path:
         "odd": "ftpx",
     }.items():
         with pytest.raises(UserError, match=rf"(?s){name}.*{reason}.*--experiment-name") as refused:
-            tracking.check_reachable(uri, name)
+            tracking_server.check_reachable(uri, name)
         assert "\n" not in str(refused.value)
     assert not (tmp_path / "moved away").exists()
     client.create_experiment("fine", str(tmp_path / "artifacts of mine"))
-    tracking.check_reachable(uri, "fine")
+    tracking_server.check_reachable(uri, "fine")
     assert not list((tmp_path / "artifacts of mine").rglob("*.txt")), "the test file was left behind"
 
 
@@ -427,7 +430,7 @@ def test_a_server_that_passes_no_artifacts_on_is_found_out_before_the_run(tmp_pa
     server.start()
     try:
         with pytest.raises(UserError, match=r"proxied.*mlflow-artifacts:/7.*--serve-artifacts") as refused:
-            tracking.check_reachable(server.uri, "proxied")
+            tracking_server.check_reachable(server.uri, "proxied")
         assert "\n" not in str(refused.value)
     finally:
         server.kill()
@@ -441,8 +444,8 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
     said: list[str] = []
 
     def publish(option: str = "", experiment: str = "") -> str:
-        uri, name = tracking.choose(option, experiment, root, required=True, echo=said.append)
-        tracker = tracking.Tracker(uri, root / "runs/x", experiment=name, echo=said.append)
+        uri, name = tracking_server.choose(option, experiment, root, required=True, echo=said.append)
+        tracker = Tracker(uri, root / "runs/x", experiment=name, echo=said.append)
         tracker.start("run", "x")
         assert tracker.wait(60)
         info = MlflowClient(tracker.uri).get_run(tracker.run_id() or "").info
@@ -470,12 +473,12 @@ def test_a_run_with_a_record_continues_without_mlflow(tmp_path: Path) -> None:
     root, said = Storage(tmp_path), list[str]()
     dead = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="connection refused"):
-        tracking.choose(dead, "", root, required=True, echo=said.append)
-    assert tracking.choose(dead, "", root, required=False, echo=said.append) == (dead, "defendpp")
+        tracking_server.choose(dead, "", root, required=True, echo=said.append)
+    assert tracking_server.choose(dead, "", root, required=False, echo=said.append) == (dead, "defendpp")
     assert "connection refused" in said[-1]
     assert "The run goes on" in said[-1]
     with pytest.raises(ConfigError):  # a slip of the pen is none of the network
-        tracking.choose("htp://127.0.0.1", "", root, required=False, echo=said.append)
+        tracking_server.choose("htp://127.0.0.1", "", root, required=False, echo=said.append)
 
 
 def test_where_a_run_is_published_is_no_part_of_its_address() -> None:
