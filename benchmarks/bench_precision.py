@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from components.attacks.fast_copy import search, stand_in
 from components.attacks.spec import AttackSpec
-from pipeline import checkpoints
+from pipeline.training import exports
 
 ATTACKS = (
     "pgd:eps={eps},steps=40",
@@ -91,7 +91,7 @@ def main() -> None:
     )
     print("| --- | --- | --- | --- | --- | --- |")
     if args.model:
-        model = checkpoints.load_classifier(args.model, args.device).requires_grad_(False)
+        model = exports.load_classifier(args.model, args.device).requires_grad_(False)
         compare("given", model, x, y, args.eps or EPS, args)
         return
     for name, epochs, eps in (("undefended", args.epochs, 0.1), ("robust", 2 * args.epochs, EPS)):

@@ -21,15 +21,15 @@ from components.config.data import Shapes
 from components.models.build import build_net
 from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import learning_rate
-from pipeline import train
 from pipeline.data import pyramids
-from pipeline.jobs import TrainingData
 from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.storage import Storage
+from pipeline.training import loop, train
+from pipeline.training.jobs import TrainingData
 
 
-def plain_loop(data: train.RankData, config, shapes: Shapes) -> float:  # type: ignore[no-untyped-def]
+def plain_loop(data: loop.RankData, config, shapes: Shapes) -> float:  # type: ignore[no-untyped-def]
     """Images/s of the joint step written out, without any of the pipeline's training code around it."""
     net = build_net(config, shapes).train()
     optimizer = torch.optim.SGD(
@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Storage(directory)
         shards = pyramids.build(experiment.data, experiment.pyramids, root, "train")
-        data = train.RankData(shards, 0, 1, torch.device("cpu"), levels=True)
+        data = loop.RankData(shards, 0, 1, torch.device("cpu"), levels=True)
         read = TrainingData(train={config.targets: shards.address}, bare=shards.address)
         ratios = []
         for i in range(arguments.repetitions):

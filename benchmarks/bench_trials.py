@@ -17,13 +17,14 @@ from typing import Any
 
 from components.config import Experiment
 from components.config.data import Shapes
-from pipeline import sweep, train
+from pipeline import sweep
 from pipeline.data import pyramids
-from pipeline.jobs import TrainingData
 from pipeline.options import SweepOptions
 from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.storage import Storage
+from pipeline.training import train
+from pipeline.training.jobs import TrainingData
 
 SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.py"
 

@@ -33,11 +33,11 @@ from components.evaluation.metrics import summarize, usual_budgets
 from components.fields import content_hash
 from components.models.defend import adaptive_objective
 from components.random_streams import stream_seed
-from pipeline import checkpoints
 from pipeline.data import shards
 from pipeline.runtime.cluster import ResourceError, attack_bundle, room_for
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, join_uri
 from pipeline.runtime.user_errors import unwrap
+from pipeline.training import exports
 
 CODE_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
@@ -581,9 +581,9 @@ def load_model(root: str, weights: str, device: str) -> nn.Module:
     parts = [part.partition("#") for part in weights.split("+")]
     (path, _, sha256), *behind = ((join_uri(root, path), mark, sha256) for path, mark, sha256 in parts)
     if not behind:
-        return checkpoints.load_classifier(path, device, sha256=sha256)
+        return exports.load_classifier(path, device, sha256=sha256)
     ((classifier, _, second),) = behind
-    return checkpoints.load_reformed(path, classifier, device, sha256=(sha256, second))
+    return exports.load_reformed(path, classifier, device, sha256=(sha256, second))
 
 
 @functools.lru_cache(maxsize=2)
@@ -613,7 +613,7 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
 def prepare_task(job: dict[str, Any]) -> None:
     """Set up a task's process for a job that :func:`job_basis` begins."""
     torch.set_num_threads(job["threads"])
-    checkpoints.trust(job.get("trusted", ()))
+    exports.trust(job.get("trusted", ()))
 
 
 def _attack_chunks(job: dict[str, Any]) -> None:
@@ -657,7 +657,7 @@ def load_stand_in(root: str, weights: str, device: str, shape: tuple[int, ...], 
 @functools.lru_cache(maxsize=2)
 def _autoencoder(root: str, weights: str, device: str) -> nn.Module:
     path, _, sha256 = weights.partition("#")
-    return checkpoints.load_autoencoder(join_uri(root, path), device, sha256=sha256)
+    return exports.load_autoencoder(join_uri(root, path), device, sha256=sha256)
 
 
 def _make_examples(

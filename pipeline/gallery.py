@@ -43,11 +43,12 @@ from components.dct import laplacian_bands, lowpass_pyramid, spectrum, target_le
 from components.errors import DataError
 from components.fields import content_hash
 from components.precision import true_float32
-from pipeline import checkpoints, figures, records
+from pipeline import figures, records
 from pipeline.attack import Model, read_chunks, read_examples
 from pipeline.data.shards import ShardSet
 from pipeline.plots import first_replicates
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports
 
 IMAGES = 8
 SPECTRA = 3
@@ -129,7 +130,7 @@ def _gallery(
     for model in shown:
         if model in with_autoencoder:
             with torch.no_grad():
-                outputs = checkpoints.load_autoencoder(root.join(model.path), sha256=model.autoencoder)(clean)
+                outputs = exports.load_autoencoder(root.join(model.path), sha256=model.autoencoder)(clean)
             for m, output in enumerate(outputs):
                 arrays[f"reconstruction_{m}__{model.name}"] = output.numpy()
     names = {m.name for m in shown}
@@ -173,7 +174,7 @@ def _fig6(
     for model in subjects:
         e = fgsm[model.name]
         adversarial = read_examples(root / e["examples"], 0)[: len(clean)]
-        autoencoder = checkpoints.load_autoencoder(root.join(model.path), sha256=model.autoencoder)
+        autoencoder = exports.load_autoencoder(root.join(model.path), sha256=model.autoencoder)
         arrays |= {"fig6__attack": np.array(e["attack"]), "fig6__clean": clean.numpy(), "fig6__label": label}
         arrays[f"fig6__adversarial__{model.name}"] = adversarial
         judged = read_chunks(root / e["path"], 1)
@@ -210,7 +211,7 @@ def _fig8(
             names = [f"fig8__{k}__{model.name}" for k in ("index", "d_ra", "d_rc", "d_ac", "r", "from")]
             found = {name: earlier[name] for name in names}
         else:
-            autoencoder = checkpoints.load_autoencoder(root.join(model.path), device, sha256=model.autoencoder)
+            autoencoder = exports.load_autoencoder(root.join(model.path), device, sha256=model.autoencoder)
             examples, chunk_size = root / e["examples"], experiment.evaluation.chunk_size
             tell = None if progress is None else functools.partial(_tell, progress, model.name)
             columns = distances(autoencoder, test, examples, e["n"], chunk_size, progress=tell)

@@ -137,12 +137,12 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
     if command == "attack" and names_a_model(arguments):
         import tyro
 
-        from pipeline import given
+        from pipeline.cli import external_model
 
         if {"-h", "--help"} & set(arguments):
-            print(given.USAGE)
+            print(external_model.USAGE)
             raise SystemExit(0)
-        default, rest = given.parse(arguments)
+        default, rest = external_model.parse(arguments)
         return tyro.cli(type(default), default=default, args=rest, prog="main.py attack --model ...")
     if not arguments or arguments[0] in ("-h", "--help"):
         list_recipes()

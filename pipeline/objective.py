@@ -17,8 +17,8 @@ from components.precision import true_float32
 from components.random_streams import stream_seed
 from pipeline.data import shards
 from pipeline.data.splits import draw_order
-from pipeline.jobs import Objective
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.trials.plan import Objective
 
 CHUNK = 50
 """Images attacked together. Each chunk has its own random stream, so the number of ranks changes no result."""

@@ -18,14 +18,16 @@ from components.config import Experiment
 from components.errors import UserError, first_line
 from components.fields import from_dict, to_dict
 from components.models.build import classifier_of
-from pipeline import checkpoints, train
-from pipeline.jobs import DIVERGED, DONE, FAILED, NOT_FINITE, Objective, Plan
 from pipeline.objective import Meter
-from pipeline.ranks import Ranks
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import WorkingLease
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.runtime.user_errors import unwrap
+from pipeline.sweep.trials.plan import Objective, SweepPlan
+from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED
+from pipeline.training import exports, loop, ray_workers
+from pipeline.training.jobs import NOT_FINITE
+from pipeline.training.ranks import Ranks
 
 POLL_S = 0.3
 BUSY = "busy"
@@ -47,7 +49,7 @@ class Pool:
         self,
         queue: Any,
         runs: int,
-        plan: Plan,
+        plan: SweepPlan,
         experiment: Experiment,
         root: Storage,
         *,
@@ -70,7 +72,7 @@ class Pool:
 
         def run(number: int) -> None:
             try:
-                train.fit_workers(_serve, {**settings, "run": number}, experiment, root, max_failures=deaths)
+                ray_workers.fit_workers(_serve, {**settings, "run": number}, experiment, root, max_failures=deaths)
             except Exception as e:
                 self._lost(number, e)
 
@@ -89,7 +91,7 @@ class Pool:
                 return
             self._fail(
                 mine
-                or train.TrainingError(
+                or ray_workers.TrainingError(
                     f"the training workers could not be kept up: {error}\nWhat was trained is kept; the same command continues"
                 )
             )
@@ -115,7 +117,7 @@ def _serve(settings: dict[str, Any]) -> None:
     agreed = ranks.agreed
     root, queue, number = Storage(settings["root"]), settings["queue"], settings["run"]
     objective = from_dict(Objective, settings["objective"])
-    data = train.DataCache(root, ranks)
+    data = ray_workers.DataCache(root, ranks)
     meter: Meter | None = None
 
     lease = WorkingLease(root, f"{settings['token']}-{number}")
@@ -147,13 +149,13 @@ def _serve(settings: dict[str, Any]) -> None:
                     agreed,
                     lambda a=order["address"]: ray.get(queue.cancelled.remote(a, number)) or not lease.held,
                 )
-                train.train_model(dict(order), home, data, settings, between)
+                ray_workers.train_model(dict(order), home, data, settings, between)
                 return ("" if between.stopped else DONE), ""
             if left == "measure":
                 _measure_finished(home, meter, objective, order["config"]["arch"], agreed)
             elif left == DIVERGED:
-                raise train.NonFiniteLoss(agreed(lambda: home.read_json(NOT_FINITE)["step"]))
-        except train.NonFiniteLoss as e:  # on every rank alike
+                raise loop.NonFiniteLoss(agreed(lambda: home.read_json(NOT_FINITE)["step"]))
+        except loop.NonFiniteLoss as e:  # on every rank alike
             if rank == 0:
                 home.write_json(NOT_FINITE, {"step": e.step})
             return DIVERGED, f"the loss was not finite at step {e.step}"
@@ -206,7 +208,7 @@ def _what_is_left(home: Storage, objective: Objective) -> str:
     return DIVERGED if home.exists(NOT_FINITE) else "train"
 
 
-class _Between(train.Between):
+class _Between(ray_workers.EpochCallback):
     """Measures each epoch, and stops a model that nobody wants any more."""
 
     def __init__(
@@ -221,13 +223,13 @@ class _Between(train.Between):
         self.agreed, self.cancelled = agreed, cancelled
         self.stopped = False
 
-    def measure(self, loop: train.Loop, record: Mapping[str, Any]) -> None:
+    def measure(self, loop: loop.TrainingLoop, record: Mapping[str, Any]) -> None:
         epoch, clean = record["epoch"], record["validation"]["accuracy"]
         found = self.meter.record(classifier_of(loop.net), epoch, clean, record["seconds"])
         if self.meter.rank == 0:
             self.home.write_json(self.objective.file(epoch), found)
 
-    def stop(self, loop: train.Loop) -> bool:
+    def stop(self, loop: loop.TrainingLoop) -> bool:
         self.stopped = bool(self.agreed(self.cancelled))
         return self.stopped
 
@@ -238,7 +240,7 @@ def _measure_finished(
     """Measure a model that another run trained without measuring it: only its last epoch can be."""
     model = agreed(lambda: home.read_json("model.json"))
     epoch, clean = model["train"]["epochs"] - 1, model["validation"]["accuracy"]
-    classifier = checkpoints.load_classifier(home.full_uri, meter.device, trusted=arch)
+    classifier = exports.load_classifier(home.full_uri, meter.device, trusted=arch)
     found = meter.record(classifier, epoch, clean, 0.0)
     if meter.rank == 0:
         home.write_json(objective.file(epoch), found)

@@ -20,7 +20,7 @@ from components.config.train import stored_levels
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.models import libraries
-from pipeline import attack, checkpoints, comparison, gallery, memory, publish, records, report, tables, train, verdict
+from pipeline import attack, comparison, gallery, publish, records, report, tables, verdict
 from pipeline.data import pyramids, shards
 from pipeline.data.sources import base, open
 from pipeline.runtime import cluster, provenance
@@ -30,6 +30,7 @@ from pipeline.runtime.redaction import redacted
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
 from pipeline.tracking import server, uri
 from pipeline.tracking.tracker import Tracker
+from pipeline.training import exports, gpu_memory, jobs, monitor, train
 
 STAGES = ("pyramids", "train", "attack", "report")
 
@@ -125,7 +126,7 @@ def open_run(
     """
     if cluster.in_job() and experiment.storage.startswith("~"):
         say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
-    checkpoints.trust(config.arch for config in experiment.variants().values())
+    exports.trust(config.arch for config in experiment.variants().values())
     root = Storage(experiment.storage)
     root.check_writable()
     storage = root / run_address(experiment)
@@ -151,7 +152,7 @@ def open_run(
         )
         check_and_join(experiment, experiment, shapes, root)
         if will_train:
-            memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
+            gpu_memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
     lease = Lease(storage).acquire()  # before the record is read
     try:
         tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
@@ -259,7 +260,7 @@ def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str)
     def address(split: base.Split, targets: pyramids.Targets) -> str:
         return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
 
-    data = train.TrainingData(
+    data = jobs.TrainingData(
         train={targets: address("train", targets) for targets in _kinds_of_targets(experiment)},
         bare=address("train", "none"),
         validation=address("validation", "none") if experiment.data.validation_fraction else "",
@@ -310,7 +311,7 @@ def _kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
 class Sets:
     """The shard sets of a run: where training data are, and the test images."""
 
-    training: train.TrainingData
+    training: jobs.TrainingData
     test: shards.ShardSet
 
 
@@ -327,7 +328,7 @@ def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
             shard_set.verify()
     kinds = {name.partition("/")[2]: one.address for name, one in sets.items() if name.startswith("train/")}
     validation = sets["validation"].address if "validation" in sets else ""
-    return Sets(training=train.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"])
+    return Sets(training=jobs.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"])
 
 
 def train_models(run: Run, sets: Sets) -> list[attack.Model]:
@@ -345,7 +346,7 @@ def train_models(run: Run, sets: Sets) -> list[attack.Model]:
     return _as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
 
 
-class _TrainProgress(train.Progress):
+class _TrainProgress(monitor.Progress):
     """Keeps the run's record and MLflow up to date while models train."""
 
     def __init__(self, run: Run, bar: Bar) -> None:
@@ -454,7 +455,7 @@ def register(run: Run, models: list[attack.Model]) -> None:
         with run.tracker.excused(f"registration of {model.name}"):
             run.tracker.register_model(
                 f"model/{model.name}",
-                checkpoints.load_classifier(run.root.join(model.path), sha256=model.sha256),
+                exports.load_classifier(run.root.join(model.path), sha256=model.sha256),
                 _example(data.channels, data.image_size),
                 f"{run.experiment.name}-{replicates[model.name][0]}",
                 metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},

@@ -25,16 +25,18 @@ from components.errors import ConfigError, UserError
 from components.evaluation.metrics import usual_eps
 from components.fields import MAX_NAME_BYTES, check_name, content_hash, parse_spec, replace_typed, to_dict
 from components.search_space import Point, Space, choose, ends, pareto_front
-from pipeline import checkpoints, memory, pretrained, publish, records, run, sweep_report, train, tuner
-from pipeline.jobs import DIVERGED, Objective, Plan, trial_config
+from pipeline import publish, records, run, sweep_report, tuner
 from pipeline.options import SweepOptions
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.trials.plan import Objective, SweepPlan, trial_config
+from pipeline.sweep.trials.states import DIVERGED
 from pipeline.tracking import server, tracker
 from pipeline.tracking.uri import default_uri, ui_command
+from pipeline.training import exports, gpu_memory, pretrained, train
 from pipeline.trial import ENDED, FINISHED, new_entry
 
 
@@ -325,7 +327,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
     run.check_and_join(experiment, probed, sweep.shapes, root)
-    memory.check_gpu_memory(probed, sweep.shapes)
+    gpu_memory.check_gpu_memory(probed, sweep.shapes)
     sweep.lease = Lease(storage).acquire()  # before its record is read
     try:
         _open_record(sweep, name)
@@ -401,12 +403,12 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
             sweep.lease.release()
 
 
-def make_plan(sweep: Sweep, sets: run.Sets) -> Plan:
+def make_plan(sweep: Sweep, sets: run.Sets) -> SweepPlan:
     """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
     experiment = sweep.experiment
     uri = experiment.tracking_uri or default_uri(sweep.root)
     weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
-    return Plan(
+    return SweepPlan(
         root=sweep.root.full_uri,
         experiment=experiment,
         base=sweep.base,
@@ -515,7 +517,7 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     with sweep.tracker.excused("registration of the chosen model"):
         sweep.tracker.register_model(
             publish.trial_alias(chosen),
-            checkpoints.load_classifier(
+            exports.load_classifier(
                 sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
             ),
             run._example(data.channels, data.image_size),

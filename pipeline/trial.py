@@ -13,8 +13,10 @@ from typing import Any
 
 from components.errors import UserError
 from components.search_space import Point
-from pipeline.jobs import DIVERGED, FAILED, Job, Objective, Plan
 from pipeline.runtime.storage import Storage, StorageError
+from pipeline.sweep.trials.plan import Objective, SweepPlan
+from pipeline.sweep.trials.states import DIVERGED, FAILED
+from pipeline.training.jobs import TrainingJob
 
 POLL_S = 0.5
 FINISHED, RUNNING = "finished", "running"
@@ -22,7 +24,7 @@ ENDED = ("finished", "stopped", "diverged")
 """States that stay; a trial that failed otherwise is tried again by the next command."""
 
 
-def run_trial(config: dict[str, Any], *, plan: Plan, queue: Any) -> None:
+def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
     """The trainable. Killed and started again, it finds everything on storage and tells it again.
 
     Args:
@@ -62,7 +64,7 @@ def run_trial(config: dict[str, Any], *, plan: Plan, queue: Any) -> None:
 class Followed:
     """The objectives of a trial's models as they appear on storage."""
 
-    def __init__(self, jobs: Sequence[Job], objective: Objective, root: Storage) -> None:
+    def __init__(self, jobs: Sequence[TrainingJob], objective: Objective, root: Storage) -> None:
         self.jobs, self.objective, self.root = jobs, objective, root
         self.finished = False
         self._found: list[dict[int, dict[str, Any]]] = [{} for _ in jobs]

@@ -16,12 +16,16 @@ import ray
 
 from components.errors import ConfigError, UserError
 from components.fields import content_hash
-from pipeline import run, sweep_report, train
-from pipeline.jobs import DIVERGED, FAILED, Job, JobQueue, Plan
+from pipeline import run, sweep_report
 from pipeline.pool import Pool
 from pipeline.runtime import user_errors
 from pipeline.runtime.console import say
 from pipeline.runtime.storage import StorageError
+from pipeline.sweep.trials.plan import SweepPlan
+from pipeline.sweep.trials.queue import JobQueue
+from pipeline.sweep.trials.states import DIVERGED, FAILED
+from pipeline.training import ray_workers
+from pipeline.training.jobs import TrainingJob
 from pipeline.trial import ENDED, FINISHED, RUNNING, Followed, new_entry, run_trial
 from pipeline.trial_table import TrialTable
 
@@ -35,11 +39,13 @@ LOOK_S = 1.0
 
 def runs_at_once(sweep: Sweep, left: int) -> int:
     """How many Ray Train runs serve the trials."""
-    room = min(train.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
+    room = min(ray_workers.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
     return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
 
 
-def run_trials(sweep: Sweep, plan: Plan, pending: Sequence[Mapping[str, Any]], references: Sequence[Job] = ()) -> None:
+def run_trials(
+    sweep: Sweep, plan: SweepPlan, pending: Sequence[Mapping[str, Any]], references: Sequence[TrainingJob] = ()
+) -> None:
     """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
 
     Raises:
@@ -208,7 +214,7 @@ def early_stopping(following: Following) -> Any:
 class Following:
     """Keeps record, terminal and MLflow up to date while Tune runs."""
 
-    def __init__(self, sweep: Sweep, plan: Plan, queue: Any, references: Sequence[Job]) -> None:
+    def __init__(self, sweep: Sweep, plan: SweepPlan, queue: Any, references: Sequence[TrainingJob]) -> None:
         self.sweep, self.plan, self.queue = sweep, plan, queue
         self.references = {job.name: (job, Followed([job], plan.objective, sweep.root)) for job in references}
         self.measured: dict[str, dict[str, Any]] = {job.name: {"path": job.address} for job in references}

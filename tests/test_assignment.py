@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from components.config import TrainConfig
-from pipeline import train
-from pipeline.assignment import Assignment
-from pipeline.jobs import FAILED_MODEL, NOT_FINITE, Job
 from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
+from pipeline.training import ray_workers
+from pipeline.training.assignment import Assignment
+from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingJob
 
 NAMES = ("a", "killer", "b")
-JOBS = [Job(name=n, config=TrainConfig(), pyramids={}, weights="", address=f"models/{n}") for n in NAMES]
+JOBS = [TrainingJob(name=n, config=TrainConfig(), pyramids={}, weights="", address=f"models/{n}") for n in NAMES]
 ORDERS = [job.order() for job in JOBS]
 
 
@@ -90,11 +90,11 @@ def test_a_model_that_kills_its_workers_is_blamed_and_the_others_are_trained(
                 return
         raise RuntimeError("a worker was killed")
 
-    monkeypatch.setattr(train, "fit_workers", fit)
+    monkeypatch.setattr(ray_workers, "fit_workers", fit)
     experiment = RECIPES["mnist-smoke"].make()
     experiment = replace(experiment, scaling=replace(experiment.scaling, max_failures=max_failures))
     for _ in range(2):  # the same command again meets what the first one left
-        train._fit(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
+        ray_workers.fit(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
         assert (tmp_path / "models/a/model.json").exists()
         assert (tmp_path / "models/b/model.json").exists()
         reason = Storage(tmp_path / "models/killer").read_json(FAILED_MODEL)["reason"]

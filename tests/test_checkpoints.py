@@ -26,17 +26,10 @@ from components.models.defend import DefendNet
 from components.models.resnet import ResNet18
 from components.training.step import make_optimizer
 from pipeline import attack
-from pipeline.checkpoints import (
-    StoredCheckpoint,
-    export,
-    load_autoencoder,
-    load_checkpoint,
-    load_classifier,
-    newest_whole,
-    save_checkpoint,
-)
 from pipeline.runtime.storage import Storage, StorageError
-from pipeline.train import Loop, RankData
+from pipeline.training.checkpoints import StoredCheckpoint, load_checkpoint, newest_whole, save_checkpoint
+from pipeline.training.exports import export, load_autoencoder, load_classifier
+from pipeline.training.loop import RankData, TrainingLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,10 +60,10 @@ class Shards:
         yield {name: self.columns[name] for name in columns}
 
 
-def make_loop(config: TrainConfig) -> Loop:
+def make_loop(config: TrainConfig) -> TrainingLoop:
     cpu = torch.device("cpu")
     data, validation = (RankData(Shards(n), 0, 1, cpu, levels=True) for n in (20, 6))
-    return Loop(config, SHAPES, data, validation)
+    return TrainingLoop(config, SHAPES, data, validation)
 
 
 # --- continuing

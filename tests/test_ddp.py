@@ -26,9 +26,9 @@ from components.random_streams import stream_seed
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step
-from pipeline.ranks import Ranks
 from pipeline.runtime.storage import Storage
-from pipeline.train import Loop, NonFiniteLoss, RankData
+from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
+from pipeline.training.ranks import Ranks
 
 WORLD = 2
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
@@ -82,7 +82,7 @@ def momentum(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return {n: optimizer.state[p]["momentum_buffer"] for n, p in net.named_parameters() if p in optimizer.state}
 
 
-def state(loop: Loop) -> dict[str, Any]:
+def state(loop: TrainingLoop) -> dict[str, Any]:
     return {"net": loop.net.state_dict(), "momentum": momentum(loop.net, loop.optimizer)}
 
 
@@ -99,9 +99,11 @@ def worker(rank: int, directory: str) -> None:
     )
     out: dict[str, Any] = {}
 
-    def loop(config: TrainConfig, validation: bool = False, data: RankData | None = None) -> Loop:
+    def loop(config: TrainConfig, validation: bool = False, data: RankData | None = None) -> TrainingLoop:
         mine = data or rows(rank, levels=config.defense != "none")
-        return Loop(config, SHAPES, mine, rows(rank, n=11, seed=1) if validation else None, ranks=Ranks(rank, WORLD))
+        return TrainingLoop(
+            config, SHAPES, mine, rows(rank, n=11, seed=1) if validation else None, ranks=Ranks(rank, WORLD)
+        )
 
     for name, changes in CASES.items():
         config = tiny(**changes)
@@ -289,7 +291,7 @@ def test_with_batch_norm_frozen_two_workers_are_the_full_batch(ranks: list[dict[
 def test_validation_is_that_of_the_weights_and_statistics_which_are_exported(ranks: list[dict[str, Any]]) -> None:
     first, second = (r["validated"] for r in ranks)
     assert first["result"] == second["result"]
-    alone = Loop(tiny(), SHAPES, rows(0, 1), rows(0, 1, n=10, seed=1))  # the eleventh row is no rank's
+    alone = TrainingLoop(tiny(), SHAPES, rows(0, 1), rows(0, 1, n=10, seed=1))  # the eleventh row is no rank's
     alone.net.load_state_dict(first["net"])
     assert first["result"] == pytest.approx(alone.validate(), rel=1e-6)
 

@@ -28,10 +28,11 @@ from components.errors import DataError
 from components.evaluation.statistics import wilson_interval
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import checkpoints, figures, gallery, plots, records, report
+from pipeline import figures, gallery, plots, records, report
 from pipeline.attack import Model
 from pipeline.data.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports
 
 SIZE, CHUNK = 14, 3
 FGSM = "fgsm:eps=0.2"
@@ -188,7 +189,7 @@ def trained(tmp_path: Path) -> _Trained:
     shapes = Shapes(image_size=SIZE, channels=1, num_classes=10, sizes=(14, 7))
     models, evaluations = [], []
     for name, config in experiment.variants().items():
-        checkpoints.export(root / f"models/{name}", build_net(config, shapes), config, shapes)
+        exports.export(root / f"models/{name}", build_net(config, shapes), config, shapes)
         models.append(Model(name=name, path=f"models/{name}", sha256=name))
         for attack, eps in (("bim:eps=0.2,steps=2", 0.1), (FGSM, 0.2), ("fgsm:eps=0.4", 0.4)):
             key = f"{name}-{attack.replace(':', '-')}"
@@ -242,7 +243,7 @@ def test_distances_and_reconstructions_are_those_of_the_exported_networks(traine
     assert str(stored["fig6__attack"]) == str(stored["fig8__attack"]) == FGSM  # the first FGSM, not the first attack
     assert {n.rpartition("__")[2] for n in stored if n.startswith("fig6__adversarial")} == {"defend-s0"}
     assert {n.rpartition("__")[2] for n in stored if n.startswith("fig8__r__")} == {"defend-s0", "defend-s1"}
-    network = checkpoints.load_autoencoder(f"{trained.root.uri}/models/defend-s1")
+    network = exports.load_autoencoder(f"{trained.root.uri}/models/defend-s1")
     chunks = [f"examples/defend-s1-fgsm-eps=0.2/chunk-0000{i}.parquet" for i in range(3)]
     read = [pq.read_table(pa.BufferReader(trained.root.read_bytes(c)))["adversarial"] for c in chunks]
     attacked = np.concatenate([c.combine_chunks().to_numpy_ndarray() for c in read]).astype(np.float64)
@@ -255,7 +256,7 @@ def test_distances_and_reconstructions_are_those_of_the_exported_networks(traine
     np.testing.assert_allclose(stored["fig8__r__defend-s1"], d_rc / d_ra, rtol=1e-4)
     first = stored["fig6__adversarial__defend-s0"]
     with torch.no_grad():
-        again = checkpoints.load_autoencoder(f"{trained.root.uri}/models/defend-s0")(torch.from_numpy(first))[0]
+        again = exports.load_autoencoder(f"{trained.root.uri}/models/defend-s0")(torch.from_numpy(first))[0]
     np.testing.assert_allclose(stored["fig6__reconstruction_adversarial__defend-s0"], again.numpy(), atol=1e-5)
 
 

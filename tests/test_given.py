@@ -18,14 +18,16 @@ from components.config import EvaluationConfig, Experiment, TrainConfig, level_s
 from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.models.build import build_net
-from pipeline import attack, checkpoints, pretrained, train
-from pipeline.given import AUTOENCODER, _name
-from pipeline.jobs import TrainingData
+from pipeline import attack
+from pipeline.cli.external_model import _name
 from pipeline.main import main, parse
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.run import _as_subjects
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports, monitor, pretrained, train
+from pipeline.training.external import AUTOENCODER
+from pipeline.training.jobs import TrainingData
 from pipeline.verdict import budgets
 
 GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
@@ -44,7 +46,7 @@ def exported(tmp_path: Path) -> Path:
     """What a training run of ours leaves: Defend++ of another width and normalisation."""
     shapes = Shapes(image_size=32, channels=3, num_classes=7, sizes=level_sizes(32))
     config = TrainConfig(width=4, arch="resnet18", normalize_mean=(0.5,) * 3, normalize_std=(0.2,) * 3)
-    checkpoints.export(Storage(str(tmp_path / "ours")), build_net(config, shapes), config, shapes)
+    exports.export(Storage(str(tmp_path / "ours")), build_net(config, shapes), config, shapes)
     return tmp_path / "ours" / "classifier.safetensors"
 
 
@@ -252,11 +254,11 @@ def verdict(storage: Path, name: str) -> tuple[Path, dict[str, Any]]:
 def defended(directory: Path, shapes: Shapes = GREY, **settings: Any) -> Path:
     """A Defend++ export of few channels; its classifier's file."""
     config = TrainConfig(**{"width": 4, "shared_blocks": 2, **settings})
-    checkpoints.export(Storage(str(directory)), build_net(config, shapes), config, shapes)
+    exports.export(Storage(str(directory)), build_net(config, shapes), config, shapes)
     return directory / "classifier.safetensors"
 
 
-class Told(train.Progress):
+class Told(monitor.Progress):
     def __init__(self) -> None:
         self.without: list[str] = []
 
@@ -281,7 +283,7 @@ def test_the_auto_encoder_beside_our_own_file_comes_with_it(tmp_path: Path) -> N
     assert said == []
     images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     copied, original = (
-        checkpoints.load_autoencoder(path)(images) for path in (tmp_path / "storage" / model.path, file.parent)
+        exports.load_autoencoder(path)(images) for path in (tmp_path / "storage" / model.path, file.parent)
     )
     assert all(torch.equal(a, b) for a, b in zip(copied, original, strict=True))
     described = json.loads((tmp_path / "storage" / model.path / "model.json").read_text())

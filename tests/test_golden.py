@@ -15,11 +15,12 @@ import fake_run
 import pytest
 
 from components.config import Shapes, level_sizes
-from pipeline import attack, jobs, report, verdict
+from pipeline import attack, report, verdict
 from pipeline.data import pyramids, shards
 from pipeline.recipes.registry import RECIPES
 from pipeline.run import run_address
 from pipeline.runtime.storage import Storage
+from pipeline.training import jobs
 
 FILE = Path(__file__).with_name("golden.json")
 NAMES = ("mnist-demo", "table2-smoke", "robustness-smoke", "eq3-smoke")

@@ -16,9 +16,10 @@ from components.errors import ConfigError
 from components.models import libraries
 from components.models.build import build_net
 from components.models.classifiers import build_classifier
-from pipeline import checkpoints, given, pretrained
-from pipeline.jobs import model_address
+from pipeline.cli import external_model
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports, pretrained
+from pipeline.training.jobs import model_address
 
 SHAPES = Shapes(image_size=80, channels=3, num_classes=1000, sizes=(80, 40, 20))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -70,8 +71,8 @@ def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
             other = of(f"torchvision:{name},transform_input=false", str(tmp_path / "all.pth"))
             plain = build_net(other, SHAPES, pretrained.read(other)).eval()(x)
             assert float((plain - expected).abs().max()) > 0.1 * float(expected.abs().max()), "else nothing is tested"
-        checkpoints.export(Storage(str(tmp_path)), net, config, SHAPES)
-        torch.testing.assert_close(checkpoints.load_classifier(tmp_path)(x), expected)
+        exports.export(Storage(str(tmp_path)), net, config, SHAPES)
+        torch.testing.assert_close(exports.load_classifier(tmp_path)(x), expected)
 
 
 def test_published_weights_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,8 +108,10 @@ def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> No
         net = build_classifier(
             config.arch, num_classes=10, channels=3, image_size=80, needs_adapter=False, pretrained=True
         )
-        checkpoints.export(Storage(str(tmp_path)), net, config, replace(SHAPES, num_classes=10))
-        experiment, _ = given.parse(["--model", str(tmp_path / "classifier.safetensors"), "--tracking-uri", "x"])
+        exports.export(Storage(str(tmp_path)), net, config, replace(SHAPES, num_classes=10))
+        experiment, _ = external_model.parse(
+            ["--model", str(tmp_path / "classifier.safetensors"), "--tracking-uri", "x"]
+        )
         spelt = libraries.explicit(config.arch, bool(config.pretrained))
         assert experiment.train.arch == spelt
         assert spelt.endswith("true" if config.pretrained else "false")

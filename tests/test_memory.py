@@ -13,15 +13,16 @@ import torch
 from components.config import DataConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.models.build import build_net
-from pipeline import memory, run, train
+from pipeline import run
 from pipeline.data import pyramids
-from pipeline.jobs import TrainingData
 from pipeline.main import main
-from pipeline.memory import refuse_what_does_not_fit, training_bytes
 from pipeline.recipes.registry import RECIPES
 from pipeline.runtime import cluster
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage
+from pipeline.training import gpu_memory, train
+from pipeline.training.gpu_memory import refuse_what_does_not_fit, training_bytes
+from pipeline.training.jobs import TrainingData
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 
@@ -103,7 +104,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "connect", lambda: None)
     monkeypatch.setattr(cluster, "check_resources", lambda *_: None)
     monkeypatch.setattr(cluster, "check_shared", lambda *_: None)
-    monkeypatch.setattr(memory, "_gpu_bytes", lambda: 1024)
+    monkeypatch.setattr(gpu_memory, "_gpu_bytes", lambda: 1024)
 
 
 def test_a_run_is_refused_before_anything_is_computed(
@@ -126,7 +127,7 @@ def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> 
     root = Storage(str(tmp_path))
     trained = partial(run.is_trained, experiment, SHAPES, root)
     with pytest.raises(ResourceError, match="model no_defense"):
-        memory.check_gpu_memory(experiment, SHAPES, trained)
+        gpu_memory.check_gpu_memory(experiment, SHAPES, trained)
     address = partial(pyramids.address_of, experiment.data, experiment.pyramids)
     data = TrainingData(
         train={"lowpass": address("train")},
@@ -137,4 +138,4 @@ def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> 
         assert not trained(job.name)
         (root / job.address).write_json("model.json", {})
         assert trained(job.name)
-    memory.check_gpu_memory(experiment, SHAPES, trained)
+    gpu_memory.check_gpu_memory(experiment, SHAPES, trained)

@@ -26,9 +26,9 @@ from components.models.classifiers import ARCHITECTURES, build_classifier, load_
 from components.models.decoder_plan import UnitShape, plan_decoder, stages_of
 from components.models.decoders import DecodeBottleneck, DecodeConv, HourglassDecoder, build_decoder
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
-from pipeline import checkpoints
-from pipeline.jobs import model_address
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports
+from pipeline.training.jobs import model_address
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -745,7 +745,7 @@ def test_an_edited_network_with_the_same_weights_is_attacked_anew(
     exported = []
     for text in ("a = 1\n", "a = 2\n", "a = 2\n"):
         file.write_text(text)
-        checkpoints.export(Storage(str(tmp_path / "model")), nn.Flatten(), config, shapes)
+        exports.export(Storage(str(tmp_path / "model")), nn.Flatten(), config, shapes)
         exported.append((tmp_path / "model" / "classifier.safetensors").read_bytes())
     assert exported[0] != exported[1] == exported[2]
-    assert checkpoints.described(exported[0]) == (config, shapes)
+    assert exports.described(exported[0]) == (config, shapes)

@@ -19,10 +19,10 @@ from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.models.build import build_net
 from components.models.classifiers import build_classifier
-from pipeline import checkpoints, jobs
-from pipeline.given import AUTOENCODER
 from pipeline.main import parse
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports, jobs
+from pipeline.training.external import AUTOENCODER
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
@@ -33,7 +33,7 @@ BUILD = "def build(num_classes, channels, image_size, width):\n    return Net(ch
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Write a module that this process can import by the name of its file."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(checkpoints, "_trusted", set())
+    monkeypatch.setattr(exports, "_trusted", set())
     before = set(sys.modules)
 
     def written(name: str, text: str) -> Path:
@@ -117,7 +117,7 @@ def test_a_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
 
 def exported(directory: Path, arch: str, **changes: Any) -> Path:
     config = TrainConfig(arch=arch, **{"defense": "none", **changes})
-    checkpoints.export(Storage(directory), build_net(config, SHAPES), config, SHAPES)
+    exports.export(Storage(directory), build_net(config, SHAPES), config, SHAPES)
     return directory / "classifier.safetensors"
 
 
@@ -127,16 +127,16 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
     del sys.modules["theirs"]
     for load in (
         lambda: parse("attack", ["--model", str(file)]),
-        lambda: checkpoints.load_classifier(file),
-        lambda: checkpoints.load_classifier(file.parent, trusted="other:build"),
-        lambda: checkpoints.load_classifier(file, trusted=["theirs", "theirs:build2"]),
+        lambda: exports.load_classifier(file),
+        lambda: exports.load_classifier(file.parent, trusted="other:build"),
+        lambda: exports.load_classifier(file, trusted=["theirs", "theirs:build2"]),
     ):
         with pytest.raises((ConfigError, DataError), match=r"theirs:build.*(--arch|trusted=)"):
             load()
     assert "theirs" not in sys.modules
     (config,) = parse("attack", ["--model", str(file), "--arch", "theirs:build"]).variants().values()
     assert config.arch == "theirs:build"
-    assert type(checkpoints.load_classifier(file, trusted="theirs:build")).__name__ == "Net"
+    assert type(exports.load_classifier(file, trusted="theirs:build")).__name__ == "Net"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
 def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, said: str) -> None:
     file = tmp_path / "classifier.safetensors"
     save_file(Net(1, 10).state_dict(), file, {"defendpp": said})
-    for load in (lambda: parse("attack", ["--model", str(file)]), lambda: checkpoints.load_classifier(file)):
+    for load in (lambda: parse("attack", ["--model", str(file)]), lambda: exports.load_classifier(file)):
         with pytest.raises((ConfigError, DataError)) as caught:
             load()
         assert "--arch" in str(caught.value) or str(file) in str(caught.value)
@@ -154,16 +154,16 @@ def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, said: str) ->
 def test_what_the_experiment_asks_for_itself_is_trusted(write: Any, tmp_path: Path) -> None:
     write("mine", BUILD)
     file = exported(tmp_path / "model", "mine:build")
-    checkpoints.trust(["mine:build"])
-    assert type(checkpoints.load_classifier(file)).__name__ == "Net"
+    exports.trust(["mine:build"])
+    assert type(exports.load_classifier(file)).__name__ == "Net"
 
 
 def test_a_librarys_network_needs_no_trust(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     config = TrainConfig(arch="torchvision:squeezenet1_1", defense="none")
     shapes = dataclasses.replace(SHAPES, channels=3, image_size=64, sizes=level_sizes(64))
-    checkpoints.export(Storage(tmp_path), build_net(config, shapes), config, shapes)
-    assert type(checkpoints.load_classifier(tmp_path)).__name__ == "SqueezeNet"
+    exports.export(Storage(tmp_path), build_net(config, shapes), config, shapes)
+    assert type(exports.load_classifier(tmp_path)).__name__ == "SqueezeNet"
 
 
 def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_pa
     source.write_text(source.read_text() + "# another forward()\n")
     for load in (
         lambda: parse("attack", ["--model", str(file), "--arch", "edited:build"]),
-        lambda: checkpoints.load_classifier(file, trusted="edited:build"),
+        lambda: exports.load_classifier(file, trusted="edited:build"),
     ):
         with pytest.raises(
             DataError, match=r"another version of edited:build.*load_file\('.*classifier\.safetensors'\)"
@@ -183,7 +183,7 @@ def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_pa
 
 
 def test_the_auto_encoder_beside_a_file_imports_nothing_either(write: Any, tmp_path: Path) -> None:
-    from pipeline.given import copy_autoencoder
+    from pipeline.training.external import copy_autoencoder
 
     write("beside", BUILD)
     directory = tmp_path / "model"

@@ -23,9 +23,9 @@ from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import DefendNet
 from components.training.augment import Batch
 from components.training.schedule import phase_at_epoch
-from pipeline import checkpoints
 from pipeline.runtime.storage import Storage
-from pipeline.train import Loop, RankData
+from pipeline.training import exports
+from pipeline.training.loop import RankData, TrainingLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,9 +105,9 @@ def shapes_of(size: int, channels: int) -> Shapes:
     return Shapes(image_size=size, channels=channels, num_classes=10, sizes=level_sizes(size))
 
 
-def trained(config: TrainConfig, shapes: Shapes) -> Loop:
+def trained(config: TrainConfig, shapes: Shapes) -> TrainingLoop:
     """Two steps an epoch, for as many epochs as there are; every parameter of a phase must get a gradient in it."""
-    loop = Loop(config, shapes, Rows(config, shapes, 8), Rows(config, shapes, 4))
+    loop = TrainingLoop(config, shapes, Rows(config, shapes, 8), Rows(config, shapes, 4))
     for epoch in range(config.epochs):
         record = loop.run_epoch()
         module = loop.module(phase_at_epoch(epoch, config))
@@ -149,10 +149,10 @@ def test_pair(row: dict[str, Any], tmp_path: Path) -> None:
     made = shapes.sizes if config.targets != "none" or config.decoder == "pyramid" else shapes.sizes[:1]
     assert [tuple(o.shape) for o in outputs] == [(4, channels, s, s) for s in made]
 
-    checkpoints.export(Storage(tmp_path), loop.net, config.canonical(), shapes)
-    exported = checkpoints.load_classifier(tmp_path, trusted=config.arch)
+    exports.export(Storage(tmp_path), loop.net, config.canonical(), shapes)
+    exported = exports.load_classifier(tmp_path, trusted=config.arch)
     assert torch.equal(exported(images), loop.net.classifier(images))
-    again = checkpoints.load_autoencoder(tmp_path, trusted=config.arch)(images)
+    again = exports.load_autoencoder(tmp_path, trusted=config.arch)(images)
     assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True))
     attacked(exported, loop.data.batch(slice(0, 4)))
 
@@ -187,9 +187,9 @@ def test_comdefend(size: int, channels: int, tmp_path: Path) -> None:
     assert isinstance(loop.net, ComDefend)
     classifier_config = TrainConfig(defense="none", width=4)
     classifier = build_net(classifier_config, shapes).eval()
-    checkpoints.export(Storage(tmp_path / "r"), loop.net, config.canonical(), shapes)
-    checkpoints.export(Storage(tmp_path / "c"), classifier, classifier_config, shapes)
-    whole = checkpoints.load_reformed(tmp_path / "r", tmp_path / "c")
+    exports.export(Storage(tmp_path / "r"), loop.net, config.canonical(), shapes)
+    exports.export(Storage(tmp_path / "c"), classifier, classifier_config, shapes)
+    whole = exports.load_reformed(tmp_path / "r", tmp_path / "c")
     images = loop.data.images[:4].float() / 255
     assert torch.equal(whole(images), Reformed(loop.net.eval(), classifier)(images))
     attacked(whole, loop.data.batch(slice(0, 4)))

@@ -24,8 +24,8 @@ from components.config.data import Shapes
 from components.models.adapter import encoder_blocks
 from components.models.build import build_net
 from components.models.defend import DefendNet
-from pipeline import checkpoints
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports
 
 EPS, STEPS, IMAGES = 0.2, 10, 16
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +52,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tupl
         F.cross_entropy(net.classifier(images), labels).backward()
         optimizer.step()
     directory = tmp_path_factory.mktemp("exported")
-    checkpoints.export(Storage(str(directory)), net, config, shapes)
-    model = checkpoints.load_classifier(directory)
+    exports.export(Storage(str(directory)), net, config, shapes)
+    model = exports.load_classifier(directory)
     assert len(encoder_blocks(model)) == 4
     with torch.no_grad():
         assert (model(images).argmax(1) == labels).float().mean() > 0.9

@@ -23,8 +23,8 @@ from components.training.augment import Batch
 from components.training.step import validation_sums
 from pipeline import attack, gallery, objective, verdict
 from pipeline.data import shards
-from pipeline.jobs import Objective
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.trials.plan import Objective
 
 TRUE = ("ieee",) * 6 + (False, False, "highest", False, True, False)
 

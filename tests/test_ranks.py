@@ -25,12 +25,13 @@ import torch.multiprocessing as mp
 from components.config import TrainConfig
 from components.config.data import Shapes
 from components.fields import to_dict
-from pipeline import train
 from pipeline.data.shards import FORMAT_VERSION, MANIFEST, tensor_array
-from pipeline.jobs import FAILED_MODEL
-from pipeline.ranks import Ranks
 from pipeline.runtime.storage import Storage
-from pipeline.train import Between, DataCache, Loop, ModelFailed, train_model, train_models
+from pipeline.training import ray_workers
+from pipeline.training.jobs import FAILED_MODEL
+from pipeline.training.loop import TrainingLoop
+from pipeline.training.ranks import Ranks
+from pipeline.training.ray_workers import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 TRAIN = "pyramids/train"
@@ -88,13 +89,13 @@ def weights(root: Path, address: str) -> bytes:
     return (root / address / "classifier.safetensors").read_bytes()
 
 
-class StopAfter(Between):
+class StopAfter(EpochCallback):
     """Leaves a model after some epochs, as a kill does."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
-    def stop(self, loop: Loop) -> bool:
+    def stop(self, loop: TrainingLoop) -> bool:
         return loop.epoch >= self.epochs
 
 
@@ -107,7 +108,7 @@ def group(directory: str, name: str, rank: int) -> Ranks:
 
 def worker(process: int, directory: str) -> None:
     torch.set_num_threads(1)
-    original = train.train_model
+    original = ray_workers.train_model
 
     def logged(order: dict[str, Any], home: Storage, data: DataCache, config: Mapping[str, Any], *more: Any) -> None:
         if data.ranks.rank == 0:
@@ -115,7 +116,7 @@ def worker(process: int, directory: str) -> None:
                 file.write(f"{order['address']} {config['token']}\n")
         original(order, home, data, config, *more)
 
-    train.train_model = logged
+    ray_workers.train_model = logged
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rank = process % 2
     # two runs at the same moment on one storage, in opposite order

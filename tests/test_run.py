@@ -29,10 +29,10 @@ from terminal import Terminal
 
 from components.config import DataConfig
 from components.fields import from_dict
-from pipeline.checkpoints import load_autoencoder, load_classifier
 from pipeline.data.sources.base import split_rows
 from pipeline.data.sources.open import open_source
 from pipeline.main import main
+from pipeline.training.exports import load_autoencoder, load_classifier
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parent.parent

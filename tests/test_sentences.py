@@ -263,11 +263,11 @@ def test_a_sweep_counts_the_images_that_were_attacked() -> None:
 
 
 def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_path: Path) -> None:
-    from pipeline import given as given_model
+    from pipeline.cli import external_model
 
     file = tmp_path / "net.pth"
     file.write_bytes(b"weights")
-    parsed, _ = given_model.parse(
+    parsed, _ = external_model.parse(
         ["--model", str(file), "--arch", "own_network:make", "--evaluation.attacks", "pgd:eps=0.3"]
     )
     assert "full suite" not in parsed.description

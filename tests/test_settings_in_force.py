@@ -12,7 +12,7 @@ from torch import Tensor
 
 from components.config import TrainConfig, stored_levels
 from components.errors import ConfigError
-from pipeline.train import Loop, RankData
+from pipeline.training.loop import RankData, TrainingLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ def changed(config: TrainConfig, field: str) -> TrainConfig:
 
 def weights(config: TrainConfig) -> list[Tensor]:
     data = RankData(shards(config.targets), 0, 1, torch.device("cpu"), levels=stored_levels(config))
-    loop = Loop(config, SHAPES, data, None)
+    loop = TrainingLoop(config, SHAPES, data, None)
     for _ in range(config.epochs):
         loop.run_epoch()
     return [p.detach() for p in loop.net.parameters()]

@@ -25,8 +25,7 @@ from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
 from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import jobs, run, sweep, sweep_report, train, tuner
-from pipeline.jobs import DONE, FAILED, TRAINING, WAITING, JobQueue, Objective, Plan, TrainingData
+from pipeline import run, sweep, sweep_report, tuner
 from pipeline.main import main, parse
 from pipeline.options import SweepOptions, parse_sweep
 from pipeline.pool import Pool
@@ -34,7 +33,12 @@ from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime import lease, provenance
 from pipeline.runtime.storage import Storage, StorageError
+from pipeline.sweep.trials.plan import Objective, SweepPlan
+from pipeline.sweep.trials.queue import JobQueue
+from pipeline.sweep.trials.states import DONE, FAILED, TRAINING, WAITING
 from pipeline.tracking import tracker
+from pipeline.training import jobs, train
+from pipeline.training.jobs import TrainingData
 from pipeline.trial import Followed, new_entry, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +55,10 @@ def recipe(**changes: Any) -> Experiment:
     return replace(RECIPES["mnist-smoke"].make(), **changes)
 
 
-def plan(root: Path, seeds: int = 1) -> Plan:
+def plan(root: Path, seeds: int = 1) -> SweepPlan:
     base = TrainConfig(width=4, epochs=3)
     e = recipe(seeds=seeds)
-    return Plan(root=str(root), experiment=e, base=base, shapes=SHAPES, data=DATA, weights="", objective=OBJECTIVE)
+    return SweepPlan(root=str(root), experiment=e, base=base, shapes=SHAPES, data=DATA, weights="", objective=OBJECTIVE)
 
 
 # -- addresses and the queue -----------------------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def test_a_run_lost_for_good_is_told_and_the_last_one_ends_the_sweep(
     assert "could not be kept up: node gone" in str(ended)
 
 
-def write_epochs(root: Path, job: jobs.Job, robust: list[float], whole: bool) -> None:
+def write_epochs(root: Path, job: jobs.TrainingJob, robust: list[float], whole: bool) -> None:
     home = Storage(str(root)) / job.address
     for epoch, value in enumerate(robust):
         found = {"epoch": epoch, "clean": 0.9, "robust": value, "n": 10, "seconds": 1.0, "training_seconds": 2.0}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from components.models.classifiers import build_classifier
-from pipeline.checkpoints import load_reformed
 from pipeline.main import main
 from pipeline.recipes.registry import RECIPES
+from pipeline.training.exports import load_reformed
 
 pytestmark = pytest.mark.cluster
 

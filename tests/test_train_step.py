@@ -21,7 +21,7 @@ from components.random_streams import stream_seed
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import Phase
 from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
-from pipeline.train import Loop, NonFiniteLoss, RankData
+from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -479,7 +479,7 @@ def rank_data(n: int = 12) -> RankData:
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     with pytest.raises(DataError, match=r"train\.batch_size=16 is more than the 12 training images"):
-        Loop(tiny(batch_size=16), SHAPES, rank_data(), None)
+        TrainingLoop(tiny(batch_size=16), SHAPES, rank_data(), None)
 
 
 @pytest.mark.parametrize("row", [0, 7])
@@ -488,7 +488,7 @@ def test_a_nan_in_a_level_is_found_at_its_step(row: int, lam: float) -> None:
     config = tiny(lam=lam)
     data = rank_data()
     data.levels[0][row, 0, 3, 3] = float("nan")
-    loop = Loop(config, SHAPES, data, None)
+    loop = TrainingLoop(config, SHAPES, data, None)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(stream_seed(config.seed, 0, 0)))
     step = order.tolist().index(row) // config.batch_size
     with pytest.raises(NonFiniteLoss) as error:
@@ -499,7 +499,7 @@ def test_a_nan_in_a_level_is_found_at_its_step(row: int, lam: float) -> None:
 def test_an_absurd_learning_rate_is_found_at_its_step() -> None:
     """The steps are counted over the whole run; the first loss is still finite."""
     config = tiny(lr=1e30, lr_schedule="step", epochs=5)
-    loop = Loop(config, SHAPES, rank_data(), None)
+    loop = TrainingLoop(config, SHAPES, rank_data(), None)
     probe = defended(config)
     optimizer, module = make_optimizer(probe, config), PhaseModule(probe, "joint", config)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(stream_seed(config.seed, 0, 0)))
@@ -517,7 +517,7 @@ def test_an_absurd_learning_rate_is_found_at_its_step() -> None:
 def test_weights_spoiled_by_the_last_step_are_found() -> None:
     """One step an epoch: its loss is finite, what it leaves is not, and no later loss of the epoch could show it."""
     config = tiny(lr=1e38, lr_schedule="step", batch_size=12)
-    loop = Loop(config, SHAPES, rank_data(), None)
+    loop = TrainingLoop(config, SHAPES, rank_data(), None)
     loop.epoch = 1
     with torch.no_grad():
         loop.net.get_parameter("classifier.fc.weight").fill_(3e3)
@@ -537,7 +537,7 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
     seen: list[list[int]] = []
     orders = []
     for seed in (0, 0, 1):
-        loop = Loop(tiny(seed=seed), SHAPES, Spy(Shards(12), 0, 1, CPU, levels=True), None)
+        loop = TrainingLoop(tiny(seed=seed), SHAPES, Spy(Shards(12), 0, 1, CPU, levels=True), None)
         for _ in range(2):
             seen.append([])
             loop.run_epoch()
@@ -550,7 +550,7 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
 
 def test_a_record_of_an_epoch() -> None:
     config = tiny(epochs=3)
-    loop = Loop(config, SHAPES, rank_data(13), rank_data(5))
+    loop = TrainingLoop(config, SHAPES, rank_data(13), rank_data(5))
     seen: list[tuple[int, int, bool]] = []
     first = loop.run_epoch(lambda done, total, loss: seen.append((done, total, loss() > 0)))
     assert seen == [(1, 9, True), (2, 9, True), (3, 9, True)]

@@ -21,8 +21,8 @@ from components.models.defend import DefendNet
 from components.training.adversarial import adversarial_examples
 from components.training.augment import Batch, augmented, gaussian_noise, targets_of
 from components.training.step import PhaseModule, adversarial_spec, make_optimizer, train_step
-from pipeline import pretrained
 from pipeline.runtime.storage import Storage, StorageError
+from pipeline.training import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

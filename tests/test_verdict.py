@@ -30,11 +30,12 @@ from components.evaluation import active_test
 from components.evaluation.metrics import worst_case
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import attack, checkpoints, comparison, records, report, tables, verdict
+from pipeline import attack, comparison, records, report, tables, verdict
 from pipeline.data import shards
 from pipeline.publish import table_metrics
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports
 
 
 def columns(clean: str, adversarial: str, norm: list[float]) -> dict[str, np.ndarray]:
@@ -565,7 +566,7 @@ def with_network(directory: Path, arch: str) -> dict[str, Any]:
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
     config = TrainConfig(arch=arch, defense="none")
     torch.manual_seed(0)
-    checkpoints.export(root / "models/net", build_net(config, shapes), config, shapes)
+    exports.export(root / "models/net", build_net(config, shapes), config, shapes)
     return {**COMMON, "root": root.uri, "trusted": [arch]}
 
 

@@ -29,9 +29,9 @@ from components.errors import ConfigError, DataError, UserError
 from components.models import libraries
 from components.models.build import build_net
 from components.models.weights import load_strictly, renamed
-from pipeline import checkpoints, pretrained, train
 from pipeline.main import parse
 from pipeline.runtime.storage import Storage
+from pipeline.training import exports, pretrained, train
 
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 
@@ -189,8 +189,8 @@ def test_tied_tensors_load_and_are_saved(tmp_path: Path) -> None:
         config, root = config_of(tmp_path / name, "odd_networks:tied"), Storage(tmp_path / "root")
         copied = pretrained.load(root, pretrained.fetch(config, root))
         taken = build_net(config, SHAPES, copied)
-        checkpoints.export(root, taken, config, SHAPES)
-        again = checkpoints.load_classifier(root.uri, trusted=["odd_networks:tied"])
+        exports.export(root, taken, config, SHAPES)
+        again = exports.load_classifier(root.uri, trusted=["odd_networks:tied"])
         for k, v in net.state_dict().items():
             assert torch.equal(again.state_dict()[k], v), k
 
@@ -458,8 +458,8 @@ def test_a_network_of_unusual_tensors_is_exported_and_loaded_again(tmp_path: Pat
     check(arch)
     config = TrainConfig(arch=f"odd_networks:{arch}", defense="none")
     net = build_net(config, SHAPES).eval()
-    checkpoints.export(Storage(tmp_path), net, config, SHAPES)
-    again = checkpoints.load_classifier(tmp_path, trusted=f"odd_networks:{arch}")
+    exports.export(Storage(tmp_path), net, config, SHAPES)
+    again = exports.load_classifier(tmp_path, trusted=f"odd_networks:{arch}")
     assert torch.equal(again(torch.ones(2, 1, 28, 28)), net(torch.ones(2, 1, 28, 28)))
 
 
@@ -468,7 +468,7 @@ def test_every_network_with_an_adapter_is_checked_with_its_auto_encoder() -> Non
     shapes = dataclasses.replace(SHAPES, sizes=(28, 14))
     config = TrainConfig(arch="odd_networks:with_adapter", shared_blocks=1)
     train.check_models(Experiment(name="t", train=config, models=("one", "bare:defense=none")), shapes)
-    parts = checkpoints.check_export(build_net(config, shapes), config, shapes)
+    parts = exports.check_export(build_net(config, shapes), config, shapes)
     assert parts == ["classifier", "autoencoder"]
 
 

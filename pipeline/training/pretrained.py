@@ -11,8 +11,8 @@ from components.config import TrainConfig
 from components.errors import ConfigError, DataError
 from components.models import libraries
 from components.models.weights import Weights
-from pipeline import weights_file
 from pipeline.runtime.storage import Storage, split_uri
+from pipeline.training import weights_file
 
 MLFLOW = "mlflow:"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.jobs import FAILED_MODEL, NOT_FINITE
 from pipeline.runtime.lease import WorkingLease
 from pipeline.runtime.storage import Storage
+from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
 
 ATTEMPT = "attempt.json"
 """In a model's directory: {token} of the worker group that took it up last, until it is finished."""

@@ -1,0 +1,1 @@
+"""A sweep: Ray Tune over training, its choice, and its report."""

@@ -1,0 +1,1 @@
+"""Stage 2: the models of an experiment are trained on Ray Train."""

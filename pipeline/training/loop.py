@@ -1,0 +1,242 @@
+"""One rank's epochs over one model, without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+
+from components.config import TrainConfig
+from components.config.data import Shapes
+from components.errors import DataError
+from components.models.build import build_net
+from components.models.comdefend import ComDefend
+from components.models.defend import DefendNet
+from components.random_streams import ADVERSARIAL_STREAM, DROPOUT_STREAM, stream_seed
+from components.training.augment import Batch, augmented, gaussian_noise
+from components.training.schedule import Phase, learning_rate, phase_at_epoch
+from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
+from pipeline.runtime.storage import Storage
+from pipeline.training import checkpoints
+from pipeline.training.ranks import Ranks
+
+VALIDATION_BATCH = 500
+FINITE_CHECK_STEPS = 100
+
+
+Live = Callable[[int, int, Callable[[], float]], None]
+"""Called by the loop with (steps done, steps in all, function that gives the last loss)."""
+
+
+class RankData:
+    """The rows of one rank, held in memory: every world-th row, so that sorted sources stay mixed.
+
+    Ranks hold equally many rows (at most world - 1 rows of the set are left out).
+    """
+
+    def __init__(self, shards: Any, rank: int, world: int, device: torch.device, levels: bool) -> None:
+        count = shards.num_rows // world
+        wanted = ["image", "label", *(shards.level_columns if levels else ())]
+        columns: dict[str, list[np.ndarray]] = {}
+        row = 0
+        for shard in shards.iter_shards(wanted):
+            mine = slice((rank - row) % world, None, world)
+            for key, values in shard.items():
+                columns.setdefault(key, []).append(np.ascontiguousarray(values[mine]))
+            row += len(shard["label"])
+        joined = {k: torch.from_numpy(np.concatenate(v)[:count]) for k, v in columns.items()}
+        self.images = joined["image"].to(device)
+        self.labels = joined["label"].long().to(device)
+        self.levels = tuple(joined[k].to(device) for k in sorted(k for k in joined if k.startswith("level_")))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Tensor | slice) -> Batch:
+        return Batch(images=self.images[rows], labels=self.labels[rows], levels=tuple(x[rows] for x in self.levels))
+
+
+class TrainingLoop:
+    """One rank's training, epoch by epoch. Needs a process group only where ``world`` > 1; knows nothing of Ray.
+
+    Raises:
+        DataError: fewer training images than one batch.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        shapes: Shapes,
+        data: RankData,
+        validation: RankData | None,
+        *,
+        ranks: Ranks | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.config, self.shapes, self.data, self.validation = config, shapes, data, validation
+        self.ranks = ranks or Ranks()
+        self.rank, self.world, self.device = self.ranks.rank, self.ranks.world, self.ranks.device
+        self.local_batch = config.batch_size // self.world
+        self.steps_per_epoch = len(data) // self.local_batch
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"train.batch_size={config.batch_size} is more than the {len(data) * self.world} training images there are"
+            )
+        self.net = build_net(config, shapes, weights).to(self.device)
+        if config.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
+        self.optimizer = make_optimizer(self.net, config)
+        self.epoch = 0
+        self.resumed: dict[str, Any] = {}
+        """What the next epoch's record says about the checkpoint it went on from (docs/records.md)."""
+        self._module: nn.Module | None = None
+        self._phase: Phase | None = None
+
+    def resume(self, storage: Storage) -> None:
+        """Continue from the newest whole checkpoint below a directory, if there is one.
+
+        Rank 0 reads the file and sends its bytes, so that all ranks go on from the same state whatever each node's file
+        system shows.
+        """
+        newest = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
+        if newest.path:
+            self.epoch = checkpoints.load_checkpoint(
+                newest, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
+            )
+        if newest.damaged:
+            self.resumed = {"from": newest.path, "damaged": list(newest.damaged)}
+
+    def save(self, storage: Storage) -> None:
+        """Write a checkpoint of the epochs done so far."""
+        checkpoints.save_checkpoint(
+            storage,
+            net=self.net,
+            optimizer=self.optimizer,
+            epoch=self.epoch,
+            config=self.config,
+            shapes=self.shapes,
+        )
+
+    def module(self, phase: Phase) -> nn.Module:
+        """The phase's module, wrapped in DDP where there are several ranks; built anew only where the phase changes."""
+        if self._phase != phase or self._module is None:
+            module = PhaseModule(self.net, phase, self.config)
+            # per-rank batch norm: buffers are not broadcast before each step (docs/method.md)
+            self._module = DistributedDataParallel(module, broadcast_buffers=False) if self.world > 1 else module
+            self._phase = phase
+        return self._module
+
+    def run_epoch(self, live: Live | None = None) -> dict[str, Any]:
+        """Train one epoch and validate. Returns its record (docs/records.md); raises NonFiniteLoss."""
+        epoch, total = self.epoch, self.config.epochs * self.steps_per_epoch
+        phase = phase_at_epoch(epoch, self.config)
+        module = self.module(phase)
+        self.net.train()
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, epoch, self.rank))
+        order = torch.randperm(len(self.data), generator=generator).to(self.device)
+        steps: list[tuple[int, float, float, dict[str, Tensor]]] = []
+        # the first step whose loss is not finite, kept on the device: asking for it every step would stop the GPU
+        bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        begin = time.time()
+        for i in range(self.steps_per_epoch):
+            step = epoch * self.steps_per_epoch + i
+            rows = order[i * self.local_batch : (i + 1) * self.local_batch]
+            lr = learning_rate(step, self.steps_per_epoch, self.config)
+            if self.has_dropout:  # it draws from the process's global stream; a continued run draws the same
+                torch.manual_seed(stream_seed(self.config.seed, step, self.rank, DROPOUT_STREAM))
+            terms = train_step(
+                module,
+                self.optimizer,
+                augmented(self.data.batch(rows), self.config, step, self.rank),
+                lr=lr,
+                config=self.config,
+                sizes=self.shapes.sizes,
+                noise=gaussian_noise(self.config, step, self.rank, self.device),
+                generator=torch.Generator().manual_seed(
+                    stream_seed(self.config.seed, step, self.rank, ADVERSARIAL_STREAM)
+                ),
+            )
+            bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
+            steps.append((step, time.time(), lr, terms))
+            if live is not None:
+                live(step + 1, total, terms["loss"].item)
+            if i % FINITE_CHECK_STEPS == FINITE_CHECK_STEPS - 1:
+                self._check_finite(bad_step, step)
+        self._check_finite(bad_step, step)
+        self._share_buffers()
+        seconds = time.time() - begin
+        self.epoch += 1
+        names = list(steps[0][3])
+        values = torch.stack([torch.stack([t[n] for n in names]) for *_, t in steps]).float().cpu().tolist()
+        rate = self.steps_per_epoch * self.local_batch * self.world / seconds
+        resumed, self.resumed = self.resumed, {}
+        return {
+            **({"resumed": resumed} if resumed else {}),
+            "epoch": epoch,
+            "phase": phase,
+            "seconds": seconds,
+            "images_per_second": rate,
+            "steps": [
+                {"step": step, "time": at, "lr": lr, "images_per_second": rate, **dict(zip(names, row, strict=True))}
+                for (step, at, lr, _), row in zip(steps, values, strict=True)
+            ],
+            "validation": self.validate(),
+        }
+
+    def _check_finite(self, bad_step: Tensor, step: int) -> None:
+        # weights too: the last step may have spoiled them without a later loss to show it
+        weights = torch.stack([p.detach().abs().amax() for p in self.net.parameters()]).amax()
+        bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), step, bad_step)
+        if self.world > 1:  # every rank must come to the same decision
+            first = torch.where(bad_step < 0, torch.iinfo(torch.int64).max, bad_step)
+            dist.all_reduce(first, dist.ReduceOp.MIN)
+            bad_step = torch.where(first == torch.iinfo(torch.int64).max, -1, first)
+        if int(bad_step) >= 0:
+            raise NonFiniteLoss(int(bad_step))
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's batch norm statistics, which are those that are saved, validated and exported.
+
+        Done at the end of every epoch, so that what reads them (examples of adversarial training are made in eval mode) sees
+        the same values after a restart, and with or without validation images.
+        """
+        if self.world > 1:
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, src=0)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Return accuracy and reconstruction error (mean squared error per value, level 0) on the held-out images."""
+        if self.validation is None:
+            return {}
+        self.net.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for start in range(0, len(self.validation), VALIDATION_BATCH):
+            batch = self.validation.batch(slice(start, start + VALIDATION_BATCH))
+            sums += validation_sums(self.net, batch)
+        if self.world > 1:
+            dist.all_reduce(sums)
+        right, count, error = sums.tolist()
+        out = {}
+        if not isinstance(self.net, ComDefend):
+            out["accuracy"] = right / count
+        if isinstance(self.net, (ComDefend, DefendNet)):
+            out["reconstruction"] = error / count
+        return out
+
+
+class NonFiniteLoss(Exception):
+    """The loss or the weights are no longer finite. ``step`` is the first step at which this was seen."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"step {step}")
+        self.step = step
