@@ -20,9 +20,10 @@ from components.config.train import stored_levels
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.models import libraries
-from pipeline import attack, comparison, gallery, publish, records, report, tables, verdict
+from pipeline import comparison, publish, records, report, tables
 from pipeline.data import pyramids, shards
 from pipeline.data.sources import base, open
+from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.lease import Lease
@@ -331,7 +332,7 @@ def existing_pyramids(run: Run, *, verified: bool = False) -> Sets:
     return Sets(training=jobs.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"])
 
 
-def train_models(run: Run, sets: Sets) -> list[attack.Model]:
+def train_models(run: Run, sets: Sets) -> list[plan.Model]:
     """Stage 2: every model of the experiment; as many side by side as there is room for."""
     run.publish()
     for name, config in run.experiment.variants().items():
@@ -387,7 +388,7 @@ class _TrainProgress(monitor.Progress):
         say(f"  {records.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
 
 
-def trained_models(run: Run) -> list[attack.Model]:
+def trained_models(run: Run) -> list[plan.Model]:
     """Return the models that an earlier ``train`` made."""
     models = {}
     for name in run.experiment.variants():
@@ -398,9 +399,9 @@ def trained_models(run: Run) -> list[attack.Model]:
     return _as_subjects(run.experiment, models)
 
 
-def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[attack.Model]:
+def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[plan.Model]:
     """Models as attacks see them: a reformer stands in front of the undefended classifier of its architecture."""
-    found: dict[str, attack.Model] = {}
+    found: dict[str, plan.Model] = {}
     reformers = {name for name, model in models.items() if "reformer.safetensors" in model["files"]}
     for name in sorted(models, key=lambda n: n in reformers):  # classifiers first
         model = models[name]
@@ -408,7 +409,7 @@ def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> l
         if name in reformers and behind is None:  # its classifier diverged
             continue
         file = "reformer.safetensors" if name in reformers else "classifier.safetensors"
-        found[name] = attack.Model(
+        found[name] = plan.Model(
             name=name,
             path=model["path"],
             sha256=model["files"][file],
@@ -418,18 +419,18 @@ def _as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> l
     return [found[name] for name in models if name in found]
 
 
-def attack_models(run: Run, models: list[attack.Model], test: shards.ShardSet) -> None:
+def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
     """Stage 3: every model under every threat model; what that says together; then a few images for the plots."""
     with run.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
         run.record["evaluations"] = evaluations
         run.save()
         names = [m.name for m in models]
-        judgements = verdict.Judgements(run.root, evaluations, run.experiment.evaluation.chunk_size)
-        run.record["worst_case"] = verdict.worst_cases(names, run.experiment, judgements)
+        judgements = worst_case.EvaluationRecords(run.root, evaluations, run.experiment.evaluation.chunk_size)
+        run.record["worst_case"] = worst_case.worst_cases(names, run.experiment, judgements)
         pairs = comparison.pairs(run.record, records.roles(run.record))
-        run.record["worst_case_pairs"] = verdict.paired_worst_cases(pairs, run.experiment, judgements)
-        run.record["reliability"] = verdict.reliability(
+        run.record["worst_case_pairs"] = worst_case.paired_worst_cases(pairs, run.experiment, judgements)
+        run.record["reliability"] = reliability.reliability(
             models, test, run.experiment, run.root, judgements, progress=bar.update
         )
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
@@ -443,7 +444,7 @@ def make_report(run: Run) -> None:
         report.build(run.storage, run.root)
 
 
-def register(run: Run, models: list[attack.Model]) -> None:
+def register(run: Run, models: list[plan.Model]) -> None:
     """Register each classifier in MLflow's model registry, with its signature; of several seeds the first."""
     data = run.experiment.data
     replicates = run.experiment.replicates()

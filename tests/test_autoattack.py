@@ -33,7 +33,7 @@ from components.evaluation.judge import verify_examples
 from components.fields import from_dict, to_dict
 from components.models.build import build_net
 from components.models.defend import AutoEncoder, DefendNet, adaptive_objective
-from pipeline.attack import _craft
+from pipeline.evaluation.attack_tasks import _craft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

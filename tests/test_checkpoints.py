@@ -25,7 +25,7 @@ from components.models.build import build_net
 from components.models.defend import DefendNet
 from components.models.resnet import ResNet18
 from components.training.step import make_optimizer
-from pipeline import attack
+from pipeline.evaluation import attack_tasks
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.training.checkpoints import StoredCheckpoint, load_checkpoint, newest_whole, save_checkpoint
 from pipeline.training.exports import export, load_autoencoder, load_classifier
@@ -395,8 +395,8 @@ def test_weights_that_were_replaced_are_refused_where_they_are_used(tmp_path: Pa
         export(root / "models/m", unsettled(tiny(defense="none", seed=seed)), tiny(defense="none"), SHAPES)
         digests.append(hashlib.sha256(root.read_bytes("models/m/classifier.safetensors")).hexdigest())
     first, second = (f"models/m#{digest}" for digest in digests)
-    assert attack.load_model(str(tmp_path), second, "cpu")(IMAGES).shape == (3, 10)
+    assert attack_tasks.load_model(str(tmp_path), second, "cpu")(IMAGES).shape == (3, 10)
     with pytest.raises(
         DataError, match=r"models/m/classifier.safetensors does not hold the weights that its records name"
     ):
-        attack.load_model(str(tmp_path), first, "cpu")
+        attack_tasks.load_model(str(tmp_path), first, "cpu")

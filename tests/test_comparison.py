@@ -13,7 +13,7 @@ import pytest
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
 from pipeline import comparison, paper, publish, records, tables
-from pipeline.attack import Model, plan
+from pipeline.evaluation.plan import Model, plan_evaluations
 from pipeline.recipes.paper import PAPER
 from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.storage import Storage
@@ -32,7 +32,7 @@ def subjects(experiment: Experiment) -> list[Model]:
 def planned(experiment: Experiment) -> list[dict[str, Any]]:
     """The evaluations of an experiment as run.json has them, with accuracies that differ everywhere."""
     out = []
-    for i, e in enumerate(plan(subjects(experiment), experiment)):
+    for i, e in enumerate(plan_evaluations(subjects(experiment), experiment)):
         accuracy = (i % 97) / 100
         metrics = {"accuracy": accuracy, "accuracy_low": accuracy, "accuracy_high": accuracy + 0.01}
         out.append(
@@ -61,7 +61,7 @@ SMALL = Experiment(
 
 
 def test_a_reformer_is_grey_box_where_its_own_classifier_is_attacked() -> None:
-    evaluations = plan(subjects(SMALL), SMALL)
+    evaluations = plan_evaluations(subjects(SMALL), SMALL)
     of = {(e.model.name, e.threat_model, e.attack.partition(":")[0]): e for e in evaluations}
     grey = of["comdefend", "grey_box", "fgsm"]
     assert grey.source is not None
@@ -81,7 +81,7 @@ def test_examples_of_a_named_model_meet_every_other() -> None:
     experiment = dataclasses.replace(
         SMALL, seeds=2, evaluation=dataclasses.replace(SMALL.evaluation, threat_models=("transfer:defend",))
     )
-    found = [e for e in plan(subjects(experiment), experiment) if e.threat_model == "transfer:defend"]
+    found = [e for e in plan_evaluations(subjects(experiment), experiment) if e.threat_model == "transfer:defend"]
     pairs = {(e.source.name if e.source else "", e.model.name) for e in found}
     assert pairs == {(f"defend-s{r}", f"{m}-s{r}") for r in (0, 1) for m in ("no_defense", "control", "comdefend")}
 

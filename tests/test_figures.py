@@ -28,9 +28,10 @@ from components.errors import DataError
 from components.evaluation.statistics import wilson_interval
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import figures, gallery, plots, records, report
-from pipeline.attack import Model
+from pipeline import figures, plots, records, report
 from pipeline.data.shards import FORMAT_VERSION, ShardSet, tensor_array
+from pipeline.evaluation import figure_data, gallery
+from pipeline.evaluation.plan import Model
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -109,9 +110,9 @@ def test_ratios_of_a_constructed_autoencoder(tmp_path: Path, monkeypatch: pytest
     clean = np.full((8, 1, SIZE, SIZE), 51, dtype=np.uint8) + 10 * np.arange(8, dtype=np.uint8)[:, None, None, None]
     exact = clean.astype(np.float32) / 255
     examples = _examples(root, "examples/a", (exact + deltas[:, None, None, None].astype(np.float32))[:7])
-    monkeypatch.setattr(gallery, "BATCH_PIXELS", 2 * SIZE * SIZE)
+    monkeypatch.setattr(figure_data, "BATCH_PIXELS", 2 * SIZE * SIZE)
     autoencoder = _Subtracts(0.25)
-    found = gallery.distances(autoencoder, _test_set(root, clean), examples, n=7, chunk_size=CHUNK)
+    found = figure_data.distances(autoencoder, _test_set(root, clean), examples, n=7, chunk_size=CHUNK)
     assert autoencoder.batches == [
         2,
         1,
@@ -132,7 +133,7 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     attacked = clean.astype(np.float32) / 255
     attacked[1:] += 0.1
     examples = _examples(root, "examples/a", attacked)
-    found = gallery.distances(_Subtracts(0.0), _test_set(root, clean), examples, n=4, chunk_size=CHUNK)
+    found = figure_data.distances(_Subtracts(0.0), _test_set(root, clean), examples, n=4, chunk_size=CHUNK)
     assert math.isnan(found["r"][0])  # 0 / 0
     assert np.isinf(found["r"][1:]).all()
     stored = {f"fig8__{name}__defend": values for name, values in found.items()} | {"fig8__attack": np.array(FGSM)}
@@ -148,7 +149,7 @@ def test_examples_of_another_length_are_refused(tmp_path: Path) -> None:
     examples = _examples(root, "examples/a", np.zeros((5, 1, SIZE, SIZE)))
     test = _test_set(root, np.zeros((6, 1, SIZE, SIZE), dtype=np.uint8))
     with pytest.raises(DataError, match="chunk 1, holds 2 images where 3 belong"):
-        gallery.distances(_Subtracts(0.0), test, examples, n=6, chunk_size=CHUNK)
+        figure_data.distances(_Subtracts(0.0), test, examples, n=6, chunk_size=CHUNK)
 
 
 @dataclass
@@ -266,7 +267,7 @@ def test_distances_are_not_computed_twice_but_anew_for_other_weights(
     trained.make(["fig8"])
     before = trained.arrays("figures.npz")
     computed: list[str] = []
-    original = gallery.distances
+    original = figure_data.distances
 
     def counted(
         autoencoder: nn.Module, test: ShardSet, examples: Storage, *rest: Any, **named: Any
@@ -274,7 +275,7 @@ def test_distances_are_not_computed_twice_but_anew_for_other_weights(
         computed.append(examples.uri)
         return original(autoencoder, test, examples, *rest, **named)
 
-    monkeypatch.setattr(gallery, "distances", counted)
+    monkeypatch.setattr(figure_data, "distances", counted)
     trained.make(["fig8"])
     assert not computed
     after = trained.arrays("figures.npz")

@@ -18,8 +18,9 @@ from components.config import EvaluationConfig, Experiment, TrainConfig, level_s
 from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.models.build import build_net
-from pipeline import attack
 from pipeline.cli.external_model import _name
+from pipeline.evaluation import chunks, plan
+from pipeline.evaluation.worst_case import budgets
 from pipeline.main import main, parse
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
@@ -28,7 +29,6 @@ from pipeline.runtime.storage import Storage
 from pipeline.training import exports, monitor, pretrained, train
 from pipeline.training.external import AUTOENCODER
 from pipeline.training.jobs import TrainingData
-from pipeline.verdict import budgets
 
 GREY = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
 
@@ -266,7 +266,7 @@ class Told(monitor.Progress):
         self.without.append(without)
 
 
-def taken(storage: Path, *arguments: str) -> tuple[attack.Model, list[str]]:
+def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
     """The model that an ``attack --model`` attacks, and what it said of its auto-encoder."""
     experiment, told = asked(*arguments, "--storage", str(storage)), Told()
     data = experiment.data
@@ -289,7 +289,7 @@ def test_the_auto_encoder_beside_our_own_file_comes_with_it(tmp_path: Path) -> N
     described = json.loads((tmp_path / "storage" / model.path / "model.json").read_text())
     assert described["files"]["autoencoder.safetensors"] == model.autoencoder
     assert set(described["parameters"]) == {"classifier", "autoencoder"}
-    planned = attack.plan([model], asked("--model", str(file)))
+    planned = plan.plan_evaluations([model], asked("--model", str(file)))
     assert {e.attack.partition(":")[0] for e in planned if e.threat_model == "white_box"} >= {"pgd", "adaptive"}
     # taken again, it is the same model; without its auto-encoder another
     assert taken(tmp_path / "storage", "--model", str(file))[0] == model
@@ -379,10 +379,10 @@ def test_a_librarys_network_from_a_local_file(
     assert set(found) == {"pgd", "fab-t"}
     root = Storage(str(storage))
     for e in found.values():
-        examples = torch.tensor(attack.read_examples(root / e["examples"], 0))
+        examples = torch.tensor(chunks.read_examples(root / e["examples"], 0))
         with torch.no_grad():
             predicted = theirs(examples).argmax(1)
-        assert predicted.tolist() == attack.read_chunks(root / e["path"], 1)["adversarial_prediction"].tolist()
+        assert predicted.tolist() == chunks.read_chunks(root / e["path"], 1)["adversarial_prediction"].tolist()
 
 
 @pytest.mark.cluster
@@ -429,7 +429,7 @@ def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     assert again["models"]["again"]["path"] != record["models"]["net"]["path"]  # nothing was taken over
     for first, second in zip(record["evaluations"], again["evaluations"], strict=True):
         assert first["attack"] == second["attack"]
-        one, two = (attack.read_chunks(Storage(str(storage)) / e["path"], 2) for e in (first, second))
+        one, two = (chunks.read_chunks(Storage(str(storage)) / e["path"], 2) for e in (first, second))
         assert all(np.array_equal(one[name], two[name]) for name in one)
     capsys.readouterr()
     assert main(["attack", "--model", "mlflow:models:/nobody@newest", *common]) == 1

@@ -15,8 +15,10 @@ import fake_run
 import pytest
 
 from components.config import Shapes, level_sizes
-from pipeline import attack, report, verdict
+from pipeline import report
 from pipeline.data import pyramids, shards
+from pipeline.evaluation import plan, reliability
+from pipeline.evaluation.addresses import example_sets
 from pipeline.recipes.registry import RECIPES
 from pipeline.run import run_address
 from pipeline.runtime.storage import Storage
@@ -53,11 +55,9 @@ def addresses(name: str) -> dict[str, Any]:
     for model, config in configs.items():
         _, identity = training.for_model(config)
         models[model] = jobs.model_address(config, shapes, identity, experiment.scaling.workers, "")
-    subjects = [
-        attack.Model(name=m, path=path, sha256=f"sha-{m}", autoencoder=f"auto-{m}") for m, path in models.items()
-    ]
-    sets, judged = attack._example_sets(
-        attack.plan(subjects, experiment), splits[f"test {kinds[0]}"], TEST_ROWS, experiment.evaluation
+    subjects = [plan.Model(name=m, path=path, sha256=f"sha-{m}", autoencoder=f"auto-{m}") for m, path in models.items()]
+    sets, judged = example_sets(
+        plan.plan_evaluations(subjects, experiment), splits[f"test {kinds[0]}"], TEST_ROWS, experiment.evaluation
     )
     test = shards.ShardSet(Storage("/nowhere"), splits[f"test {kinds[0]}"], {"num_rows": TEST_ROWS})
     direct = [({"attack": text, "threat_model": "white_box"}, {}) for text in experiment.evaluation.attacks]
@@ -70,7 +70,7 @@ def addresses(name: str) -> dict[str, Any]:
         "reliability": sorted(
             job["file"]
             for model in subjects
-            for job in verdict._jobs(model, test, experiment, Storage("/nowhere"), direct, TEST_ROWS)
+            for job in reliability.reliability_jobs(model, test, experiment, Storage("/nowhere"), direct, TEST_ROWS)
         ),
     }
 

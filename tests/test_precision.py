@@ -21,8 +21,9 @@ from components.evaluation.probe import probe
 from components.precision import describe, true_float32
 from components.training.augment import Batch
 from components.training.step import validation_sums
-from pipeline import attack, gallery, objective, verdict
+from pipeline import objective
 from pipeline.data import shards
+from pipeline.evaluation import attack_tasks, figure_data, reliability
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.trials.plan import Objective
 
@@ -161,17 +162,17 @@ def _job(path: Path, **more: object) -> dict[str, Any]:
 
 def _attack_task(model: Observer, path: Path) -> None:
     more = {"source": "m", "judges": {"judged/a": "m"}, "examples": "examples/a", "early_leaving": True}
-    attack._attack_chunks(_job(path, attack="pgd:eps=0.3,steps=2", chunks=[(0, 0, 10)], **more))
+    attack_tasks.attack_chunks(_job(path, attack="pgd:eps=0.3,steps=2", chunks=[(0, 0, 10)], **more))
 
 
 def _reliability_task(model: Observer, path: Path) -> None:
     for name, images in (("", 10), ("pgd:eps=0.3,steps=2", 2)):
         more = {"images": images, "norm": "linf", "eps": 0.3, "file": f"reliability/{images}.json"}
-        verdict._measure(_job(path, attack=name, **more))
+        reliability._measure(_job(path, attack=name, **more))
 
 
 def _figure_8(model: Observer, _: Path) -> None:
-    gallery.reconstruct(_Levels(model), images()[0])
+    figure_data.reconstruct(_Levels(model), images()[0])
 
 
 class _Levels(nn.Module):
@@ -215,11 +216,11 @@ def test_every_verdict_is_computed_in_true_float32(
     )
     monkeypatch.setattr(shards, "load", lambda root, address: stored)
     model = Observer().eval()
-    monkeypatch.setattr(attack, "load_model", lambda *_: model)
-    for cached in (attack._test_set, attack.load_stand_in):
+    monkeypatch.setattr(attack_tasks, "load_model", lambda *_: model)
+    for cached in (attack_tasks._test_set, attack_tasks.load_fast_copy):
         cached.cache_clear()
     path(model, tmp_path)
-    for cached in (attack._test_set, attack.load_stand_in):
+    for cached in (attack_tasks._test_set, attack_tasks.load_fast_copy):
         cached.cache_clear()
     assert model.seen == {TRUE}
     assert model.dtypes == {torch.float32}

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
-from pipeline import attack, records, report, sweep_report, tables
+from pipeline import records, report, sweep_report, tables
+from pipeline.evaluation import addresses, attack, plan
 from pipeline.runtime.storage import Storage
 
 NET = Experiment(
@@ -166,10 +167,10 @@ def test_a_table_of_active_tests_stands_only_where_there_were_some(tmp_path: Pat
 
 
 def test_progress_names_what_is_attacked() -> None:
-    model = attack.Model(name="net", path="models/net", sha256="")
+    model = plan.Model(name="net", path="models/net", sha256="")
     chunk = {"address": "", "early_leaving": False, "bfloat16": False}
     names = [
-        attack._task_name(attack._Examples(source=source, attack=spec, **chunk))  # type: ignore[arg-type]
+        attack._task_name(addresses.ExampleSet(source=source, attack=spec, **chunk))  # type: ignore[arg-type]
         for source, spec in ((None, "none"), (None, "noise:eps=0.3"), (model, "pgd:eps=0.3"))
     ]
     assert names == ["clean images", "noise:eps=0.3", "pgd:eps=0.3 on net"]

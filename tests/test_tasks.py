@@ -14,13 +14,14 @@ import torch
 from test_attacks import convnet, near_grey, predict
 from torch import Tensor, nn
 
+from components.attacks import fast_copy
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import judge
 from components.fields import to_dict
-from pipeline import attack
+from pipeline.evaluation import attack, attack_tasks, chunks, plan
 from pipeline.recipes.registry import RECIPES
 from pipeline.records import explanation
-from pipeline.runtime import cluster
+from pipeline.runtime import cluster, tasks
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage, StorageError
 
@@ -49,7 +50,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.now, self.notes = 1000.0, list[str]()
-        self.watch = attack._Stragglers(self.notes.append, clock=lambda: self.now)
+        self.watch = tasks._Stragglers(self.notes.append, clock=lambda: self.now)
 
     def at(self, seconds: float) -> list[str]:
         """What is told ``seconds`` from now on."""
@@ -77,12 +78,12 @@ def test_what_is_no_straggler() -> None:
     w.watch.running({"a": ", a", "b": ", b"})
     assert w.at(1000) == [], "nothing has ended yet: nobody knows what is usual"
     w.watch.ended("a")
-    assert w.at(attack.LOOK_S) == [], "as long as the one before"
+    assert w.at(tasks.LOOK_S) == [], "as long as the one before"
     assert w.at(3 * 1000) == ["; the slowest of 1 tasks, b, has run for 4005 s, 1000 s is usual"]
     w.watch.ended("b")
-    assert w.at(attack.LOOK_S / 2) == []
-    assert w.at(attack.LOOK_S / 2) == [""], "told once that it is over"
-    assert w.at(attack.LOOK_S) == []
+    assert w.at(tasks.LOOK_S / 2) == []
+    assert w.at(tasks.LOOK_S / 2) == [""], "told once that it is over"
+    assert w.at(tasks.LOOK_S) == []
 
 
 def test_a_short_task_is_no_straggler_however_short_the_others() -> None:
@@ -90,16 +91,16 @@ def test_a_short_task_is_no_straggler_however_short_the_others() -> None:
     w.watch.running({"a": ", a", "b": ", b"})
     w.now += 0.1
     w.watch.ended("a")
-    assert w.at(attack.STRAGGLER_S - 1) == []
-    assert w.at(attack.LOOK_S) != []
+    assert w.at(tasks.STRAGGLER_S - 1) == []
+    assert w.at(tasks.LOOK_S) != []
 
 
 # --- back-pressure
 
 
 def test_no_more_jobs_are_taken_than_may_wait(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attack, "TASKS_IN_FLIGHT", 3)
-    monkeypatch.setattr(attack, "LOOK_S", 0.02)
+    monkeypatch.setattr(tasks, "TASKS_IN_FLIGHT", 3)
+    monkeypatch.setattr(tasks, "LOOK_S", 0.02)
     taken, ended, most = 0, 0, 0
 
     def work(job: dict[str, float]) -> None:
@@ -114,7 +115,7 @@ def test_no_more_jobs_are_taken_than_may_wait(ray_cluster: str, monkeypatch: pyt
 
     found = []
     # room for one at a time, so twice that is less than the bound
-    for tag in attack.run_tasks(work, jobs(), {"CPU": 4.0}, name="test", on_straggler=lambda note: None):
+    for tag in tasks.run_tasks(work, jobs(), {"CPU": 4.0}, name="test", on_straggler=lambda note: None):
         found.append(tag)
         ended += 1
     assert sorted(found) == list(range(12))
@@ -140,7 +141,7 @@ class Small(nn.Module):
 
 def crafted(model: nn.Module, x: Tensor, y: Tensor, text: str = "pgd:eps=0.1,steps=3,restarts=2") -> tuple[Tensor, int]:
     spec = AttackSpec.parse(text)
-    return attack._craft(spec, model, lambda: None, None, x, y, early=True, seed=7)
+    return attack_tasks._craft(spec, model, lambda: None, None, x, y, early=True, seed=7)
 
 
 @pytest.mark.parametrize(("room", "size"), [(10, 0), (9, 5), (4, 3), (1, 1)])
@@ -151,7 +152,7 @@ def test_a_chunk_that_does_not_fit_is_attacked_in_micro_batches(room: int, size:
     assert micro_batch == size
     generator = torch.Generator().manual_seed(7)
     wanted = [
-        attack.search(
+        fast_copy.search(
             AttackSpec.parse("pgd:eps=0.1,steps=3,restarts=2"),
             model,
             None,
@@ -173,7 +174,7 @@ def test_judging_does_not_depend_on_how_much_fits() -> None:
     adversarial, _ = crafted(model, x, y)
     whole = judge(model, x, adversarial, y)
     for room in (9, 1):
-        found, micro_batch = attack._judge(Small(model, room), x, adversarial, y)
+        found, micro_batch = attack_tasks._judge(Small(model, room), x, adversarial, y)
         assert micro_batch == {9: 5, 1: 1}[room]
         assert found.keys() == whole.keys()
         for name, column in whole.items():
@@ -189,17 +190,19 @@ def test_what_does_not_fit_image_by_image_is_told() -> None:
     ):
         crafted(Small(model, 0), x, y)
     with pytest.raises(ResourceError, match="judging a single image does not fit"):
-        attack._judge(Small(model, 0), x, x, y)
+        attack_tasks._judge(Small(model, 0), x, x, y)
 
 
 def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the tasks' files to run.json's entry, and what is said of it."""
     model, x = convnet(0).eval(), near_grey(8, side=8)
     y = predict(model, x)
-    monkeypatch.setattr(attack, "load_model", lambda root, path, device: Small(model, 5))
-    monkeypatch.setattr(attack, "load_stand_in", lambda *_: None)
+    monkeypatch.setattr(attack_tasks, "load_model", lambda root, path, device: Small(model, 5))
+    monkeypatch.setattr(attack_tasks, "load_fast_copy", lambda *_: None)
     rows = {"index": np.arange(8), "label": y.numpy().astype(np.int32)}
-    monkeypatch.setattr(attack, "load_images", lambda job, a, b: ({k: v[a:b] for k, v in rows.items()}, x[a:b], y[a:b]))
+    monkeypatch.setattr(
+        attack_tasks, "load_images", lambda job, a, b: ({k: v[a:b] for k, v in rows.items()}, x[a:b], y[a:b])
+    )
     job = {
         "root": str(tmp_path),
         "device": "cpu",
@@ -212,12 +215,12 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "seed": 0,
     }
     for i, start, stop in ((0, 0, 6), (1, 6, 8)):  # six images do not fit, two do
-        attack._attack_chunk(job, i, start, stop)
+        attack_tasks._attack_chunk(job, i, start, stop)
     root = Storage(str(tmp_path))
-    assert [attack._metadata(root / "examples/a", i)["micro_batch"] for i in (0, 1)] == [3, 0]
+    assert [chunks.read_metadata(root / "examples/a", i)["micro_batch"] for i in (0, 1)] == [3, 0]
     experiment = RECIPES["mnist-smoke"].make()
-    one = attack.Model(name="a", path="models/a", sha256="a")
-    e = attack.Evaluation(model=one, source=one, threat_model="white_box", attack=job["attack"])
+    one = plan.Model(name="a", path="models/a", sha256="a")
+    e = plan.Evaluation(model=one, source=one, threat_model="white_box", attack=job["attack"])
     entry = attack._entry(e, ("examples/a", "judged/a"), 2, experiment, root)
     assert (entry["n"], entry["chunks_split_for_memory"]) == (8, 1)
     record = {"experiment": to_dict(experiment), "evaluations": [entry]}

@@ -24,8 +24,9 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search_space import LogUniform, Space
-from pipeline import attack, publish, records, report
+from pipeline import publish, records, report
 from pipeline import run as run_stages
+from pipeline.evaluation import plan
 from pipeline.runtime.console import Bar
 from pipeline.runtime.storage import Storage
 from pipeline.tracking import tracker as tracking_tracker
@@ -390,7 +391,7 @@ def test_a_registration_that_fails_ends_no_run(
     publish.start_run(tracker, record)
     publish.start_model(tracker, record, "defend")
     state = run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker)
-    lost = attack.Model(name="defend", path="models/gone", sha256="0")
+    lost = plan.Model(name="defend", path="models/gone", sha256="0")
     run_stages.register(state, [lost])
     assert not tracker.flush(60)
     assert any("registration of defend not published" in line for line in said), said

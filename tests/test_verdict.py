@@ -21,17 +21,23 @@ from scipy.stats import binomtest
 from test_tasks import Small
 
 from components.attacks import fast_copy
+from components.attacks import fast_copy as attacks_fast_copy
 from components.attacks.fast_copy import search
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.errors import ConfigError
 from components.evaluation import active_test
+from components.evaluation import active_test as evaluation_active_test
 from components.evaluation.metrics import worst_case
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import attack, comparison, records, report, tables, verdict
+from pipeline import comparison, records, report, tables
 from pipeline.data import shards
+from pipeline.evaluation import attack_tasks, plan, reliability
+from pipeline.evaluation import worst_case as evaluation_worst_case
+from pipeline.evaluation.addresses import example_sets
+from pipeline.evaluation.chunks import read_chunks, read_examples, read_metadata
 from pipeline.publish import table_metrics
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage
@@ -76,7 +82,7 @@ def test_a_worst_case_is_of_the_same_samples() -> None:
 
 
 MODELS = tuple(
-    attack.Model(name=name, path=f"models/{name}", sha256=name, autoencoder="ae" if name == "defend" else "")
+    plan.Model(name=name, path=f"models/{name}", sha256=name, autoencoder="ae" if name == "defend" else "")
     for name in ("no_defense", "control", "defend")
 )
 SUITE = ("noise:eps=0.2", "fgsm:eps=0.2", "autoattack:eps=0.2", "square:eps=0.2", "adaptive:eps=0.2", "ddn")
@@ -88,7 +94,7 @@ def planned(*threat_models: str) -> set[tuple[str, str | None, str, str]]:
     experiment = Experiment(name="t", evaluation=evaluation)
     return {
         (e.model.name, e.source.name if e.source else None, e.threat_model, e.attack.partition(":")[0])
-        for e in attack.plan(MODELS, experiment)
+        for e in plan.plan_evaluations(MODELS, experiment)
         if e.attack != "none"
     }
 
@@ -124,7 +130,7 @@ def test_what_transfer_has_is_not_told_again_by_every_source_in_turn() -> None:
 
 def test_only_examples_for_the_model_itself_leave_early() -> None:
     evaluation = EvaluationConfig(attacks=("pgd:eps=0.2",), threat_models=("white_box", "transfer", "transfer:*"))
-    for e in attack.plan(MODELS, Experiment(name="t", evaluation=evaluation)):
+    for e in plan.plan_evaluations(MODELS, Experiment(name="t", evaluation=evaluation)):
         assert e.early_leaving == (e.threat_model == "white_box")
 
 
@@ -133,8 +139,8 @@ def test_the_adaptive_attack_is_named_by_the_auto_encoder_it_knows() -> None:
 
     def address(autoencoder: str) -> str:
         models = [*MODELS[:2], replace(MODELS[2], autoencoder=autoencoder)]
-        planned = attack.plan(models, Experiment(name="t", evaluation=evaluation))
-        sets, _ = attack._example_sets(planned, "test", 8, evaluation)
+        planned = plan.plan_evaluations(models, Experiment(name="t", evaluation=evaluation))
+        sets, _ = example_sets(planned, "test", 8, evaluation)
         (one,) = [s for s in sets if s.attack != "none"]
         return one.address
 
@@ -161,9 +167,9 @@ def test_precision_names_what_it_changes_and_nothing_else() -> None:
 
     def made(evaluation: EvaluationConfig) -> dict[str, tuple[str, Any, bool]]:
         experiment = Experiment(name="t", evaluation=evaluation)
-        sets, _ = attack._example_sets(attack.plan(MODELS[:1], experiment), "test", 8, evaluation)
+        sets, _ = example_sets(plan.plan_evaluations(MODELS[:1], experiment), "test", 8, evaluation)
         entries = [({"attack": a, "threat_model": "white_box"}, {}) for a in attacks]
-        jobs = verdict._jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
+        jobs = reliability.reliability_jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
         files = {job["attack"]: (job["file"], job["bfloat16"]) for job in jobs}
         return {s.attack: (s.address, files.get(s.attack), s.bfloat16) for s in sets}
 
@@ -202,12 +208,12 @@ def test_what_has_not_changed_keeps_its_address() -> None:
     attacks = tuple({**ADDRESSES_THAT_STAY, **TESTS_THAT_STAY})
     evaluation = EvaluationConfig(attacks=attacks, threat_models=("white_box", "black_box"))
     experiment = Experiment(name="t", evaluation=evaluation)
-    sets, _ = attack._example_sets(attack.plan(MODELS[2:], experiment), "test", 8, evaluation)
+    sets, _ = example_sets(plan.plan_evaluations(MODELS[2:], experiment), "test", 8, evaluation)
     addresses = {s.attack: s.address for s in sets}
     assert {name: addresses[name] for name in ADDRESSES_THAT_STAY} == ADDRESSES_THAT_STAY
     test = shards.ShardSet(Storage("/nowhere"), "test", {"num_rows": 8})
     entries = [({"attack": a, "threat_model": "white_box"}, {}) for a in attacks]
-    jobs = verdict._jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
+    jobs = reliability.reliability_jobs(MODELS[0], test, experiment, Storage("/nowhere"), entries, 2)
     files = {job["attack"]: job["file"] for job in jobs}
     assert {name: files[name] for name in TESTS_THAT_STAY} == TESTS_THAT_STAY
 
@@ -221,13 +227,13 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         searched.append({p.dtype for p in fast.parameters()})
         return search(spec, model, fast, *arguments, **options)
 
-    monkeypatch.setattr(attack, "search", spy)
+    monkeypatch.setattr(attacks_fast_copy, "search", spy)
     monkeypatch.setattr(fast_copy, "search", spy)
     common = with_network(tmp_path, "own_network:make")
     for bfloat16 in (False, True):
         job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
         where = {"examples": f"examples/{bfloat16}", "judges": {f"judged/{bfloat16}": "models/net"}}
-        attack._attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
+        attack_tasks.attack_chunks({**common, **job, **where, "chunks": CHUNKS[:1]})
         test = {
             "model": "models/net",
             "name": "net",
@@ -236,8 +242,8 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
             "eps": 0.2,
             "images": 2,
         }
-        verdict._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
-        assert attack._metadata(Storage(str(tmp_path)) / f"examples/{bfloat16}", 0)["bfloat16"] is bfloat16
+        reliability._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
+        assert read_metadata(Storage(str(tmp_path)) / f"examples/{bfloat16}", 0)["bfloat16"] is bfloat16
     assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
     assert all(torch.bfloat16 in dtypes for dtypes in searched[len(searched) // 2 :])
 
@@ -267,12 +273,12 @@ def experiment_of(record: dict[str, Any]) -> Experiment:
 def test_budgets_are_the_attacks_own_and_the_usual_of_minimal_norms(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
-    assert verdict.budgets(experiment_of(run[2])) == [("l2", 1.5), ("linf", 0.2)]
+    assert evaluation_worst_case.budgets(experiment_of(run[2])) == [("l2", 1.5), ("linf", 0.2)]
 
 
 def worst_cases(root: Storage, record: dict[str, Any]) -> list[dict[str, Any]]:
-    judgements = verdict.Judgements(root, record["evaluations"], fake_run.CHUNK)
-    return verdict.worst_cases(fake_run.MODELS, experiment_of(record), judgements)
+    judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
+    return evaluation_worst_case.worst_cases(fake_run.MODELS, experiment_of(record), judgements)
 
 
 def test_worst_cases_come_from_the_records(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
@@ -306,10 +312,10 @@ def test_the_same_examples_under_two_threat_models_are_one_evaluation(
 
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
-    judgements = verdict.Judgements(root, record["evaluations"], fake_run.CHUNK)
+    judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
     pairs = comparison.pairs(record, records.roles(record))
     assert pairs == [("no_defense", "control"), ("defend", "control"), ("no_defense", "defend")]
-    found = verdict.paired_worst_cases(pairs, experiment_of(record), judgements)
+    found = evaluation_worst_case.paired_worst_cases(pairs, experiment_of(record), judgements)
     accuracy = {(w["model"], w["threat_model"], w["norm"]): w["accuracy"] for w in worst_cases(root, record)}
     for w in found:
         # what both withstand or neither does cancels: the counts must give the difference of the accuracies
@@ -576,11 +582,11 @@ def attacked(common: dict[str, Any], attack_text: str, *tasks: list[tuple[int, i
     for chunks in tasks:
         torch.rand(7)  # whatever else the worker has drawn
         job = {"source": "models/net", "attack": attack_text, "early_leaving": False, "judges": {judged: "models/net"}}
-        attack._attack_chunks({**common, **job, "bfloat16": False, "examples": examples, "chunks": chunks})
+        attack_tasks.attack_chunks({**common, **job, "bfloat16": False, "examples": examples, "chunks": chunks})
     root = Storage(common["root"])
-    columns = attack.read_chunks(root / judged, 2)
+    columns = read_chunks(root / judged, 2)
     return [
-        *(attack.read_examples(root / examples, i).tolist() for i in range(2)),
+        *(read_examples(root / examples, i).tolist() for i in range(2)),
         {k: v.tolist() for k, v in columns.items()},
     ]
 
@@ -607,7 +613,7 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
         seeds.append(generator.initial_seed())
         return search(*arguments, generator=generator, **options)
 
-    monkeypatch.setattr(attack, "search", spy)
+    monkeypatch.setattr(attacks_fast_copy, "search", spy)
     common = with_network(tmp_path, "own_network:make")
     job = {"bfloat16": False, "judges": {}, "chunks": CHUNKS}
     texts = [
@@ -621,12 +627,12 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
         source = None if text.startswith("noise") else "models/net"
         early = text.startswith("pgd")
         where = {"source": source, "early_leaving": early, "examples": f"examples/{text}"}
-        attack._attack_chunks({**common, **job, **where, "attack": text})
+        attack_tasks.attack_chunks({**common, **job, **where, "attack": text})
     assert len(set(seeds)) == len(seeds) == len(texts) * len(CHUNKS)
     # the examples show it: these two differed in their length alone
-    _, clean, _ = attack.load_images({**common}, 0, 6)
+    _, clean, _ = attack_tasks.load_images({**common}, 0, 6)
     signs = [
-        np.sign(attack.read_examples(Storage(common["root"]) / f"examples/{text}", 0) - clean.numpy()).ravel()
+        np.sign(read_examples(Storage(common["root"]) / f"examples/{text}", 0) - clean.numpy()).ravel()
         for text in texts[:2]
     ]
     assert abs(np.corrcoef(*signs)[0, 1]) < 0.2
@@ -634,7 +640,7 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
     before = seeds[4:6]
     seeds.clear()
     where = {"source": "models/net", "early_leaving": False, "examples": "examples/elsewhere"}
-    attack._attack_chunks({**common, **job, **where, "attack": texts[2], "chunks": CHUNKS[::-1]})
+    attack_tasks.attack_chunks({**common, **job, **where, "attack": texts[2], "chunks": CHUNKS[::-1]})
     assert seeds == before[::-1]
 
 
@@ -653,7 +659,7 @@ def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -
                 "name": "net",
                 "bfloat16": False,
             }
-            verdict._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
+            reliability._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
         root = Storage(common["root"])
         found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
     assert found[0] == found[1]
@@ -667,7 +673,7 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
         given.append((model, fast))
         return active_test.active_test(model, *arguments, fast=fast, **options)
 
-    monkeypatch.setattr(verdict, "active_test", spy)
+    monkeypatch.setattr(evaluation_active_test, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")
     job = {
         "model": "models/net",
@@ -678,10 +684,10 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
         "name": "net",
         "bfloat16": False,
     }
-    verdict._measure({**common, **job, "file": "reliability/active.json"})
+    reliability._measure({**common, **job, "file": "reliability/active.json"})
     ((model, fast),) = given
-    assert model is attack.load_model(common["root"], "models/net", "cpu")
-    assert fast is attack.load_stand_in(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)), False)
+    assert model is attack_tasks.load_model(common["root"], "models/net", "cpu")
+    assert fast is attack_tasks.load_fast_copy(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)), False)
     assert fast is not None
 
 
@@ -701,21 +707,21 @@ def test_reliability_is_measured_in_micro_batches_where_memory_is_short(
     }
 
     def measured(file: str) -> dict[str, Any]:
-        verdict._measure({**common, **job, "file": f"reliability/{file}.json"})
+        reliability._measure({**common, **job, "file": f"reliability/{file}.json"})
         found: dict[str, Any] = Storage(common["root"]).read_json(f"reliability/{file}.json")
         return found
 
     whole = measured("whole")
     assert "micro_batch" not in whole
-    network = attack.load_model(common["root"], "models/net", "cpu")
-    monkeypatch.setattr(attack, "load_stand_in", lambda *_: None)
-    monkeypatch.setattr(attack, "load_model", lambda *_: Small(network, 3))
+    network = attack_tasks.load_model(common["root"], "models/net", "cpu")
+    monkeypatch.setattr(attack_tasks, "load_fast_copy", lambda *_: None)
+    monkeypatch.setattr(attack_tasks, "load_model", lambda *_: Small(network, 3))
     parts = measured("parts")
     assert parts.pop("micro_batch") == 2
     assert parts.keys() == whole.keys()
     for name in ("n", "clean_correct", "output", "zero_gradients") if not text else ("n", "left_out", "random_found"):
         assert parts[name] == whole[name]
-    monkeypatch.setattr(attack, "load_model", lambda *_: Small(network, 0))
+    monkeypatch.setattr(attack_tasks, "load_model", lambda *_: Small(network, 0))
     with pytest.raises(ResourceError, match="the reliability of net on a single image does not fit"):
         measured("none")
 

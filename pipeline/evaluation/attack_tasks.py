@@ -1,0 +1,241 @@
+"""What each Ray task of an attack runs: craft, verify and judge a chunk of samples."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
+from components.attacks.spec import AttackSpec
+from components.config import Experiment
+from components.evaluation.judge import Columns, judge, verify_examples
+from components.fields import content_hash
+from components.models.defend import adaptive_objective
+from components.random_streams import stream_seed
+from pipeline.data import shards
+from pipeline.evaluation.chunks import chunk_name, read_examples, write_table
+from pipeline.runtime.cluster import ResourceError
+from pipeline.runtime.storage import Storage, join_uri
+from pipeline.runtime.tasks import T
+from pipeline.training import exports
+
+FAST_COPY_IMAGES = 8
+"""Random images on which a network and its faster stand-in must agree."""
+
+
+def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
+    """Return what every task's job begins with: its data, and how its process is set up (:func:`prepare_task`)."""
+    return {
+        "root": root.full_uri,
+        "test": test.address,
+        "seed": experiment.evaluation.seed,
+        "device": "cuda" if experiment.scaling.gpus_per_attack else "cpu",
+        "threads": experiment.scaling.threads_per_worker,
+        "trusted": sorted({config.arch for config in experiment.variants().values()}),
+    }
+
+
+# what follows runs in the tasks
+
+
+@functools.lru_cache(maxsize=8)
+def load_model(root: str, weights: str, device: str) -> nn.Module:
+    """Load what :attr:`Model.weights` names, in eval mode.
+
+    Raises:
+        DataError: the weights are not those any more that the records name.
+    """
+    parts = [part.partition("#") for part in weights.split("+")]
+    (path, _, sha256), *behind = ((join_uri(root, path), mark, sha256) for path, mark, sha256 in parts)
+    if not behind:
+        return exports.load_classifier(path, device, sha256=sha256)
+    ((classifier, _, second),) = behind
+    return exports.load_reformed(path, classifier, device, sha256=(sha256, second))
+
+
+@functools.lru_cache(maxsize=2)
+def _test_set(root: str, address: str) -> shards.ShardSet:
+    return shards.load(Storage(root), address)
+
+
+def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
+    """Rows of a job's test set, and their images in [0,1] and labels on its device."""
+    rows = _test_set(job["root"], job["test"]).read_rows(start, stop)
+    images = torch.from_numpy(rows["image"]).to(job["device"]).float().div_(255)
+    return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
+
+
+def named_seed(seed: int, chunk: int, name: str) -> int:
+    """Return the seed of one of the random streams of a chunk.
+
+    Args:
+        seed: ``evaluation.seed``.
+        chunk: its number.
+        name: an attack's canonical text, for what the attack draws, so that attacks differ in their random starts and
+            models do not. Or an address, for torch's global stream, from which a randomised network draws.
+    """
+    return stream_seed(seed, chunk, int(content_hash(name)[:15], 16))
+
+
+def prepare_task(job: dict[str, Any]) -> None:
+    """Set up a task's process for a job that :func:`job_basis` begins."""
+    torch.set_num_threads(job["threads"])
+    exports.trust(job.get("trusted", ()))
+
+
+def attack_chunks(job: dict[str, Any]) -> None:
+    prepare_task(job)
+    for i, start, stop in job["chunks"]:
+        _attack_chunk(job, i, start, stop)
+
+
+def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
+    root, device = Storage(job["root"]), job["device"]
+    rows, clean, labels = load_images(job, start, stop)
+    if job["attack"] == "none":
+        adversarial = clean
+    else:
+        directory = root / job["examples"]
+        if not directory.exists(chunk_name(i)):
+            _make_examples(job, i, directory, clean, labels, rows)
+        # from the file in any case, so that a continued run judges what an unbroken one judged
+        adversarial = torch.tensor(read_examples(directory, i), device=device)  # a copy: Arrow's memory is read-only
+    for judged, weights in job["judges"].items():
+        directory = root / judged
+        if directory.exists(chunk_name(i)):
+            continue
+        model = load_model(job["root"], weights, device)
+        torch.manual_seed(named_seed(job["seed"], i, judged))
+        columns, micro_batch = _judge(model, clean, adversarial, labels)
+        records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
+        write_table(directory, i, records, {"micro_batch": micro_batch})
+
+
+@functools.lru_cache(maxsize=8)
+def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
+    """The faster copy on which attacks search, if the network of ``weights`` (:attr:`Model.weights`) has one."""
+    images = torch.rand(FAST_COPY_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    model = load_model(root, weights, device)
+    # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
+        return stand_in(model, images, bfloat16=bfloat16)
+
+
+@functools.lru_cache(maxsize=2)
+def _autoencoder(root: str, weights: str, device: str) -> nn.Module:
+    path, _, sha256 = weights.partition("#")
+    return exports.load_autoencoder(join_uri(root, path), device, sha256=sha256)
+
+
+def _make_examples(
+    job: dict[str, Any], i: int, directory: Storage, clean: Tensor, labels: Tensor, rows: dict[str, np.ndarray]
+) -> None:
+    spec = AttackSpec.parse(job["attack"])
+    model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
+    begin = time.perf_counter()
+    autoencoder = _autoencoder(job["root"], job["autoencoder"], job["device"]) if spec.name == "adaptive" else None
+
+    def copied() -> nn.Module | None:
+        if not job["source"]:
+            return None
+        return load_fast_copy(job["root"], job["source"], job["device"], clean.shape[1:], job["bfloat16"])
+
+    torch.manual_seed(named_seed(job["seed"], i, job["examples"]))
+    seed = named_seed(job["seed"], i, str(spec))
+    adversarial, micro_batch = _craft(
+        spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=seed
+    )
+    seconds = time.perf_counter() - begin
+    bfloat16 = job["bfloat16"] and computes_in_bfloat16(copied())
+    verify_examples(clean, adversarial, rows["index"], spec)
+    images = shards.tensor_array(adversarial.cpu().numpy())
+    write_table(
+        directory,
+        i,
+        {"index": pa.array(rows["index"]), "label": pa.array(rows["label"]), "adversarial": images},
+        {"seconds": seconds, "micro_batch": micro_batch, "bfloat16": bfloat16, "attack": job["attack"]},
+    )
+
+
+def _knowledge(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Callable[[Tensor, Tensor], Tensor]:
+    assert spec.objective is not None
+    assert spec.weight is not None
+    return adaptive_objective(autoencoder, clean, spec.objective, spec.weight)
+
+
+def _craft(
+    spec: AttackSpec,
+    model: nn.Module,
+    copied: Callable[[], nn.Module | None],
+    autoencoder: nn.Module | None,
+    clean: Tensor,
+    labels: Tensor,
+    *,
+    early: bool,
+    seed: int,
+) -> tuple[Tensor, int]:
+    """The examples of a chunk, and 0, or the size of the micro-batches that memory allowed (recorded: another result)."""
+
+    def attempt(micro_batches: list[slice]) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        fast = copied()
+        parts = []
+        for rows in micro_batches:
+            knows = None if autoencoder is None else _knowledge(autoencoder, clean[rows], spec)
+            parts.append(
+                search(
+                    spec,
+                    model,
+                    fast,
+                    clean[rows],
+                    labels[rows],
+                    early_leaving=early,
+                    generator=generator,
+                    auxiliary=knows,
+                )
+            )
+        return torch.cat(parts)
+
+    return as_memory_allows(len(clean), attempt, f"{spec} on")
+
+
+def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Columns, int]:
+    """:func:`judge`, in smaller batches where memory is short, and of how many samples (0: all). Recorded, since a randomised
+    network draws otherwise then; another's verdict does not depend on them."""
+
+    def attempt(micro_batches: list[slice]) -> Columns:
+        parts = [judge(model, clean[rows], adversarial[rows], labels[rows]) for rows in micro_batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return as_memory_allows(len(clean), attempt, "judging")
+
+
+def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> tuple[T, int]:
+    """``attempt`` on all of n samples at once, else on half as many at a time, and so on.
+
+    Returns:
+        Its result, and 0, or how many samples at a time it came from.
+
+    Raises:
+        ResourceError: there is no room for a single one.
+    """
+    size = n
+    while True:
+        try:
+            return attempt([slice(start, start + size) for start in range(0, n, size)]), 0 if size == n else size
+        except torch.OutOfMemoryError as e:
+            if size == 1:
+                raise ResourceError(
+                    f"{what} a single image does not fit the memory ({e}). Raise scaling.gpus_per_attack, so that fewer tasks share a "
+                    "GPU, or attack on the CPU with scaling.gpus_per_attack=0"
+                ) from e
+        # here, where the error is gone, and with it all that it held
+        size = (size + 1) // 2
+        torch.cuda.empty_cache()
