@@ -32,7 +32,7 @@ from components.attacks.fast_copy import search, stand_in
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import judge, verify_examples
 from components.evaluation.metrics import summarize
-from pipeline.comparison import shown_metrics
+from pipeline.reporting.over_seeds import shown_metrics
 
 Attack = Callable[[], Tensor]
 

@@ -14,16 +14,17 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
-from components.config import Experiment, level_sizes
+from components.config import Experiment, level_sizes, roles
 from components.config.data import Shapes
+from components.config.roles import roles_of
 from components.config.train import stored_levels
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.models import libraries
-from pipeline import comparison, publish, records, report, tables
 from pipeline.data import pyramids, shards
 from pipeline.data.sources import base, open
 from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
+from pipeline.reporting import mlflow_run, records, report, results, terminal
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.lease import Lease
@@ -73,7 +74,7 @@ class Run:
 
     def publish(self) -> None:
         with self.tracker.excused("records"):
-            publish.publish_run(self.tracker, self.storage, self.root)
+            mlflow_run.publish_run(self.tracker, self.storage, self.root)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -338,7 +339,7 @@ def train_models(run: Run, sets: Sets) -> list[plan.Model]:
     for name, config in run.experiment.variants().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
-    with run.timed("train"), stage(records.model_stage(run.experiment)) as bar:
+    with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
         models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
@@ -359,7 +360,7 @@ class _TrainProgress(monitor.Progress):
             since = f"from {resumed['from']}" if resumed["from"] else "from the beginning"
             say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
-        publish.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
+        mlflow_run.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
         if not tracker.is_behind:  # else it is read from its file when the model is finished
             tracker.history(f"model/{name}", record["epoch"], lambda: record)
 
@@ -385,7 +386,7 @@ class _TrainProgress(monitor.Progress):
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         done, total = len(run.record["models"]), len(run.experiment.variants())
         speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
-        say(f"  {records.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
+        say(f"  {results.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
 
 
 def trained_models(run: Run) -> list[plan.Model]:
@@ -428,7 +429,7 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
         names = [m.name for m in models]
         judgements = worst_case.EvaluationRecords(run.root, evaluations, run.experiment.evaluation.chunk_size)
         run.record["worst_case"] = worst_case.worst_cases(names, run.experiment, judgements)
-        pairs = comparison.pairs(run.record, records.roles(run.record))
+        pairs = roles.pairs(run.record, roles_of(run.record))
         run.record["worst_case_pairs"] = worst_case.paired_worst_cases(pairs, run.experiment, judgements)
         run.record["reliability"] = reliability.reliability(
             models, test, run.experiment, run.root, judgements, progress=bar.update
@@ -480,7 +481,7 @@ def finish(run: Run) -> None:
     """Publish what is left, then show the table and where to look."""
     run.publish()
     run.tracker.conclude()
-    tables.print_table(run.storage)
+    terminal.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
     say(f"MLflow: {uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
 
@@ -495,7 +496,7 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         will_train=command in ("run", "train"),
         needs_tracking=needs_tracking,
     )
-    publish.start_run(run.tracker, run.record)
+    mlflow_run.start_run(run.tracker, run.record)
     complete = False
     try:
         if command == "report":

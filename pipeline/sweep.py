@@ -25,13 +25,15 @@ from components.errors import ConfigError, UserError
 from components.evaluation.metrics import usual_eps
 from components.fields import MAX_NAME_BYTES, check_name, content_hash, parse_spec, replace_typed, to_dict
 from components.search_space import Point, Space, choose, ends, pareto_front
-from pipeline import publish, records, run, sweep_report, tuner
+from pipeline import run, sweep_report, tuner
 from pipeline.options import SweepOptions
 from pipeline.recipes.suites import full_suite
+from pipeline.reporting import records
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import mlflow_sweep
 from pipeline.sweep.trials.plan import Objective, SweepPlan, trial_config
 from pipeline.sweep.trials.states import DIVERGED
 from pipeline.tracking import server, tracker
@@ -98,7 +100,7 @@ class Sweep(run.Run):
             record = copy.deepcopy(self.record)
         # not under the lock: what is read from storage must not hold up the trials
         with self.tracker.excused("records"):
-            publish.publish_sweep(self.tracker, record, self.storage, self.root)
+            mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root)
 
     def final(self, point: Point) -> Experiment:
         """:func:`final_experiment`, as the options ask for it."""
@@ -370,7 +372,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
     """Run a sweep from its trials to the evaluation of its choice, or what is left of it."""
     sweep, probed = open_sweep(experiment, options)
     try:
-        publish.start_sweep(sweep.tracker, sweep.record)
+        mlflow_sweep.start_sweep(sweep.tracker, sweep.record)
         pending = _pending(sweep)
         beside, missing = _references(sweep)
         runs = tuner.runs_at_once(sweep, len(pending) + len(missing))
@@ -516,13 +518,13 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
     data = sweep.experiment.data
     with sweep.tracker.excused("registration of the chosen model"):
         sweep.tracker.register_model(
-            publish.trial_alias(chosen),
+            mlflow_sweep.trial_alias(chosen),
             exports.load_classifier(
                 sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
             ),
             run._example(data.channels, data.image_size),
             metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
-            **publish.choice_version(sweep.record, sweep.storage),
+            **mlflow_sweep.choice_version(sweep.record, sweep.storage),
         )
 
 

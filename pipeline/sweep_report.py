@@ -16,7 +16,9 @@ import jinja2
 import numpy as np
 
 from components.evaluation.statistics import wilson_interval
-from pipeline import plots, records, tables
+from pipeline.reporting import labels
+from pipeline.reporting.markdown import made_with, markdown_made_with, markdown_table
+from pipeline.reporting.plots import style
 from pipeline.runtime.storage import Storage
 
 Trial = Mapping[str, Any]
@@ -158,7 +160,7 @@ def earlier(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each earlier choice that the test images were used for before a later conclusion changed it."""
     said = []
     for number, one in enumerate(record.get("earlier_evaluations") or [], 1):
-        when = f" on {records.when(one['date'])}" if one.get("date") else ""
+        when = f" on {labels.when(one['date'])}" if one.get("date") else ""
         said.append(
             f"Choice no. {number} was tested on the test images{when}, before the sweep went on: trial {one['trial']}: "
             f"{parameters_text(one['parameters'])}: {one['evaluation']}"
@@ -226,8 +228,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     """Paragraphs and table of a sweep that has a choice, and what it was made with, for places that show Markdown."""
     rows = table(record)
     lines = [line for said in paragraphs(record) for line in (said, "")]
-    lines += tables.markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
-    return "\n".join([*lines, *tables.markdown_made_with(record)]) + "\n"
+    lines += markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
+    return "\n".join([*lines, *markdown_made_with(record)]) + "\n"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:
@@ -258,7 +260,7 @@ def to_csv(record: Mapping[str, Any]) -> str:
 
 def pareto(record: Mapping[str, Any]) -> bytes:
     """Robust over clean accuracy with 95 % intervals of the former; front and choice marked."""
-    figure, (axis,) = plots.grid(1, columns=1, width=3.6, height=4.4)
+    figure, (axis,) = style.grid(1, columns=1, width=3.6, height=4.4)
     trials = finished(record)
     choice = record["choice"]["trial"]
     for trial in trials:
@@ -286,7 +288,7 @@ def pareto(record: Mapping[str, Any]) -> bytes:
     axis.set_xlabel("clean accuracy, validation (%)")
     axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")
     axis.set_title("front (line), choice (star), references (diamonds)")
-    return plots.png(figure)
+    return style.png(figure)
 
 
 def parallel(record: Mapping[str, Any]) -> bytes:
@@ -305,7 +307,7 @@ def parallel(record: Mapping[str, Any]) -> bytes:
         span = max(high - low, 1)
         axes[name] = [(v - low) / span for v in values]
         ticks[name] = [(i / 4, f"{low + span * i / 4:g}") for i in range(5)]
-    figure, (axis,) = plots.grid(1, columns=1, width=max(3.2, 0.9 * len(axes)), height=4.0)
+    figure, (axis,) = style.grid(1, columns=1, width=max(3.2, 0.9 * len(axes)), height=4.0)
     axis.grid(False)
     axis.spines[["left", "bottom"]].set_visible(False)
     shade = colormaps["viridis_r"]
@@ -326,7 +328,7 @@ def parallel(record: Mapping[str, Any]) -> bytes:
     axis.set_yticks([])
     axis.margins(x=0.08)
     axis.set_title("darker: more robust; orange: the choice")
-    return plots.png(figure)
+    return style.png(figure)
 
 
 def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -373,7 +375,7 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
         counts[y, x] += 1
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     width, height = 0.85 * len(labels[0]) + 1.5, 0.6 * len(labels[1]) + 1.4
-    figure, (axis,) = plots.grid(1, columns=1, width=width / 2, height=height)
+    figure, (axis,) = style.grid(1, columns=1, width=width / 2, height=height)
     axis.grid(False)
     image = axis.imshow(means, cmap="viridis", aspect="auto", origin="lower")
     middle = float(np.nanmean(means))
@@ -387,7 +389,7 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
     axis.set_ylabel(names[1])
     axis.set_title("robust accuracy in %: mean (trials)")
     figure.colorbar(image, ax=axis)
-    return plots.png(figure)
+    return style.png(figure)
 
 
 def _cells(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[int], list[str]]:
@@ -437,7 +439,7 @@ def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
     text = html.render(
         title=f"Sweep {record['name']}: {record['space_name']}",
         paragraphs=paragraphs(record),
-        made_with=tables.made_with(record),
+        made_with=made_with(record),
         again=f"python pipeline/main.py run --from {storage.uri}/best.json",
         pictures=[(n, PLOTS[n], base64.b64encode(d).decode()) for n, d in pictures.items()],
         rows=table(record),

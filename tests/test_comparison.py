@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
-from components.config import EvaluationConfig, Experiment, TrainConfig
+from components.config import EvaluationConfig, Experiment, TrainConfig, roles
+from components.config.roles import roles_of
 from components.fields import to_dict
-from pipeline import comparison, paper, publish, records, tables
 from pipeline.evaluation.plan import Model, plan_evaluations
 from pipeline.recipes.paper import PAPER
 from pipeline.recipes.registry import RECIPES
+from pipeline.reporting import labels, markdown, mlflow_run, over_seeds, paper, records, results
+from pipeline.reporting.cells import cell
+from pipeline.reporting.paper import beside_paper
 from pipeline.runtime.storage import Storage
 
 
@@ -107,7 +110,7 @@ def with_accuracies(values: dict[str, list[float]]) -> dict[str, Any]:
 
 def test_mean_and_spread_over_the_seeds() -> None:
     record = with_accuracies({"control": [0.6, 0.7, 0.8], "defend": [0.9, 0.9, 0.9]})
-    control, defend = comparison.over_seeds(record)
+    control, defend = over_seeds.over_seeds(record)
     assert (control["model"], control["seeds"], control["n"]) == ("control", 3, 900)
     assert control["accuracy_mean"] == pytest.approx(0.7)
     assert control["accuracy_sd"] == pytest.approx(statistics.stdev([0.6, 0.7, 0.8]))
@@ -118,20 +121,20 @@ def test_mean_and_spread_over_the_seeds() -> None:
 def test_a_difference_counts_only_beyond_the_seeds() -> None:
     """Paired: the same large spread in both cancels; Student's t of three pairs has the known factor 4.303."""
     record = with_accuracies({"control": [0.5, 0.7, 0.9], "defend": [0.56, 0.75, 0.96]})
-    (row,) = comparison.differences(record, "control")
+    (row,) = over_seeds.differences(record, "control")
     assert row["difference"] == pytest.approx((0.06 + 0.05 + 0.06) / 3)
     sd = statistics.stdev([0.06, 0.05, 0.06])
     assert row["half_width"] == pytest.approx(4.3027 * sd / 3**0.5, rel=1e-3)
     assert row["resolved"]
     record = with_accuracies({"control": [0.5, 0.7, 0.9], "defend": [0.66, 0.65, 0.86]})
-    (row,) = comparison.differences(record, "control")
+    (row,) = over_seeds.differences(record, "control")
     assert not row["resolved"]
 
 
 def test_one_seed_has_no_spread() -> None:
     record = record_of(SMALL)
-    assert comparison.over_seeds(record) == []
-    assert comparison.differences(record, "control") == []
+    assert over_seeds.over_seeds(record) == []
+    assert over_seeds.differences(record, "control") == []
 
 
 TABLES = [f"{name}-{scale}" for name, (_, scales) in PAPER.items() for scale in scales if name.startswith("table")]
@@ -141,8 +144,8 @@ TABLES = [f"{name}-{scale}" for name, (_, scales) in PAPER.items() for scale in 
 def test_every_number_of_a_table_has_one_of_ours_beside_it(name: str) -> None:
     experiment = RECIPES[name].make()
     record = record_of(experiment)
-    rows = comparison.beside_paper(record)
-    wanted = paper.printed(experiment.paper)
+    rows = beside_paper(record)
+    wanted = paper.printed_value(experiment.paper)
     assert [r["paper"] for r in rows] == [p.text for p in wanted]
     # what stands in sec. 4.2 but is no evaluation of it: gains, and what it repeats from other tables
     lacking = {(r["row"], r["column"]) for r in rows if not r["ours"]}
@@ -155,11 +158,7 @@ def test_every_number_of_a_table_has_one_of_ours_beside_it(name: str) -> None:
 def test_a_paper_cell_gets_the_right_evaluations() -> None:
     experiment = RECIPES["table7-smoke"].make()
     record = record_of(experiment)
-    (row,) = [
-        r
-        for r in comparison.beside_paper(record)
-        if (r["row"], r["arch"], r["made_on"]) == ("defend", "vgg16", "resnet18")
-    ]
+    (row,) = [r for r in beside_paper(record) if (r["row"], r["arch"], r["made_on"]) == ("defend", "vgg16", "resnet18")]
     accuracy = {
         e["threat_model"]: e["metrics"]["accuracy"]
         for e in record["evaluations"]
@@ -169,7 +168,7 @@ def test_a_paper_cell_gets_the_right_evaluations() -> None:
         t: accuracy[t] for t in ("transfer:no_defense-resnet18", "transfer:defend-resnet18")
     }
     experiment = RECIPES["table2-smoke"].make()
-    rows = {(r["row"], r["column"]): r for r in comparison.beside_paper(record_of(experiment))}
+    rows = {(r["row"], r["column"]): r for r in beside_paper(record_of(experiment))}
     assert [o["threat_model"] for o in rows["comdefend", "fgsm"]["ours"]] == ["grey_box"]
     assert [o["threat_model"] for o in rows["comdefend_wb", "fgsm"]["ours"]] == ["white_box"]
     assert [o["threat_model"] for o in rows["comdefend_wb", "clean"]["ours"]] == ["clean"]
@@ -181,20 +180,20 @@ def test_the_paper_attacks_in_linf() -> None:
     base = RECIPES["table2-smoke"].make()
     attacks = ("fgsm:eps=1.5,norm=l2", "bim:eps=1.5,norm=l2,steps=2")
     record = record_of(dataclasses.replace(base, evaluation=dataclasses.replace(base.evaluation, attacks=attacks)))
-    assert {r["column"] for r in comparison.beside_paper(record) if r["ours"]} == {"clean"}
+    assert {r["column"] for r in beside_paper(record) if r["ours"]} == {"clean"}
 
 
 def test_roles_and_titles() -> None:
     record = record_of(SMALL)
-    assert records.roles(record) == {
+    assert roles_of(record) == {
         "no_defense": "source",
         "control": "control",
         "comdefend": "defended",
         "defend": "defended",
     }
-    assert comparison.references(record, records.roles(record)) == ["control", "defend"]
-    assert records.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
-    assert records.threat_title("grey_box") == "grey-box"
+    assert roles.references(record, roles_of(record)) == ["control", "defend"]
+    assert labels.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
+    assert labels.threat_title("grey_box") == "grey-box"
 
 
 @pytest.mark.parametrize(
@@ -208,12 +207,12 @@ def test_roles_and_titles() -> None:
 )
 def test_models_are_compared_with_the_control_and_with_ours(recipe: str, wanted: list[str]) -> None:
     record = record_of(RECIPES[recipe].make())
-    assert comparison.references(record, records.roles(record)) == wanted
+    assert roles.references(record, roles_of(record)) == wanted
 
 
 def test_differences_are_told_once_and_within_an_architecture() -> None:
     record = record_of(dataclasses.replace(RECIPES["table5-smoke"].make(), seeds=2))
-    rows = records.across(record)["differences"]
+    rows = results.across(record)["differences"]
     pairs = {(d["model"], d["reference"]) for d in rows}
     assert pairs == {
         (model, reference)
@@ -229,7 +228,7 @@ def test_differences_are_told_once_and_within_an_architecture() -> None:
 def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_another(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
     run.write_json("run.json", {"schema": 1, "name": "table5", **record_of(RECIPES["table5-smoke"].make())})
-    lines = tables.markdown(records.read_run(run)).splitlines()
+    lines = markdown.markdown(records.read_run(run)).splitlines()
     assert any(line.startswith("### Beside the paper's table5, scale smoke") for line in lines)
     (row,) = [line for line in lines if line.startswith("| ours (VGG16) | vgg16 | fgsm |")]
     # another network than the paper's: with batch norm
@@ -268,15 +267,15 @@ def test_a_median_is_of_the_norm_that_the_attack_makes_small() -> None:
         e["metrics"] |= {"l2_median": 1.25, "linf_median": 0.03125 if e["model"].endswith("s0") else 0.0625}
         if norm:
             e["metrics"]["curve"] = {"norm": norm, "eps": [0.0], "accuracy": [1.0]}
-    data = records.table({**record, "name": "x"})
-    cells = {c["attack"].partition(":")[0]: tables._cell(c, data["rows"][0]) for c in data["columns"]}
+    data = results.table({**record, "name": "x"})
+    cells = {c["attack"].partition(":")[0]: cell(c, data["rows"][0]) for c in data["columns"]}
     assert cells["fab-t"][2:] == ["Linf 0.031 of 20"]
     assert cells["ddn"][2:] == ["L2 1.25 of 20"]
     assert cells["pgd"][2:] == []
-    over = {r["attack"].partition(":")[0]: records.norms_over_seeds(r) for r in comparison.over_seeds(record)}
+    over = {r["attack"].partition(":")[0]: results.norms_over_seeds(r) for r in over_seeds.over_seeds(record)}
     assert over == {"none": "", "fab-t": "Linf 0.047 of 20", "ddn": "L2 1.25 of 20", "pgd": ""}
-    published = publish.table_metrics(record, "no_defense-s1")
+    published = mlflow_run.table_metrics(record, "no_defense-s1")
     medians = {name: value for name, value in published.items() if "median" in name}
     assert medians == {"white_box/fab-t/linf_median": 0.0625, "white_box/ddn/l2_median": 1.25}
     within_a_budget = {"norm": None, "l2_median": 1.25, "broken": 20}
-    assert records.median_norm(within_a_budget) == ""
+    assert labels.median_norm(within_a_budget) == ""

@@ -24,14 +24,17 @@ from torch import Tensor, nn
 
 from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
 from components.config.data import Shapes
+from components.config.roles import first_replicates, roles_of
 from components.errors import DataError
 from components.evaluation.statistics import wilson_interval
 from components.fields import to_dict
 from components.models.build import build_net
-from pipeline import figures, plots, records, report
 from pipeline.data.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.evaluation import figure_data, gallery
 from pipeline.evaluation.plan import Model
+from pipeline.reporting import labels, report, run_plots
+from pipeline.reporting.figures import draw, fig2, fig6, fig7, fig8
+from pipeline.reporting.plots import charts, style
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -70,13 +73,13 @@ def _examples(root: Storage, address: str, adversarial: np.ndarray, chunk: int =
 def _figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """Every figure that is turned into PNG from now on."""
     drawn: list[Figure] = []
-    original = plots.png
+    original = style.png
 
     def keep(figure: Figure) -> bytes:
         drawn.append(figure)
         return original(figure)
 
-    monkeypatch.setattr(plots, "png", keep)
+    monkeypatch.setattr(style, "png", keep)
     return drawn
 
 
@@ -137,7 +140,7 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     assert math.isnan(found["r"][0])  # 0 / 0
     assert np.isinf(found["r"][1:]).all()
     stored = {f"fig8__{name}__defend": values for name, values in found.items()} | {"fig8__attack": np.array(FGSM)}
-    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
+    picture = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
     assert picture is not None
     assert "R < 1 for 0 of 4" in picture[1]
     assert "4 without a finite R" in picture[1]
@@ -335,11 +338,11 @@ ONE_SEED = {
 def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
     drawn = _figures_drawn(monkeypatch)
-    roles = records.roles(record)
-    picture = figures.fig7(record, roles)
+    roles = roles_of(record)
+    picture = fig7.fig7(record, roles)
     assert picture is not None
     _assert_png(picture[2])
-    looks = plots.styles(roles)
+    looks = style.styles(roles)
     found = {}
     for axis in drawn[0].axes:
         for line in axis.get_lines():
@@ -360,7 +363,7 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
 def test_fig7_whiskers_are_wilson_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     record = _record(ONE_SEED, n=100, seeds=1)
-    figures.fig7(record, records.roles(record))
+    fig7.fig7(record, roles_of(record))
     segments = [s for c in drawn[0].axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
     whiskers = {tuple(np.round(np.asarray(s)[:, 1], 6)) for s in segments if len(s) == 2}
     for count in (96, 60, 20, 2, 92, 80, 70):
@@ -371,19 +374,17 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     right = {("bare", "clean", 0.0): [90, 96, 99], ("bare", "white_box", 0.1): [50, 40, 60]}
     record = _record(right, n=100, seeds=3)
     ((point,),) = (
-        [p for p in points if p.eps]
-        for models in figures.accuracy_over_eps(record).values()
-        for points in models.values()
+        [p for p in points if p.eps] for models in fig7.accuracy_over_eps(record).values() for points in models.values()
     )
     assert (point.seeds, point.mean, point.least, point.greatest) == (3, pytest.approx(0.5), 0.4, 0.6)
     assert (point.low, point.high) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
     drawn = _figures_drawn(monkeypatch)
-    picture = figures.fig7(record, records.roles(record))
+    picture = fig7.fig7(record, roles_of(record))
     assert picture is not None
     assert "mean of up to 3 seeds" in picture[1]
     band = drawn[0].axes[0].collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in np.round(band, 6)} >= {(0.0, 90.0), (0.0, 99.0), (0.1, 40.0), (0.1, 60.0)}
-    assert plots.legend("bare", {"bare": "source"}) in [t.get_text() for t in drawn[0].legends[0].get_texts()]
+    assert style.legend("bare", {"bare": "source"}) in [t.get_text() for t in drawn[0].legends[0].get_texts()]
 
 
 def _ratios(*r: float) -> dict[str, np.ndarray]:
@@ -400,7 +401,7 @@ def _ratios(*r: float) -> dict[str, np.ndarray]:
 def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     stored = _ratios(0.25, 0.5, 0.75, 1.0, 1.5, math.inf)
-    picture = figures.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
+    picture = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
     assert picture is not None
     for said in (
         "Here it does not always",
@@ -411,7 +412,7 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         assert said in picture[1]
     assert "median" not in picture[1], "of five images"
-    ten = figures.fig8(_ratios(*[0.25] * 6, *[0.75] * 4, math.inf), {"defend": "defended"}, {"defend": "defend"})
+    ten = fig8.fig8(_ratios(*[0.25] * 6, *[0.75] * 4, math.inf), {"defend": "defended"}, {"defend": "defend"})
     assert ten is not None
     assert "median 0.25 of 10, largest 0.75" in ten[1]
     (axis,) = drawn[0].axes
@@ -419,10 +420,10 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     heights = [(p.get_x(), p.get_height()) for p in axis.patches if p.get_height()]  # type: ignore[attr-defined]
     assert sum(h for _, h in heights) == 5
     assert sum(h for x, h in heights if x < 0.99) == 3
-    holding = figures.fig8(_ratios(0.1, 0.9), {"defend": "defended"}, {"defend": "defend"})
+    holding = fig8.fig8(_ratios(0.1, 0.9), {"defend": "defended"}, {"defend": "defend"})
     assert holding is not None
     assert "So it does here" in holding[1]
-    border = figures.fig8(_ratios(0.1, 0.0), {"defend": "defended"}, {"defend": "defend"})
+    border = fig8.fig8(_ratios(0.1, 0.0), {"defend": "defended"}, {"defend": "defend"})
     assert border is not None
     assert "Here it does not always" in border[1]  # 0 is not in (0, 1)
 
@@ -442,7 +443,7 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
     drawn = _figures_drawn(monkeypatch)
-    found = figures.draw(record, kept, {}, records.roles(record))
+    found = draw.draw(record, kept, {}, roles_of(record))
     assert list(found) == ["fig5"]
     _assert_png(found["fig5"][2])
     said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]
@@ -466,7 +467,7 @@ def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatc
         "fig6__reconstruction_adversarial__defend": clean + 0.05,
     }
     drawn = _figures_drawn(monkeypatch)
-    picture = figures.fig6(stored, {"bare": "source", "defend": "defended"})
+    picture = fig6.fig6(stored, {"bare": "source", "defend": "defended"})
     assert picture is not None
     assert "defend: 2.00 before, 0.50 after" in picture[1]
     _assert_png(picture[2])
@@ -478,7 +479,7 @@ def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatc
 def test_fig2_says_where_the_energy_is() -> None:
     spectra = np.zeros((2, 1, 8, 8))
     spectra[:, :, 0, 0], spectra[:, :, 3, 3], spectra[:, :, 7, 0] = 3.0, 2.0, 1.0
-    assert figures.low_energy(spectra, [4, 2]) == [pytest.approx(13 / 14), pytest.approx(9 / 14)]
+    assert fig2.low_energy(spectra, [4, 2]) == [pytest.approx(13 / 14), pytest.approx(9 / 14)]
 
 
 # -- in the report ---------------------------------------------------------------------------------------------------------
@@ -558,7 +559,7 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, by
         histories[name] = [{"epoch": 0, "phase": phase, "steps": steps, "validation": {"accuracy": 0.9}}]
     record = {"name": "many", "experiment": to_dict(experiment), "models": {}, "evaluations": evaluations}
     drawn = _figures_drawn(monkeypatch)
-    pictures = report._pictures(json.loads(json.dumps(record)), {}, histories, {})
+    pictures = run_plots.draw_pictures(json.loads(json.dumps(record)), {}, histories, {})
     return pictures, dict(zip(pictures, drawn, strict=True))
 
 
@@ -588,19 +589,19 @@ def test_undefended_models_are_grey_and_replicates_alike() -> None:
         return max(r, g, b) - min(r, g, b) < 40
 
     roles = {"a": "source", "b": "control", "c": "defended", "d": "defended"}
-    palette = {model: look["color"] for model, look in plots.styles(roles).items()}
+    palette = {model: look["color"] for model, look in style.styles(roles).items()}
     assert [grey(c) for c in palette.values()] == [True, True, False, False]
     assert len(set(palette.values())) == 4
     bases = {"a-s0": "a", "a-s1": "a", "b-s1": "b"}
-    assert plots.first_replicates(["a-s0", "a-s1", "b-s1"], bases) == ["a-s0", "b-s1"]  # b-s0 diverged
+    assert first_replicates(["a-s0", "a-s1", "b-s1"], bases) == ["a-s0", "b-s1"]  # b-s0 diverged
 
 
 def test_names_that_fit_no_line_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
-    models = {f"no_defense-resnet{i}": plots.Bar(accuracy=0.5, low=0.4, high=0.6) for i in range(9)}
-    threat = records.threat_title("transfer:no_defense-resnet18")
+    models = {f"no_defense-resnet{i}": charts.Bar(accuracy=0.5, low=0.4, high=0.6) for i in range(9)}
+    threat = labels.threat_title("transfer:no_defense-resnet18")
     roles = dict.fromkeys([*models, "not_measured"], "control")
-    png = plots.bars({threat: {"FGSM\neps 0.05": models}}, roles, plots.styles(roles))
+    png = charts.bars({threat: {"FGSM\neps 0.05": models}}, roles, style.styles(roles))
     _assert_png(png)
     (axis,) = [a for a in drawn[0].axes if a.get_title()]
     assert re.sub(r"\s+", " ", axis.get_title()) == "transfer from no_defense-resnet18 FGSM eps 0.05"

@@ -15,11 +15,11 @@ import fake_run
 import pytest
 
 from components.config import Shapes, level_sizes
-from pipeline import report
 from pipeline.data import pyramids, shards
 from pipeline.evaluation import plan, reliability
 from pipeline.evaluation.addresses import example_sets
 from pipeline.recipes.registry import RECIPES
+from pipeline.reporting import report
 from pipeline.run import run_address
 from pipeline.runtime.storage import Storage
 from pipeline.training import jobs

@@ -11,8 +11,9 @@ import fake_run
 import pytest
 from rich.console import Console
 
-from pipeline import records, report, tables
-from pipeline.publish import table_metrics
+from components.config import roles
+from pipeline.reporting import report, terminal, verdicts
+from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.runtime.storage import Storage
 
 
@@ -43,8 +44,8 @@ def record(right: int, n: int, classes: int) -> dict[str, Any]:
 def test_an_accuracy_of_guessing_is_named(
     right: int, n: int, classes: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "roles", lambda _: {"m": "undefended"})
-    rows = records.near_chance(record(right, n, classes))
+    monkeypatch.setattr(roles, "roles_of", lambda _: {"m": "undefended"})
+    rows = verdicts.near_chance(record(right, n, classes))
     if not said:
         assert rows == []
         return
@@ -58,13 +59,13 @@ def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
     root = Storage(str(tmp_path))
     run = fake_run.write(root)
     made = run.read_json("run.json")
-    assert records.near_chance(made) == []
+    assert verdicts.near_chance(made) == []
     (clean,) = [e for e in made["evaluations"] if (e["model"], e["threat_model"]) == ("control", "clean")]
     clean["metrics"]["accuracy"] = 0.09
     run.write_json("run.json", made)
     sentence = "control: clean accuracy 9.0 % (n = 300) is near chance (10.0 %)"
     out = io.StringIO()
-    tables.print_table(run, console=Console(file=out, width=400))
+    terminal.print_table(run, console=Console(file=out, width=400))
     assert sentence in out.getvalue()
     paths = report.build(run, root)
     assert sentence in run.read_bytes(paths["html"]).decode()

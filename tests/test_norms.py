@@ -17,7 +17,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.metrics import summarize
 from components.fields import from_dict
-from pipeline import comparison, publish, records, report, tables
+from pipeline.reporting import markdown, mlflow_run, over_seeds, records, report, results, terminal
 from pipeline.runtime.storage import Storage
 
 DDN = str(AttackSpec.parse("ddn:steps=60"))
@@ -59,9 +59,9 @@ def shown(run: Storage, root: Storage) -> dict[str, str]:
     record = records.read_run(run)
     html = re.sub(r"<[^>]+>", " ", page_of(record, root))
     (cell,) = re.findall(r"control\s+control: undefended, another seed.*?\n", html)
-    (line,) = [x for x in tables.markdown(record).splitlines() if x.startswith("| control (control)")]
+    (line,) = [x for x in markdown.markdown(record).splitlines() if x.startswith("| control (control)")]
     out = io.StringIO()
-    tables.print_table(run, console=Console(file=out, width=200))
+    terminal.print_table(run, console=Console(file=out, width=200))
     row = out.getvalue()
     return {"html": " ".join(cell.split()), "markdown": line.split(" | ")[-1], "terminal": row}
 
@@ -84,8 +84,8 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     """table.csv, table.json and MLflow: no median or quartile of fewer than ten images, of any attack and threat model."""
     root = Storage(tmp_path)
     run, record = record_of(root, broken)
-    kept = broken >= comparison.MIN_FOR_MEDIAN
-    rows = list(csv.DictReader(io.StringIO(tables.to_csv(record))))
+    kept = broken >= over_seeds.MIN_FOR_MEDIAN
+    rows = list(csv.DictReader(io.StringIO(markdown.to_csv(record))))
     (row,) = [r for r in rows if (r["model"], r["threat_model"], r["attack"]) == ("control", "transfer", DDN)]
     quantiles = [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")]
     assert [bool(row[q]) for q in quantiles] == [kept] * 6
@@ -93,11 +93,11 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     cells = {r["model"]: r["cells"] for r in report._data(record, root)["rows"]}
     cell = cells["control"]["transfer/ddn"]
     assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if kept else (None, 9))
-    published = publish.table_metrics(record, "control")
+    published = mlflow_run.table_metrics(record, "control")
     assert ("transfer/ddn/l2_median" in published) == kept
     assert published["transfer/ddn/broken"] == broken
     for r in rows:  # BIM breaks nearly all of them, white-box
-        few = int(r["broken"]) < comparison.MIN_FOR_MEDIAN
+        few = int(r["broken"]) < over_seeds.MIN_FOR_MEDIAN
         assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
     assert run.read_json("run.json") == record, "the record keeps what was measured"
 
@@ -119,7 +119,7 @@ def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
     _, record = record_of(root, 4)
     tracker = Kept()
     for e in record["evaluations"]:
-        publish._publish_evaluation(tracker, root, record, e, e["attack"].partition(":")[0], 0)  # type: ignore[arg-type]
+        mlflow_run._publish_evaluation(tracker, root, record, e, e["attack"].partition(":")[0], 0)  # type: ignore[arg-type]
     transferred = tracker.found["evaluation/control/transfer/ddn"]
     assert transferred["broken"] == 4
     assert not [name for name in transferred if name.startswith(("l2_", "linf_"))]
@@ -144,11 +144,11 @@ def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:
                 [item for item in replicates.items() if item[1][0] == "control"], counts, strict=True
             )
         ]
-        (row,) = comparison.over_seeds(record)
-        assert records.norms_over_seeds(row) == said
+        (row,) = over_seeds.over_seeds(record)
+        assert results.norms_over_seeds(row) == said
         run.write_json("run.json", {**record, "models": {}})
         out = io.StringIO()
-        tables.print_table(run, console=Console(file=out, width=160))
+        terminal.print_table(run, console=Console(file=out, width=160))
         assert said in out.getvalue()
 
 
@@ -169,9 +169,9 @@ def test_the_rule_is_said_where_there_are_medians(tmp_path: Path) -> None:
     run, record = record_of(root, 4)
     rule = "With fewer than 10, no median is shown."
     assert rule in page_of(records.read_run(run), root)
-    assert rule in tables.markdown(record)
+    assert rule in markdown.markdown(record)
     out = io.StringIO()
-    tables.print_table(run, console=Console(file=out, width=100))
+    terminal.print_table(run, console=Console(file=out, width=100))
     assert rule in " ".join(out.getvalue().split())
     record["evaluations"] = [e for e in record["evaluations"] if e["attack"] != DDN]
-    assert rule not in tables.markdown({**record, "stages": {}})
+    assert rule not in markdown.markdown({**record, "stages": {}})

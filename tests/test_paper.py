@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.errors import ConfigError, DataError
-from pipeline import paper
+from pipeline.reporting import paper
 
 FIVE = ("fgsm", "bim", "cw", "ddn", "clean")
 ABLATION = (
@@ -72,18 +72,18 @@ def noted(where: str, slug: str, column: str, made_on: str = "", arch: str = "")
 def test_a_table_has_every_row_and_column(where: str) -> None:
     dataset, archs, rows = TABLES[where]
     expected = {(where, dataset, arch, "", slug, column) for arch in archs for slug in rows for column in FIVE}
-    assert {p.key for p in paper.printed(where)} == expected
+    assert {p.key for p in paper.printed_value(where)} == expected
 
 
 @pytest.mark.parametrize(("where", "dataset"), [("table7", "mnist"), ("table8", "cifar10")])
 def test_a_transfer_table_has_every_pair(where: str, dataset: str) -> None:
     expected = {(where, dataset, *pair, slug, "fgsm") for pair in TRANSFER for slug in ("no_defense", "defend")}
-    assert {p.key for p in paper.printed(where)} == expected
+    assert {p.key for p in paper.printed_value(where)} == expected
 
 
 @pytest.mark.parametrize("where", paper.WHERE)
 def test_every_place_has_its_number_of_cells(where: str) -> None:
-    assert len(paper.printed(where)) == CELLS[where]
+    assert len(paper.printed_value(where)) == CELLS[where]
 
 
 def test_slugs_and_values() -> None:
@@ -145,12 +145,12 @@ def test_attacks_of_another_network_are_easier_to_stand(where: str) -> None:
 
 def repeated() -> Iterator[tuple[paper.Printed, str]]:
     """What the text says again, and the table it says it from."""
-    for p in paper.printed("sec4.2"):
+    for p in paper.printed_value("sec4.2"):
         if p.column != "pgd" and p.row not in ("adv_pgd", "defend_gn_gain"):
             yield p, "table1" if p.row in ABLATION and p.row != "defend" else "table2"
-    for p in paper.printed("sec4.3"):
+    for p in paper.printed_value("sec4.3"):
         yield p, "table3"
-    for p in paper.printed("sec4.5"):
+    for p in paper.printed_value("sec4.5"):
         if p.made_on:
             yield p, "table7" if p.dataset == "mnist" else "table8"
         elif p.row == "defend":
@@ -227,7 +227,7 @@ def test_gain_of_noise_is_right_on_fgsm_and_wrong_on_bim() -> None:
 
 
 def test_the_sentence_on_noise_lacks_the_clean_accuracy() -> None:
-    given = [p.column for p in paper.printed("sec4.2") if p.row == "defend_gn"]
+    given = [p.column for p in paper.printed_value("sec4.2") if p.row == "defend_gn"]
     assert given == ["fgsm", "bim", "cw", "ddn"]
     assert paper.lookup("sec4.2", "defend_gn", "clean") is None
     assert "missing" in noted("sec4.2", "defend_gn", "ddn")
@@ -247,7 +247,7 @@ def test_adv_pgd_is_better_than_ours_on_pgd() -> None:
 
 
 def test_pgd_is_similar_to_bim_but_for_adv_pgd() -> None:
-    five = [p.row for p in paper.printed("sec4.2") if p.column == "pgd" and p.row != "adv_pgd"]
+    five = [p.row for p in paper.printed_value("sec4.2") if p.column == "pgd" and p.row != "adv_pgd"]
     assert five == ["no_defense", "adv_fgsm", "adv_ddn", "comdefend", "defend"]
     gaps = [number("table2", slug, "bim") - number("sec4.2", slug, "pgd") for slug in five]
     assert (min(gaps), max(gaps)) == (0, Decimal("4.87"))
@@ -274,17 +274,17 @@ def test_resnet50_is_not_slightly_better_than_resnet18() -> None:
 
 
 def test_table_4_cannot_come_from_1000_images() -> None:
-    odd = [p for p in paper.printed("table4") if Decimal(p.text) % Decimal("0.1")]
+    odd = [p for p in paper.printed_value("table4") if Decimal(p.text) % Decimal("0.1")]
     assert len(odd) == 11
     assert all("multiple of 0.1" in p.note for p in odd)
-    assert not any(Decimal(p.text) % Decimal("0.05") for p in paper.printed("table4"))
+    assert not any(Decimal(p.text) % Decimal("0.05") for p in paper.printed_value("table4"))
 
 
 def test_accuracy_under_attack_above_clean_accuracy() -> None:
     above = [
         (p.where, p.row, p.arch, p.column)
         for where in TABLES
-        for p in paper.printed(where)
+        for p in paper.printed_value(where)
         if p.column != "clean" and Decimal(p.text) > number(where, p.row, "clean", arch=p.arch)
     ]
     assert above == [
@@ -330,7 +330,7 @@ def test_lookup_of_more_than_one_number_names_the_choices() -> None:
 @pytest.mark.parametrize("where", ["table9", "", "sec4.4", "Table1"])
 def test_unknown_place(where: str) -> None:
     with pytest.raises(ConfigError, match="table1"):
-        paper.printed(where)
+        paper.printed_value(where)
     with pytest.raises(ConfigError, match="where is"):
         paper.lookup(where, "defend", "fgsm")
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from components.config import Experiment
 from components.fields import from_dict
-from pipeline import plots, records, report
+from pipeline.reporting import records, run_plots
+from pipeline.reporting.plots import charts, style
 from pipeline.runtime.storage import Storage
 
 Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
@@ -20,12 +21,12 @@ Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
 def drawn_of(record: dict[str, Any], root: Storage, monkeypatch: pytest.MonkeyPatch) -> Drawn:
     """Draw the pictures of a record; return the figures and the pictures by name."""
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "png", lambda figure: (figures.append(figure), b"")[1])
+    monkeypatch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
     histories = {
         name: [records.read_epoch(root, file) for file in records.history_files(root, model)]
         for name, model in record["models"].items()
     }
-    pictures = report._pictures(record, {}, histories, {})
+    pictures = run_plots.draw_pictures(record, {}, histories, {})
     return dict(zip(pictures, figures, strict=True)), pictures
 
 
@@ -93,8 +94,8 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
     roles = {"control": "control", "defend": "defended"}
     figures: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "png", lambda figure: (figures.append(figure), b"")[1])
-        plots.curves(panels, roles, plots.styles(roles))
+        patch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
+        charts.curves(panels, roles, style.styles(roles))
     (axis,) = figures[0].axes
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axis.get_lines()]
     right = axis.get_xlim()[1]
@@ -105,11 +106,11 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
 
 def test_a_legend_of_many_bars_names_only_the_kinds_of_models_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "png", lambda figure: (figures.append(figure), b"")[1])
+    monkeypatch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
     for role in ("control", "defended", "given"):
-        names = [f"m{i}" for i in range(plots.MANY_BARS + 1)]
-        bar = plots.Bar(accuracy=0.5, low=0.4, high=0.6)
+        names = [f"m{i}" for i in range(style.MANY_BARS + 1)]
+        bar = charts.Bar(accuracy=0.5, low=0.4, high=0.6)
         roles = dict.fromkeys(names, role)
-        plots.bars({"white-box": {"FGSM": dict.fromkeys(names, bar)}}, roles, plots.styles(roles))
+        charts.bars({"white-box": {"FGSM": dict.fromkeys(names, bar)}}, roles, style.styles(roles))
     said = [[t.get_text() for t in figure.legends[0].get_texts()] for figure in figures]
     assert said == [["grey: undefended"], ["coloured: defended"], ["coloured: given, not trained here"]]

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from components.errors import DataError, UserError
 from components.evaluation.statistics import mcnemar
-from pipeline import records, report, tables
+from pipeline.reporting import labels, markdown, records, report, sentences, terminal
 from pipeline.runtime import provenance
 from pipeline.runtime.storage import Storage
 
@@ -76,7 +76,7 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
         "train 412",
     ):
         assert part in text
-    assert f"<dt>Source</dt><dd>{tables.source(record)}</dd>" in _page(run)[0]
+    assert f"<dt>Source</dt><dd>{markdown.source(record)}</dd>" in _page(run)[0]
     models = text[text.index("### Models") :]
     for name, model in record["models"].items():
         error = model.get("reconstruction_validation")
@@ -96,7 +96,7 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
 )
 def test_code_is_named_by_its_revision_its_hash_or_both(git: dict[str, Any], source: str | None, said: str) -> None:
     record = {"git": git, "source": source}
-    assert tables.source(record) == said
+    assert markdown.source(record) == said
 
 
 def _page(run: Storage) -> tuple[str, _Tables]:
@@ -108,7 +108,7 @@ def _page(run: Storage) -> tuple[str, _Tables]:
 
 def _text(run: Storage, width: int) -> str:
     out = io.StringIO()
-    tables.print_table(run, console=Console(file=out, width=width))
+    terminal.print_table(run, console=Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -199,27 +199,27 @@ def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str
     assert not re.search(r"@import|url\(|<script", text)
     assert len(page.addresses) == len([k for k in paths if k.startswith("plot_")])
     assert "This report is partial" not in text
-    for sentence in records.explanation(run.read_json("run.json")):
+    for sentence in sentences.explanation(run.read_json("run.json")):
         assert sentence in text
 
 
 def test_without_a_control_it_says_so_and_what_to_add(built: tuple[Storage, Storage, dict[str, str]]) -> None:
     record = built[0].read_json("run.json")
-    *_, with_control = records.explanation(record)
+    *_, with_control = sentences.explanation(record)
     assert with_control.startswith("Control: an undefended model")
     models = [m for m in record["experiment"]["models"] if not m.startswith("control")]
     record["experiment"]["models"] = models
     record["evaluations"] = [e for e in record["evaluations"] if e["model"] != "control"]
-    *_, without = records.explanation(record)
+    *_, without = sentences.explanation(record)
     assert without.startswith("There is no control for defend:")
     assert '"control:defense=none,seed=1"' in without
     # a control of another architecture is judged on other examples
     record["experiment"]["models"] = [*models, "small:defense=none,arch=vgg16,seed=1"]
-    assert records.explanation(record)[-1] == without
+    assert sentences.explanation(record)[-1] == without
     # nothing is transferred, so nothing has to be controlled
     record["experiment"]["models"] = models
     record["evaluations"] = [e for e in record["evaluations"] if e["threat_model"] != "transfer"]
-    assert "There is no control" not in "".join(records.explanation(record))
+    assert "There is no control" not in "".join(sentences.explanation(record))
 
 
 def test_building_again_gives_the_same_bytes(built: tuple[Storage, Storage, dict[str, str]], tmp_path: Path) -> None:
@@ -332,15 +332,15 @@ def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
             for a in ("bim:eps=0.1,steps=40", "bim:eps=0.2,steps=40", "fgsm:eps=0.2", "bim:eps=0.2,norm=l2,steps=40")
         ]
     }
-    assert records.attack_labels(record) == {
+    assert labels.attack_labels(record) == {
         "none": "none",
         "bim:eps=0.1,steps=40": "bim_eps0.1",
         "bim:eps=0.2,steps=40": "bim_eps0.2",
         "fgsm:eps=0.2": "fgsm",
         "bim:eps=0.2,norm=l2,steps=40": "bim-l2",
     }
-    assert records.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
-    assert records.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
+    assert labels.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
+    assert labels.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
 
 
 def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:

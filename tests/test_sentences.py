@@ -14,8 +14,9 @@ from rich.console import Console
 
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
-from pipeline import records, report, sweep_report, tables
+from pipeline import sweep_report
 from pipeline.evaluation import addresses, attack, plan
+from pipeline.reporting import markdown, records, report, results, sentences, terminal, verdicts
 from pipeline.runtime.storage import Storage
 
 NET = Experiment(
@@ -55,13 +56,13 @@ def whole(record: dict[str, Any], root: Storage) -> dict[str, str]:
     at.write_json("run.json", record)
     read = records.read_run(at)
     out = io.StringIO()
-    tables.print_table(at, console=Console(file=out, width=140))
-    html = report._html(read, report._data(read, root), {}, records.missing(read, {"clean": 0}, {}, []))
+    terminal.print_table(at, console=Console(file=out, width=140))
+    html = report._html(read, report._data(read, root), {}, sentences.missing(read, {"clean": 0}, {}, []))
     return {
         "html": " ".join(
             re.sub(r"<[^>]+>", " ", html.partition("<main>")[2].partition("<h2>Resolved config")[0]).split()
         ),
-        "markdown": tables.markdown(read),
+        "markdown": markdown.markdown(read),
         "terminal": " ".join(out.getvalue().split()),
     }
 
@@ -86,7 +87,7 @@ def test_each_threat_model_of_the_run_is_explained_and_no_other() -> None:
     fake = {"experiment": to_dict(fake_run.experiment()), "models": {}}
     for threat, head in heads.items():
         record = {**fake, "evaluations": [evaluation("defend", threat, "pgd:eps=0.3", "no_defense")]}
-        said = records.explanation(record)
+        said = sentences.explanation(record)
         assert [h for h in heads.values() if any(s.startswith(h) for s in said)] == [head]
         assert not any("the same, from its scores" in s for s in said)
 
@@ -100,7 +101,7 @@ def test_the_controls_that_are_named_were_run() -> None:
     defended = evaluation("defend", "white_box", "fgsm:eps=0.2")
 
     def said(*evaluations: dict[str, Any]) -> str:
-        found = [s for s in records.explanation({**fake, "evaluations": list(evaluations)}) if "ontrol" in s]
+        found = [s for s in sentences.explanation({**fake, "evaluations": list(evaluations)}) if "ontrol" in s]
         assert len(found) < 2
         return "".join(found)
 
@@ -147,13 +148,13 @@ UNDECIDED = {**PASSED, "n": 4, "share": None, "passed": None}
 def test_reliability_in_short_counts_what_was_decided(models: dict[str, Any], said: str) -> None:
     record = given()
     record["reliability"] = {m: {"probe": {}, "active": active, "flags": []} for m, active in models.items()}
-    short = records.reliability_in_short(record)
+    short = sentences.reliability_in_short(record)
     assert said in short
     assert "0 of 0" not in short
     assert not re.search(r"\b1 (models|flags)\b|\b0 flags", short)
     flag = {"name": "zero_gradients", "fired": True, "measured": "", "remedy": ""}
     record["reliability"]["a"]["flags"] = [flag]
-    assert "1 flag raised (a) on" in records.reliability_in_short(record)
+    assert "1 flag raised (a) on" in sentences.reliability_in_short(record)
 
 
 def test_a_table_of_active_tests_stands_only_where_there_were_some(tmp_path: Path) -> None:
@@ -182,8 +183,8 @@ def test_a_stage_that_trains_nothing_is_not_called_train(tmp_path: Path) -> None
         if place != "terminal":
             assert "train 2" not in text, place
             assert re.search(r"models:? 2", text), place
-    assert records.model_stage(NET) == "models"
-    assert records.model_stage(fake_run.experiment()) == "train"
+    assert results.model_stage(NET) == "models"
+    assert results.model_stage(fake_run.experiment()) == "train"
     trained = fake_run.write(root, gallery=False).read_json("run.json")
     assert "train 6 min" in whole(trained, root)["html"]
 
@@ -204,10 +205,10 @@ def test_a_model_that_was_not_trained_has_no_training_time(tmp_path: Path) -> No
 def test_bfloat16_is_said_of_the_attacks_of_the_run() -> None:
     record = given()
     record["experiment"]["evaluation"]["search_precision"] = "bfloat16"
-    (said,) = [s for s in records.explanation(record) if "bfloat16" in s]
+    (said,) = [s for s in sentences.explanation(record) if "bfloat16" in s]
     assert said.startswith("PGD searched in bfloat16")
     record["evaluations"] = [evaluation("net", "white_box", "fgsm:eps=0.3")]
-    assert not [s for s in records.explanation(record) if "bfloat16" in s]
+    assert not [s for s in sentences.explanation(record) if "bfloat16" in s]
 
 
 def test_controls_that_are_listed_were_evaluated(tmp_path: Path) -> None:
@@ -293,7 +294,7 @@ def test_a_worst_case_over_transferred_examples_is_of_models_that_were_shown_som
         assert "also transferred" not in text, place
     fake = fake_run.write(root, gallery=False).read_json("run.json")
     fake["worst_case"] = [{"model": m, "threat_model": "any", **bounds} for m in fake_run.MODELS]
-    assert [w["model"] for w in records.worst_cases(fake)] == ["control", "defend"]
+    assert [w["model"] for w in verdicts.worst_cases(fake)] == ["control", "defend"]
     pair = {"threat_model": "any", "norm": "linf", "eps": 0.3, "n": 4, "only_model": 1, "only_against": 0, "p": 1.0}
     fake["worst_case_pairs"] = [{"model": a, "against": "control", **pair} for a in ("no_defense", "defend")]
-    assert [w["model"] for w in records.worst_case_pairs(fake)] == ["defend"]
+    assert [w["model"] for w in verdicts.worst_case_pairs(fake)] == ["defend"]

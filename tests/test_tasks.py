@@ -20,7 +20,7 @@ from components.evaluation.judge import judge
 from components.fields import to_dict
 from pipeline.evaluation import attack, attack_tasks, chunks, plan
 from pipeline.recipes.registry import RECIPES
-from pipeline.records import explanation
+from pipeline.reporting.sentences import explanation
 from pipeline.runtime import cluster, tasks
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage, StorageError

@@ -24,11 +24,12 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search_space import LogUniform, Space
-from pipeline import publish, records, report
 from pipeline import run as run_stages
 from pipeline.evaluation import plan
+from pipeline.reporting import mlflow_run, records, report
 from pipeline.runtime.console import Bar
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import mlflow_sweep
 from pipeline.tracking import tracker as tracking_tracker
 from pipeline.tracking import uri
 from pipeline.tracking.server import check_reachable, http_limits
@@ -180,7 +181,7 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
 
     def publish_all() -> str | None:
         tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
-        publish.publish_run(tracker, run, root)
+        mlflow_run.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
 
@@ -221,8 +222,8 @@ def test_live_training_and_the_final_publication_meet(
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
     tracker = tracking_tracker.Tracker(uri, run, echo=_silent)
-    publish.start_run(tracker, records.read_run(run))
-    publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
+    mlflow_run.start_run(tracker, records.read_run(run))
+    mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     files = records.history_files(root, record["models"]["defend"])
     for epoch, file in enumerate(files[:2]):
         tracker.history("model/defend", epoch, partial(records.read_epoch, root, file))
@@ -238,7 +239,7 @@ def test_live_training_and_the_final_publication_meet(
 
     run.write_json("run.json", record)
     again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
-    publish.publish_run(again, run, root)
+    mlflow_run.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
     assert _runs(client)["fake-mnist/defend"].info.run_id == runs["fake-mnist/defend"].info.run_id
@@ -388,8 +389,8 @@ def test_a_registration_that_fails_ends_no_run(
     said: list[str] = []
     tracker = tracking_tracker.Tracker(database(tmp_path), run, echo=said.append)
     record = records.read_run(run)
-    publish.start_run(tracker, record)
-    publish.start_model(tracker, record, "defend")
+    mlflow_run.start_run(tracker, record)
+    mlflow_run.start_model(tracker, record, "defend")
     state = run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker)
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
     run_stages.register(state, [lost])
@@ -456,7 +457,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
     """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
     run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
     tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
-    publish.publish_run(tracker, run, root)
+    mlflow_run.publish_run(tracker, run, root)
     tracker.flush()
     trials = [_trial(1, root, "defend"), _trial(2, root, "no_defense", "control")]
     record, sweep = _sweep(run, trials, seeds=2), root / "sweeps/fake-mnist-lam-0123456789abcdef"
@@ -464,7 +465,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
     sweep.write_json("best.json", {})
     for _ in range(2):  # the second time nothing is added
         tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
-        publish.publish_sweep(tracker, record, sweep, root)
+        mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
     client = MlflowClient(uri)
     runs = _runs(client)
@@ -507,7 +508,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
         models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
         record = _sweep(run, [_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
         tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
-        publish.publish_sweep(tracker, record, sweep, root)
+        mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
         found = _runs(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
         assert {k: found.data.tags[k] for k in ("state", "reason")} == {k: told[k] for k in ("state", "reason")}
@@ -519,8 +520,8 @@ def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -
     run = fake_run.write(root, evaluations=False)
     record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
     tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
-    publish.start_run(tracker, record)
-    publish.start_sweep(tracker, _sweep(run, [_trial(1, root)], seeds=1) | {"data": record["data"]})
+    mlflow_run.start_run(tracker, record)
+    mlflow_sweep.start_sweep(tracker, _sweep(run, [_trial(1, root)], seeds=1) | {"data": record["data"]})
 
 
 def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
@@ -541,11 +542,11 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
         record["choice"]["trial"] = chosen + 1
         said: list[str] = []
         tracker = tracking_tracker.Tracker(uri, sweep, echo=said.append)
-        publish.start_sweep(tracker, record)
-        alias = publish.trial_alias(trials[chosen])
+        mlflow_sweep.start_sweep(tracker, record)
+        alias = mlflow_sweep.trial_alias(trials[chosen])
         tracker.start(alias, alias, parent="run")
         example = np.zeros((1, 1, 28, 28), np.float32)
-        tracker.register_model(alias, networks[chosen], example, **publish.choice_version(record, sweep))
+        tracker.register_model(alias, networks[chosen], example, **mlflow_sweep.choice_version(record, sweep))
         assert tracker.flush()
         best = client.get_model_version_by_alias("fake-mnist-lam", "best").tags
         own = client.get_model_version_by_alias("fake-mnist-lam", f"best-{name}").tags
@@ -703,8 +704,8 @@ def test_a_server_killed_on_the_way_gets_everything(
     check_reachable(server.uri)
     said: list[str] = []
     tracker = tracking_tracker.Tracker(server.uri, run, echo=said.append)
-    publish.start_run(tracker, records.read_run(run))
-    publish.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
+    mlflow_run.start_run(tracker, records.read_run(run))
+    mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = records.history_files(root, record["models"]["defend"])
     tracker.history("model/defend", 0, partial(records.read_epoch, root, first))
     assert tracker.wait(60)
@@ -712,7 +713,7 @@ def test_a_server_killed_on_the_way_gets_everything(
 
     server.kill()
     begin = time.monotonic()
-    publish.publish_run(tracker, run, root)
+    mlflow_run.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 20
     _until(lambda: bool(said))
     assert tracker.pending > 50
@@ -726,7 +727,7 @@ def test_a_server_killed_on_the_way_gets_everything(
     _expect_fake_run(client, run)
     before = _everything(client)
     again = tracking_tracker.Tracker(server.uri, run, echo=said.append)
-    publish.publish_run(again, run, root)
+    mlflow_run.publish_run(again, run, root)
     assert again.flush()
     assert _everything(client) == before
 
@@ -754,7 +755,7 @@ def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Stora
     tracker = tracking_tracker.Tracker(mute, run, echo=said.append)
     begin = time.monotonic()
     for _ in range(3):
-        publish.publish_run(tracker, run, root)
+        mlflow_run.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 5, "publishing waited for the server"
     assert not tracker.flush(timeout_s=0.5)
     tracker.stop("KILLED")
@@ -767,9 +768,9 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     uri = database(tmp_path)
     tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
     record = records.read_run(run)
-    publish.start_run(tracker, record)
+    mlflow_run.start_run(tracker, record)
     for name in fake_run.MODELS:
-        publish.start_model(tracker, record, name)
+        mlflow_run.start_model(tracker, record, name)
     tracker.finish("model/control")
     assert tracker.wait(60)
     begin = time.monotonic()
@@ -782,7 +783,7 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     assert found == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
 
     again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
-    publish.publish_run(again, run, root)
+    mlflow_run.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
 
@@ -863,7 +864,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     for name in epochs:
         root.write_bytes(name, b"{")
     tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
-    publish.publish_run(tracker, run, root)
+    mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     client = MlflowClient(uri)
     runs = _runs(client)
@@ -878,7 +879,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     root.write_bytes(f"{home}/model.json", begin)
     for name, data in epochs.items():
         root.write_bytes(name, data)
-    publish.publish_run(tracker, run, root)
+    mlflow_run.publish_run(tracker, run, root)
     assert tracker.flush(60)
     losses = client.get_metric_history(_runs(client)["fake-mnist/no_defense"].info.run_id, "train/loss")
     assert len(losses) == fake_run.STEPS_PER_EPOCH * fake_run.EPOCHS
@@ -891,7 +892,7 @@ class _Epoch(dict[str, Any]):
 def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
     tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     record = records.read_run(run)
-    publish.start_run(tracker, record)
+    mlflow_run.start_run(tracker, record)
     progress = run_stages._TrainProgress(
         run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker),
         Bar("train", None),
@@ -944,7 +945,7 @@ def test_one_reason_is_said_once(run: Storage, root: Storage, database: Database
     uri, said = database(tmp_path), list[str]()
     MlflowClient(uri).create_experiment("bucket", "s3://bucket/artifacts")
     tracker = tracking_tracker.Tracker(uri, run, experiment="bucket", echo=said.append)
-    publish.publish_run(tracker, run, root)
+    mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     assert len(said) == 2, said
     assert "boto3" in said[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from components.config import TrainConfig
+
+pass
+
 import math
 from typing import Literal
-
-from components.config import TrainConfig
 
 Phase = Literal["joint", "autoencoder", "classifier", "adversarial", "reformer"]
 
@@ -51,3 +53,6 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
     if step < peak:
         return config.lr * (0.04 + 0.96 * step / peak)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - peak)))
+
+
+PHASES = ("joint", "autoencoder", "classifier", "adversarial", "reformer")

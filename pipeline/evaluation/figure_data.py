@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from components.attacks.spec import AttackSpec
+
+pass
+
+import functools
+
 import torch
 from torch import Tensor, nn
 
-from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.dct import laplacian_bands, lowpass_pyramid, spectrum
 from components.errors import DataError
 from components.fields import content_hash
 from components.precision import true_float32
-from pipeline import figures, records
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.plan import Model
+from pipeline.runtime import arrays
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -81,7 +86,7 @@ def fig6_arrays(
 def _earlier(run: Storage) -> Arrays:
     """figures.npz as an earlier run left it; a damaged one is as good as none, since it is written anew."""
     try:
-        return records.read_arrays(run, figures.FILE)
+        return arrays.read_arrays(run, FIGURES_FILE)
     except DataError:
         return {}
 
@@ -176,3 +181,6 @@ def distances(
 def _distance(a: Tensor, b: Tensor) -> np.ndarray:
     norms: np.ndarray = (a.double() - b.double()).flatten(1).norm(dim=1).numpy()
     return norms
+
+
+FIGURES_FILE = "figures.npz"

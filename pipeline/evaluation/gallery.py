@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from components.config import Experiment, level_sizes
+from components.config.roles import first_replicates
 from components.dct import target_levels
-from pipeline import figures
 from pipeline.data.shards import ShardSet
+from pipeline.evaluation import figure_data
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.figure_data import (
     SPECTRA,
@@ -51,7 +52,6 @@ from pipeline.evaluation.figure_data import (
     fig8_arrays,
 )
 from pipeline.evaluation.plan import Model
-from pipeline.plots import first_replicates
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -99,7 +99,7 @@ def make(
         subjects = [m for m in with_autoencoder if m.name in fgsm]
         arrays |= fig8_arrays(test, subjects, fgsm, experiment, root, _earlier(run), progress)
     if arrays:
-        _write(run, figures.FILE, arrays)
+        _write(run, figure_data.FIGURES_FILE, arrays)
 
 
 def _write(run: Storage, name: str, arrays: Arrays) -> None:

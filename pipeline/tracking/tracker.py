@@ -38,7 +38,7 @@ from mlflow.entities import (  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 from components.errors import UserError
-from pipeline import records
+from components.training import schedule
 from pipeline.runtime.redaction import without_password
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.tracking.uri import (
@@ -730,7 +730,7 @@ class Tracker:
 
 
 def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
-    phase = records.PHASES.index(record["phase"])
+    phase = schedule.PHASES.index(record["phase"])
     metrics: list[Metric] = []
     at, number = 0, 0
     for step in record["steps"]:

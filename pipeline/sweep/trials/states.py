@@ -3,3 +3,7 @@
 from __future__ import annotations
 
 DIVERGED, FAILED, DONE, WAITING, TRAINING = "diverged", "failed", "done", "waiting", "training"
+
+
+ENDS = ("finished", "stopped", "diverged", "failed")
+"""States of a trial that is over, though a failed one is tried again by the next command."""

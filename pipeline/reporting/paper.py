@@ -8,6 +8,13 @@ contradicts itself or leaves something open. Nothing in the file is corrected. R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from components.attacks.spec import AttackSpec
+from components.errors import ConfigError
+
+pass
 import csv
 import functools
 import math
@@ -15,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config import PRINTED_IN
-from components.errors import ConfigError, DataError
+from components.errors import DataError
+from pipeline.reporting.over_seeds import Row, by_seed, spread
+from pipeline.reporting.records import experiment_of
 
 PATH = Path(__file__).resolve().parent / "data" / "paper.csv"
 FIELDS = ("where", "dataset", "arch", "made_on", "row", "column", "value", "printed_row", "note")
@@ -119,7 +128,7 @@ def _percent(text: str, place: str) -> float:
 _numbers = functools.cache(load)
 
 
-def printed(where: str) -> list[Printed]:
+def printed_value(where: str) -> list[Printed]:
     """Every number printed at ``where``, in the paper's order."""
     if where not in WHERE:
         raise ConfigError.of("where", where, f"one of {', '.join(WHERE)}")
@@ -133,7 +142,7 @@ def lookup(where: str, row: str, column: str, made_on: str = "", arch: str = "",
     """
     found = [
         p
-        for p in printed(where)
+        for p in printed_value(where)
         if (p.row, p.column, p.made_on) == (row, column, made_on)
         and arch in ("", p.arch)
         and dataset in ("", p.dataset)
@@ -142,3 +151,94 @@ def lookup(where: str, row: str, column: str, made_on: str = "", arch: str = "",
         choices = ", ".join(f"{p.dataset} {p.arch}" for p in found)
         raise ConfigError(f"{where} prints {row} {column} {len(found)} times: say which dataset and arch ({choices})")
     return found[0] if found else None
+
+
+def beside_paper(record: Mapping[str, Any]) -> list[Row]:
+    """Each cell of the paper's table with all that this run has for it.
+
+    A recipe's model is named as the paper's row (``pipeline/paper.py``), with ``-ARCH`` behind it where a table has several.
+    The paper says "white-box" of all its columns; some can only be transfer (docs/evaluation.md), so both stand here.
+
+    Returns:
+        One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
+        {model, arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the
+        run has nothing.
+    """
+    experiment = experiment_of(record)
+    if not experiment.paper:
+        return []
+    built = {base: config.arch for base, config in experiment.firsts().items()}
+    archs = {base: arch.removesuffix("_bn") for base, arch in built.items()}
+    cells = by_seed(record)
+    out = []
+    for printed in printed_value(experiment.paper):
+        entry: Row = {
+            "where": printed.where,
+            "row": printed.row,
+            "title": printed.printed_row,
+            "column": printed.column,
+            "arch": printed.arch,
+            "made_on": printed.made_on,
+            "paper": printed.text,
+            "note": printed.note,
+            "ours": [],
+        }
+        for (base, threat, attack), found in cells.items():
+            if not _is_row(printed.row, base.partition("-")[0], threat):
+                continue
+            if archs[base] != printed.arch or _column(threat, attack) != printed.column:
+                continue
+            if printed.made_on and not _made_on(threat, printed.made_on, archs, base):
+                continue
+            if not printed.made_on and ":" in threat:
+                continue
+            ours = list(found.values())
+            metrics = [e["metrics"] for e in ours]
+            entry["ours"].append(
+                {
+                    "model": base,
+                    "arch": built[base],
+                    "threat_model": threat,
+                    "attack": attack,
+                    "n": ours[0]["n"],
+                    "low": min(m["accuracy_low"] for m in metrics),
+                    "high": max(m["accuracy_high"] for m in metrics),
+                    **spread([m["accuracy"] for m in metrics]),
+                }
+            )
+        out.append(entry)
+    return out
+
+
+def _is_row(printed_row: str, row: str, threat: str) -> bool:
+    """Whether evaluations of a model named ``row`` under a threat model belong to a row of the paper."""
+    if printed_row == "comdefend":  # grey-box; the white-box one has a row of its own
+        return row == "comdefend" and threat != "white_box"
+    if printed_row == "comdefend_wb":
+        return row == "comdefend" and threat in ("clean", "white_box")
+    if printed_row == "shared4":  # "ours is equivalent to 4 shared blocks"
+        return row == "defend"
+    return row == printed_row
+
+
+def _column(threat: str, attack: str) -> str:
+    """The attack by the name that a column of the paper would have; empty where it could have none."""
+    if threat == "clean":
+        return "clean"
+    if threat == "random":
+        return ""
+    try:
+        spec = AttackSpec.parse(attack)
+    except ConfigError:  # an attack of another version
+        return ""
+    return spec.short_name  # with another norm or a target it is no column of the paper's
+
+
+def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
+    """Whether examples of this threat model are made on a network of that architecture (tables 7 and 8)."""
+    if threat == "clean":
+        return True
+    if threat in ("white_box", "transfer"):
+        return archs[base] == arch
+    named = threat.partition(":")[2]
+    return bool(named) and named != base and archs.get(named) == arch

@@ -8,21 +8,15 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from components.attacks.spec import AttackSpec
 from components.config import Experiment
-from components.errors import ConfigError
-from components.fields import from_dict
-from pipeline import paper
+
+pass
+from pipeline.reporting.records import experiment_of
 
 Row = dict[str, Any]
 CONFIDENCE = 0.95
 MIN_FOR_MEDIAN = 10
 """Fewest images of which a report shows a median or quartile. That of fewer describes those images, not the attack."""
-
-
-def experiment_of(record: Mapping[str, Any]) -> Experiment:
-    """The config of a run out of its record."""
-    return from_dict(Experiment, record["experiment"])
 
 
 def by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, str], dict[int, Row]]:
@@ -143,40 +137,6 @@ def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Row:
     return {"seeds": len(values), "difference": mean, "half_width": half, "resolved": abs(mean) > half}
 
 
-def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
-    """Models that others of their architecture are compared with, as named in the recipe: of each architecture the first
-    control, and what the paper calls ours (``defend``, or ``defend-ARCH`` where a table has several); where no model is named
-    so, the first Defend++, or the first defended one."""
-    experiment = experiment_of(record)
-    role = {base: roles[name] for name, base in experiment.bases().items()}
-    firsts = experiment.firsts()
-    out = []
-    for arch in dict.fromkeys(config.arch for config in firsts.values()):
-        here = [base for base, config in firsts.items() if config.arch == arch]
-        defended = [base for base in here if role[base] == "defended"]
-        ours = [base for base in defended if firsts[base].defense == "defend++"]
-        named = [base for base in ours if base.partition("-")[0] == "defend"]
-        out += [base for base in here if role[base] == "control"][:1]
-        out += (named or ours or defended)[:1]
-    return out
-
-
-def pairs(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(model, what it is compared with): each model and the :func:`references` of its architecture, of the same replicate."""
-    experiment = experiment_of(record)
-    variants, replicates = experiment.variants(), experiment.replicates()
-    named = {found: name for name, found in replicates.items()}
-    compared = references(record, roles)
-    out = []
-    for i, reference in enumerate(compared):
-        for name, (base, replicate) in replicates.items():
-            against = named[reference, replicate]
-            # a pair of references is told once
-            if base not in compared[: i + 1] and variants[name].arch == variants[against].arch:
-                out.append((name, against))
-    return out
-
-
 def _worst_by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, float, str], dict[int, float]]:
     """(model as named in the recipe, norm, eps, threat model) -> replicate -> accuracy in the worst case."""
     replicates = experiment_of(record).replicates()
@@ -207,94 +167,3 @@ def worst_differences(record: Mapping[str, Any], reference: str) -> list[Row]:
         for (model, norm, eps, threat), found in _less(experiment, _worst_by_seed(record), reference)
         if threat == "white_box"
     ]
-
-
-def beside_paper(record: Mapping[str, Any]) -> list[Row]:
-    """Each cell of the paper's table with all that this run has for it.
-
-    A recipe's model is named as the paper's row (``pipeline/paper.py``), with ``-ARCH`` behind it where a table has several.
-    The paper says "white-box" of all its columns; some can only be transfer (docs/evaluation.md), so both stand here.
-
-    Returns:
-        One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
-        {model, arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the
-        run has nothing.
-    """
-    experiment = experiment_of(record)
-    if not experiment.paper:
-        return []
-    built = {base: config.arch for base, config in experiment.firsts().items()}
-    archs = {base: arch.removesuffix("_bn") for base, arch in built.items()}
-    cells = by_seed(record)
-    out = []
-    for printed in paper.printed(experiment.paper):
-        entry: Row = {
-            "where": printed.where,
-            "row": printed.row,
-            "title": printed.printed_row,
-            "column": printed.column,
-            "arch": printed.arch,
-            "made_on": printed.made_on,
-            "paper": printed.text,
-            "note": printed.note,
-            "ours": [],
-        }
-        for (base, threat, attack), found in cells.items():
-            if not _is_row(printed.row, base.partition("-")[0], threat):
-                continue
-            if archs[base] != printed.arch or _column(threat, attack) != printed.column:
-                continue
-            if printed.made_on and not _made_on(threat, printed.made_on, archs, base):
-                continue
-            if not printed.made_on and ":" in threat:
-                continue
-            ours = list(found.values())
-            metrics = [e["metrics"] for e in ours]
-            entry["ours"].append(
-                {
-                    "model": base,
-                    "arch": built[base],
-                    "threat_model": threat,
-                    "attack": attack,
-                    "n": ours[0]["n"],
-                    "low": min(m["accuracy_low"] for m in metrics),
-                    "high": max(m["accuracy_high"] for m in metrics),
-                    **spread([m["accuracy"] for m in metrics]),
-                }
-            )
-        out.append(entry)
-    return out
-
-
-def _is_row(printed_row: str, row: str, threat: str) -> bool:
-    """Whether evaluations of a model named ``row`` under a threat model belong to a row of the paper."""
-    if printed_row == "comdefend":  # grey-box; the white-box one has a row of its own
-        return row == "comdefend" and threat != "white_box"
-    if printed_row == "comdefend_wb":
-        return row == "comdefend" and threat in ("clean", "white_box")
-    if printed_row == "shared4":  # "ours is equivalent to 4 shared blocks"
-        return row == "defend"
-    return row == printed_row
-
-
-def _column(threat: str, attack: str) -> str:
-    """The attack by the name that a column of the paper would have; empty where it could have none."""
-    if threat == "clean":
-        return "clean"
-    if threat == "random":
-        return ""
-    try:
-        spec = AttackSpec.parse(attack)
-    except ConfigError:  # an attack of another version
-        return ""
-    return spec.short_name  # with another norm or a target it is no column of the paper's
-
-
-def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
-    """Whether examples of this threat model are made on a network of that architecture (tables 7 and 8)."""
-    if threat == "clean":
-        return True
-    if threat in ("white_box", "transfer"):
-        return archs[base] == arch
-    named = threat.partition(":")[2]
-    return bool(named) and named != base and archs.get(named) == arch

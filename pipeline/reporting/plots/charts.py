@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,29 +12,22 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-UNDEFENDED = ("#6b7280", "#9ca3af", "#374151", "#b8bec8")
-DEFENDED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe & Ito: told apart by colour-blind readers too. Undefended models are grey in every plot."""
-LINES = ("-", "--", ":", "-.")
-"""Where there are more models than colours, the next ones take the next line."""
-RIGHT, WRONG = "#00795c", "#c2410c"
-PHASE_COLOURS = {
-    "joint": "#f2e9d8",
-    "autoencoder": "#dcebf5",
-    "classifier": "#ececec",
-    "adversarial": "#f6dfe4",
-    "reformer": "#dff0e4",
-}
-PHASE_NAMES = {
-    "joint": "joint",
-    "autoencoder": "auto-encoder only",
-    "classifier": "classifier only",
-    "adversarial": "adversarial training",
-    "reformer": "reformer only",
-}
+from pipeline.reporting.plots.style import (
+    DEFENDED,
+    MANY_BARS,
+    PHASE_COLOURS,
+    PHASE_NAMES,
+    UNDEFENDED,
+    Styles,
+    frame,
+    grid,
+    legend,
+    png,
+)
+
 LOSSES = {
     "loss": ("total", "#111827"),
     "loss_cls": ("classification", "#0072b2"),
@@ -45,15 +37,6 @@ LOSSES = {
 """``bit_power`` is not plotted: its share of a reformer's loss is what the total exceeds the reconstruction by."""
 MAX_POINTS = 600
 """A curve has no more points than the eye can tell apart; each is the mean of the steps it stands for."""
-MAX_IMAGES = 10
-MANY_LINES = 12
-"""With more models than this, curves show the first replicate of each alone."""
-MANY_BARS = 8
-"""With more models than this, bars show means over the replicates; with still more, they lie beside their names."""
-Styles = Mapping[str, Mapping[str, Any]]
-"""Model -> keyword arguments of a line: color, linestyle. See :func:`styles`."""
-MANY_ROWS = 16
-"""With more rows of images than this, images are smaller."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +52,6 @@ Panels = Mapping[str, Mapping[str, Mapping[str, Bar]]]
 """Title (a threat model) -> group label (an attack) -> model -> bar."""
 
 
-def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str]:
-    """Of each model as the recipe names it, the first replicate in ``names``. ``bases``: model -> name in the recipe."""
-    first: dict[str, str] = {}
-    for name in names:
-        first.setdefault(bases[name], name)
-    return list(first.values())
-
-
 def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[str, dict[str, Bar]]]:
     """Bars of the mean over the replicates of each model, from the least to the greatest of them."""
     out: dict[str, dict[str, dict[str, Bar]]] = {}
@@ -89,27 +64,6 @@ def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[
                 base: Bar(accuracy=sum(values) / len(values), low=min(values), high=max(values))
                 for base, values in found.items()
             }
-    return out
-
-
-def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
-    """Return the colour and line of each model.
-
-    Both follow from a model's position, so compute them once, from all models of a run, and give them to every plot of it.
-    First replicates are numbered first. So a plot with one entry per recipe model (``bases`` as keys) has the same colours.
-
-    Args:
-        roles: model -> source, control, defended or given; all models of the run.
-        bases: model -> name in the recipe; None if no model has replicates.
-    """
-    counts = {True: 0, False: 0}
-    out = {}
-    for model in dict.fromkeys((*first_replicates(roles, bases or {m: m for m in roles}), *roles)):
-        defended = roles[model] in ("defended", "given")
-        palette = DEFENDED if defended else UNDEFENDED
-        line, colour = divmod(counts[defended], len(palette))
-        out[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
-        counts[defended] += 1
     return out
 
 
@@ -362,107 +316,6 @@ def heat_maps(matrices: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndar
     return png(figure)
 
 
-def reconstructions(gallery: Mapping[str, np.ndarray], models: Sequence[str]) -> bytes:
-    """Clean images, their low-pass targets and what each model reconstructs, level by level."""
-    # level 0 has the image itself as its target
-    levels = sorted({0, *(int(k.removeprefix("level_")) for k in gallery if k.startswith("level_"))})
-    rows: list[tuple[str, np.ndarray]] = [(f"clean\n{_size(gallery['clean'])}", gallery["clean"])]
-    for m in levels:
-        if m > 0:
-            rows.append((f"target of level {m}\n{_size(gallery[f'level_{m}'])}", gallery[f"level_{m}"]))
-        for model in models:
-            if (images := gallery.get(f"reconstruction_{m}__{model}")) is not None:
-                rows.append((f"{model}: level {m}\n{_size(images)}", images))
-    return image_rows([(label, images, None) for label, images in rows], gallery["label"])
-
-
-def adversarial(gallery: Mapping[str, np.ndarray], rows: Sequence[tuple[str, str]]) -> bytes:
-    """Clean images and the examples made of them. ``rows``: label and key after ``adversarial__``/``prediction__``."""
-    out: list[tuple[str, np.ndarray, np.ndarray | None]] = [("clean", gallery["clean"], None)]
-    for label, key in rows:
-        predictions = gallery.get(f"prediction__{key}")
-        out.append((label, gallery[f"adversarial__{key}"], predictions))
-    return image_rows(out, gallery["label"])
-
-
-def image_rows(rows: Sequence[tuple[str, np.ndarray, np.ndarray | None]], labels: np.ndarray) -> bytes:
-    """Rows of images [n,C,H,W] in [0,1] with a title each and, where there are predictions, whether they are right."""
-    n = min(MAX_IMAGES, len(labels))
-    side, gap, left = 0.82 if len(rows) <= MANY_ROWS else 0.6, 0.06, 1.9
-    heads = [0.19 if i == 0 or predictions is not None else 0.02 for i, (*_, predictions) in enumerate(rows)]
-    width, height = left + n * (side + gap), sum(heads) + len(rows) * (side + gap) + 0.05
-    figure = Figure(figsize=(width, height))
-    # one axes, in inches, for all: an axes per image takes ten times as long
-    axis = figure.add_axes((0, 0, 1, 1))
-    y = 0.0
-    for i, (title, images, predictions) in enumerate(rows):
-        y += heads[i]
-        axis.text(left - 0.1, y + side / 2, title, ha="right", va="center", fontsize=8.5, linespacing=1.25)
-        for j in range(n):
-            x = left + j * (side + gap)
-            show_image(axis, images[j], (x, x + side, y + side, y))
-            head, colour, line = (f"is {int(labels[j])}" if i == 0 else ""), "black", (0.5, "#9ca3af")
-            if predictions is not None:
-                head, colour = verdict(int(predictions[j]), int(labels[j]))
-                line = (1.4, colour)
-            axis.add_patch(Rectangle((x, y), side, side, fill=False, linewidth=line[0], edgecolor=line[1], zorder=3))
-            axis.text(x + side / 2, y - 0.03, head, ha="center", va="bottom", fontsize=8.5, color=colour)
-        y += side + gap
-    axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
-    axis.set_axis_off()
-    return png(figure)
-
-
-def show_image(axis: Axes, image: np.ndarray, extent: tuple[float, float, float, float] | None = None) -> None:
-    """One image [C,H,W], clipped to [0,1]; filling its axes in a thin frame, or a part of it."""
-    image = np.clip(np.asarray(image, dtype=np.float32), 0, 1)
-    image = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-    axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest", extent=extent)
-    if extent is None:
-        axis.set(xticks=[], yticks=[])
-        line_spines(axis, 0.5, "#9ca3af")
-
-
-def line_spines(axis: Axes, width: float, colour: str) -> None:
-    """The frame of an axes."""
-    for spine in axis.spines.values():
-        spine.set(linewidth=width, color=colour)
-
-
-def verdict(prediction: int, label: int) -> tuple[str, str]:
-    """What stands over an example: ✓ or ✗ and the class that it is taken for; and its colour."""
-    right = prediction == label
-    return f"{'✓' if right else '✗'} {prediction}", RIGHT if right else WRONG
-
-
-def grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each ``width`` x ``height`` inches."""
-    rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(width * max(columns, 2), height * rows + 0.4), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
-    for axis in axes:
-        frame(axis)
-    return figure, axes
-
-
-def frame(axis: Axes, title_size: float = 10.5) -> None:
-    """No box, a faint grid."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#d1d5db", linewidth=0.5)
-    axis.set_axisbelow(True)
-    axis.title.set_fontsize(title_size)
-
-
-def legend(model: str, roles: Mapping[str, str]) -> str:
-    """A model's name and, where that is something else, its role."""
-    role = roles.get(model, model)
-    return model if model == role else f"{model} ({role})"
-
-
-def _size(images: np.ndarray) -> str:
-    return f"{images.shape[-2]}×{images.shape[-1]}"
-
-
 def _plain(value: float, _: float) -> str:
     """A tick of a logarithmic axis as people write it; only 1, 2 and 5 times a power of ten, which never touch."""
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
@@ -482,10 +335,3 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edges = np.linspace(0, len(x), MAX_POINTS + 1).astype(int)[:-1]
     counts = np.diff(np.append(edges, len(x)))
     return np.add.reduceat(x, edges) / counts, np.add.reduceat(y, edges) / counts
-
-
-def png(figure: Figure) -> bytes:
-    """The bytes of a figure; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return out.getvalue()
