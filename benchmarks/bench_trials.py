@@ -17,12 +17,12 @@ from typing import Any
 
 from components.config import Experiment
 from components.config.data import Shapes
-from pipeline import sweep
 from pipeline.data import pyramids
-from pipeline.options import SweepOptions
 from pipeline.recipes.mnist import mnist_demo
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.storage import Storage
+from pipeline.sweep import run
+from pipeline.sweep.options import SweepOptions
 from pipeline.training import train
 from pipeline.training.jobs import TrainingData
 
@@ -31,7 +31,7 @@ SPACE = Path(__file__).resolve().parent.parent / "tune_spaces" / "lambda_blocks.
 
 def swept(experiment: Experiment, trials: int) -> tuple[int, float, float]:
     """Models that a sweep trained, the undefended, the control and the recipe's own among them; seconds; those of the floor."""
-    sweep.execute(experiment, SweepOptions(space=str(SPACE), trials=trials, max_concurrent=1, evaluate="none"))
+    run.execute(experiment, SweepOptions(space=str(SPACE), trials=trials, max_concurrent=1, evaluate="none"))
     root = Storage(experiment.storage)
     (name,) = root.list("sweeps")
     record: dict[str, Any] = root.read_json(f"sweeps/{name}/sweep.json")

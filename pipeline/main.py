@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         return 0
     from components.errors import ConfigError, UserError
     from components.fields import is_unicode
-    from pipeline.options import names_a_model
+    from pipeline.cli.arguments import names_a_model
     from pipeline.runtime.console import complain
 
     command, rest = arguments[0], arguments[1:]
@@ -92,16 +92,16 @@ def main(arguments: list[str]) -> int:
 
 def sweep(arguments: list[str]) -> int:
     """Run a sweep. Raises as :func:`parse`, and ConfigError for an option of the sweep's own."""
-    from pipeline.options import SWEEP_USAGE, parse_sweep
+    from pipeline.cli.arguments import SWEEP_USAGE, parse_sweep
 
     if not arguments or {"-h", "--help"} & set(arguments):
         print(SWEEP_USAGE, end="")
         return 0 if arguments else 2
     options, rest = parse_sweep(arguments)
     experiment = parse("sweep", rest)
-    from pipeline import sweep as sweeps
+    from pipeline.sweep import run
 
-    sweeps.execute(experiment, options)
+    run.execute(experiment, options)
     return 0
 
 
@@ -131,7 +131,7 @@ def parse(command: str, arguments: list[str]):  # type: ignore[no-untyped-def]
             with status 2 for an unknown field or a value of the wrong type.
     """
     from components.errors import ConfigError
-    from pipeline.options import names_a_model
+    from pipeline.cli.arguments import names_a_model
     from pipeline.recipes.registry import RECIPES
 
     if command == "attack" and names_a_model(arguments):

@@ -143,7 +143,7 @@ def test_tpe_proposes_no_point_twice_and_ends_when_there_is_none_left() -> None:
     import optuna
     from ray.tune.search import Searcher
 
-    from pipeline.optuna_space import UnrepeatedSearch
+    from pipeline.sweep.search.optuna_search import UnrepeatedSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = Space(parameters={"shared_blocks": IntRange(1, 4), "width": Choice([4, 8, 16, 32])}, search="tpe")

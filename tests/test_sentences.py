@@ -14,10 +14,10 @@ from rich.console import Console
 
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
-from pipeline import sweep_report
 from pipeline.evaluation import addresses, attack, plan
 from pipeline.reporting import markdown, records, report, results, sentences, terminal, verdicts
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import summary
 
 NET = Experiment(
     name="attack-net",
@@ -259,7 +259,7 @@ def test_a_sweep_counts_the_images_that_were_attacked() -> None:
     }
     record |= {"choice": {"trial": 1, "parameters": {"lam": 0.1}, "clean": 0.9, "robust": 0.5, "rule": "the best"}}
     record |= {"evaluation": None, "experiment": {"seeds": 1}}
-    said = sweep_report.paragraphs(record)[0]
+    said = summary.paragraphs(record)[0]
     assert "pgd:eps=0.3 on 83 of them" in said
     assert "200" not in said
 

@@ -25,21 +25,27 @@ from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
 from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import run, sweep, sweep_report, tuner
+from pipeline import run
+from pipeline.cli.arguments import parse_sweep
 from pipeline.main import main, parse
-from pipeline.options import SweepOptions, parse_sweep
-from pipeline.pool import Pool
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime import lease, provenance
 from pipeline.runtime.storage import Storage, StorageError
+from pipeline.sweep import final_experiment, preflight, sweep_directory
+from pipeline.sweep import run as sweep_run
+from pipeline.sweep.options import SweepOptions, load_space
+from pipeline.sweep.report import summary
+from pipeline.sweep.report.html import build
+from pipeline.sweep.search import early_stopping, monitor, tuner
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.queue import JobQueue
 from pipeline.sweep.trials.states import DONE, FAILED, TRAINING, WAITING
+from pipeline.sweep.trials.trial import TrialProgress, new_entry, run_trial
+from pipeline.sweep.trials.workers import TrainingPool
 from pipeline.tracking import tracker
 from pipeline.training import jobs, train
 from pipeline.training.jobs import TrainingData
-from pipeline.trial import Followed, new_entry, run_trial
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
@@ -159,7 +165,7 @@ def test_a_run_lost_for_good_is_told_and_the_last_one_ends_the_sweep(
 ) -> None:
     ended: list[UserError] = []
     queue = SimpleNamespace(lost=SimpleNamespace(remote=lambda run: None))
-    made = Pool(queue, 0, plan(tmp_path), recipe(), Storage(str(tmp_path)), deaths=1, fail=ended.append)
+    made = TrainingPool(queue, 0, plan(tmp_path), recipe(), Storage(str(tmp_path)), deaths=1, fail=ended.append)
     made._alive, made._ray = 2, SimpleNamespace(get=lambda answer: answer)
     made._lost(0, RuntimeError("node gone\nmore"))
     assert "lost for good, 1 left: node gone" in capsys.readouterr().out
@@ -179,7 +185,7 @@ def write_epochs(root: Path, job: jobs.TrainingJob, robust: list[float], whole: 
 
 def test_a_trial_reports_what_all_its_seeds_have_and_the_end_only_when_models_are_exported(tmp_path: Path) -> None:
     made = plan(tmp_path, seeds=2).jobs({"lam": 0.1})
-    followed = Followed(made, OBJECTIVE, Storage(str(tmp_path)))
+    followed = TrialProgress(made, OBJECTIVE, Storage(str(tmp_path)))
     assert followed.new_results() == []
     write_epochs(tmp_path, made[0], [0.1, 0.2, 0.3], whole=True)
     write_epochs(tmp_path, made[1], [0.3], whole=False)
@@ -201,7 +207,7 @@ def test_a_model_that_was_only_measured_at_its_end_gives_one_result(tmp_path: Pa
     home = Storage(str(tmp_path)) / job.address
     home.write_json(OBJECTIVE.file(2), {"clean": 1.0, "robust": 0.5, "n": 4, "seconds": 0, "training_seconds": 0})
     home.write_json("model.json", {})
-    followed = Followed([job], OBJECTIVE, Storage(str(tmp_path)))
+    followed = TrialProgress([job], OBJECTIVE, Storage(str(tmp_path)))
     assert [r["epoch"] for r in followed.new_results()] == [3]
 
 
@@ -226,7 +232,7 @@ def write_space(path: Path, text: str) -> str:
 def test_a_file_that_is_no_space_is_told(tmp_path: Path, text: str, message: str) -> None:
     path = write_space(tmp_path / "mine.py", text)
     with pytest.raises(ConfigError, match=message) as e:
-        sweep.load_space(SweepOptions(space=path))
+        load_space(SweepOptions(space=path))
     assert path in str(e.value)
 
 
@@ -235,25 +241,25 @@ def test_a_space_by_its_name_and_what_the_command_line_changes() -> None:
         ["mnist-smoke", "--space", "lambda_blocks", "--trials", "7", "--search", "tpe", "--train.epochs", "1"]
     )
     assert rest == ["mnist-smoke", "--train.epochs", "1"]
-    name, space = sweep.load_space(options)
+    name, space = load_space(options)
     assert (name, space.trials, space.search) == ("lambda_blocks", 7, "tpe")
     with pytest.raises(ConfigError, match="one of ablation"):
-        sweep.load_space(replace(options, space="lambda_block"))
+        load_space(replace(options, space="lambda_block"))
     with pytest.raises(ConfigError, match="no end of points"):
-        sweep.load_space(replace(options, search="grid"))
+        load_space(replace(options, search="grid"))
     with pytest.raises(ConfigError, match="--space"):
         parse_sweep(["mnist-smoke"])
 
 
 def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
     e = recipe()
-    address = sweep.sweep_address(e, "s", BLOCKS, 0)
-    assert sweep.sweep_address(e, "s", replace(BLOCKS, trials=99), 0) == address
-    assert sweep.sweep_address(replace(e, storage="/elsewhere"), "s", BLOCKS, 0) == address
+    address = sweep_directory.sweep_address(e, "s", BLOCKS, 0)
+    assert sweep_directory.sweep_address(e, "s", replace(BLOCKS, trials=99), 0) == address
+    assert sweep_directory.sweep_address(replace(e, storage="/elsewhere"), "s", BLOCKS, 0) == address
     others = [
-        sweep.sweep_address(e, "s", replace(BLOCKS, search="tpe"), 0),
-        sweep.sweep_address(e, "s", BLOCKS, 1),
-        sweep.sweep_address(replace(e, train=replace(e.train, epochs=9)), "s", BLOCKS, 0),
+        sweep_directory.sweep_address(e, "s", replace(BLOCKS, search="tpe"), 0),
+        sweep_directory.sweep_address(e, "s", BLOCKS, 1),
+        sweep_directory.sweep_address(replace(e, train=replace(e.train, epochs=9)), "s", BLOCKS, 0),
     ]
     assert len({address, *others}) == 4
 
@@ -296,12 +302,12 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
     experiment: Experiment, space: Space, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        sweep.probe(experiment, space, sweep.varied_model(experiment, space)[1])
+        preflight.preflight_experiment(experiment, space, preflight.varied_model(experiment, space)[1])
 
 
 def test_a_combination_is_possible_where_one_of_its_values_alone_is_not() -> None:
     space = Space(parameters={"schedule": Choice(["alternating"]), "epochs": Choice([40])}, search="grid")
-    probed = sweep.probe(recipe(), space, recipe().train)
+    probed = preflight.preflight_experiment(recipe(), space, recipe().train)
     assert [(c.schedule, c.epochs) for c in probed.variants().values()] == [("joint", 2), ("alternating", 40)]
 
 
@@ -310,9 +316,9 @@ def test_the_draws_that_are_checked_are_those_of_the_seed_in_use() -> None:
     first = {seed: BATCHES.points(seed)[0]["batch_size"] for seed in range(20)}
     odd = next(seed for seed, size in first.items() if int(size) % 2)
     even = next(seed for seed, size in first.items() if not int(size) % 2)
-    sweep.probe(e, BATCHES, e.train, even)
+    preflight.preflight_experiment(e, BATCHES, e.train, even)
     with pytest.raises(ConfigError, match=f"batch_size={first[odd]} cannot be run"):
-        sweep.probe(e, BATCHES, e.train, odd)
+        preflight.preflight_experiment(e, BATCHES, e.train, odd)
 
 
 @pytest.mark.parametrize("search", ["grid", "tpe"])
@@ -330,19 +336,21 @@ def test_the_probe_has_every_kind_of_targets_that_a_trial_reads(
     parameters = {"targets": Choice(["lowpass", "linear", "none"]), **{k: Choice(v) for k, v in other.items()}}
     space = Space(parameters=parameters, search=search, trials=2 if search == "tpe" else 0)
     e = recipe()
-    probed = sweep.probe(e, space, replace(e.train, **base))
+    probed = preflight.preflight_experiment(e, space, replace(e.train, **base))
     assert set(run._kinds_of_targets(probed)) == {"lowpass", "linear"}
 
 
 def test_the_probe_has_one_network_of_those_that_differ_in_real_numbers_and_the_largest_combination() -> None:
     e = recipe()
     space = Space(parameters={"lam": LogUniform(1e-4, 10.0), "lr": Uniform(0.1, 1.0)}, trials=24)
-    assert list(sweep.probe(e, space, e.train).variants()) == ["base"], "the recipe's model stands for all"
+    assert list(preflight.preflight_experiment(e, space, e.train).variants()) == ["base"], (
+        "the recipe's model stands for all"
+    )
     parameters = {"lam": LogUniform(1e-4, 10.0), "width": IntRange(2, 200), "batch_size": IntRange(2, 2000)}
-    probed = sweep.probe(e, Space(parameters=parameters, search="tpe", trials=2), e.train)
+    probed = preflight.preflight_experiment(e, Space(parameters=parameters, search="tpe", trials=2), e.train)
     assert (200, 2000) in {(c.width, c.batch_size) for c in probed.variants().values()}
     big = Space(parameters={"width": Choice([2, 200]), "batch_size": Choice([2, 2000])}, search="grid", trials=0)
-    largest = sweep.probe(e, big, e.train).variants()["trial-4_width-200_batch_size-2000"]
+    largest = preflight.preflight_experiment(e, big, e.train).variants()["trial-4_width-200_batch_size-2000"]
     assert (largest.width, largest.batch_size) == (200, 2000)
 
 
@@ -350,12 +358,12 @@ def test_an_undefended_model_is_swept_over_values_that_are_its_own_and_its_contr
     """A trial may be the recipe's own model, and the choice its source or control: neither is refused as its own control."""
     e = recipe()
     space = Space(parameters={"lr": Choice([e.train.lr, 0.01])}, model="no_defense", search="grid")
-    name, base = sweep.varied_model(e, space)
-    assert "base" in sweep.probe(e, space, base).variants()
+    name, base = preflight.varied_model(e, space)
+    assert "base" in preflight.preflight_experiment(e, space, base).variants()
     for point in space.points(0):
-        final = sweep.final_experiment(e, name, point)
+        final = final_experiment.final_experiment(e, name, point)
         assert len({c.canonical() for c in final.variants().values()}) == 3, point
-    undefended = sweep.final_experiment(
+    undefended = final_experiment.final_experiment(
         e, "defend", {"defense": "none"}
     )  # with defend's seed it is the recipe's control
     assert len({c.canonical() for c in undefended.variants().values()}) == 3
@@ -363,13 +371,13 @@ def test_an_undefended_model_is_swept_over_values_that_are_its_own_and_its_contr
 
 def test_what_a_person_is_told_before_anything_is_computed(tmp_path: Path) -> None:
     few = Space(parameters={"shared_blocks": IntRange(1, 4)}, trials=24, asha=Asha(grace_epochs=4))
-    said = "\n".join(sweep._announced(opened(tmp_path, few, []), 4, 1))
+    said = "\n".join(sweep_run._announced(opened(tmp_path, few, []), 4, 1))
     assert "4 trials (24 were asked for: the space has no more), random search" in said
     assert "none stopped early (asha.grace_epochs=4)" in said
     assert "under the full suite" in said
     done = [entry(1, {"lam": 0.1, "shared_blocks": 1}, "finished", 0.5)]
     space = replace(BLOCKS, asha=Asha(grace_epochs=3))
-    said = "\n".join(sweep._announced(replace(opened(tmp_path, space, done), options=NO_TEST), 3, 2))
+    said = "\n".join(sweep_run._announced(replace(opened(tmp_path, space, done), options=NO_TEST), 3, 2))
     assert "4 trials, 1 done already" in said
     assert "the worse stopped early from epoch 3 on" in said
     assert "not tested on test images" in said
@@ -378,7 +386,7 @@ def test_what_a_person_is_told_before_anything_is_computed(tmp_path: Path) -> No
 
 def test_by_default_the_choice_is_tested_under_the_full_suite_at_the_recipes_budget() -> None:
     given = recipe().evaluation
-    final = sweep.final_experiment(recipe(), "defend", {"lam": 0.1}).evaluation
+    final = final_experiment.final_experiment(recipe(), "defend", {"lam": 0.1}).evaluation
     assert final.attacks == full_suite("0.2")
     assert final.threat_models == ("white_box", "black_box", "transfer")
     assert (final.test_images, final.chunk_size) == (given.test_images, given.chunk_size)
@@ -387,34 +395,36 @@ def test_by_default_the_choice_is_tested_under_the_full_suite_at_the_recipes_bud
     with pytest.raises(ConfigError, match="--evaluate"):
         parse_sweep(["--space", "x", "--evaluate", "some"])
     other = recipe(evaluation=replace(given, attacks=("ddn:steps=10", "pgd:eps=8/255,steps=3", "bim:eps=0.3")))
-    assert sweep.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255}")
+    assert final_experiment.final_experiment(other, "defend", {}).evaluation.attacks == full_suite(f"{8 / 255}")
     norms = recipe(evaluation=replace(given, attacks=("ddn:steps=10",)))
-    assert sweep.final_experiment(norms, "defend", {}).evaluation.attacks == full_suite("0.3")
+    assert final_experiment.final_experiment(norms, "defend", {}).evaluation.attacks == full_suite("0.3")
     two = recipe(evaluation=replace(given, attacks=("pgd:eps=1.5,norm=l2",)))
-    assert sweep.final_experiment(two, "defend", {}).evaluation.attacks == full_suite("1.5", "l2")
+    assert final_experiment.final_experiment(two, "defend", {}).evaluation.attacks == full_suite("1.5", "l2")
 
 
 def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_no_model_twice(tmp_path: Path) -> None:
     e = recipe(storage=str(tmp_path), seeds=2)
     point = {"lam": 0.123, "shared_blocks": 2}
-    final = sweep.final_experiment(e, "defend", point, "recipe")
+    final = final_experiment.final_experiment(e, "defend", point, "recipe")
     assert final.name == "mnist-smoke-best"
     assert [t.partition(":")[0] for t in final.models] == ["no_defense", "control", "best"]
-    same = replace(plan(tmp_path, seeds=2), base=sweep.varied_model(e, BLOCKS)[1]).jobs(point)
+    same = replace(plan(tmp_path, seeds=2), base=preflight.varied_model(e, BLOCKS)[1]).jobs(point)
     made = train.jobs_of(final, SHAPES, DATA, Storage(str(tmp_path)))
     assert [j.address for j in made if j.name.startswith("best")] == [j.address for j in same]
     assert final.evaluation.attacks == e.evaluation.attacks
     # of another width, transfer needs undefended networks of that width
-    wide = sweep.final_experiment(e, "defend", {"width": 8})
+    wide = final_experiment.final_experiment(e, "defend", {"width": 8})
     assert {c.width for c in wide.variants().values()} == {8}
     assert {c.seed % 1000 for n, c in wide.variants().items() if not n.startswith("best")} == {0, 1}
     # a recipe whose threat models name models that are not there any more
     named = replace(e, evaluation=replace(e.evaluation, threat_models=("white_box", "transfer:defend")))
-    assert sweep.final_experiment(named, "defend", point, "recipe").evaluation.threat_models == ("white_box",)
+    assert final_experiment.final_experiment(named, "defend", point, "recipe").evaluation.threat_models == (
+        "white_box",
+    )
 
 
 def test_the_best_recipe_is_one_that_run_takes(tmp_path: Path) -> None:
-    final = sweep.final_experiment(recipe(storage=str(tmp_path)), "defend", {"lam": 0.123})
+    final = final_experiment.final_experiment(recipe(storage=str(tmp_path)), "defend", {"lam": 0.123})
     (tmp_path / "best.json").write_text(json.dumps({"schema": 1, "experiment": to_dict(final)}))
     assert parse("run", ["--from", str(tmp_path / "best.json")]) == final
     other = parse("run", ["--from", str(tmp_path / "best.json"), "--seeds", "3"])
@@ -433,9 +443,9 @@ def entry(number: int, point: dict[str, Any], state: str, *robust: float) -> dic
     return {**new_entry(number, point), "state": state, "epochs": epochs, **more}
 
 
-def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep.Sweep:
+def opened(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> sweep_directory.Sweep:
     e = recipe(train=TrainConfig(width=4, epochs=4))
-    return sweep.Sweep(
+    return sweep_directory.Sweep(
         experiment=e,
         root=Storage(str(tmp_path)),
         storage=Storage(str(tmp_path)) / "sweeps/s",
@@ -472,12 +482,12 @@ def test_finished_stopped_and_diverged_trials_are_not_run_again_failed_ones_are(
     space = replace(BLOCKS, trials=6)
     trials = [entry(i + 1, p, s, 0.1) for i, (p, s) in enumerate(zip(space.points(0), states, strict=False))]
     one = opened(tmp_path, space, trials)
-    assert [t["number"] for t in sweep._pending(one)] == [4, 5, 6]
+    assert [t["number"] for t in sweep_run._pending(one)] == [4, 5, 6]
     assert [t["parameters"] for t in one.trials][:4] == points, "as they were, and one more"
     few = opened(tmp_path, replace(BLOCKS, trials=4), trials[:5])
-    assert [t["number"] for t in sweep._pending(few)] == [4]
+    assert [t["number"] for t in sweep_run._pending(few)] == [4]
     tpe = opened(tmp_path, replace(BLOCKS, search="tpe", trials=7), trials[:5])
-    assert [t.get("number") for t in sweep._pending(tpe)] == [4, 5, None, None]
+    assert [t.get("number") for t in sweep_run._pending(tpe)] == [4, 5, None, None]
 
 
 def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> None:
@@ -488,7 +498,7 @@ def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> 
         entry(3, {"lam": 0.3, "shared_blocks": 3}, "running", 0.3),
     ]
     one = opened(tmp_path, space, known)
-    _, search = tuner.search_algorithm(one, sweep._pending(one))
+    _, search = tuner.search_algorithm(one, sweep_run._pending(one))
     assert search.suggest("t1") == {"lam": 0.3, "shared_blocks": 3}
     drawn = search.suggest("t2")
     assert 1e-4 <= drawn["lam"] <= 10
@@ -498,9 +508,9 @@ def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> 
     assert search._ot_study.get_trials()[2].values == [0.9, 0.7], "two objectives"
 
 
-def following(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> tuner.Following:
+def following(tmp_path: Path, space: Space, trials: list[dict[str, Any]]) -> monitor.SweepMonitor:
     one = opened(tmp_path, space, trials)
-    return tuner.Following(one, replace(plan(tmp_path), base=one.base), SimpleNamespace(), [])
+    return monitor.SweepMonitor(one, replace(plan(tmp_path), base=one.base), SimpleNamespace(), [])
 
 
 def test_early_stopping_knows_the_trials_of_the_command_before(tmp_path: Path) -> None:
@@ -510,13 +520,13 @@ def test_early_stopping_knows_the_trials_of_the_command_before(tmp_path: Path) -
     known = [entry(i + 1, p, "finished", 0.5, 0.6, 0.7, 0.8) for i, p in enumerate(points[:4])]
     for trials, decision in ((known, "STOP"), ([], "CONTINUE")):
         one = following(tmp_path, space, trials)
-        scheduler = tuner.early_stopping(one)
+        scheduler = early_stopping.early_stopping(one)
         scheduler.on_trial_add(None, trial)
         one.start("new", points[4])
         assert scheduler.on_trial_result(None, trial, said) == decision
-    assert tuner.early_stopping(following(tmp_path, BLOCKS, known)) is None
+    assert early_stopping.early_stopping(following(tmp_path, BLOCKS, known)) is None
     late = replace(BLOCKS, asha=Asha(grace_epochs=4))
-    assert tuner.early_stopping(following(tmp_path, late, known)) is None, "there is no epoch left to be saved"
+    assert early_stopping.early_stopping(following(tmp_path, late, known)) is None, "there is no epoch left to be saved"
 
 
 def test_a_trial_that_goes_on_has_passed_what_it_passed_and_a_whole_one_is_not_stopped(tmp_path: Path) -> None:
@@ -527,7 +537,7 @@ def test_a_trial_that_goes_on_has_passed_what_it_passed_and_a_whole_one_is_not_s
     one = following(tmp_path, space, [entry(1, points[0], "running", 0.1, 0.2), *known])
     made = one.plan.jobs(points[0])
     one.sweep.trials[0]["models"] = [{"seed": 0, "path": made[0].address}]
-    scheduler = tuner.early_stopping(one)
+    scheduler = early_stopping.early_stopping(one)
     trial = SimpleNamespace(trial_id="x")
     scheduler.on_trial_add(None, trial)
     one.start("x", {"listed": {"number": 1, "values": points[0]}})
@@ -538,28 +548,30 @@ def test_a_trial_that_goes_on_has_passed_what_it_passed_and_a_whole_one_is_not_s
         assert scheduler.on_trial_result(None, trial, result) == "CONTINUE", epoch
         one.result("x", result)
     assert [e["epoch"] for e in one.sweep.trials[0]["epochs"]] == [1, 2, 3]
-    for part in (scheduler, tuner._callback(one), tuner._stopper(one)):
+    for part in (scheduler, monitor._callback(one), monitor._stopper(one)):
         assert cloudpickle.dumps(part), "Tune does that"
     # one that had not come so far is stopped
     new = SimpleNamespace(trial_id="y")
     one.sweep.trials[3].update(state="failed", epochs=[])
-    scheduler = tuner.early_stopping(one)
+    scheduler = early_stopping.early_stopping(one)
     one.start("y", {"listed": {"number": 4, "values": points[3]}})
     poor = {"epoch": 1, "robust": 0.0}
     assert scheduler.on_trial_result(None, new, poor) == "STOP"
     # but not where there is nothing left to be saved: exported and measured, only not yet told
     (job,) = one.plan.jobs(points[3])
     write_epochs(tmp_path, job, [0.0, 0.0, 0.0, 0.0], whole=False)
-    assert tuner.early_stopping(one).on_trial_result(None, new, poor) == "STOP"
+    assert early_stopping.early_stopping(one).on_trial_result(None, new, poor) == "STOP"
     write_epochs(tmp_path, job, [0.0, 0.0, 0.0, 0.0], whole=True)
-    assert tuner.early_stopping(one).on_trial_result(None, new, poor) == "CONTINUE"
-    assert tuner.early_stopping(one).on_trial_result(None, new, {"epoch": 4, "robust": 0.0}) == "STOP", "its end"
+    assert early_stopping.early_stopping(one).on_trial_result(None, new, poor) == "CONTINUE"
+    assert early_stopping.early_stopping(one).on_trial_result(None, new, {"epoch": 4, "robust": 0.0}) == "STOP", (
+        "its end"
+    )
 
 
 def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
     space = replace(BLOCKS, search="tpe", trials=3)
     one = opened(tmp_path, space, [entry(1, {"lam": 0.5, "shared_blocks": 1}, "failed")])
-    followed = tuner.Following(one, plan(tmp_path), SimpleNamespace(), [])
+    followed = monitor.SweepMonitor(one, plan(tmp_path), SimpleNamespace(), [])
 
     def saved() -> list[dict[str, Any]]:
         return list(json.loads((tmp_path / "sweeps/s/sweep.json").read_text())["trials"])
@@ -606,7 +618,7 @@ def test_a_trial_that_cannot_be_is_recorded_with_its_reason_and_the_sweep_goes_o
 
 def test_a_record_that_cannot_be_written_ends_the_sweep_not_the_trial(tmp_path: Path) -> None:
     one = following(tmp_path, BLOCKS, [entry(1, BLOCKS.points(0)[0], "running")])
-    callback, stopper = tuner._callback(one), tuner._stopper(one)
+    callback, stopper = monitor._callback(one), monitor._stopper(one)
     trial = SimpleNamespace(trial_id="x", config={"listed": {"number": 1}})
     callback.on_trial_start(0, [], trial)
     assert not stopper.stop_all()
@@ -626,15 +638,15 @@ def test_what_test_images_were_used_for_before_stays_in_the_record(
 ) -> None:
     tested: list[Experiment] = []
     monkeypatch.setattr(run, "execute", lambda command, e, **_: tested.append(e))
-    monkeypatch.setattr(sweep, "_report", lambda one: None)
-    monkeypatch.setattr(sweep, "_register", lambda one, chosen: None)
+    monkeypatch.setattr(sweep_run, "_report", lambda one: None)
+    monkeypatch.setattr(sweep_run, "_register", lambda one, chosen: None)
     points = BLOCKS.points(0)
     one = opened(tmp_path, BLOCKS, [entry(1, points[0], "finished", 0.3), entry(2, points[1], "failed", 0.1)])
 
     def conclude(test: bool = True) -> tuple[str | None, list[dict[str, Any]]]:
-        sweep._conclude(one)
+        sweep_run._conclude(one)
         if test:
-            sweep._evaluate(one)
+            sweep_run._evaluate(one)
         saved = json.loads((tmp_path / "sweeps/s/sweep.json").read_text())
         earlier = saved["earlier_evaluations"]
         assert all(abs(datetime.now(UTC) - datetime.fromisoformat(e.pop("date"))) < timedelta(hours=1) for e in earlier)
@@ -681,8 +693,8 @@ def test_a_sweep_that_was_taken_over_writes_no_more(tmp_path: Path, monkeypatch:
 def test_a_second_command_is_refused_before_it_joins_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = command("lambda_blocks", tmp_path)
     options, rest = parse_sweep(asked[1:])
-    name, space = sweep.load_space(options)
-    address = sweep.sweep_address(parse("sweep", rest), name, space, 0)
+    name, space = load_space(options)
+    address = sweep_directory.sweep_address(parse("sweep", rest), name, space, 0)
     held = lease.Lease(Storage(tmp_path) / address).acquire()
     assert main(asked) == 1
     held.release()
@@ -700,10 +712,10 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     record = opened(tmp_path, replace(BLOCKS, trials=6), trials).record
     record |= {
         "front": [4],
-        "choice": {"trial": 4, "parameters": points[3], "clean": 0.9, "robust": 0.3, "rule": sweep_report.rule(0.01)},
+        "choice": {"trial": 4, "parameters": points[3], "clean": 0.9, "robust": 0.3, "rule": summary.rule(0.01)},
         "references": {"control": {"clean": 0.95, "robust": 0.05}, "no_defense": {"state": "failed", "reason": "x"}},
     }
-    names = sweep_report.build(record, Storage(str(tmp_path)))
+    names = build(record, Storage(str(tmp_path)))
     assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "table.md", "report.html"]
     assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".png"))
     html = (tmp_path / "report/report.html").read_text()
@@ -717,10 +729,10 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     ):
         assert part in html
     # 30 of 100 (21.9 to 39.6) and 20 of 100 (13.3 to 28.9) overlap; 10 of 100 does not
-    assert sweep_report.indistinct(record) == [3]
+    assert summary.indistinct(record) == [3]
     assert len((tmp_path / "report/trials.csv").read_text().splitlines()) == 7
     text = (tmp_path / "report/table.md").read_text()
-    assert text == sweep_report.markdown(record)
+    assert text == summary.markdown(record)
     for part in (
         "| 6 |",
         "white-box pgd:eps=0.1,steps=10 on 100",
@@ -737,7 +749,7 @@ def test_plots_of_one_parameter(tmp_path: Path, domain: Any) -> None:
     space = Space(parameters={name: domain}, trials=2)
     record = opened(tmp_path, space, [entry(i + 1, p, "finished", 0.2) for i, p in enumerate(space.points(0))]).record
     record |= {"front": [1], "choice": {"trial": 1, "parameters": {}, "clean": 0.9, "robust": 0.2, "rule": ""}}
-    assert sweep_report.build(record, Storage(str(tmp_path))) == [
+    assert build(record, Storage(str(tmp_path))) == [
         "pareto.png",
         "parallel.png",
         "trials.csv",
@@ -758,9 +770,9 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     from components.attacks.spec import AttackSpec
     from components.models.build import build_net
     from components.random_streams import stream_seed
-    from pipeline import objective
     from pipeline.data import shards
     from pipeline.data.splits import draw_order
+    from pipeline.sweep.trials import objective
 
     generator = np.random.default_rng(0)
     columns = {
@@ -772,7 +784,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     net = build_net(TrainConfig(width=4, defense="none"), replace(SHAPES, num_classes=2)).eval()
     asked = replace(OBJECTIVE, images=115, attack="pgd:eps=0.01,steps=2")
     root = Storage(str(tmp_path))
-    whole = objective.Meter(asked, root, 0, 1, torch.device("cpu"))
+    whole = objective.RobustAccuracyMeter(asked, root, 0, 1, torch.device("cpu"))
     assert whole.rows == draw_order(np.arange(230), 0)[:115].tolist(), "a split may be sorted by class"
     accuracy = whole.robust_accuracy(net.train())
     assert net.training, "the mode is as it was"
@@ -795,11 +807,11 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     strong = replace(asked, attack="pgd:eps=0.1,steps=5")
     left = right_under(strong.attack)
     assert 0 < left < clean
-    assert objective.Meter(strong, root, 0, 1, torch.device("cpu")).robust_accuracy(net) == left / 115
+    assert objective.RobustAccuracyMeter(strong, root, 0, 1, torch.device("cpu")).robust_accuracy(net) == left / 115
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: sums.append(int(value)))
     for rank in range(2):
-        objective.Meter(asked, root, rank, 2, torch.device("cpu")).robust_accuracy(net)
+        objective.RobustAccuracyMeter(asked, root, rank, 2, torch.device("cpu")).robust_accuracy(net)
     assert sum(sums) / 115 == pytest.approx(accuracy)
 
 
@@ -944,13 +956,13 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice_even_if_the
     storage, space, _ = swept
     kept = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/**/*") if f.is_file()}
     before = record_of(storage)
-    evaluate = sweep._evaluate
+    evaluate = sweep_run._evaluate
 
-    def without_server(one: sweep.Sweep) -> None:
+    def without_server(one: sweep_directory.Sweep) -> None:
         server.kill()
         evaluate(one)
 
-    monkeypatch.setattr(sweep, "_evaluate", without_server)
+    monkeypatch.setattr(sweep_run, "_evaluate", without_server)
     monkeypatch.setattr(tracker.Tracker.flush, "__defaults__", (1.0,))
     assert main(command(space, storage, "--resume", "--evaluate", "recipe", "--tracking-uri", server.uri)) == 0
     assert "operations not published" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import pytest
 
 from components.evaluation.statistics import wilson_interval
 from components.search_space import Choice, IntRange, LogUniform, Space
-from pipeline import sweep_report
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import html, plots, summary
 
 BLOCKS = {"lam": LogUniform(1e-4, 10.0), "shared_blocks": IntRange(1, 4)}
 
@@ -63,16 +63,16 @@ def test_seeds_do_not_narrow_an_interval_since_they_are_attacked_on_the_same_ima
     one = record(Space(parameters=BLOCKS), trial(1, points[0], 0.3), trial(2, points[1], 0.2))
     three = record(Space(parameters=BLOCKS), trial(1, points[0], 0.2, 0.3, 0.4), trial(2, points[1], 0.1, 0.2, 0.3))
     for found in (one, three):
-        assert sweep_report.interval(found["trials"][0]) == wilson_interval(30, 100)
-        assert sweep_report.indistinct(found) == [2]
-    assert sweep_report.spread(one["trials"][0]) is None
-    assert sweep_report.spread(three["trials"][0]) == pytest.approx(0.1)
-    assert "robust 30.0 % (21.9 to 39.6); 1 of 1 other" in sweep_report.conclusion(one)
-    assert "robust 30.0 % (21.9 to 39.6, sd over 3 seeds 10.0); 1 of 1 other" in sweep_report.conclusion(three)
-    assert [row["sd over seeds"] for row in sweep_report.table(three)] == ["10.0", "10.0"]
-    assert "sd over seeds" not in sweep_report.table(one)[0]
-    written = [next(csv.DictReader(io.StringIO(sweep_report.to_csv(r))))["robust_sd"] for r in (one, three)]
-    assert written == ["", str(sweep_report.spread(three["trials"][0]))]
+        assert summary.interval(found["trials"][0]) == wilson_interval(30, 100)
+        assert summary.indistinct(found) == [2]
+    assert summary.spread(one["trials"][0]) is None
+    assert summary.spread(three["trials"][0]) == pytest.approx(0.1)
+    assert "robust 30.0 % (21.9 to 39.6); 1 of 1 other" in summary.conclusion(one)
+    assert "robust 30.0 % (21.9 to 39.6, sd over 3 seeds 10.0); 1 of 1 other" in summary.conclusion(three)
+    assert [row["sd over seeds"] for row in summary.table(three)] == ["10.0", "10.0"]
+    assert "sd over seeds" not in summary.table(one)[0]
+    written = [next(csv.DictReader(io.StringIO(summary.to_csv(r))))["robust_sd"] for r in (one, three)]
+    assert written == ["", str(summary.spread(three["trials"][0]))]
 
 
 def test_the_heat_map_is_of_lambda_and_shared_blocks_wherever_they_stand() -> None:
@@ -84,17 +84,17 @@ def test_the_heat_map_is_of_lambda_and_shared_blocks_wherever_they_stand() -> No
     ):
         space = Space(parameters=parameters)
         one = record(space, *(trial(i + 1, point, 0.1) for i, point in enumerate(space.points(0)[:3])))
-        assert sweep_report.mapped(one) == axes
-        assert sweep_report.heat_map(one)
+        assert plots.mapped(one) == axes
+        assert plots.heat_map(one)
 
 
 def test_a_report_tells_that_the_test_images_were_used_before(tmp_path: Path) -> None:
     found = record(Space(parameters=BLOCKS), trial(1, {"lam": 0.1, "shared_blocks": 1}, 0.3))
-    assert sweep_report.earlier(found) == [], "of a sweep of an earlier version too"
+    assert summary.earlier(found) == [], "of a sweep of an earlier version too"
     first = {"evaluation": "runs/mnist-smoke-best-0", "trial": 7, "parameters": {"lam": 0.5, "shared_blocks": 2}}
     found["earlier_evaluations"] = [first, {**first, "trial": 8, "date": "2026-05-28T20:26:40+00:00"}]
-    sweep_report.build(found, Storage(tmp_path))
-    for text in ((tmp_path / "report/report.html").read_text(), sweep_report.markdown(found)):
+    html.build(found, Storage(tmp_path))
+    for text in ((tmp_path / "report/report.html").read_text(), summary.markdown(found)):
         assert "Choice no. 1 was tested on the test images, before" in text
         assert "trial 7: lam=0.5 shared_blocks=2: runs/mnist-smoke-best-0" in text
         assert "Choice no. 2 was tested on the test images on 2026-05-28 20:26 UTC, before" in text
@@ -104,4 +104,4 @@ def test_a_conclusion_is_of_the_time_at_which_its_last_trial_ended() -> None:
     point = {"lam": 0.1, "shared_blocks": 1}
     running = {**trial(3, point, 0.1), "state": "running"}
     found = record(Space(parameters=BLOCKS), trial(2, point, 0.3), trial(1, point, 0.3), running)
-    assert sweep_report.concluded_at(found) == 1780002210.0, "21:02:00 and 90 s"
+    assert summary.concluded_at(found) == 1780002210.0, "21:02:00 and 90 s"

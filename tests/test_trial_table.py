@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from pipeline import trial_table
 from pipeline.runtime import console as runtime_console
 from pipeline.runtime.console import PLAIN_INTERVAL_S
-from pipeline.trial_table import LOG_INTERVAL_S, LOG_ROWS, LOG_WIDTH, SPARE_LINES, TrialTable
+from pipeline.sweep.report import live_table
+from pipeline.sweep.report.live_table import LOG_INTERVAL_S, LOG_ROWS, LOG_WIDTH, SPARE_LINES, TrialTable
 
 
 def entry(number: int, state: str, robust: float | None = None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def console(monkeypatch: pytest.MonkeyPatch, **more: Any) -> io.StringIO:
     """The terminal or log that a sweep writes to from now on."""
     file = io.StringIO()
     made = Console(file=file, highlight=False, soft_wrap=True, **more)
-    monkeypatch.setattr(trial_table, "console", made)
+    monkeypatch.setattr(runtime_console, "console", made)
     monkeypatch.setattr(runtime_console, "console", made)
     return file
 
@@ -104,7 +104,7 @@ def test_a_log_gets_lines_and_a_table_once_more_trials_have_ended(
     log: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(trial_table, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(live_table, "time", SimpleNamespace(monotonic=lambda: clock.now))
     trials = record(*(entry(i, "running") for i in range(1, 41)))
     table = TrialTable(trials, {}, 40)
     tables, most = 0, 0

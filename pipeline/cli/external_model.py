@@ -14,7 +14,7 @@ from components.errors import ConfigError, DataError
 from components.evaluation.metrics import usual_eps
 from components.fields import MAX_NAME_BYTES
 from components.models import libraries, own
-from pipeline.options import Parser
+from pipeline.cli.arguments import Parser
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports, pretrained, weights_file

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline import sweep_report
 from pipeline.reporting import records
 from pipeline.reporting.mlflow_run import _datasets, _model_metrics, epoch_of, flatten, made_with_tags, unix_time
 from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import summary
 from pipeline.sweep.trials.states import ENDS
 from pipeline.tracking.tracker import Tracker
 
@@ -51,15 +51,15 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
     if record["choice"]:
         states = [t["state"] for t in record["trials"]]
         numbers = {f"trials/{state}": float(states.count(state)) for state in ENDS}
-        for name, found in sweep_report.references(record).items():
+        for name, found in summary.references(record).items():
             numbers |= {f"reference/{name}/{k}": v for k, v in found.items()}
         numbers |= {"best/clean": record["choice"]["clean"], "best/robust": record["choice"]["robust"]}
         numbers["front/size"] = float(len(record["front"]))
         # of a sweep that went on, MLflow shows the latest step
         ended = sum(state in ENDS for state in states)
-        tracker.metrics("run", numbers, step=ended, time=sweep_report.concluded_at(record))
+        tracker.metrics("run", numbers, step=ended, time=summary.concluded_at(record))
         tags = {
-            "mlflow.note.content": sweep_report.markdown(record),
+            "mlflow.note.content": summary.markdown(record),
             "best_trial": record["choice"]["trial"],
             "evaluation": record["evaluation"] or "",  # of an earlier choice no more
         }
@@ -85,7 +85,7 @@ def choice_version(record: Mapping[str, Any], sweep: Storage) -> dict[str, Any]:
         "name": f"{record['name']}-{record['space_name']}",
         "version_alias": "best",
         "own_alias": f"best-{name.rpartition('-')[2]}",
-        "concluded": sweep_report.concluded_at(record),
+        "concluded": summary.concluded_at(record),
         "tags": {"sweep": name, "records": sweep.uri, "trial": record["choice"]["trial"]},
     }
 
@@ -109,7 +109,7 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[s
         "started": trial["started"],
     }
     train = {**record["base"], **trial["parameters"]}
-    name = f"trial {trial['number']}: {sweep_report.parameters_text(trial['parameters'])}"
+    name = f"trial {trial['number']}: {summary.parameters_text(trial['parameters'])}"
     tracker.start(alias, name, parent="run", tags=tags, params=flatten(train), time=unix_time(trial["started"]))
     _datasets(tracker, alias, record, JUDGED_BY)
     if len(trial["models"]) > 1:
@@ -125,7 +125,7 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[s
             seconds = trial["training_seconds"] / max(1, len(exported))
             numbers = _model_metrics({"clean_validation": clean, "seconds": seconds})
         # at the end of this try: of one step MLflow shows the latest
-        end = sweep_report.ended_at(trial)
+        end = summary.ended_at(trial)
         tracker.metrics(alias, {**numbers, "epochs": float(len(trial["epochs"]))}, time=end)
         tracker.finish(alias, _status_of(trial), time=end)
 
@@ -147,7 +147,7 @@ def _publish_replicate(
     if exported := _exported(root, model):
         tracker.metrics(alias, _model_metrics(exported))
     if trial["state"] in ENDS:
-        tracker.finish(alias, _status_of(trial), time=sweep_report.ended_at(trial))
+        tracker.finish(alias, _status_of(trial), time=summary.ended_at(trial))
 
 
 def _publish_means(tracker: Tracker, alias: str, trial: Mapping[str, Any], root: Storage) -> None:

@@ -15,13 +15,10 @@ from components.errors import UserError
 from components.search_space import Point
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.sweep.trials.plan import Objective, SweepPlan
-from pipeline.sweep.trials.states import DIVERGED, FAILED
+from pipeline.sweep.trials.states import DIVERGED, FAILED, FINISHED, RUNNING
 from pipeline.training.jobs import TrainingJob
 
 POLL_S = 0.5
-FINISHED, RUNNING = "finished", "running"
-ENDED = ("finished", "stopped", "diverged")
-"""States that stay; a trial that failed otherwise is tried again by the next command."""
 
 
 def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
@@ -44,7 +41,7 @@ def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
         return
     trial = tune.get_context().get_trial_id()
     orders = [job.order() for job in jobs]
-    followed = Followed(jobs, plan.objective, Storage(plan.root))
+    followed = TrialProgress(jobs, plan.objective, Storage(plan.root))
     while True:
         states = ray.get(queue.follow.remote(orders, trial))
         results = []
@@ -61,7 +58,7 @@ def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
         time.sleep(POLL_S)
 
 
-class Followed:
+class TrialProgress:
     """The objectives of a trial's models as they appear on storage."""
 
     def __init__(self, jobs: Sequence[TrainingJob], objective: Objective, root: Storage) -> None:

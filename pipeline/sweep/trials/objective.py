@@ -24,7 +24,7 @@ CHUNK = 50
 """Images attacked together. Each chunk has its own random stream, so the number of ranks changes no result."""
 
 
-class Meter:
+class RobustAccuracyMeter:
     """Measures models by one objective. Made on every rank; each attacks its share of the chunks.
 
     Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 from components.errors import ConfigError
+from pipeline.sweep.options import SweepOptions
 
 SWEEP_USAGE = """\
 main.py sweep RECIPE --space FILE [--trials N] [--search grid|random|tpe] [--seed S] [--max-concurrent K] [--resume]
@@ -38,21 +38,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a ConfigError, instead of printing the usage and ending the process."""
         raise ConfigError(f"{message.removeprefix('argument ')}; `{self.prog} --help` explains its options")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """What the command line says of a sweep beside the recipe's fields."""
-
-    space: str
-    trials: int | None = None
-    search: str | None = None
-    seed: int = 0
-    max_concurrent: int = 0
-    """0: as many models at once as there is room for."""
-    resume: bool = False
-    evaluate: Literal["full", "recipe", "none"] = "full"
-    """Under which attacks the choice is tested, if it is."""
 
 
 def parse_sweep(arguments: Sequence[str]) -> tuple[SweepOptions, list[str]]:

@@ -1,222 +1,40 @@
-"""Ray Tune over the trials of a sweep: what proposes them, what stops them early, and their events into the sweep's record."""
+"""Tune's events, written into the sweep's record, table and MLflow."""
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from components.errors import ConfigError, UserError
-from components.fields import content_hash
-from pipeline import run, sweep_report
-from pipeline.pool import Pool
-from pipeline.runtime import user_errors
+from pipeline import run
 from pipeline.runtime.console import say
 from pipeline.runtime.storage import StorageError
+from pipeline.sweep.report import summary
+from pipeline.sweep.report.live_table import TrialTable
 from pipeline.sweep.trials.plan import SweepPlan
-from pipeline.sweep.trials.queue import JobQueue
-from pipeline.sweep.trials.states import DIVERGED, FAILED
-from pipeline.training import ray_workers
+from pipeline.sweep.trials.states import DIVERGED, ENDED, FAILED, FINISHED, RUNNING
+from pipeline.sweep.trials.trial import TrialProgress, new_entry
 from pipeline.training.jobs import TrainingJob
-from pipeline.trial import ENDED, FINISHED, RUNNING, Followed, new_entry, run_trial
-from pipeline.trial_table import TrialTable
 
 if TYPE_CHECKING:
-    from pipeline.sweep import Sweep
+    from pipeline.sweep.sweep_directory import Sweep
 
 TRIAL_DEATHS = 3
 """How often a trial's own process is started again."""
 LOOK_S = 1.0
 
 
-def runs_at_once(sweep: Sweep, left: int) -> int:
-    """How many Ray Train runs serve the trials."""
-    room = min(ray_workers.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
-    return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
-
-
-def run_trials(
-    sweep: Sweep, plan: SweepPlan, pending: Sequence[Mapping[str, Any]], references: Sequence[TrainingJob] = ()
-) -> None:
-    """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
-
-    Raises:
-        UserError: the workers could not be kept up, or storage or shards failed. The trials that run then go on with the next command.
-    """
-    # before ray.tune is imported: no files of its own beside ours, no output, Ctrl-C as everywhere
-    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
-        os.environ[name] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    from ray import tune
-
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial whose process died is said by us
-    scaling, space = sweep.experiment.scaling, sweep.space
-    runs = runs_at_once(sweep, len(pending) + len(references))
-    attempts = scaling.max_failures + 1
-    # no CPU: the workers may have them all
-    queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
-    following = Following(sweep, plan, queue, references)
-    deaths = attempts * (len(pending) + len(references))
-    pool = Pool(queue, runs, plan, sweep.experiment, sweep.root, deaths=deaths, fail=following.fail)
-    # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
-    at_once = max(1, runs // sweep.experiment.seeds) + (space.search != "tpe")
-    # a byte of memory: Tune has no trials without any resource
-    trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
-    files = sweep.root / f"ray/{secrets.token_hex(8)}"
-    param_space, search = search_algorithm(sweep, pending)
-    tuner = tune.Tuner(
-        trainable,
-        param_space=param_space,
-        tune_config=tune.TuneConfig(
-            num_samples=len(pending) if search else 1,
-            search_alg=search,
-            scheduler=early_stopping(following),
-            max_concurrent_trials=at_once,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=files.root,
-            storage_filesystem=files.fs,
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS),
-            callbacks=[_callback(following)],
-            stop=_stopper(following),
-        ),
-    )
-    try:
-        with following.shown():
-            if pending:
-                tuner.fit()
-            following.wait_for_references()
-        pool.close()
-    except Exception as e:
-        pool.close()
-        # Tune wraps what a callback raises
-        mine = following.error or user_errors.unwrap(e)
-        if mine is None:
-            raise
-        raise mine from None
-    finally:  # where the user interrupts, nobody waits for the pool
-        with suppress(OSError):
-            sweep.root.fs.delete_dir(files.root)
-    if following.error is not None:
-        raise following.error
-
-
-def search_algorithm(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """Tune's param_space and search algorithm (None: the points as listed)."""
-    if sweep.space.search != "tpe":
-        from ray import tune
-
-        points = [{"number": t["number"], "values": t["parameters"]} for t in pending]
-        return {"listed": tune.grid_search(points)}, None
-    import optuna
-
-    from pipeline.optuna_space import UnrepeatedSearch, distributions
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = optuna.storages.InMemoryStorage()
-    space = distributions(sweep.space)
-    study = optuna.create_study(storage=known, study_name="sweep", directions=["maximize", "maximize"])
-    for trial in sweep.trials:
-        if trial["state"] in ENDED:
-            study.add_trial(
-                optuna.trial.create_trial(params=trial["parameters"], distributions=space, values=_scores(trial))
-            )
-        else:
-            study.enqueue_trial(trial["parameters"])
-    # continued, it must not draw again what it drew
-    seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    asked = [trial["parameters"] for trial in sweep.trials]
-    search = UnrepeatedSearch(
-        sweep.space,
-        asked,
-        metric=["clean", "robust"],
-        mode=["max", "max"],
-        sampler=sampler,
-        storage=known,
-        study_name="sweep",
-    )
-    return {}, search
-
-
-def _scores(trial: Mapping[str, Any]) -> list[float]:
-    if trial["state"] == "diverged":  # to the search it is as bad as can be
-        return [0.0, 0.0]
-    return [trial["epochs"][-1]["clean"], trial["epochs"][-1]["robust"]]
-
-
-def grace_of(sweep: Sweep) -> int:
-    """Epochs after which a trial may first be stopped early; 0: none is."""
-    asha = sweep.space.asha
-    return asha.grace_epochs if asha is not None and asha.grace_epochs < sweep.base.epochs else 0
-
-
-def early_stopping(following: Following) -> Any:
-    """ASHA over the trials of the record, those of earlier commands included, or None."""
-    sweep = following.sweep
-    if not grace_of(sweep):
-        return None
-    from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-
-    class Asha(ASHAScheduler):
-        """Knows a trial by its number: one that goes on has passed what it had passed, whatever Tune calls it now. (Tune pickles this
-        class, and so whatever it refers to.)"""
-
-        def of(self, number: int) -> Any:
-            known = SimpleNamespace(trial_id=str(number))
-            if known.trial_id not in self._trial_info:
-                super().on_trial_add(None, known)  # type: ignore[arg-type]
-            return known
-
-        def on_trial_add(self, controller: Any, trial: Any) -> None:
-            """Its number is known when it starts."""
-
-        def on_trial_remove(self, controller: Any, trial: Any) -> None:
-            """It never started."""
-
-        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            number = following.entries[trial.trial_id]["number"]
-            decision: str = super().on_trial_result(controller, self.of(number), result)
-            ends = result["epoch"] >= following.plan.base.epochs
-            if decision == TrialScheduler.STOP and not ends and following.is_whole(trial.trial_id):
-                return TrialScheduler.CONTINUE  # there is nothing left to be saved
-            return decision
-
-        def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            super().on_trial_complete(controller, self.of(following.entries[trial.trial_id]["number"]), result)
-
-    asha = sweep.space.asha
-    scheduler = Asha(
-        time_attr="epoch",
-        metric="robust",
-        mode="max",
-        max_t=sweep.base.epochs,
-        grace_period=asha.grace_epochs,
-        reduction_factor=asha.reduction,
-    )
-    for trial in sweep.trials:
-        for epoch in trial["epochs"]:
-            super(Asha, scheduler).on_trial_result(None, scheduler.of(trial["number"]), epoch)
-    return scheduler
-
-
-class Following:
+class SweepMonitor:
     """Keeps record, terminal and MLflow up to date while Tune runs."""
 
     def __init__(self, sweep: Sweep, plan: SweepPlan, queue: Any, references: Sequence[TrainingJob]) -> None:
         self.sweep, self.plan, self.queue = sweep, plan, queue
-        self.references = {job.name: (job, Followed([job], plan.objective, sweep.root)) for job in references}
+        self.references = {job.name: (job, TrialProgress([job], plan.objective, sweep.root)) for job in references}
         self.measured: dict[str, dict[str, Any]] = {job.name: {"path": job.address} for job in references}
         self.entries: dict[str, dict[str, Any]] = {}
         """Tune's trial id -> entry of the record."""
@@ -294,7 +112,7 @@ class Following:
                 entry.update(state="stopped", reason=f"among the worse after epoch {entry['epochs'][-1]['epoch']}")
             entry["seconds"] = time.monotonic() - self.begun[trial_id]
             self.sweep.save()
-        say(sweep_report.trial_line(entry, self.total))
+        say(summary.trial_line(entry, self.total))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -360,7 +178,7 @@ class Following:
                 self.sweep.record["references"][name] = found
                 self.sweep.save()
             del self.references[name]
-            say(sweep_report.reference_line(name, found))
+            say(summary.reference_line(name, found))
 
     def _look(self) -> None:
         if said := ray.get(self.queue.error.remote()):
@@ -380,7 +198,7 @@ class Following:
             self.live[entry["number"]] = f"step {sum(d for d, _ in steps)} of {total}" if steps else "waiting"
 
 
-def _callback(following: Following) -> Any:
+def _callback(following: SweepMonitor) -> Any:
     from ray import tune
 
     @contextmanager
@@ -411,7 +229,7 @@ def _callback(following: Following) -> Any:
     return Callback()
 
 
-def _stopper(following: Following) -> Any:
+def _stopper(following: SweepMonitor) -> Any:
     from ray import tune
 
     class Stopper(tune.Stopper):

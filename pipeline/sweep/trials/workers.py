@@ -18,11 +18,11 @@ from components.config import Experiment
 from components.errors import UserError, first_line
 from components.fields import from_dict, to_dict
 from components.models.build import classifier_of
-from pipeline.objective import Meter
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import WorkingLease
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.runtime.user_errors import unwrap
+from pipeline.sweep.trials.objective import RobustAccuracyMeter
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED
 from pipeline.training import exports, loop, ray_workers
@@ -36,7 +36,7 @@ CLOSE_S = 60.0
 """How long the end of a sweep waits for its runs to end."""
 
 
-class Pool:
+class TrainingPool:
     """So many Ray Train runs side by side, each in a thread of the driver, serving one queue until it is closed.
 
     Args:
@@ -118,7 +118,7 @@ def _serve(settings: dict[str, Any]) -> None:
     root, queue, number = Storage(settings["root"]), settings["queue"], settings["run"]
     objective = from_dict(Objective, settings["objective"])
     data = ray_workers.DataCache(root, ranks)
-    meter: Meter | None = None
+    meter: RobustAccuracyMeter | None = None
 
     lease = WorkingLease(root, f"{settings['token']}-{number}")
 
@@ -173,7 +173,7 @@ def _serve(settings: dict[str, Any]) -> None:
                 return True
             if left == "train":
                 data.load(order)
-            meter = meter or Meter(objective, root, rank, world, device)
+            meter = meter or RobustAccuracyMeter(objective, root, rank, world, device)
         except (UserError, OSError) as e:  # storage or shards: of no one model, and every next one would fail too
             ray.get(queue.close.remote(str(e) if isinstance(e, UserError) else f"{root.uri} cannot be read: {e}"))
             if world > 1:
@@ -213,7 +213,7 @@ class _Between(ray_workers.EpochCallback):
 
     def __init__(
         self,
-        meter: Meter,
+        meter: RobustAccuracyMeter,
         home: Storage,
         objective: Objective,
         agreed: Callable[[Callable[[], Any]], Any],
@@ -235,7 +235,11 @@ class _Between(ray_workers.EpochCallback):
 
 
 def _measure_finished(
-    home: Storage, meter: Meter, objective: Objective, arch: str, agreed: Callable[[Callable[[], Any]], Any]
+    home: Storage,
+    meter: RobustAccuracyMeter,
+    objective: Objective,
+    arch: str,
+    agreed: Callable[[Callable[[], Any]], Any],
 ) -> None:
     """Measure a model that another run trained without measuring it: only its last epoch can be."""
     model = agreed(lambda: home.read_json("model.json"))

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pipeline import sweep_report
 from pipeline.runtime.console import PLAIN_INTERVAL_S, console, say
+from pipeline.sweep.report import summary
 
 STYLES = {"finished": "green", "running": "bold", "stopped": "dim", "diverged": "red", "failed": "red"}
 SPARE_LINES = 8
@@ -60,8 +60,8 @@ class TrialTable:
         """All of it in one line, where there is no terminal."""
         trials = list(self.record["trials"])
         running = [f"{t['number']} {self._now(t)}" for t in trials if t["state"] == "running"]
-        best = sweep_report.best_so_far(trials)
-        shown = "" if best is None else f"; most robust so far: {sweep_report.trial_line(best, self.total)}"
+        best = summary.best_so_far(trials)
+        shown = "" if best is None else f"; most robust so far: {summary.trial_line(best, self.total)}"
         return f"trials: {self._ended()}/{self.total} ended; running: {', '.join(running) or 'none yet'}{shown}"
 
     def _now(self, trial: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ class TrialTable:
         table = Table(box=box.SIMPLE_HEAD, title=f"{ended} of {self.total} trials ended", title_justify="left")
         names = list(self.record["space"]["parameters"])
         if rows is not None and len(trials) > rows:  # those that run, and the most robust
-            first = sorted(trials, key=lambda t: (t["state"] != "running", -sweep_report.robust_of(t)))
+            first = sorted(trials, key=lambda t: (t["state"] != "running", -summary.robust_of(t)))
             trials = sorted(first[: max(rows, 1)], key=lambda t: t["number"])
             table.caption = "those that run, and the most robust"
         cells = [self._cells(trial, names) for trial in trials]
@@ -95,7 +95,7 @@ class TrialTable:
         epochs = trial["epochs"]
         return [
             str(trial["number"]),
-            *(sweep_report.value_text(trial["parameters"][name]) for name in names),
+            *(summary.value_text(trial["parameters"][name]) for name in names),
             *((f"{100 * epochs[-1][k]:.1f}" for k in ("clean", "robust")) if epochs else ("", "")),
             str(epochs[-1]["epoch"]) if epochs else "",
             f"{trial['seconds']:.0f}" if trial["seconds"] else "",

@@ -1,0 +1,84 @@
+"""The experiment that tests a sweep's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from components.attacks.spec import AttackSpec
+from components.config import Experiment
+from components.evaluation.metrics import usual_eps
+from components.fields import parse_spec, replace_typed
+from components.search_space import Point
+from pipeline.recipes.suites import full_suite
+
+
+def final_experiment(
+    experiment: Experiment, model: str, point: Point, suite: Literal["full", "recipe"] = "full"
+) -> Experiment:
+    """The evaluation of the chosen configuration beside an undefended network and its control.
+
+    Args:
+        model: the recipe's name of the model that was varied.
+        suite: the attacks and threat models. full: :func:`pipeline.recipes.full_suite` at the budget of the recipe's first attack that
+            has one, else at the field's usual one; recipe: the recipe's own. Images and chunks are the recipe's either way.
+    """
+    texts = {parse_spec(text)[0]: text for text in experiment.models}
+    name, fields = parse_spec(texts[model])
+    best = "best:" + ",".join(f"{k}={v}" for k, v in {**fields, **_as_text(point)}.items())
+    models = experiment.firsts()
+    chosen = replace_typed(models[name], _as_text(point), "space")
+    undefended = [
+        texts[n]
+        for n, c in models.items()
+        # a choice without a defense may be the recipe's own undefended model, which is then no control of it
+        if c.defense == "none"
+        and (c.arch, c.width) == (chosen.arch, chosen.width)
+        and c.canonical() != chosen.canonical()
+    ][:2]
+    taken = {models[parse_spec(text)[0]].seed for text in undefended}
+    taken |= {chosen.seed} if chosen.defense == "none" else set()
+    free = (seed for seed in range(3) if seed not in taken)
+    names = (n for n in ("no_defense", "control") if n not in map(_base, undefended))
+    while len(undefended) < 2:
+        undefended.append(f"{next(names)}:defense=none,seed={next(free)},arch={chosen.arch},width={chosen.width}")
+    kept = {*map(_base, undefended), "best", "*"}
+    evaluation = experiment.evaluation
+    if suite == "full":
+        evaluation = replace(
+            evaluation, attacks=_full_suite(experiment), threat_models=("white_box", "black_box", "transfer")
+        )
+    threats = [t for t in evaluation.threat_models if ":" not in t or t.partition(":")[2] in kept]
+    source = evaluation.transfer_source
+    return replace(
+        experiment,
+        name=f"{experiment.name}-best",
+        description=f"{experiment.name}: the configuration that a sweep chose, beside undefended and control",
+        models=(*undefended, best),
+        evaluation=replace(
+            evaluation,
+            threat_models=tuple(threats) or ("white_box",),
+            transfer_source=source if source in kept else "",
+        ),
+        figures=(),
+        paper="",
+        scale="",
+        allow_diverged=False,
+    )
+
+
+def _full_suite(experiment: Experiment) -> tuple[str, ...]:
+    data = experiment.data
+    specs = map(AttackSpec.parse, experiment.evaluation.attacks)
+    given = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), None)
+    eps, norm = given or (usual_eps(data.channels, data.image_size, "linf"), "linf")
+    return full_suite(f"{eps}", norm, data.channels)
+
+
+def _as_text(point: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in point.items()}
+
+
+def _base(text: str) -> str:
+    return parse_spec(text)[0]

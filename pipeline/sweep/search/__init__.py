@@ -1,0 +1,1 @@
+"""Ray Tune: the search, early stopping, and what is read off its events."""
