@@ -21,7 +21,7 @@ import torch
 from components.config import DataConfig, Experiment
 from pipeline.main import _is_shortage, main, parse
 from pipeline.recipes.registry import RECIPES
-from pipeline.run import run_address
+from pipeline.run_directory import run_address
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "pipeline" / "data" / "mnist-sample"

@@ -24,8 +24,8 @@ from pipeline.evaluation.worst_case import budgets
 from pipeline.main import main, parse
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
-from pipeline.run import _as_subjects
 from pipeline.runtime.storage import Storage
+from pipeline.stages import as_subjects
 from pipeline.training import exports, monitor, pretrained, train
 from pipeline.training.external import AUTOENCODER
 from pipeline.training.jobs import TrainingData
@@ -273,7 +273,7 @@ def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
     sizes = level_sizes(data.image_size, experiment.pyramids.levels)
     shapes = Shapes(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, sizes=sizes)
     models = train.train(experiment, shapes, TrainingData(train={}, bare=""), Storage(str(storage)), told)
-    (model,) = _as_subjects(experiment, models)
+    (model,) = as_subjects(experiment, models)
     return model, told.without
 
 

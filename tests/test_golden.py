@@ -20,7 +20,7 @@ from pipeline.evaluation import plan, reliability
 from pipeline.evaluation.addresses import example_sets
 from pipeline.recipes.registry import RECIPES
 from pipeline.reporting import report
-from pipeline.run import run_address
+from pipeline.run_directory import run_address
 from pipeline.runtime.storage import Storage
 from pipeline.training import jobs
 

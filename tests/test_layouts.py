@@ -17,10 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_sources import IMAGE, encode, grey, write_parquet
 
+from components import fields
 from components.config import DataConfig, Experiment
 from components.errors import ConfigError, DataError, UserError
 from components.fields import to_dict
-from pipeline import run
+from pipeline import run_directory
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.open import check_source, open_source
 from pipeline.recipes.registry import RECIPES
@@ -348,9 +349,9 @@ def test_defaults_leave_the_addresses_of_runs_as_they_were(name: str) -> None:
     for field in ("test_split", "image_column", "label_column"):
         assert config["data"].pop(field) == ""
     config["scaling"] = {"workers": config["scaling"]["workers"]}
-    assert run.run_address(experiment) == f"runs/{name}-{run.content_hash(config)}"
+    assert run_directory.run_address(experiment) == f"runs/{name}-{fields.content_hash(config)}"
     changed: Experiment = replace(experiment, data=replace(experiment.data, test_split="validation"))
-    assert run.run_address(changed) != run.run_address(experiment)
+    assert run_directory.run_address(changed) != run_directory.run_address(experiment)
 
 
 # --- any names and labels -------------------------------------------------------------------------------------------------

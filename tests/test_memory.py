@@ -13,7 +13,7 @@ import torch
 from components.config import DataConfig, Experiment, ScalingConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.models.build import build_net
-from pipeline import run
+from pipeline import run_directory
 from pipeline.data import pyramids
 from pipeline.main import main
 from pipeline.recipes.registry import RECIPES
@@ -125,7 +125,7 @@ def test_a_run_is_refused_before_anything_is_computed(
 def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> None:
     experiment = replace(RECIPES["mnist-smoke"].make(), scaling=ScalingConfig(gpu=True))
     root = Storage(str(tmp_path))
-    trained = partial(run.is_trained, experiment, SHAPES, root)
+    trained = partial(run_directory.is_trained, experiment, SHAPES, root)
     with pytest.raises(ResourceError, match="model no_defense"):
         gpu_memory.check_gpu_memory(experiment, SHAPES, trained)
     address = partial(pyramids.address_of, experiment.data, experiment.pyramids)

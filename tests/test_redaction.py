@@ -8,7 +8,7 @@ import pytest
 
 from components.errors import ConfigError
 from pipeline.recipes import mnist
-from pipeline.run import recorded
+from pipeline.run_directory import recorded
 from pipeline.runtime import provenance
 from pipeline.runtime.redaction import check_no_secret, without_password
 

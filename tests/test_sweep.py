@@ -25,7 +25,7 @@ from components.config import Experiment, ScalingConfig, Shapes, TrainConfig
 from components.errors import ConfigError, UserError
 from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
-from pipeline import run
+from pipeline import run, run_directory
 from pipeline.cli.arguments import parse_sweep
 from pipeline.main import main, parse
 from pipeline.recipes.registry import RECIPES
@@ -337,7 +337,7 @@ def test_the_probe_has_every_kind_of_targets_that_a_trial_reads(
     space = Space(parameters=parameters, search=search, trials=2 if search == "tpe" else 0)
     e = recipe()
     probed = preflight.preflight_experiment(e, space, replace(e.train, **base))
-    assert set(run._kinds_of_targets(probed)) == {"lowpass", "linear"}
+    assert set(run_directory.kinds_of_targets(probed)) == {"lowpass", "linear"}
 
 
 def test_the_probe_has_one_network_of_those_that_differ_in_real_numbers_and_the_largest_combination() -> None:

@@ -24,7 +24,7 @@ from mlflow_server import MlflowServer, free_port
 from components.errors import UserError
 from components.models.classifiers import build_classifier
 from components.search_space import LogUniform, Space
-from pipeline import run as run_stages
+from pipeline import run_directory, stages
 from pipeline.evaluation import plan
 from pipeline.reporting import mlflow_run, records, report
 from pipeline.runtime.console import Bar
@@ -391,9 +391,9 @@ def test_a_registration_that_fails_ends_no_run(
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     mlflow_run.start_model(tracker, record, "defend")
-    state = run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker)
+    state = run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker)
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
-    run_stages.register(state, [lost])
+    stages.register(state, [lost])
     assert not tracker.flush(60)
     assert any("registration of defend not published" in line for line in said), said
 
@@ -893,8 +893,8 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
     tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
-    progress = run_stages._TrainProgress(
-        run_stages.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker),
+    progress = stages._TrainProgress(
+        run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker),
         Bar("train", None),
     )
     alive: list[weakref.ref[_Epoch]] = []

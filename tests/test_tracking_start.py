@@ -27,7 +27,7 @@ from mlflow_server import MlflowServer, free_port
 
 from components.config import Experiment
 from components.errors import ConfigError, UserError
-from pipeline import run
+from pipeline import run_directory
 from pipeline.cli import external_model
 from pipeline.runtime.storage import Storage
 from pipeline.tracking import server as tracking_server
@@ -484,5 +484,7 @@ def test_a_run_with_a_record_continues_without_mlflow(tmp_path: Path) -> None:
 
 def test_where_a_run_is_published_is_no_part_of_its_address() -> None:
     recipe = Experiment(name="x")
-    assert run.run_address(recipe) == "runs/x-a67ab0a65280c75f"
-    assert run.run_address(replace(recipe, experiment_name="y", tracking_uri="http://h")) == run.run_address(recipe)
+    assert run_directory.run_address(recipe) == "runs/x-a67ab0a65280c75f"
+    assert run_directory.run_address(
+        replace(recipe, experiment_name="y", tracking_uri="http://h")
+    ) == run_directory.run_address(recipe)

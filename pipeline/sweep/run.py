@@ -15,7 +15,7 @@ from components.config import Experiment
 from components.errors import UserError
 from components.fields import parse_spec
 from components.search_space import choose, pareto_front
-from pipeline import run
+from pipeline import run, run_directory, stages
 from pipeline.reporting import records
 from pipeline.runtime import cluster
 from pipeline.runtime.console import say, stage
@@ -42,7 +42,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         for line in _announced(sweep, len(pending), runs):
             say(line)
         # one set of pyramids serves all trials: as many kinds of targets as the trials have
-        sets = run.make_pyramids(replace(sweep, experiment=probed))
+        sets = stages.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
         jobs = train.jobs_of(beside, sweep.shapes, sets.training, sweep.root)
         references = [job for job in jobs if job.name in missing]
@@ -52,7 +52,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         _conclude(sweep)
         if sweep.options.evaluate != "none":
             _evaluate(sweep)
-        sweep.record["finished"] = run._now()
+        sweep.record["finished"] = run_directory.now()
         sweep.save()
         with stage("report"):
             _report(sweep)
@@ -68,7 +68,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
             sweep.lease.release()
 
 
-def make_plan(sweep: Sweep, sets: run.Sets) -> SweepPlan:
+def make_plan(sweep: Sweep, sets: stages.ShardSets) -> SweepPlan:
     """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
     experiment = sweep.experiment
     uri = experiment.tracking_uri or default_uri(sweep.root)
@@ -163,7 +163,7 @@ def _conclude(sweep: Sweep) -> None:
             "rule": summary.rule(sweep.space.clean_tolerance),
         }
         final = sweep.final(chosen["parameters"])
-        sweep.storage.write_json("best.json", {"schema": records.SCHEMA, "experiment": run.recorded(final)})
+        sweep.storage.write_json("best.json", {"schema": records.SCHEMA, "experiment": run_directory.recorded(final)})
         sweep.save()
     say(summary.conclusion(sweep.record))
     _report(sweep)
@@ -185,7 +185,7 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
             exports.load_classifier(
                 sweep.root.join(path), trusted=str(chosen["parameters"].get("arch", sweep.base.arch))
             ),
-            run._example(data.channels, data.image_size),
+            stages.example_input(data.channels, data.image_size),
             metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen["parameters"]},
             **mlflow_sweep.choice_version(sweep.record, sweep.storage),
         )
@@ -194,7 +194,7 @@ def _register(sweep: Sweep, chosen: Mapping[str, Any]) -> None:
 def _evaluate(sweep: Sweep) -> None:
     """The chosen configuration on test images, as an ordinary run: once, unless the choice or its attacks became others."""
     final = sweep.final(sweep.record["choice"]["parameters"])
-    address = run.run_address(final)
+    address = run_directory.run_address(final)
     with sweep.lock:
         if sweep.record["evaluation"] != address:
             _put_away_evaluation(sweep)

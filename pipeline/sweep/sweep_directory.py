@@ -11,7 +11,7 @@ from components.config import Experiment, TrainConfig
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.search_space import Point, Space
-from pipeline import run
+from pipeline import run_directory
 from pipeline.reporting import records
 from pipeline.runtime import provenance
 from pipeline.runtime.console import say
@@ -26,7 +26,7 @@ from pipeline.training import gpu_memory
 
 
 @dataclass
-class Sweep(run.Run):
+class Sweep(run_directory.Run):
     """A sweep on its storage. ``record`` is sweep.json; ``experiment`` the recipe as the command line left it."""
 
     space: Space
@@ -65,7 +65,7 @@ class Sweep(run.Run):
 def sweep_address(experiment: Experiment, name: str, space: Space, seed: int) -> str:
     """``sweeps/<recipe>-<space>-<hash>``. How many trials there are is not part of it: more of them go on with the same sweep."""
     said = {k: v for k, v in space.to_dict().items() if k != "trials"}
-    return f"sweeps/{experiment.name}-{name}-{content_hash(run.run_address(experiment), said, seed)}"
+    return f"sweeps/{experiment.name}-{name}-{content_hash(run_directory.run_address(experiment), said, seed)}"
 
 
 def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Experiment]:
@@ -108,7 +108,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     )
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
-    run.check_and_join(experiment, probed, sweep.shapes, root)
+    run_directory.check_and_join(experiment, probed, sweep.shapes, root)
     gpu_memory.check_gpu_memory(probed, sweep.shapes)
     sweep.lease = Lease(storage).acquire()  # before its record is read
     try:
@@ -133,8 +133,8 @@ def _open_record(sweep: Sweep, space_name: str) -> None:
             "seed": sweep.options.seed,
             "model": sweep.model,
             "base": to_dict(sweep.base),
-            "experiment": run.recorded(experiment),
-            "created": run._now(),
+            "experiment": run_directory.recorded(experiment),
+            "created": run_directory.now(),
             "data": None,
             "trials": [],
             "references": {},

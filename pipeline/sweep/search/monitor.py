@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from components.errors import ConfigError, UserError
-from pipeline import run
+from pipeline import run_directory
 from pipeline.runtime.console import say
 from pipeline.runtime.storage import StorageError
 from pipeline.sweep.report import summary
@@ -65,7 +65,7 @@ class SweepMonitor:
                     models.append({"seed": job.config.seed, "path": job.address})
             # of the same models, what is known stays known: it goes on there
             epochs = entry["epochs"] if entry["models"] == models else []
-            entry.update(state=RUNNING, reason="", epochs=epochs, started=run._now(), models=models)
+            entry.update(state=RUNNING, reason="", epochs=epochs, started=run_directory.now(), models=models)
             self.entries[trial_id], self.begun[trial_id] = entry, time.monotonic()
             self.sweep.save()
 

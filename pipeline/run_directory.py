@@ -1,0 +1,268 @@
+"""A run's directory: its address, its record, and the checks before compute is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from components.config import Experiment, level_sizes
+from components.config.data import Shapes
+from components.config.train import stored_levels
+from components.errors import UserError
+from components.fields import content_hash, to_dict
+from pipeline.data import pyramids
+from pipeline.data.sources import base, open
+from pipeline.reporting import mlflow_run, records
+from pipeline.runtime import cluster, provenance
+from pipeline.runtime.console import say, stage
+from pipeline.runtime.lease import Lease
+from pipeline.runtime.redaction import redacted
+from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
+from pipeline.tracking import server
+from pipeline.tracking.tracker import Tracker
+from pipeline.training import exports, gpu_memory, jobs, train
+
+STAGES = ("pyramids", "train", "attack", "report")
+
+
+@dataclass
+class Run:
+    """One experiment on its storage. Make it with :func:`open_run`."""
+
+    experiment: Experiment
+    root: Storage
+    storage: Storage
+    """runs/<recipe>-<hash> below root."""
+    record: dict[str, Any]
+    tracker: Tracker
+    lease: Lease | None = field(default=None, kw_only=True)
+    """Held while this process works on the directory."""
+
+    @property
+    def shapes(self) -> Shapes:
+        data = self.experiment.data
+        return Shapes(
+            image_size=data.image_size,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            sizes=level_sizes(data.image_size, self.experiment.pyramids.levels),
+        )
+
+    @property
+    def splits(self) -> tuple[base.Split, ...]:
+        if not self.experiment.trains:
+            return ("test",)
+        held_out: tuple[base.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
+        return ("train", *held_out, "test")
+
+    def save(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
+        self.storage.write_json("run.json", self.record)
+
+    def publish(self) -> None:
+        with self.tracker.excused("records"):
+            mlflow_run.publish_run(self.tracker, self.storage, self.root)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a stage to the record; a stage that is continued counts on."""
+        begin = time.monotonic()
+        try:
+            yield
+        except BaseException as e:
+            self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
+            if not isinstance(e, KeyboardInterrupt):  # a storage that does not answer would hold up the end
+                with suppress(UserError):  # it would hide what went wrong
+                    self.save()
+            raise
+        self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
+        self.save()
+
+
+def run_address(experiment: Experiment) -> str:
+    """``runs/<recipe>-<hash>``: where a run is kept and who tracks it are no part of what it is."""
+    config = to_dict(experiment)
+    for name in ("storage", "tracking_uri", "experiment_name", "description"):
+        del config[name]
+    # These settings came later. At their defaults they leave the addresses of earlier runs as they are.
+    for name in ("test_split", "image_column", "label_column"):
+        if not config["data"][name]:
+            del config["data"][name]
+    # what the machine may use does not change the run either, but for the number of workers
+    config["scaling"] = {"workers": config["scaling"]["workers"]}
+    return f"runs/{experiment.name}-{content_hash(config)}"
+
+
+def open_run(
+    experiment: Experiment,
+    *,
+    records_only: bool = False,
+    needs: Literal["", "shards", "models"] = "",
+    will_train: bool = False,
+    needs_tracking: bool = True,
+) -> Run:
+    """Check all that can be checked before compute is spent, join Ray, and open the run's record.
+
+    Args:
+        records_only: no sources, networks or cluster are needed (the report).
+        needs: what an earlier stage must have left: shards, or shards and models.
+        will_train: the models that are not trained yet must fit the GPUs.
+        needs_tracking: refuse a new run where MLflow does not answer. Not within a sweep, whose compute is spent. A run that has
+            a record continues: as of any outage on the way, the Tracker tells of it, and publishes when MLflow answers.
+
+    Raises:
+        UserError: one of its kinds, naming what, where and what to do.
+    """
+    if cluster.in_job() and experiment.storage.startswith("~"):
+        say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
+    exports.trust(config.arch for config in experiment.variants().values())
+    root = Storage(experiment.storage)
+    root.check_writable()
+    storage = root / run_address(experiment)
+    Lease(storage).check_free()
+    record = _read_record(storage)
+    if records_only and record is None:
+        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
+    if needs:
+        _check_made(record or {}, experiment, storage, needs)
+    uri, experiment_name = server.choose(
+        experiment.tracking_uri,
+        experiment.experiment_name,
+        root,
+        required=needs_tracking and record is None,
+        echo=say,
+    )
+    if not records_only:
+        shapes = Shapes(
+            image_size=experiment.data.image_size,
+            channels=experiment.data.channels,
+            num_classes=experiment.data.num_classes,
+            sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
+        )
+        check_and_join(experiment, experiment, shapes, root)
+        if will_train:
+            gpu_memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
+    lease = Lease(storage).acquire()  # before the record is read
+    try:
+        tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
+        return _opened(experiment, root, storage, tracker, lease, records_only)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def check_and_join(experiment: Experiment, networks: Experiment, shapes: Shapes, root: Storage) -> None:
+    """Check networks and data, join Ray, and check what it has and that its nodes share the storage.
+
+    Args:
+        networks: its models are built; a sweep's are those of its trials.
+
+    Raises:
+        UserError: one of its kinds, naming what, where and what to do.
+    """
+    for line in train.check_models(networks, shapes):
+        say(line)
+    scaling, attacked = experiment.scaling, experiment.evaluation.test_images
+    for line in open.check_source(experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers):
+        say(line)
+    with stage("Ray"):
+        cluster.connect()
+    cluster.check_resources(scaling, scaling.wait_s)
+    cluster.check_shared(root)
+
+
+def _read_record(storage: Storage) -> dict[str, Any] | None:
+    return records.read_record(storage, "run.json") if storage.exists("run.json") else None
+
+
+def _opened(
+    experiment: Experiment, root: Storage, storage: Storage, tracker: Tracker, lease: Lease, records_only: bool
+) -> Run:
+    for directory in ("", "report", "report/plots"):
+        storage.delete_stale(directory, HALF_WRITTEN_S)
+    record = _read_record(storage)
+    if record is None:
+        record = _new_record(experiment)
+        say(f"new run at {storage.uri}")
+    else:
+        say(f"continuing {storage.uri}")
+    run = Run(
+        experiment=experiment,
+        root=root,
+        storage=storage,
+        record=record,
+        tracker=tracker,
+        lease=lease,
+    )
+    if not records_only:
+        run.record |= provenance.environment()
+        run.save()
+    return run
+
+
+def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:
+    """Refuse a stage whose predecessors have left nothing.
+
+    Raises:
+        UserError: naming the stage that is missing.
+    """
+    if "splits" not in (record.get("data") or {}):
+        raise UserError(
+            f"{storage.uri} has no shards yet: run `pyramids {experiment.name}` with the same settings first"
+        )
+    if needs == "models":
+        made = {**record.get("models", {}), **record.get("diverged", {})}
+        missing = [name for name in experiment.variants() if name not in made]
+        if missing:
+            raise UserError(
+                f"{storage.uri} has no model {missing[0]!r} yet: run `train {experiment.name}` with the same settings first"
+            )
+
+
+def _new_record(experiment: Experiment) -> dict[str, Any]:
+    return {
+        "schema": records.SCHEMA,
+        "name": experiment.name,
+        "experiment": recorded(experiment),
+        "created": now(),
+        "finished": None,
+        "data": None,
+        "models": {},
+        "evaluations": [],
+        "stages": {},
+    }
+
+
+def recorded(experiment: Experiment) -> dict[str, Any]:
+    """Return an experiment as records hold it: without the user and password of its tracking server."""
+    config: dict[str, Any] = redacted(to_dict(experiment))
+    return {**config, "tracking_uri": config["tracking_uri"].replace("***@", "")}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str) -> bool:
+    """Whether a model of the experiment lies finished on the storage. Reads the source's files to hash them."""
+
+    def address(split: base.Split, targets: pyramids.Targets) -> str:
+        return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
+
+    data = jobs.TrainingData(
+        train={targets: address("train", targets) for targets in kinds_of_targets(experiment)},
+        bare=address("train", "none"),
+        validation=address("validation", "none") if experiment.data.validation_fraction else "",
+    )
+    (job,) = (job for job in train.jobs_of(experiment, shapes, data, root) if job.name == name)
+    return (root / job.address).exists("model.json")
+
+
+def kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
+    kinds = dict.fromkeys(c.targets for c in experiment.variants().values() if stored_levels(c))
+    return tuple(kinds) or ("none",)

@@ -1,0 +1,221 @@
+"""The four stages of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from components.attacks.spec import AttackSpec
+from components.config import Experiment, roles
+from components.config.roles import roles_of
+from components.fields import content_hash
+from components.models import libraries
+from pipeline.data import pyramids, shards
+from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
+from pipeline.reporting import mlflow_run, report, results
+from pipeline.run_directory import Run, kinds_of_targets
+from pipeline.runtime.console import Bar, say, stage
+from pipeline.training import exports, jobs, monitor, train
+
+
+def make_pyramids(run: Run) -> ShardSets:
+    """Stage 1: shard sets of every split; of the training images one for each kind of targets that a model has."""
+    e = run.experiment
+    addresses: dict[str, str] = {}
+    with run.timed("pyramids"):
+        for split in run.splits:
+            for targets in kinds_of_targets(e) if split == "train" else ("none",):
+                title = f"pyramids: {split}" + (f", {targets} targets" if targets != "none" else "")
+                with stage(title) as bar:
+                    made = pyramids.build(
+                        e.data,
+                        e.pyramids,
+                        run.root,
+                        split,
+                        targets=targets,
+                        progress=lambda done, total, b=bar: b.update(done, total, "images"),
+                    )
+                    made.verify()
+                addresses[f"train/{targets}" if split == "train" else split] = made.address
+                rows = {**(run.record["data"] or {}).get("rows", {}), split: made.num_rows}
+                run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
+    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if e.trains else ""
+    run.record["data"] |= {
+        "source": e.data.source,
+        "hash": content_hash(bare, addresses["test"]),
+        "bare": bare,
+        "splits": addresses,
+        "levels": list(run.shapes.sizes),
+    }
+    run.save()
+    return existing_pyramids(run, verified=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSets:
+    """The shard sets of a run: where training data are, and the test images."""
+
+    training: jobs.TrainingData
+    test: shards.ShardSet
+
+
+def existing_pyramids(run: Run, *, verified: bool = False) -> ShardSets:
+    """Return the shard sets that an earlier ``pyramids`` made.
+
+    Raises:
+        DataError: one is missing or damaged.
+    """
+    data = run.record["data"]
+    sets = {name: shards.load(run.root, address) for name, address in data["splits"].items()}
+    if not verified:
+        for shard_set in sets.values():
+            shard_set.verify()
+    kinds = {name.partition("/")[2]: one.address for name, one in sets.items() if name.startswith("train/")}
+    validation = sets["validation"].address if "validation" in sets else ""
+    return ShardSets(
+        training=jobs.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"]
+    )
+
+
+def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
+    """Stage 2: every model of the experiment; as many side by side as there is room for."""
+    run.publish()
+    for name, config in run.experiment.variants().items():
+        for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
+            say(f"  {name}: {note}")
+    with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
+        models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
+    run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
+    for name, step in run.record["diverged"].items():
+        say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
+    run.save()
+    return as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
+
+
+class _TrainProgress(monitor.Progress):
+    """Keeps the run's record and MLflow up to date while models train."""
+
+    def __init__(self, run: Run, bar: Bar) -> None:
+        self.run, self.bar = run, bar
+        self.on_live = bar.update
+
+    def on_epoch(self, name: str, record: dict[str, Any]) -> None:
+        if resumed := record.get("resumed"):
+            since = f"from {resumed['from']}" if resumed["from"] else "from the beginning"
+            say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
+        tracker = self.run.tracker
+        mlflow_run.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
+        if not tracker.is_behind:  # else it is read from its file when the model is finished
+            tracker.history(f"model/{name}", record["epoch"], lambda: record)
+
+    def on_given(self, name: str, without: str) -> None:
+        if any(AttackSpec.parse(a).name == "adaptive" for a in self.run.experiment.evaluation.attacks):
+            say(f"  {name}: the adaptive attack cannot run, it needs the model's auto-encoder: {without}")
+
+    def on_model(self, name: str, model: dict[str, Any]) -> None:
+        run = self.run
+        run.record["models"][name] = {
+            "path": model["path"],
+            "train": model["train"],
+            "parameters": model["parameters"],
+            "clean_validation": model["validation"].get("accuracy"),
+            "reconstruction_validation": model["validation"].get("reconstruction"),
+            "seconds": model["seconds"],
+            "images_per_second": model["images_per_second"],
+            "autoencoder": "autoencoder" in model["parameters"],
+        }
+        run.save()
+        run.publish()
+        accuracy = model["validation"].get("accuracy")
+        held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
+        done, total = len(run.record["models"]), len(run.experiment.variants())
+        speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
+        say(f"  {results.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
+
+
+def trained_models(run: Run) -> list[plan.Model]:
+    """Return the models that an earlier ``train`` made."""
+    models = {}
+    for name in run.experiment.variants():
+        if name in run.record.get("diverged", {}):
+            continue
+        path = run.record["models"][name]["path"]
+        models[name] = {**(run.root / path).read_json("model.json"), "path": path}
+    return as_subjects(run.experiment, models)
+
+
+def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[plan.Model]:
+    """Models as attacks see them: a reformer stands in front of the undefended classifier of its architecture."""
+    found: dict[str, plan.Model] = {}
+    reformers = {name for name, model in models.items() if "reformer.safetensors" in model["files"]}
+    for name in sorted(models, key=lambda n: n in reformers):  # classifiers first
+        model = models[name]
+        behind = found.get(experiment.source_of(name) or "") if name in reformers else None
+        if name in reformers and behind is None:  # its classifier diverged
+            continue
+        file = "reformer.safetensors" if name in reformers else "classifier.safetensors"
+        found[name] = plan.Model(
+            name=name,
+            path=model["path"],
+            sha256=model["files"][file],
+            autoencoder=model["files"].get("autoencoder.safetensors", ""),
+            classifier=behind,
+        )
+    return [found[name] for name in models if name in found]
+
+
+def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
+    """Stage 3: every model under every threat model; what that says together; then a few images for the plots."""
+    with run.timed("attack"), stage("attack") as bar:
+        evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
+        run.record["evaluations"] = evaluations
+        run.save()
+        names = [m.name for m in models]
+        judgements = worst_case.EvaluationRecords(run.root, evaluations, run.experiment.evaluation.chunk_size)
+        run.record["worst_case"] = worst_case.worst_cases(names, run.experiment, judgements)
+        pairs = roles.pairs(run.record, roles_of(run.record))
+        run.record["worst_case_pairs"] = worst_case.paired_worst_cases(pairs, run.experiment, judgements)
+        run.record["reliability"] = reliability.reliability(
+            models, test, run.experiment, run.root, judgements, progress=bar.update
+        )
+        gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
+    run.save()
+    run.publish()
+
+
+def make_report(run: Run) -> None:
+    """Stage 4: table, plots and HTML from the records alone."""
+    with run.timed("report"), stage("report"):
+        report.build(run.storage, run.root)
+
+
+def register(run: Run, models: list[plan.Model]) -> None:
+    """Register each classifier in MLflow's model registry, with its signature; of several seeds the first."""
+    data = run.experiment.data
+    replicates = run.experiment.replicates()
+    for model in models:
+        if replicates[model.name][1] > 0:
+            continue
+        if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
+            continue
+        with run.tracker.excused(f"registration of {model.name}"):
+            run.tracker.register_model(
+                f"model/{model.name}",
+                exports.load_classifier(run.root.join(model.path), sha256=model.sha256),
+                example_input(data.channels, data.image_size),
+                f"{run.experiment.name}-{replicates[model.name][0]}",
+                metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},
+            )
+
+
+def example_input(channels: int, size: int) -> Any:
+    import numpy as np
+
+    return np.zeros((1, channels, size, size), np.float32)
+
+
+def finish_stage(run: Run) -> None:
+    """Publish what one stage left; the next one goes on with the same MLflow run."""
+    run.publish()
+    run.tracker.finish("run")
+    run.tracker.conclude()
