@@ -32,7 +32,7 @@ lint: .venv/installed
 
 # every table and figure of the paper on a few images, a quarter of an hour; the tests run some of them
 smoke: .venv/installed
-	for r in $$($(BIN)/python -c 'from pipeline.recipes import PAPER; print(*PAPER)'); do \
+	for r in $$($(BIN)/python -c 'from pipeline.recipes.paper import PAPER; print(*PAPER)'); do \
 	  RAY_ADDRESS=local $(BIN)/python pipeline/main.py run $$r-smoke --storage $(RUNS)/smoke || exit 1; done
 
 bench: .venv/installed

@@ -36,7 +36,7 @@ from components.attacks.fgsm import fgsm  # noqa: E402
 from components.attacks.pgd import random_start  # noqa: E402
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
-from components.evaluation.judge import judge, verify_examples
+from components.evaluation.judge import judge, verify_examples  # noqa: E402
 from components.evaluation.metrics import summarize  # noqa: E402
 
 EPS = 0.2

@@ -31,7 +31,7 @@ import ray  # noqa: E402
 
 from components.config import DataConfig, PyramidConfig  # noqa: E402
 from pipeline.data import pyramids  # noqa: E402
-from pipeline.runtime import cluster
+from pipeline.runtime import cluster  # noqa: E402
 from pipeline.runtime.provenance import hardware  # noqa: E402
 from pipeline.runtime.storage import Storage  # noqa: E402
 

@@ -29,9 +29,9 @@ from components.config import DataConfig, Shapes, TrainConfig  # noqa: E402
 from components.models.build import build_net  # noqa: E402
 from components.models.comdefend import ComDefend, Reformed  # noqa: E402
 from components.precision import true_float32  # noqa: E402
-from components.training.augment import Batch, gaussian_noise
+from components.training.augment import Batch, gaussian_noise  # noqa: E402
 from components.training.schedule import learning_rate, phase_at_epoch  # noqa: E402
-from components.training.step import PhaseModule, make_optimizer, train_step
+from components.training.step import PhaseModule, make_optimizer, train_step  # noqa: E402
 from pipeline.data.sources.open import open_source  # noqa: E402
 from pipeline.runtime import provenance  # noqa: E402
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-pass
-
-
 RANDOM = "random"
 CLEAN = "clean"
 WHITE_BOX = "white_box"

@@ -7,7 +7,6 @@ from typing import Any
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, roles
-from components.config.roles import roles_of
 from components.fields import content_hash
 from components.models import libraries
 from pipeline.data import pyramids, shards
@@ -173,7 +172,7 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
         names = [m.name for m in models]
         judgements = worst_case.EvaluationRecords(run.root, evaluations, run.experiment.evaluation.chunk_size)
         run.record["worst_case"] = worst_case.worst_cases(names, run.experiment, judgements)
-        pairs = roles.pairs(run.record, roles_of(run.record))
+        pairs = roles.pairs(run.experiment)
         run.record["worst_case_pairs"] = worst_case.paired_worst_cases(pairs, run.experiment, judgements)
         run.record["reliability"] = reliability.reliability(
             models, test, run.experiment, run.root, judgements, progress=bar.update

@@ -988,7 +988,7 @@ def test_the_adaptive_attack_moves_what_the_auto_encoder_sees(
 
         return checked
 
-    monkeypatch.setattr("pipeline.attack.adaptive_objective", watched)
+    monkeypatch.setattr("pipeline.evaluation.attack_tasks.adaptive_objective", watched)
     crafted(adaptive, net.autoencoder, True)
     assert calls[0] == 6
     assert 0 < min(calls) < 6, "of no use unless one leaves"

@@ -19,6 +19,7 @@ from pipeline.recipes.registry import RECIPES
 from pipeline.reporting import labels, markdown, mlflow_run, over_seeds, paper, records, results
 from pipeline.reporting.cells import cell
 from pipeline.reporting.paper import beside_paper
+from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 
 
@@ -185,13 +186,13 @@ def test_the_paper_attacks_in_linf() -> None:
 
 def test_roles_and_titles() -> None:
     record = record_of(SMALL)
-    assert roles_of(record) == {
+    assert roles_of(experiment_of(record)) == {
         "no_defense": "source",
         "control": "control",
         "comdefend": "defended",
         "defend": "defended",
     }
-    assert roles.references(record, roles_of(record)) == ["control", "defend"]
+    assert roles.references(experiment_of(record)) == ["control", "defend"]
     assert labels.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
     assert labels.threat_title("grey_box") == "grey-box"
 
@@ -207,7 +208,7 @@ def test_roles_and_titles() -> None:
 )
 def test_models_are_compared_with_the_control_and_with_ours(recipe: str, wanted: list[str]) -> None:
     record = record_of(RECIPES[recipe].make())
-    assert roles.references(record, roles_of(record)) == wanted
+    assert roles.references(experiment_of(record)) == wanted
 
 
 def test_differences_are_told_once_and_within_an_architecture() -> None:

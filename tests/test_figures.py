@@ -35,6 +35,7 @@ from pipeline.evaluation.plan import Model
 from pipeline.reporting import labels, report, run_plots
 from pipeline.reporting.figures import draw, fig2, fig6, fig7, fig8
 from pipeline.reporting.plots import charts, style
+from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -338,7 +339,7 @@ ONE_SEED = {
 def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
     drawn = _figures_drawn(monkeypatch)
-    roles = roles_of(record)
+    roles = roles_of(experiment_of(record))
     picture = fig7.fig7(record, roles)
     assert picture is not None
     _assert_png(picture[2])
@@ -363,7 +364,7 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
 def test_fig7_whiskers_are_wilson_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     record = _record(ONE_SEED, n=100, seeds=1)
-    fig7.fig7(record, roles_of(record))
+    fig7.fig7(record, roles_of(experiment_of(record)))
     segments = [s for c in drawn[0].axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
     whiskers = {tuple(np.round(np.asarray(s)[:, 1], 6)) for s in segments if len(s) == 2}
     for count in (96, 60, 20, 2, 92, 80, 70):
@@ -379,7 +380,7 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     assert (point.seeds, point.mean, point.least, point.greatest) == (3, pytest.approx(0.5), 0.4, 0.6)
     assert (point.low, point.high) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
     drawn = _figures_drawn(monkeypatch)
-    picture = fig7.fig7(record, roles_of(record))
+    picture = fig7.fig7(record, roles_of(experiment_of(record)))
     assert picture is not None
     assert "mean of up to 3 seeds" in picture[1]
     band = drawn[0].axes[0].collections[0].get_paths()[0].vertices
@@ -443,7 +444,7 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
     drawn = _figures_drawn(monkeypatch)
-    found = draw.draw(record, kept, {}, roles_of(record))
+    found = draw.draw(record, kept, {}, roles_of(experiment_of(record)))
     assert list(found) == ["fig5"]
     _assert_png(found["fig5"][2])
     said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]

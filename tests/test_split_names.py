@@ -280,7 +280,7 @@ def test_equal_numbers_have_no_order(tmp_path: Path) -> None:
 
 
 def test_a_line_describes_each_split() -> None:
-    sample = Path(base.__file__).parent / "data" / "mnist-sample"
+    sample = Path(base.__file__).parents[1] / "mnist-sample"
     label = {s: pq.read_table(sample / f"{s}-00000-of-00001.parquet")["label"].to_numpy() for s in ("train", "test")}
     train, validation = split_indices(np.arange(6000), 0.1, 0)
     parts = {

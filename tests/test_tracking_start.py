@@ -43,7 +43,7 @@ PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "büch
 def forked() -> Callable[[str], Any]:
     """Starts ``check_reachable`` in a process that has imported MLflow already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.tracking"])
+    context.set_forkserver_preload(["pipeline.tracking.tracker"])
 
     def start(uri: str) -> Any:
         process = context.Process(target=tracking_server.check_reachable, args=(uri,))

@@ -38,7 +38,7 @@ from pipeline.evaluation import attack_tasks, plan, reliability
 from pipeline.evaluation import worst_case as evaluation_worst_case
 from pipeline.evaluation.addresses import example_sets
 from pipeline.evaluation.chunks import read_chunks, read_examples, read_metadata
-from pipeline.reporting import labels, over_seeds, report, results, sentences, terminal, verdicts
+from pipeline.reporting import labels, over_seeds, records, report, results, sentences, terminal, verdicts
 from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage
@@ -314,7 +314,7 @@ def test_the_same_examples_under_two_threat_models_are_one_evaluation(
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
     judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
-    pairs = roles.pairs(record, roles_of(record))
+    pairs = roles.pairs(records.experiment_of(record))
     assert pairs == [("no_defense", "control"), ("defend", "control"), ("no_defense", "defend")]
     found = evaluation_worst_case.paired_worst_cases(pairs, experiment_of(record), judgements)
     accuracy = {(w["model"], w["threat_model"], w["norm"]): w["accuracy"] for w in worst_cases(root, record)}
@@ -499,7 +499,7 @@ def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage
 def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     record = with_verdict(*run)
     base = {**record["experiment"], "seeds": 2, "models": ["no_defense:defense=none", "defend"]}
-    names = [name for name in roles_of({"experiment": base}) if name.startswith("defend")]
+    names = [name for name in roles_of(records.experiment_of({"experiment": base})) if name.startswith("defend")]
     mine = [e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "white_box")]
     two = [{**e, "model": name, "source": name} for e in mine for name in names]
     worst = [{**w, "model": name} for w in record["worst_case"] if w["model"] == "defend" for name in names]

@@ -17,10 +17,7 @@ from components.config.experiment import FIGURES, PRINTED_IN, SEED_STRIDE, Evalu
 from components.config.train import ENCODER_BLOCKS, MAX_WIDTH, TrainConfig, stored_levels
 
 __all__ = [
-    "DataConfig",
     "ENCODER_BLOCKS",
-    "EvaluationConfig",
-    "Experiment",
     "FIGURES",
     "MAX_CLASSES",
     "MAX_IMAGE_SIZE",
@@ -28,8 +25,11 @@ __all__ = [
     "MAX_WIDTH",
     "MIN_LEVEL_SIZE",
     "PRINTED_IN",
-    "PyramidConfig",
     "SEED_STRIDE",
+    "DataConfig",
+    "EvaluationConfig",
+    "Experiment",
+    "PyramidConfig",
     "ScalingConfig",
     "Shapes",
     "TrainConfig",

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-pass
-from collections.abc import Iterable
-
-from components.config import TrainConfig
-from pipeline.reporting import records
-from pipeline.reporting.records import experiment_of
+from components.config.experiment import Experiment
+from components.config.train import TrainConfig
 
 
 def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str]:
@@ -21,9 +16,8 @@ def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str
     return list(first.values())
 
 
-def roles_of(record: Mapping[str, Any]) -> dict[str, str]:
+def roles_of(experiment: Experiment) -> dict[str, str]:
     """Model -> source, control, defended or given (not trained here), in the order of the config."""
-    experiment = records.experiment_of(record)
     variants = experiment.variants()
     sources = {experiment.source_of(name) for name in variants}
 
@@ -37,11 +31,11 @@ def roles_of(record: Mapping[str, Any]) -> dict[str, str]:
     return {name: role(name, config) for name, config in variants.items()}
 
 
-def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]:
+def references(experiment: Experiment) -> list[str]:
     """Models that others of their architecture are compared with, as named in the recipe: of each architecture the first
     control, and what the paper calls ours (``defend``, or ``defend-ARCH`` where a table has several); where no model is named
     so, the first Defend++, or the first defended one."""
-    experiment = experiment_of(record)
+    roles = roles_of(experiment)
     role = {base: roles[name] for name, base in experiment.bases().items()}
     firsts = experiment.firsts()
     out = []
@@ -55,12 +49,11 @@ def references(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[str]
     return out
 
 
-def pairs(record: Mapping[str, Any], roles: Mapping[str, str]) -> list[tuple[str, str]]:
+def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     """(model, what it is compared with): each model and the :func:`references` of its architecture, of the same replicate."""
-    experiment = experiment_of(record)
     variants, replicates = experiment.variants(), experiment.replicates()
     named = {found: name for name, found in replicates.items()}
-    compared = references(record, roles)
+    compared = references(experiment)
     out = []
     for i, reference in enumerate(compared):
         for name, (base, replicate) in replicates.items():

@@ -28,10 +28,11 @@ from components.models.adapter import (
     encoder_blocks,
     encoder_units,
 )
-from components.models.resnet import ResNet18, ResNet50
+from components.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet50
 from components.models.vgg import VGG16, vgg16_bn
 from components.models.weights import load_strictly
 
+# Models registered in MLflow are pickles, and earlier ones name these classes by this module.
 __all__ = [
     "ARCHITECTURES",
     "SMALL_IMAGE",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from components.config import TrainConfig
-
-pass
-
 import math
 from typing import Literal
+
+from components.config import TrainConfig
 
 Phase = Literal["joint", "autoencoder", "classifier", "adversarial", "reformer"]
 

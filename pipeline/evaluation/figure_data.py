@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from components.attacks.spec import AttackSpec
-
-pass
-
-import functools
-
 import torch
 from torch import Tensor, nn
 
+from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.dct import laplacian_bands, lowpass_pyramid, spectrum
 from components.errors import DataError

@@ -15,8 +15,6 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.metrics import usual_budgets, worst_case
 from components.evaluation.statistics import mcnemar, wilson_interval
-
-pass
 from components.threat_models import ANY, DIRECT, WHITE_BOX
 from pipeline.evaluation.chunks import read_chunks
 from pipeline.runtime.storage import Storage

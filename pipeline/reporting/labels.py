@@ -7,11 +7,10 @@ from datetime import datetime
 from typing import Any
 
 from components.attacks.spec import AttackSpec
+from components.config.roles import roles_of
 from components.errors import ConfigError
 from components.fields import parse_spec
-
-pass
-from components.config.roles import roles_of
+from pipeline.reporting.records import experiment_of
 
 THREATS = {
     "clean": "clean",
@@ -122,7 +121,7 @@ def role_titles(record: Mapping[str, Any]) -> dict[str, str]:
     made_on = {e.get("source") for e in record["evaluations"] if e.get("source") != e["model"]}
     return {
         name: "undefended" if role == "source" and name not in made_on else ROLES[role]
-        for name, role in roles_of(record).items()
+        for name, role in roles_of(experiment_of(record)).items()
     }
 
 

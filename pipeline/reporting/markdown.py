@@ -7,10 +7,10 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.config import roles
+from components.config.roles import roles_of
 from pipeline.reporting import labels, over_seeds, results, sentences, verdicts
 from pipeline.reporting.cells import beside_title, cell, our_value, range_text, row_head, worst_value
-from pipeline.reporting.records import Row
+from pipeline.reporting.records import Row, experiment_of
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -209,7 +209,7 @@ def to_csv(record: Mapping[str, Any]) -> str:
     """One line per evaluation, accuracies as fractions."""
     names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
     names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds"]
-    role = roles.roles_of(record)
+    role = roles_of(experiment_of(record))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "broken", "untrusted"])

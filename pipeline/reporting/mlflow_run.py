@@ -8,9 +8,10 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from components.config import roles
+from components.config.roles import roles_of
 from pipeline.reporting import markdown, over_seeds, records, verdicts
 from pipeline.reporting.labels import attack_labels, is_untrusted
+from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 from pipeline.tracking.tracker import Tracker
 
@@ -50,7 +51,7 @@ def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: fl
     ``record`` is ``run.json``; the model need not stand in it yet.
     """
     model = record.get("models", {}).get(name, {})
-    role = roles.roles_of(record).get(name)
+    role = roles_of(experiment_of(record)).get(name)
     tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
     tags["warning"] = next((row["sentence"] for row in verdicts.near_chance(record) if row["model"] == name), None)
     # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
@@ -150,7 +151,7 @@ def _publish_evaluation(
         "kind": "evaluation",
         "recipe": record["name"],
         "model": model,
-        "role": roles.roles_of(record).get(model),
+        "role": roles_of(experiment_of(record)).get(model),
         "threat_model": threat,
         "attack": evaluation["attack"],
         "examples_made_on": evaluation.get("source"),

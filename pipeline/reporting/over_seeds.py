@@ -9,8 +9,6 @@ from typing import Any
 from scipy.special import stdtrit
 
 from components.config import Experiment
-
-pass
 from pipeline.reporting.records import experiment_of
 
 Row = dict[str, Any]

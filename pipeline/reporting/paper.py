@@ -8,25 +8,21 @@ contradicts itself or leaves something open. Nothing in the file is corrected. R
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from components.attacks.spec import AttackSpec
-from components.errors import ConfigError
-
-pass
 import csv
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from components.attacks.spec import AttackSpec
 from components.config import PRINTED_IN
-from components.errors import DataError
+from components.errors import ConfigError, DataError
 from pipeline.reporting.over_seeds import Row, by_seed, spread
 from pipeline.reporting.records import experiment_of
 
-PATH = Path(__file__).resolve().parent / "data" / "paper.csv"
+PATH = Path(__file__).resolve().parent / "paper.csv"
 FIELDS = ("where", "dataset", "arch", "made_on", "row", "column", "value", "printed_row", "note")
 WHERE = PRINTED_IN
 DATASETS = ("mnist", "cifar10", "imagenet")

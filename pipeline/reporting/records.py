@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.config import Experiment
-from components.fields import from_dict
-
-pass
-
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.errors import DataError
-from components.fields import to_dict
-
-pass
+from components.config import Experiment
 from components.config.roles import roles_of
+from components.errors import DataError
+from components.fields import from_dict, to_dict
 from components.training.schedule import PHASES
 from pipeline.runtime.arrays import read_arrays
 from pipeline.runtime.storage import Storage
@@ -64,7 +57,7 @@ def read_run(run: Storage) -> dict[str, Any]:
         **whole["data"],
         "rows": in_order(whole["data"].get("rows") or {}, ("train", "validation", "test")),
     }
-    whole["models"] = in_order(whole["models"], tuple(roles_of(whole)))
+    whole["models"] = in_order(whole["models"], tuple(roles_of(experiment_of(whole))))
     for i, evaluation in enumerate(whole["evaluations"]):
         for key in ("model", "threat_model", "attack", "n", "metrics"):
             if key not in evaluation:

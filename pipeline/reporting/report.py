@@ -13,9 +13,10 @@ from typing import Any
 
 import jinja2
 
-from components.config import roles
+from components.config.roles import roles_of
 from pipeline.evaluation import figure_data
 from pipeline.reporting import labels, markdown, records, results, sentences, verdicts
+from pipeline.reporting.records import experiment_of
 from pipeline.reporting.run_plots import draw_pictures
 from pipeline.runtime import arrays
 from pipeline.runtime.storage import Storage
@@ -111,7 +112,7 @@ def _html(
         budgets=budgets,
         roles=labels.role_titles(record),
         stages=results.stage_times(record),
-        trained=any(role != "given" for role in roles.roles_of(record).values()),
+        trained=any(role != "given" for role in roles_of(experiment_of(record)).values()),
         source=markdown.source(record),
         lacking=lacking,
         counted=labels.counted(record),
@@ -120,7 +121,7 @@ def _html(
         untrusted_note=sentences.untrusted_note(record),
         in_short=sentences.in_short(record),
         tested=any(one["active"] for one in (record.get("reliability") or {}).values()),
-        reliability=records.in_order(record.get("reliability") or {}, tuple(roles.roles_of(record))),
+        reliability=records.in_order(record.get("reliability") or {}, tuple(roles_of(experiment_of(record)))),
         pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],
         config=json.dumps(record["experiment"], indent=2, sort_keys=True),
     )

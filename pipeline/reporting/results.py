@@ -24,7 +24,7 @@ from pipeline.reporting.labels import (
     norm_summary,
     threat_title,
 )
-from pipeline.reporting.records import Row, read_judged
+from pipeline.reporting.records import Row, experiment_of, read_judged
 from pipeline.reporting.verdicts import worst_over_seeds, worst_titled
 from pipeline.runtime.storage import Storage
 
@@ -58,7 +58,7 @@ def table(record: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     rows = []
-    for model, role in roles_of(record).items():
+    for model, role in roles_of(experiment_of(record)).items():
         cells: dict[str, Any] = {}
         for e in evaluations:
             if e["model"] == model:
@@ -83,7 +83,7 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
     Raises:
         DataError: a judged record is missing or corrupt, or two evaluations are not of the same samples.
     """
-    role = roles_of(record)
+    role = roles_of(experiment_of(record))
     transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer" and e.get("path")]
     out = []
     for a in transferred:
@@ -119,7 +119,7 @@ def comparisons(record: Mapping[str, Any], root: Storage) -> list[Row]:
 
 def evaluated(record: Mapping[str, Any]) -> list[str]:
     """Return the models that the run has evaluations of, in their order."""
-    return [name for name in roles_of(record) if any(e["model"] == name for e in record["evaluations"])]
+    return [name for name in roles_of(experiment_of(record)) if any(e["model"] == name for e in record["evaluations"])]
 
 
 def stage_times(record: Mapping[str, Any]) -> dict[str, float]:
@@ -137,7 +137,7 @@ def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
     """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
     cells = over_seeds.by_seed(record)
     found: list[Row] = []
-    compared = roles.references(record, roles_of(record))
+    compared = roles.references(experiment_of(record))
     worst: list[Row] = []
     for i, reference in enumerate(compared):
         found += [d for d in over_seeds.differences(record, reference) if d["model"] not in compared[:i]]

@@ -22,7 +22,7 @@ def draw_pictures(
     stored: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[str, str, bytes]]:
     """Name -> (heading, caption, PNG) of every plot that there is data for; the paper's figures first."""
-    role = roles_of(record)
+    role = roles_of(experiment_of(record))
     bases = experiment_of(record).bases()
     looks = style.styles(role, bases)
     out = draw.draw(record, gallery, stored, role)
@@ -153,7 +153,7 @@ def _gallery_rows(record: Mapping[str, Any], gallery: Mapping[str, np.ndarray]) 
     out: dict[str, list[tuple[str, str]]] = {}
     specs = {e["attack"] for e in record["evaluations"]}
     titles = {**{labels.short_name(s): s for s in specs}, **{s: s for s in specs}}
-    for model in sorted(roles_of(record), key=len, reverse=True):  # a name may begin with another's
+    for model in sorted(roles_of(experiment_of(record)), key=len, reverse=True):  # a name may begin with another's
         prefix = f"adversarial__{model}__"
         taken = {key for entries in out.values() for _, key in entries}
         for name in gallery:
@@ -161,4 +161,4 @@ def _gallery_rows(record: Mapping[str, Any], gallery: Mapping[str, np.ndarray]) 
             if name.startswith(prefix) and key not in taken:
                 title, settings = labels.attack_title(titles.get(name.removeprefix(prefix), name.removeprefix(prefix)))
                 out.setdefault(model, []).append((f"white-box {title}\n{settings.replace(', ', chr(10))}".strip(), key))
-    return {model: out[model] for model in roles_of(record) if model in out}
+    return {model: out[model] for model in roles_of(experiment_of(record)) if model in out}

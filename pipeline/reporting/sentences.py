@@ -19,7 +19,7 @@ from pipeline.reporting.labels import (
     percent,
     role_titles,
 )
-from pipeline.reporting.records import in_order
+from pipeline.reporting.records import experiment_of, in_order
 from pipeline.reporting.results import evaluated, table
 from pipeline.reporting.verdicts import near_chance, raised_flags, worst_cases
 
@@ -67,7 +67,7 @@ def _threat_models_explained(record: Mapping[str, Any]) -> list[str]:
 
 def _controls_explained(record: Mapping[str, Any]) -> list[str]:
     """Return what the controls of the run are, or which defended models lack one."""
-    role, experiment = roles_of(record), records.experiment_of(record)
+    role, experiment = roles_of(experiment_of(record)), records.experiment_of(record)
     transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer"]
     controlled = {experiment.source_of(name) for name, r in role.items() if r == "control"}
     alone = dict.fromkeys(
@@ -132,7 +132,7 @@ def _may_search_in_bfloat16(attack: str) -> bool:
 def untrusted_note(record: Mapping[str, Any]) -> str:
     """The footnote of :data:`UNTRUSTED`: which attacks failed on which models. Empty where none did."""
     failed: dict[str, list[str]] = {}
-    for model in in_order(record.get("reliability") or {}, tuple(roles_of(record))):
+    for model in in_order(record.get("reliability") or {}, tuple(roles_of(experiment_of(record)))):
         for attack, test in record["reliability"][model]["active"].items():
             if test["passed"] is False:
                 failed.setdefault(model, []).append(attack_text(attack))
@@ -207,13 +207,13 @@ def missing(
 ) -> list[str]:
     """What a partial run lacks, in words; empty for a complete one. ``drawn``: names of the plots that were made."""
     out = []
-    untrained = [name for name in roles_of(record) if name not in record["models"]]
+    untrained = [name for name in roles_of(experiment_of(record)) if name not in record["models"]]
     if diverged := record.get("diverged"):
         said = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
         out.append(f"training diverged, so it was not evaluated: {said}")
         untrained = [name for name in untrained if name not in diverged]
     for what, given in (("not trained yet", False), ("not read yet", True)):
-        if names := [name for name in untrained if (roles_of(record)[name] == "given") == given]:
+        if names := [name for name in untrained if (roles_of(experiment_of(record))[name] == "given") == given]:
             out.append(f"{what}: {', '.join(names)}")
     trained = [name for name, model in record["models"].items() if model.get("train", {}).get("epochs", 1)]
     no_history = [name for name in trained if not histories.get(name)]

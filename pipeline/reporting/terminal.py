@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.config import roles
+from components.config.roles import roles_of
 from pipeline.reporting import labels, records, results, sentences
 from pipeline.reporting.cells import beside_title, cell, head, our_value, row_head, worst_value
-from pipeline.reporting.records import Row
+from pipeline.reporting.records import Row, experiment_of
 from pipeline.reporting.verdicts import near_chance, raised_flags, worst_cases, worst_over_seeds
 from pipeline.runtime.storage import Storage
 
@@ -48,7 +48,7 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     for flag in raised_flags(record):
         said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
         console.print(Text(said, style="yellow"))
-    role, trained = roles.roles_of(record), any(r != "given" for r in roles.roles_of(record).values())
+    role, trained = roles_of(experiment_of(record)), any(r != "given" for r in roles_of(experiment_of(record)).values())
     of = "sampling of images only, not of seeds" if trained else "sampling of images"
     notes = [
         f"Accuracy in % of {labels.counted(record)}, below it the 95 % Wilson interval ({of}).",

@@ -14,7 +14,7 @@ from components.errors import ConfigError
 from components.evaluation.statistics import wilson_interval
 from pipeline.reporting import over_seeds, records
 from pipeline.reporting.labels import attack_text, is_untrusted, norm_text, percent
-from pipeline.reporting.records import Row, in_order
+from pipeline.reporting.records import Row, experiment_of, in_order
 
 
 def worst_cases(record: Mapping[str, Any]) -> list[Row]:
@@ -90,7 +90,7 @@ def raised_flags(record: Mapping[str, Any]) -> list[Row]:
     found = record.get("reliability") or {}
     return [
         {"model": model, **flag}
-        for model in in_order(found, tuple(roles_of(record)))
+        for model in in_order(found, tuple(roles_of(experiment_of(record))))
         for flag in found[model]["flags"]
         if flag["fired"]
     ]
@@ -111,7 +111,7 @@ def near_chance(record: Mapping[str, Any]) -> list[Row]:
     chance = 1 / record["experiment"]["data"]["num_classes"]
     limit = min(1.5 * chance, chance + 0.05 * (1 - chance))
     rows = []
-    for model in in_order(clean, tuple(roles_of(record))):
+    for model in in_order(clean, tuple(roles_of(experiment_of(record)))):
         n, accuracy = clean[model]["n"], clean[model]["metrics"]["accuracy"]
         low, high = wilson_interval(round(accuracy * n), n)
         if low > limit:
@@ -137,7 +137,7 @@ def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], l
 
     Of each attack whose examples were made on at least two models and judged by others; of several seeds the first.
     """
-    first = roles.first_replicates(roles_of(record), records.experiment_of(record).bases())
+    first = roles.first_replicates(roles_of(experiment_of(record)), records.experiment_of(record).bases())
     cells: dict[str, dict[tuple[str, str], float]] = {}
     for e in record["evaluations"]:
         if e.get("source") in first and e["model"] in first and e["threat_model"] != "black_box":

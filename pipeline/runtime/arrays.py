@@ -8,8 +8,6 @@ import zipfile
 import numpy as np
 
 from components.errors import DataError
-
-pass
 from pipeline.runtime.storage import Storage
 
 

@@ -24,7 +24,7 @@ from components.errors import UserError
 from pipeline.runtime import interrupts
 from pipeline.runtime.storage import Storage, StorageError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class ResourceError(UserError):

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.runtime.redaction import without_password
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 """Where this project's source lies: a checkout, a Ray job's copy of one, or site-packages."""
 SOURCE_DIRECTORIES = ("components", "pipeline", "tune_spaces")
 REVISION_VARIABLE = "DEFENDPP_REVISION"

@@ -10,8 +10,6 @@ from ray.exceptions import UserCodeException
 
 from components.errors import UserError
 
-pass
-
 
 def unwrap(error: BaseException) -> UserError | None:
     """The user's error inside what Ray wrapped around it, if there is one."""

@@ -10,8 +10,6 @@ from typing import Any, Literal
 from components.errors import ConfigError, UserError
 from components.fields import check_name
 from components.search_space import Space
-
-pass
 from pipeline.runtime import cluster
 
 

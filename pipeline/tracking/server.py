@@ -14,18 +14,17 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import mlflow  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import (  # noqa: E402
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import (
     Experiment,
 )
-from mlflow.exceptions import MlflowException, RestException  # noqa: E402
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
-from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
-from mlflow.utils.uri import is_local_uri  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+from mlflow.exceptions import MlflowException, RestException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
+from sqlalchemy.exc import SQLAlchemyError
 
 from components.errors import ConfigError, UserError
 from pipeline.runtime.redaction import without_password
@@ -43,8 +42,6 @@ from pipeline.tracking.uri import (
     sqlite_uri,
 )
 
-if TYPE_CHECKING:
-    pass
 REACH_SECONDS = 30.0
 """How long MLflow, and then the place of its artifacts, may take to answer before a run."""
 EXPERIMENT = "defendpp"

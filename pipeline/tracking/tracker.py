@@ -12,7 +12,6 @@ import getpass
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import tempfile
@@ -25,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import (  # noqa: E402
+from mlflow import MlflowClient
+from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
@@ -35,7 +34,7 @@ from mlflow.entities import (  # noqa: E402
     Param,
     RunTag,
 )
-from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.exceptions import MlflowException
 
 from components.errors import UserError
 from components.training import schedule
@@ -48,6 +47,7 @@ from pipeline.tracking.uri import (
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
+from pipeline.runtime import provenance
 from pipeline.tracking.server import (
     EXPERIMENT,
     connect,
@@ -59,17 +59,6 @@ from pipeline.tracking.server import (
     status_of,
     to_stderr,
 )
-
-# mlflow reads these when it is imported or at each call; what the user has set stands
-for _name, _value in {
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # else alembic tells of every table it makes
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default, 7 with growing pauses, blocks a dead server's caller for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # an open connection would go on with a file that was put aside
-}.items():
-    os.environ.setdefault(_name, _value)
 
 BATCH = 1000
 """MLflow refuses more metrics than that in one request."""
@@ -680,7 +669,7 @@ class Tracker:
                     mlflow_model=card,
                     signature=infer_signature(example_input, output),
                     serialization_format="pickle",  # _quiet is for the warning that mlflow logs of it
-                    code_paths=[str(Path(__file__).parent.parent / "components")],
+                    code_paths=[str(provenance.ROOT / "components")],
                     # given, since mlflow would otherwise find them out by loading the model in another process
                     pip_requirements=[
                         f"torch=={torch.__version__.split('+')[0]}",

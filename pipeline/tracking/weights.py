@@ -6,22 +6,18 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import mlflow  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from components.errors import UserError
 from pipeline.runtime.redaction import without_password
+from pipeline.tracking.server import connect, reason_of
 from pipeline.tracking.uri import (
     check_address,
 )
-
-if TYPE_CHECKING:
-    pass
-from pipeline.tracking.server import connect, reason_of
 
 
 def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:

@@ -13,8 +13,6 @@ from components.config import TrainConfig
 from components.config.data import Shapes
 from components.errors import DataError
 from components.fields import to_dict
-
-pass
 from pipeline.runtime.storage import Storage
 from pipeline.training.exports import SCHEMA
 

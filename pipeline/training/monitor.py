@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from components.errors import DataError
-
-pass
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import LeaseLost
 from pipeline.runtime.storage import Storage

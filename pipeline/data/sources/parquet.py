@@ -17,7 +17,6 @@ from components.config import DataConfig
 from components.errors import DataError
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.decode import decode
-from pipeline.data.sources.open import open_source
 from pipeline.data.sources.parquet_files import (
     asked,
     class_names_of,
@@ -63,7 +62,7 @@ class ParquetSource(Source):
 
     @property
     def storage(self) -> Storage:
-        return _opened(self.uri or str(Path(__file__).resolve().parent / "data" / self.sample))
+        return _opened(self.uri or str(Path(__file__).resolve().parents[1] / self.sample))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -95,7 +94,9 @@ class ParquetSource(Source):
     def _has_labels(self, split: str) -> bool:
         """Tell whether another split of the same directory has labels."""
         try:
-            other = open_source(dataclasses.replace(self.data, test_split=split, test_limit=0), "test")
+            other = open_parquet(
+                dataclasses.replace(self.data, test_split=split, test_limit=0), "test", self.uri, self.sample
+            )
             return bool((other.labels() >= 0).any())
         except DataError:
             return False

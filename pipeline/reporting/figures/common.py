@@ -7,8 +7,6 @@ import numpy as np
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 
-pass
-
 Picture = tuple[str, str, bytes]
 """Heading, caption, PNG."""
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-pass
 from pipeline.reporting.figures.common import Picture
 from pipeline.reporting.figures.fig2 import fig2
 from pipeline.reporting.figures.fig5 import fig5

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pipeline.sweep.trials.states import DIVERGED, FAILED
-
 DIVERGED, FAILED, DONE, WAITING, TRAINING = "diverged", "failed", "done", "waiting", "training"
 
 
