@@ -30,9 +30,10 @@ from pipeline.data.shards import FORMAT_VERSION, MANIFEST, ShardSet, load, tenso
 from pipeline.data.sources.base import Batch, Source, Split, split_rows
 from pipeline.data.sources.open import open_source
 from pipeline.data.splits import DRAW_VERSION
+from pipeline.runtime.polling import polling
 from pipeline.runtime.quiet import quiet_ray_data
 from pipeline.runtime.storage import Storage
-from pipeline.runtime.user_errors import carried_user_error, carrying_user_errors
+from pipeline.runtime.user_errors import carrying_user_errors, unwrap
 
 PROGRESS_INTERVAL_S = 0.5
 STALE_S = 60.0
@@ -243,7 +244,7 @@ def _write(plan: ShardSetPlan, directory: Storage, missing: list[int]) -> None:
         with quiet_ray_data():
             tables.write_datasink(_ShardDatasink(plan, directory))
     except Exception as e:
-        user_error = carried_user_error(e)
+        user_error = unwrap(e)
         if user_error is None:
             raise
         raise user_error from None
@@ -341,23 +342,15 @@ def _reporting(plan: ShardSetPlan, directory: Storage, report: Callable[[int, in
     if report is None:
         yield
         return
-    stop = threading.Event()
 
-    def poll() -> None:
-        while not stop.wait(PROGRESS_INTERVAL_S):
-            # a listing that fails shows in the build itself
-            with contextlib.suppress(OSError, UserError):
-                names = set(directory.list())
-                done = sum(len(plan.shard_rows(i)) for i in range(plan.num_shards) if _name(i) in names)
-                report(done, len(plan.rows))
+    def look() -> None:
+        with contextlib.suppress(OSError, UserError):  # a listing that fails shows in the build itself
+            names = set(directory.list())
+            done = sum(len(plan.shard_rows(i)) for i in range(plan.num_shards) if _name(i) in names)
+            report(done, len(plan.rows))
 
-    thread = threading.Thread(target=poll, name="pyramids-progress", daemon=True)
-    thread.start()
-    try:
+    with polling(look, PROGRESS_INTERVAL_S):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _import_torch() -> None:

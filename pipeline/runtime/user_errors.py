@@ -11,8 +11,28 @@ from ray.exceptions import UserCodeException
 from components.errors import UserError
 
 
+class _CarriedError(UserCodeException):
+    """A UserError on its way out of a Ray Data task. Ray Data would add its own advice to any other exception."""
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def __reduce__(self) -> tuple[type[_CarriedError], tuple[UserError]]:
+        return _CarriedError, (self.error,)
+
+
+@contextlib.contextmanager
+def carrying_user_errors() -> Iterator[None]:
+    """Wrap a UserError of the body for Ray Data. :func:`unwrap` finds it again in the driver."""
+    try:
+        yield
+    except UserError as e:
+        raise _CarriedError(e) from None
+
+
 def unwrap(error: BaseException) -> UserError | None:
-    """The user's error inside what Ray wrapped around it, if there is one."""
+    """Return the user's error inside everything that Ray wrapped around it, or None if there is none."""
     seen: set[int] = set()
     queue: list[Any] = [error]
     while queue:
@@ -20,36 +40,10 @@ def unwrap(error: BaseException) -> UserError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        if isinstance(e, UserError) and type(e).__name__.find("RayTaskError") < 0:
+        # Ray makes classes that inherit from the user's error and from RayTaskError; their text is a traceback.
+        if isinstance(e, UserError) and "RayTaskError" not in type(e).__name__:
             return e
+        queue += [getattr(e, "error", None) if isinstance(e, _CarriedError) else None]
         queue += [getattr(e, "cause", None), e.__cause__, e.__context__]
         queue += list(getattr(e, "worker_failures", {}).values())
-    return None
-
-
-class _TaskError(UserCodeException):
-    """Carries a UserError from a task to the driver. As it is, Ray would add its own advice to the message."""
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-    def __reduce__(self) -> tuple[type[_TaskError], tuple[UserError]]:
-        return _TaskError, (self.error,)
-
-
-@contextlib.contextmanager
-def carrying_user_errors() -> Iterator[None]:
-    try:
-        yield
-    except UserError as e:
-        raise _TaskError(e) from None
-
-
-def carried_user_error(error: BaseException | None) -> UserError | None:
-    """The UserError in what Ray wrapped a task's error in."""
-    while error is not None:
-        if isinstance(error, _TaskError):
-            return error.error
-        error = getattr(error, "cause", None) or error.__cause__
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from components.errors import DataError
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import LeaseLost
+from pipeline.runtime.polling import polling
 from pipeline.runtime.storage import Storage
 from pipeline.training.jobs import TrainingJob
 
@@ -43,6 +43,7 @@ class TrainingMonitor:
         self.finished: dict[str, dict[str, Any]] = {}
         self.told: dict[str, set[str]] = {job.name: set() for job in jobs}
         self.lost: LeaseLost | None = None
+        self._announced = ""
 
     def look(self) -> None:
         """Tell what is new."""
@@ -76,34 +77,29 @@ class TrainingMonitor:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Look about once a second while the body runs, and once more at its end."""
-        done = threading.Event()
-
-        def follow() -> None:
-            told = ""
-            while not done.wait(LIVE_INTERVAL_S):
-                try:
-                    self.look()
-                except LeaseLost as e:
-                    self.lost = e
-                    return
-                except Exception as e:  # whatever it is passes or comes again at the end, where it is raised
-                    if str(e) != told:
-                        say(f"progress cannot be read or published for the moment ({e}); training goes on")
-                        told = str(e)
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
         interrupted = False
         try:
-            yield
+            with polling(self._look_safely, LIVE_INTERVAL_S):
+                yield
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted = True  # the last look could hang on a server that does not answer
             raise
         finally:
-            done.set()
-            if not interrupted:  # it may be publishing to a server that does not answer
-                thread.join()
+            if not interrupted:
                 self.look()
+
+    def _look_safely(self) -> None:
+        """Look, and announce an error instead of raising it: it passes, or the last look raises it again."""
+        if self.lost is not None:
+            return
+        try:
+            self.look()
+        except LeaseLost as e:
+            self.lost = e
+        except Exception as e:
+            if str(e) != self._announced:
+                say(f"progress cannot be read or published for the moment ({e}); training goes on")
+                self._announced = str(e)
 
 
 def finished_model(home: Storage, address: str) -> dict[str, Any]:

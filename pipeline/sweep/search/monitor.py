@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ import ray
 from components.errors import ConfigError, UserError
 from pipeline import run_directory
 from pipeline.runtime.console import say
+from pipeline.runtime.polling import polling
 from pipeline.runtime.storage import StorageError
 from pipeline.sweep.report import summary
 from pipeline.sweep.report.live_table import TrialTable
@@ -117,42 +117,30 @@ class SweepMonitor:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """The live table and the publication, in a thread, while the body runs."""
-        done = threading.Event()
         table = TrialTable(self.sweep.record, self.live, self.total)
+        published, failed = time.monotonic(), False
 
         def look() -> None:
-            published = time.monotonic()
-            while not done.wait(LOOK_S):
+            nonlocal published, failed
+            if failed:
+                return
+            try:
                 with suppress(StorageError, OSError):  # a file being replaced, a storage out of reach: look again
                     self._look()
                 table.tell()
-                now = time.monotonic()
-                if now - published >= 2 * LOOK_S:
-                    published = now
+                if time.monotonic() - published >= 2 * LOOK_S:
+                    published = time.monotonic()
                     with suppress(StorageError, OSError):
                         self.sweep.publish()
-
-        def guarded() -> None:
-            try:
-                look()
             except UserError as e:
+                failed = True
                 self.fail(e)
             except Exception as e:
+                failed = True
                 self.failure = e
 
-        thread = threading.Thread(target=guarded, daemon=True)
-        with table.shown():
-            thread.start()
-            interrupted = False
-            try:
-                yield
-            except KeyboardInterrupt:
-                interrupted = True
-                raise
-            finally:
-                done.set()
-                if not interrupted:  # it may be publishing to a server that does not answer
-                    thread.join()
+        with table.shown(), polling(look, LOOK_S):
+            yield
         table.print()
 
     def wait_for_references(self) -> None:
