@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch_dct
 from test_sources import encode, grey, write_parquet
 from test_storage import FsspecStorage
 
@@ -224,6 +225,9 @@ def test_manifest(train: ShardSet, storage: Storage) -> None:
     assert manifest["fingerprint"] == open.open_source(DATA, "train").fingerprint
     assert sum(s["rows"] for s in manifest["shards"]) == manifest["num_rows"] == train.num_rows
     assert not any("time" in key or "date" in key for key in manifest)
+    # float16 rounds values below 1 by 2.4e-4 at most, those that overshoot it by twice that
+    assert 1e-5 < manifest["torch_dct_difference"] < 5e-4
+    assert manifest["torch_dct_images"] == pyramids.COMPARED_IMAGES
     assert sorted(files(storage, train.address)) == [MANIFEST, *(f"shard-{i:05d}.parquet" for i in range(7))]
     train.verify()
 
@@ -352,6 +356,81 @@ def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
     assert plan.missing(directory) == [0, *range(2, plan.num_shards)]
     pyramids._write_shard(directory, 1, plan.table(1).slice(0, 50))
     assert 1 in plan.missing(directory)
+
+
+# --- comparison with torch-dct ----------------------------------------------------------------------------------------------
+
+
+def write_shards(storage: Storage, config: PyramidConfig, targets: pyramids.Targets = "lowpass") -> str:
+    """Write the shards of the test split without Ray; build then has only the manifest left to write."""
+    plan = pyramids._plan(DATA, config, "test", targets)
+    for shard in range(plan.num_shards):
+        pyramids._write_shard(storage / plan.address, shard, plan.table(shard))
+    return plan.address
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 5e-4), ("float32", 2e-6)])
+def test_levels_equal_those_of_torch_dct(tmp_path: Path, dtype: Any, largest: float) -> None:
+    config = dataclasses.replace(SMALL, dtype=dtype)
+    address = write_shards(Storage(tmp_path), config)
+    made = build(DATA, config, Storage(tmp_path), "test")
+    assert made.address == address
+    assert 0 < made.manifest["torch_dct_difference"] < largest
+    assert made.manifest["torch_dct_images"] == pyramids.COMPARED_IMAGES
+    # manifests of earlier versions have neither key
+    earlier = {key: value for key, value in made.manifest.items() if not key.startswith("torch_dct")}
+    (tmp_path / address / MANIFEST).write_text(json.dumps(earlier))
+    assert load(Storage(tmp_path), address).manifest == earlier
+    assert build(DATA, config, Storage(tmp_path), "test").manifest == earlier
+
+
+@pytest.mark.parametrize("targets", ["linear", "none"])
+def test_only_low_pass_levels_are_compared(tmp_path: Path, targets: pyramids.Targets) -> None:
+    write_shards(Storage(tmp_path), SMALL, targets)
+    made = build(DATA, SMALL, Storage(tmp_path), "test", targets=targets)
+    assert not any(key.startswith("torch_dct") for key in made.manifest)
+
+
+DEFECTS: dict[str, Any] = {
+    "scaled": lambda image, level: level * 1.002,
+    "shifted by a pixel": lambda image, level: level.roll(1, dims=-1),
+    "transposed": lambda image, level: level.mT.contiguous(),
+    "averaged": lambda image, level: torch.nn.functional.adaptive_avg_pool2d(image, level.shape[-1]),
+    "not a number": lambda image, level: torch.full_like(level, torch.nan),
+}
+
+
+@pytest.mark.parametrize("changed", [1, 2])
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_levels_unlike_those_of_torch_dct_stop_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str, changed: int
+) -> None:
+    def defective(images: torch.Tensor, sizes: tuple[int, ...], targets: str) -> list[torch.Tensor]:
+        levels = lowpass_pyramid(images, sizes)
+        levels[changed] = DEFECTS[defect](images, levels[changed])
+        return levels
+
+    monkeypatch.setattr("components.dct.target_levels", defective)
+    address = write_shards(Storage(tmp_path), SMALL)
+    with pytest.raises(
+        DataError, match=rf"shard-00000\.parquet: level_{changed} differs from torch-dct's result by"
+    ) as caught:
+        build(DATA, SMALL, Storage(tmp_path), "test")
+    assert f"Delete {tmp_path}/{address} and run the same command again" in str(caught.value)
+    assert sorted(os.listdir(tmp_path / address)) == ["shard-00000.parquet", "shard-00001.parquet"]
+
+
+@pytest.mark.cluster
+def test_a_difference_from_torch_dct_is_one_error_of_a_whole_build(
+    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inverse = torch_dct.idct_2d
+    monkeypatch.setattr(torch_dct, "idct_2d", lambda coefficients, norm: 1.002 * inverse(coefficients, norm=norm))
+    with pytest.raises(DataError, match="level_1 differs from torch-dct's result by"):
+        build(DATA, SMALL, Storage(tmp_path), "test")
+    assert "".join(capfd.readouterr()) == ""
+    assert list(tmp_path.glob("pyramids/*/shard-00000.parquet"))
+    assert not list(tmp_path.glob(f"pyramids/*/{MANIFEST}"))
 
 
 # --- other storages, errors, memory -----------------------------------------------------------------------------------------
