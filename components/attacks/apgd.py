@@ -1,5 +1,8 @@
-"""APGD, alone and targeted: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690"""
+"""APGD, untargeted and targeted (APGD-T).
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ Loss = Literal["ce", "dlr"]
 
 _MOMENTUM = 0.75
 _RHO = 0.75
-# shares of all steps: the first checkpoint, by how much the next interval is shorter, and the shortest
-_FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06
+# Shares of all steps: the first interval between checkpoints, its reduction, and its minimum.
+_FIRST, _REDUCTION, _SHORTEST = 0.22, 0.03, 0.06
 _TINY = 1e-12
 
 _Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits, images, their rows in the batch) -> [n], to be maximised."""
+"""Objective to maximise: (logits, images, their rows in the batch) -> [n]."""
 
 
 def apgd(
@@ -53,50 +56,62 @@ def apgd(
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected ascent with momentum that sets its own step size: 2 eps at first, halved at a checkpoint, with a return
-    to the best iterate so far, where the loss rose in fewer than 3 steps of 4 or did not improve.
+    """Maximise a loss by projected gradient ascent with momentum and an adaptive step size.
 
-    Every run begins at a random point of norm eps (clipped to [0,1]). The strongest of all iterates of all restarts is
-    returned: an adversarial one before any that is not, then the one of the highest loss.
+    The step size is 2 eps at first. At a checkpoint it is halved, and the ascent returns to the
+    best iterate so far, where the loss rose in fewer than 3 steps of 4 or did not improve.
 
-    Differences from the authors' code: with ``early_leaving`` a sample stops at its first adversarial iterate, where
-    theirs goes on and keeps the last one (as many samples are broken, for fewer passes); without, theirs returns the
-    iterate of the highest loss even where another one is adversarial; the first checkpoint counts the first step as the
-    paper does, from the loss at the start and not from 0; the gradient at the last iterate is not computed.
-    Passes per restart: steps forward and backward, 1 forward; with ``early_leaving`` 1 forward more for the clean images.
+    Every run begins at a random point of norm eps (clipped to [0,1]). The strongest of all iterates
+    of all restarts is returned: an adversarial one before any that is not, then the one of the
+    highest loss.
+
+    Differences from the authors' code:
+
+    - With ``early_leaving`` a sample stops at its first adversarial iterate. Theirs goes on and
+      keeps the last one; ours breaks as many samples in fewer passes.
+    - Without ``early_leaving`` theirs returns the iterate of the highest loss even where another
+      one is adversarial.
+    - The first checkpoint counts the first step as the paper does: from the loss at the start, not
+      from 0.
+    - The gradient at the last iterate is not computed.
+
+    Passes per restart: steps forward and backward, 1 forward; with ``early_leaving`` 1 forward more
+    for the clean images.
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
-        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
+        labels: int64 [N], true classes, or target classes if ``targeted``.
         eps: largest norm of the perturbation, in [0,1] pixel units.
         norm: linf or l2.
         steps: steps of each restart.
-        restarts: runs, each from a start of its own.
-        loss: "ce", the cross entropy, or "dlr", the largest other logit minus the true class's, divided by the largest
-            minus the third largest: it does not change with the scale of the logits, but needs three classes. With two
-            it is the numerator alone. ``targeted``: the cross entropy of the class wanted is minimised, or its lead over
-            the largest other logit, divided as in :func:`apgd_t`, maximised (divided as above it hit 17 % of the least
-            likely classes on a CNN for MNIST, so 48 %).
-        early_leaving: a sample leaves at its first adversarial iterate, and takes no part in the next restart; one that
-            is misclassified already comes back clean. Only for examples judged on this very model. False: every sample
-            takes all steps of all restarts.
-        auxiliary: what an adaptive attacker maximises beside the loss; its values are added to it.
-        generator: CPU generator of the starts; every device gets the same draw.
+        restarts: number of runs, each from its own random start.
+        loss: "ce", the cross entropy, or "dlr", the largest other logit minus the true class's,
+            divided by the largest minus the third largest. DLR does not change with the scale of
+            the logits, but needs three classes; with two it is the numerator alone. If
+            ``targeted``, the cross entropy of the target class is minimised, or its lead over the
+            largest other logit is maximised, divided as in :func:`apgd_t`. (On a CNN for MNIST this
+            divisor hit 48 % of the least likely classes, the untargeted one 17 %.)
+        early_leaving: drop a sample at its first adversarial iterate, also from the next restarts.
+            A sample that is already misclassified is returned clean. Use it only for examples
+            judged on this same model. False: every sample takes all steps of all restarts.
+        auxiliary: term that an adaptive attacker adds to the loss.
+        generator: CPU generator of the starts, so that every device gets the same draw.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does not return [n].
+        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does
+            not return [n].
     """
     check_batch(inputs, labels)
     if not len(inputs):
         return inputs.clone()
 
     def objective(logits: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        own = labels[rows]
+        classes = labels[rows]
         if loss == "ce":
-            value = F.cross_entropy(logits, own, reduction="none") * (-1.0 if targeted else 1.0)
+            value = F.cross_entropy(logits, classes, reduction="none") * (-1.0 if targeted else 1.0)
         else:
-            value = _targeted_dlr(logits, -margin(logits, own)) if targeted else _dlr(logits, own)
+            value = _targeted_dlr(logits, -margin(logits, classes)) if targeted else _dlr(logits, classes)
         return value if auxiliary is None else value + auxiliary_values(auxiliary, x, rows)
 
     def broken(logits: Tensor, rows: Tensor) -> Tensor:
@@ -123,19 +138,21 @@ def apgd_t(
     early_leaving: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`apgd` towards each of the likeliest wrong classes in turn, on the targeted DLR loss.
+    """Run :func:`apgd` towards each of the likeliest wrong classes in turn.
 
-    That loss is the logit aimed at minus the true class's, divided by the largest logit minus the mean of the third and
-    fourth largest. It needs four classes; with fewer it is the numerator alone. A sample counts as broken when *any*
-    wrong class is predicted. Without ``early_leaving`` the runs of all targets compete by this loss.
+    It maximises the targeted DLR loss:  the target class's logit minus the true class's, divided by
+    the largest logit minus the mean of the third and fourth largest. It needs four classes; with
+    fewer it is the numerator alone. A sample counts as broken when *any* wrong class is predicted.
+    Without ``early_leaving`` the runs of all targets compete by this loss.
+
     Differences from the authors' code: those of :func:`apgd`.
 
     Args:
         model, inputs, eps, norm, steps, early_leaving, generator: as for :func:`apgd`.
         labels: int64 [N], true classes.
         restarts: runs for each target.
-        targets: how many classes are aimed at, those of the highest logits of the clean image without the true one; all
-            of them where the model has fewer.
+        targets: number of target classes: the wrong classes of the highest logits of the clean
+            image, or all wrong classes if the model has fewer.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -166,11 +183,11 @@ def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
     return margin(logits, labels) / (top[:, 0] - top[:, 2] + _TINY)
 
 
-def _targeted_dlr(logits: Tensor, gained: Tensor) -> Tensor:
+def _targeted_dlr(logits: Tensor, numerator: Tensor) -> Tensor:
     if logits.shape[1] < 4:
-        return gained
+        return numerator
     top = logits.topk(4, dim=1).values
-    return gained / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY)
+    return numerator / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _TINY)
 
 
 def _strongest(
@@ -185,20 +202,26 @@ def _strongest(
     early_leaving: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """The strongest iterate of all runs. ``done``, bool [N]: who takes no part from the beginning."""
+    """Return the strongest iterate of all runs.
+
+    Args:
+        done: bool [N], True for the samples that take part in no run.
+    """
     best, adversarial = inputs.clone(), done.clone()
     best_loss = torch.full_like(inputs[:, 0, 0, 0], -torch.inf)
-    everyone = torch.arange(len(inputs), device=inputs.device)
+    all_rows = torch.arange(len(inputs), device=inputs.device)
     for objective in runs:
-        # drawn for all, so that a sample's start does not depend on who is left
+        # Draw for the whole batch, so that a sample's start does not depend on which others remain.
         start = _start(inputs, eps, norm, generator)
-        rows = everyone[~adversarial] if early_leaving else everyone
+        rows = all_rows[~adversarial] if early_leaving else all_rows
         if not len(rows):
             break
-        x, now, loss = _run(model, start[rows], inputs[rows], rows, objective, broken, eps, norm, steps, early_leaving)
-        better = stronger(now, loss, adversarial[rows], best_loss[rows])
+        x, success, loss = _run(
+            model, start[rows], inputs[rows], rows, objective, broken, eps, norm, steps, early_leaving
+        )
+        better = stronger(success, loss, adversarial[rows], best_loss[rows])
         chosen = rows[better]
-        best[chosen], adversarial[chosen], best_loss[chosen] = x[better], now[better], loss[better]
+        best[chosen], adversarial[chosen], best_loss[chosen] = x[better], success[better], loss[better]
     return best
 
 
@@ -208,12 +231,12 @@ def _start(inputs: Tensor, eps: float, norm: Norm, generator: torch.Generator | 
 
 @dataclass
 class _Ascent:
-    """The samples that are still ascending; every field has a row for each."""
+    """State of the samples that are still ascending; every field has one row per sample."""
 
     place: Tensor
-    """In the results of the run."""
+    """Rows in the results of the run."""
     rows: Tensor
-    """In the batch."""
+    """Rows in the batch."""
     clean: Tensor
     x: Tensor
     previous: Tensor
@@ -224,14 +247,14 @@ class _Ascent:
     best_loss: Tensor
     step_size: Tensor
     rises: Tensor
-    """Steps that raised the loss, since the last checkpoint."""
+    """Number of steps since the last checkpoint that raised the loss."""
     halved: Tensor
     """Whether the last checkpoint halved the step size."""
     best_at_checkpoint: Tensor
 
-    def keep(self, kept: Tensor) -> None:
+    def keep(self, mask: Tensor) -> None:
         for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name)[kept])
+            setattr(self, field.name, getattr(self, field.name)[mask])
 
     def move(self, eps: float, norm: Norm, momentum: bool) -> None:
         step = per_sample(self.step_size) * steepest(self.gradient, norm)
@@ -250,7 +273,7 @@ class _Ascent:
         self.best_loss = torch.where(improved, loss, self.best_loss)
 
     def check(self, interval: int) -> None:
-        """Halve the step size and go back to the best iterate where the ascent oscillates or stands still."""
+        """Halve the step size and return to the best iterate where the ascent makes no progress."""
         stuck = ~self.halved & (self.best_loss <= self.best_at_checkpoint)
         self.halved = (self.rises <= _RHO * interval) | stuck
         self.best_at_checkpoint = self.best_loss
@@ -272,7 +295,12 @@ def _run(
     steps: int,
     early_leaving: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One ascent: of each sample the strongest iterate [n,C,H,W], whether it is adversarial [n], and its loss [n]."""
+    """Run one ascent.
+
+    Returns:
+        For each sample its strongest iterate [n,C,H,W], whether that is adversarial [n], and its
+        loss [n].
+    """
     result = start.clone()
     adversarial = torch.zeros_like(rows, dtype=torch.bool)
     highest = torch.full_like(start[:, 0, 0, 0], -torch.inf)
@@ -299,12 +327,12 @@ def _run(
         gradient, logits, loss = _evaluate(model, state, objective, differentiate=step < steps)
         state.learn(gradient, loss)
 
-        now = broken(logits, state.rows)
-        better = stronger(now, loss, adversarial[state.place], highest[state.place])
+        success = broken(logits, state.rows)
+        better = stronger(success, loss, adversarial[state.place], highest[state.place])
         place = state.place[better]
-        result[place], adversarial[place], highest[place] = state.x[better], now[better], loss[better]
-        if early_leaving and now.any():
-            state.keep(~now)
+        result[place], adversarial[place], highest[place] = state.x[better], success[better], loss[better]
+        if early_leaving and success.any():
+            state.keep(~success)
             if not len(state.rows):
                 break
         if step in checkpoints:
@@ -324,12 +352,12 @@ def _evaluate(
 
 
 def _checkpoints(steps: int) -> dict[int, int]:
-    """Number of a step -> steps since the checkpoint before."""
-    interval, shorter, shortest = (max(int(share * steps), 1) for share in (_FIRST, _SHORTER, _SHORTEST))
-    out = {}
-    at = interval
-    while at <= steps:
-        out[at] = interval
-        interval = max(interval - shorter, shortest)
-        at += interval
-    return out
+    """Map the step number of each checkpoint to the number of steps since the previous one."""
+    interval, reduction, shortest = (max(int(share * steps), 1) for share in (_FIRST, _REDUCTION, _SHORTEST))
+    intervals = {}
+    step = interval
+    while step <= steps:
+        intervals[step] = interval
+        interval = max(interval - reduction, shortest)
+        step += interval
+    return intervals

@@ -1,5 +1,8 @@
-"""AutoAttack, its standard version: Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of
-diverse parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690"""
+"""AutoAttack, its standard version.
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,13 @@ def autoattack(
     queries: int = 5000,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """APGD on the cross entropy, targeted APGD, targeted FAB, Square, each on what the ones before it did not break.
+    """Run APGD on the cross entropy, targeted APGD, targeted FAB and Square, one after the other.
 
-    A sample leaves as soon as it is broken, so the examples make sense only on this very model. FAB's count only within
-    eps. Differences from the authors' code: those of the four attacks; FAB and APGD take ``steps``.
+    Each attack runs on the samples that the previous ones did not break. A sample is dropped as
+    soon as it is broken, so the examples are meaningful only on this same model. Those of FAB count
+    only within eps.
+
+    Differences from the authors' code: those of the four attacks; FAB and APGD take ``steps``.
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; its mode is left as it is.
@@ -40,10 +46,10 @@ def autoattack(
         norm: linf or l2.
         steps: steps of APGD, and for each target of targeted APGD and FAB.
         queries: queries of Square.
-        generator: CPU generator of all four; every device gets the same draw.
+        generator: CPU generator of all four, so that every device gets the same draw.
 
     Returns:
-        float32 [N,C,H,W]; the clean input where it is misclassified already or withstood all four.
+        float32 [N,C,H,W]; the clean input where it is already misclassified or withstood all four.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -54,10 +60,11 @@ def autoattack(
         return result
 
     def fab_within_eps(x: Tensor, y: Tensor) -> Tensor:
-        found = fab_t(model, x, y, norm=norm, steps=steps, enough=eps, generator=generator)
-        return torch.where(per_sample(norms(found - x, norm) <= eps), found, x)
+        examples = fab_t(model, x, y, norm=norm, steps=steps, enough=eps, generator=generator)
+        return torch.where(per_sample(norms(examples - x, norm) <= eps), examples, x)
 
-    # the authors' order: each costs a sample that withstands more than the one before (benchmarks/README.md compares others)
+    # This is the authors' order: a robust sample costs more in each attack than in the one before.
+    # benchmarks/README.md compares other orders.
     attacks: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
         lambda x, y: apgd(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
         lambda x, y: apgd_t(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
@@ -65,20 +72,22 @@ def autoattack(
         lambda x, y: square(model, x, y, eps=eps, norm=norm, queries=queries, rescale=False, generator=generator),
     )
     with torch.no_grad():
-        left = (~is_adversarial(model(inputs), labels, targeted=False)).nonzero().squeeze(1)
+        remaining = (~is_adversarial(model(inputs), labels, targeted=False)).nonzero().squeeze(1)
         for attack in attacks:
-            if not len(left):
+            if not len(remaining):
                 break
-            # all of them, so that nobody's random draws depend on who is left; whoever is broken leaves at once by his example
-            x = attack(result, labels)[left]
-            broken = is_adversarial(model(x), labels[left], targeted=False)
-            result[left[broken]] = x[broken]
-            left = left[~broken]
+            # Pass the whole batch so that a sample's random draws do not depend on which others
+            # remain. Samples that are already broken start at their adversarial example and are
+            # dropped at once.
+            x = attack(result, labels)[remaining]
+            broken = is_adversarial(model(x), labels[remaining], targeted=False)
+            result[remaining[broken]] = x[broken]
+            remaining = remaining[~broken]
     return result
 
 
 def gradient_parts(spec: AttackSpec) -> tuple[AttackSpec, ...]:
-    """All but the Square of an ``autoattack`` spec, each as an attack of its own with the same settings."""
+    """Split an ``autoattack`` spec into its attacks without Square, each with the same settings."""
     return (
         AttackSpec(name="apgd", eps=spec.eps, norm=spec.norm, steps=spec.steps),
         AttackSpec(name="apgd-t", eps=spec.eps, norm=spec.norm, steps=spec.steps),

@@ -1,6 +1,9 @@
-"""BIM: Kurakin, Goodfellow, Bengio, "Adversarial Examples in the Physical World", https://arxiv.org/abs/1607.02533
+"""BIM, the basic iterative method.
 
-Its iteration is also that of PGD, which only starts elsewhere, and of FGSM, which is its first step.
+Kurakin, Goodfellow, Bengio, "Adversarial Examples in the Physical World",
+https://arxiv.org/abs/1607.02533
+
+PGD is the same iteration from another start, and FGSM is its first step.
 """
 
 from __future__ import annotations
@@ -26,24 +29,28 @@ def bim(
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Steepest ascent of the cross entropy from the clean image, projected onto the eps-ball and [0,1] at every step.
+    """Ascend the cross entropy from the clean image by steps of steepest ascent.
+
+    Every step is projected onto the eps-ball and [0,1].
 
     Args:
         model: maps [0,1] images to logits [N,K]; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
-        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
+        labels: int64 [N], true classes, or target classes if ``targeted``.
         eps: largest norm of the perturbation, in [0,1] pixel units.
         norm: linf (steps along the sign) or l2 (along the normalised gradient).
         steps: forward and backward passes.
         step_size: length of a step in the same norm; 0 takes 2.5 * eps / steps.
-        early_leaving: a sample leaves the batch at its first adversarial iterate, which is what is returned for it.
-            Only for examples judged on this very model: they lie just behind its boundary and transfer worse. False:
-            every sample takes all steps and its last iterate is returned.
-        auxiliary: what an adaptive attacker maximises beside the cross entropy; its values are added to it.
-        generator: unused, BIM is deterministic.
+        early_leaving: drop a sample from the batch at its first adversarial iterate, and return
+            that iterate. Use it only for examples judged on this same model: they lie just behind
+            its decision boundary and transfer worse. False: every sample takes all steps and its
+            last iterate is returned.
+        auxiliary: term that an adaptive attacker adds to the cross entropy.
+        generator: unused; BIM is deterministic.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does not return [n].
+        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does
+            not return [n].
     """
     check_batch(inputs, labels)
     return ascend(
@@ -76,9 +83,13 @@ def ascend(
     auxiliary: Auxiliary | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """The iteration of :func:`bim` from any start inside the ball around ``clean``. Returns a new tensor.
+    """Run the iteration of :func:`bim` from any start inside the ball around ``clean``.
 
-    ``rows``, int64 [N], are the numbers by which ``auxiliary`` knows the samples; None: 0 to N - 1.
+    Args:
+        rows: int64 [N], the row numbers that ``auxiliary`` gets for the samples; None: 0 to N - 1.
+
+    Returns:
+        A new tensor, float32 [N,C,H,W].
     """
     step_size = step_size or 2.5 * eps / steps
     result = start.clone()
@@ -87,8 +98,8 @@ def ascend(
     x = start
     active = torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        known_as = active if rows is None else rows[active]
-        gradient, logits = cross_entropy_gradient(model, x, labels, targeted, auxiliary, known_as)
+        auxiliary_rows = active if rows is None else rows[active]
+        gradient, logits = cross_entropy_gradient(model, x, labels, targeted, auxiliary, auxiliary_rows)
         if early_leaving:
             broken = is_adversarial(logits, labels, targeted)
             if broken.any():

@@ -1,5 +1,8 @@
-"""DDN: Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and Defenses",
-CVPR 2019, https://arxiv.org/abs/1811.09600"""
+"""DDN, decoupled direction and norm.
+
+Rony et al., "Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and
+Defenses", CVPR 2019, https://arxiv.org/abs/1811.09600
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,32 @@ def ddn(
     targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The adversarial example of the smallest L2 norm among all iterates.
+    """Find the adversarial example of the smallest L2 norm among all iterates.
 
-    Each step moves the perturbation along the normalised gradient, by 1 falling to 0.01 along a cosine, then rescales
-    it to a norm that shrinks by ``gamma`` where the last iterate was adversarial and grows by it where it was not.
-    Differences from the authors' code: the last iterate is judged too (one forward pass more), quantization is off
-    unless asked for, and a zero gradient is replaced by one random direction of norm 1 drawn once per sample.
+    Each step moves the perturbation along the normalised gradient; its length falls from 1 to 0.01
+    along a cosine. Then the perturbation is rescaled to a norm that shrinks by ``gamma`` where the
+    last iterate was adversarial, and grows by it elsewhere.
+
+    Differences from the authors' code:
+
+    - The last iterate is judged too (one forward pass more).
+    - Quantization is off by default.
+    - A zero gradient is replaced by a random direction of norm 1, drawn once per sample.
 
     Args:
         model: maps [0,1] images to logits [N,K]; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
-        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
+        labels: int64 [N], true classes, or target classes if ``targeted``.
         steps: forward and backward passes.
         gamma: relative change of the norm per step.
         initial_norm: L2 norm of the first perturbation.
-        quantization_levels: round iterates to so many grey levels (256: 8-bit images). 0: none.
-        generator: CPU generator of the directions that stand in for zero gradients.
+        quantization_levels: number of grey levels that iterates are rounded to (256: 8-bit images).
+            0: no rounding.
+        generator: CPU generator of the directions that replace zero gradients.
 
     Returns:
-        float32 [N,C,H,W]; the clean input where it is misclassified already or nothing was found.
+        float32 [N,C,H,W]; the clean input where it is already misclassified or no example was
+        found.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -53,8 +63,8 @@ def ddn(
     best = inputs.clone()
     if not len(inputs):
         return best
-    stand_in = unit_l2(torch.randn(inputs.shape, generator=generator)).to(inputs.device)
-    # no perturbation inside [0,1] is longer than this
+    random_directions = unit_l2(torch.randn(inputs.shape, generator=generator)).to(inputs.device)
+    # No perturbation inside [0,1] is longer.
     largest = l2_norms(torch.maximum(inputs, 1 - inputs))
     radius = torch.full_like(largest, initial_norm)
     best_norm = torch.full_like(largest, math.inf)
@@ -65,7 +75,7 @@ def ddn(
         adversarial = is_adversarial(logits, labels, targeted)
         best, best_norm = _smaller(adversarial, x, delta, best, best_norm)
 
-        direction = torch.where(per_sample(l2_norms(gradient) > 0), unit_l2(gradient), stand_in)
+        direction = torch.where(per_sample(l2_norms(gradient) > 0), unit_l2(gradient), random_directions)
         step_size = _FINAL_STEP + (1 - _FINAL_STEP) * (1 + math.cos(math.pi * step / steps)) / 2
         radius = torch.minimum(radius * torch.where(adversarial, 1 - gamma, 1 + gamma), largest)
         x = unit_l2(delta.add_(direction, alpha=step_size)).mul_(per_sample(radius)).add_(inputs)

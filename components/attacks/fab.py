@@ -1,5 +1,8 @@
-"""FAB: Croce & Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML 2020,
-https://arxiv.org/abs/1907.02044; the targeted version is that of AutoAttack, https://arxiv.org/abs/2003.01690"""
+"""FAB-T, the targeted version of FAB that AutoAttack uses (https://arxiv.org/abs/2003.01690).
+
+Croce & Hein, "Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack", ICML
+2020, https://arxiv.org/abs/1907.02044
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from components.attacks.projections import Norm, per_sample
 from components.attacks.targets import likeliest_others
 
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9  # pull towards the clean image, overshoot, step back
-_RESTART_RADIUS: dict[Norm, float] = {"linf": 0.3, "l2": 1.0}  # where nothing was found yet (the authors' values)
+_RESTART_RADIUS: dict[Norm, float] = {"linf": 0.3, "l2": 1.0}  # used before the first success (the authors' values)
 _SMALL = 1e-8
 _TINY = 1e-30
 
@@ -28,30 +31,39 @@ def fab_t(
     enough: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The adversarial example of the smallest norm among all iterates, on the way to each of the likeliest wrong classes.
+    """Find the adversarial example of the smallest norm on the way to each likely wrong class.
 
-    A step takes the boundary between the true class and the one aimed at for flat, moves to it (by the shortest way
-    inside [0,1], and a little beyond) from the present point and from the clean image, and mixes the two. Where that is
-    adversarial it steps back towards the clean image. Any wrong class counts.
-    Differences from the authors' code: every target is tried on every sample and the smallest norm wins (theirs leaves a
-    sample at the first example within eps; see ``enough``); restarts begin within half the smallest norm found so far,
-    as in the paper; the two projections are written anew.
+    A step linearises the boundary between the true class and the target class. It moves to this
+    boundary (by the shortest way inside [0,1], and a little beyond) from the present point and from
+    the clean image, and mixes the two results. Where the mixture is adversarial, it steps back
+    towards the clean image. The result is the smallest of all iterates that are adversarial; any
+    wrong class counts.
+
+    Differences from the authors' code:
+
+    - Every target is tried on every sample and the smallest norm wins. Theirs drops a sample at the
+      first example within eps; see ``enough``.
+    - Restarts begin within half the smallest norm found so far, as in the paper.
+    - The two projections are written anew.
+
     Passes per target and restart: steps forward and backward, steps forward.
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
         labels: int64 [N], true classes.
-        norm: which norm is to be small, linf or l2.
+        norm: the norm to minimise, linf or l2.
         steps: steps for each target and restart.
-        restarts: runs for each target: the first from the clean image, the others from a random point near it.
-        targets: how many classes are aimed at, those of the highest logits of the clean image without the true one; all
-            of them where the model has fewer.
-        enough: a sample with an example of this norm or less is not taken to further targets.
+        restarts: runs for each target. The first starts from the clean image, the others from a
+            random point near it.
+        targets: number of target classes: the wrong classes of the highest logits of the clean
+            image, or all wrong classes if the model has fewer.
+        enough: a sample with an example of this norm or less is dropped from the remaining targets.
         generator: CPU generator of the restarts; with one restart FAB is deterministic.
 
     Returns:
-        float32 [N,C,H,W]; the clean input where it is misclassified already or nothing was found.
+        float32 [N,C,H,W]; the clean input where it is already misclassified or no example was
+        found.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -62,7 +74,7 @@ def fab_t(
         return best
     with torch.no_grad():
         logits = model(inputs)
-    # norm 0 cannot be beaten, so these keep their clean input
+    # No norm is below 0, so a misclassified sample keeps its clean input.
     best_norm = torch.where(is_adversarial(logits, labels, targeted=False), 0.0, torch.inf)
     for aims in likeliest_others(logits, labels, targets).unbind(dim=1):
         for restart in range(restarts):
@@ -73,9 +85,9 @@ def fab_t(
             rows = (best_norm > enough).nonzero().squeeze(1)
             if not len(rows):
                 return best
-            found, found_norm = _run(model, start[rows], inputs[rows], labels[rows], aims[rows], norm, steps)
-            better = found_norm < best_norm[rows]
-            best[rows[better]], best_norm[rows[better]] = found[better], found_norm[better]
+            examples, example_norms = _run(model, start[rows], inputs[rows], labels[rows], aims[rows], norm, steps)
+            better = example_norms < best_norm[rows]
+            best[rows[better]], best_norm[rows[better]] = examples[better], example_norms[better]
     return best
 
 
@@ -86,16 +98,21 @@ def _nearby(inputs: Tensor, radius: Tensor, norm: Norm, generator: torch.Generat
 def _run(
     model: nn.Module, start: Tensor, clean: Tensor, labels: Tensor, aims: Tensor, norm: Norm, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Of each sample the adversarial iterate of the smallest norm, and that norm; the clean image and inf if none."""
+    """Run FAB towards one target class per sample.
+
+    Returns:
+        For each sample its adversarial iterate of the smallest norm, and that norm; the clean image
+        and inf where no iterate is adversarial.
+    """
     x, best = start, clean
     best_norm = torch.full_like(clean[:, 0, 0, 0], torch.inf)
     for _ in range(steps):
-        slope, _logits, here = loss_gradient(model, x, lambda logits, _: lead(logits, labels, aims))
-        at_clean = here + (slope * (clean - x)).flatten(1).sum(dim=1)
-        from_x = to_plane(x, slope, here, norm)
-        from_clean = to_plane(clean, slope, at_clean, norm)
-        far, near = (norms(d, norm).clamp_min(_SMALL) for d in (from_x, from_clean))
-        alpha = per_sample((far / (far + near)).clamp_max(_ALPHA_MAX))
+        slope, _logits, value = loss_gradient(model, x, lambda logits, _: lead(logits, labels, aims))
+        clean_value = value + (slope * (clean - x)).flatten(1).sum(dim=1)
+        from_x = to_plane(x, slope, value, norm)
+        from_clean = to_plane(clean, slope, clean_value, norm)
+        x_length, clean_length = (norms(d, norm).clamp_min(_SMALL) for d in (from_x, from_clean))
+        alpha = per_sample((x_length / (x_length + clean_length)).clamp_max(_ALPHA_MAX))
         x = ((x + _ETA * from_x) * (1 - alpha) + (clean + _ETA * from_clean) * alpha).clamp_(0, 1)
         with torch.no_grad():
             adversarial = is_adversarial(model(x), labels, targeted=False)
@@ -108,20 +125,22 @@ def _run(
 
 
 def to_plane(points: Tensor, slope: Tensor, value: Tensor, norm: Norm) -> Tensor:
-    """The shortest way from each point to where a linear function is zero, without leaving [0,1].
+    """Return the shortest way inside [0,1] from each point to the zeros of a linear function.
 
     Args:
         points: float32 [N,C,H,W] in [0,1].
         slope: float32 [N,C,H,W], gradient of the function.
         value: float32 [N], the function at ``points``.
-        norm: the norm in which the way is short.
+        norm: the norm that the way is shortest in.
 
     Returns:
-        float32 [N,C,H,W], displacements. Where the function has no zero inside [0,1], as far as it goes.
+        float32 [N,C,H,W], displacements. Where the function has no zero inside [0,1], they go as
+        near to zero as possible.
     """
-    # Along the optimal way every pixel moves against the function at a speed of its own (linf: all alike, l2: as its
-    # slope) until it meets its wall; what is gained is then a concave, piecewise linear function of the time taken.
-    # Newton's method from time 0 never passes its root and ends on it, after as many pieces as it enters: a handful.
+    # Along the optimal way every pixel moves against the function until it meets its bound. Its
+    # speed is the same for all pixels (linf) or proportional to its slope (l2). The function's
+    # change is then concave and piecewise linear in time. Newton's method from time 0 never passes
+    # the root, and ends on it after as many steps as it enters pieces: a few.
     flat = points.flatten(1)
     size = slope.flatten(1).abs()
     scale = size.amax(dim=1, keepdim=True).clamp_min(_TINY)
@@ -130,15 +149,16 @@ def to_plane(points: Tensor, slope: Tensor, value: Tensor, norm: Norm) -> Tensor
     direction = -slope.flatten(1).sign() * value.sign()[:, None]
     room = torch.where(direction > 0, 1 - flat, flat).where(direction != 0, 0.0)
     speed = torch.ones_like(size) if norm == "linf" else size
-    until, at_wall, rate = room / speed.clamp_min(_TINY), size * room, size * speed
-    last, time = until.amax(dim=1, keepdim=True), torch.zeros_like(scale)
-    free = until > time
+    arrival, change_at_bound, rate = room / speed.clamp_min(_TINY), size * room, size * speed
+    last, time = arrival.amax(dim=1, keepdim=True), torch.zeros_like(scale)
+    free = arrival > time
     while True:
-        needs = needed - at_wall.masked_fill(free, 0).sum(dim=1, keepdim=True)
-        moving = rate.where(free, 0).sum(dim=1, keepdim=True)
-        # fmin: where nothing moves the quotient may be inf or NaN; never back, whatever rounding says, so that it ends
-        time = torch.fmin(needs / moving.clamp_min(_TINY), last).maximum(time)
-        still = until > time
-        if torch.equal(still, free):
+        remaining = needed - change_at_bound.masked_fill(free, 0).sum(dim=1, keepdim=True)
+        total_rate = rate.where(free, 0).sum(dim=1, keepdim=True)
+        # The quotient may be inf or NaN where no pixel moves, hence fmin. Time never runs back,
+        # whatever the rounding, so that the loop ends.
+        time = torch.fmin(remaining / total_rate.clamp_min(_TINY), last).maximum(time)
+        still_free = arrival > time
+        if torch.equal(still_free, free):
             return (direction * torch.minimum(time * speed, room)).view_as(points)
-        free = still
+        free = still_free

@@ -1,4 +1,4 @@
-"""Random noise: no attack at all, the floor that every attack must beat."""
+"""Random noise: no attack, but the floor that every attack must beat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from components.attacks.common import check_batch
 from components.attacks.projections import Norm, project, unit_l2
 
-_ROUNDS = 4  # of going on with what is at no wall yet; two leave 3 % of the way around a nearly black image, four 1e-4
+_ROUNDS = 4
+"""Rounds of giving the norm lost by clipping to pixels that are not clipped. On a nearly black
+image two rounds lose 3 % of it, four 1e-4."""
 
 
 def noise(
@@ -21,16 +23,18 @@ def noise(
     targeted: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Add noise of norm eps inside [0,1]: random signs (linf), or a Gaussian direction (l2) of which the pixels at their
-    wall are left out and the others go further, since a floor of shorter examples would be no floor.
+    """Add random noise of norm eps inside [0,1].
 
-    The model is never run, and ``targeted`` changes nothing; both are there for the common signature.
+    The noise is random signs (linf) or a Gaussian direction (l2). In l2, pixels stop at their bound
+    and the others move further: shorter perturbations would be too low a floor.
+
+    The model is never run, and ``targeted`` changes nothing; both belong to the common signature.
 
     Args:
         inputs: float32 [N,C,H,W] in [0,1].
         labels: int64 [N].
         eps: norm of the noise, in [0,1] pixel units.
-        generator: CPU generator; every device gets the same draw.
+        generator: CPU generator, so that every device gets the same draw.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -47,9 +51,10 @@ def noise(
 
 
 def moved(clean: Tensor, direction: Tensor, eps: float) -> Tensor:
-    """``clean`` moved by an L2 norm of eps without leaving [0,1]; shorter only where the rest meets walls as well.
+    """Move images along a direction by an L2 norm of eps, without leaving [0,1].
 
-    Clipping alone would take a third of its length from a direction around an image that is mostly black.
+    The perturbation is shorter than eps only where too many pixels reach their bound. Clipping
+    alone would take a third of a direction's length around an image that is mostly black.
 
     Args:
         clean: float32 [N,C,H,W] in [0,1]; N or 1.

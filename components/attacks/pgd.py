@@ -1,4 +1,8 @@
-"""PGD: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", https://arxiv.org/abs/1706.06083"""
+"""PGD, projected gradient descent.
+
+Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks",
+https://arxiv.org/abs/1706.06083
+"""
 
 from __future__ import annotations
 
@@ -26,20 +30,22 @@ def pgd(
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`~components.attacks.bim.bim` from a random point, uniform in the eps-ball (clipped to [0,1]).
+    """Run :func:`~components.attacks.bim.bim` from a random point of the eps-ball.
 
-    With several restarts the strongest of their results is returned, sample by sample: an adversarial one before any
-    that is not, then the one of the highest loss (cross entropy, plus ``auxiliary``). Each is judged by one forward pass
-    more.
+    The point is drawn uniformly and clipped to [0,1]. With several restarts the strongest of their
+    results is returned, sample by sample: an adversarial one before any that is not, then the one
+    of the highest loss (cross entropy, plus ``auxiliary``). Judging each result costs one more
+    forward pass.
 
     Args:
         model, inputs, labels, eps, norm, steps, step_size, targeted, auxiliary: as for BIM.
-        restarts: runs, each from a start of its own.
-        early_leaving: as for BIM; also, a sample that one run broke takes no part in the next.
-        generator: CPU generator of the starts; every device gets the same draw.
+        restarts: number of runs, each from its own random start.
+        early_leaving: as for BIM; a sample that one run broke is also dropped from the next runs.
+        generator: CPU generator of the starts, so that every device gets the same draw.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does not return [n].
+        ValueError: inputs or labels of the wrong type, shape or range, or an auxiliary that does
+            not return [n].
     """
     check_batch(inputs, labels)
 
@@ -68,15 +74,15 @@ def pgd(
                 loss = loss + auxiliary_values(auxiliary, x, rows)
         return is_adversarial(logits, labels[rows], targeted), loss
 
-    everyone = torch.arange(len(inputs), device=inputs.device)
-    best = run(random_start(inputs, eps, norm, generator), inputs, labels, everyone)
+    all_rows = torch.arange(len(inputs), device=inputs.device)
+    best = run(random_start(inputs, eps, norm, generator), inputs, labels, all_rows)
     if restarts == 1 or not len(inputs):
         return best
-    broken, best_loss = strength(best, everyone)
+    broken, best_loss = strength(best, all_rows)
     for _ in range(restarts - 1):
-        # drawn for all, so that a sample's start does not depend on who is left
+        # Draw for the whole batch, so that a sample's start does not depend on which others remain.
         start = random_start(inputs, eps, norm, generator)
-        rows = everyone[~broken] if early_leaving else everyone
+        rows = all_rows[~broken] if early_leaving else all_rows
         if not len(rows):
             break
         x = run(start[rows], inputs[rows], labels[rows], rows)
@@ -88,12 +94,12 @@ def pgd(
 
 
 def random_start(inputs: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
-    """A point of the eps-ball around each input, uniformly distributed before clipping to [0,1]."""
+    """Draw a point of the eps-ball around each input, uniform before clipping to [0,1]."""
     if norm == "linf":
         offset = torch.rand(inputs.shape, generator=generator).mul_(2).sub_(1)
     else:
         direction = unit_l2(torch.randn(inputs.shape, generator=generator))
-        # the volume within radius r grows as r^dimensions
+        # The volume within radius r grows as r^dimensions.
         radius = torch.rand(len(inputs), generator=generator).pow_(1 / max(inputs[:1].numel(), 1))
         offset = direction * per_sample(radius)
     return project(inputs + eps * offset.to(inputs.device), inputs, eps, norm)

@@ -1,4 +1,4 @@
-"""From a spec to the attack that it names."""
+"""Table of the attacks, and the function that runs the one that a spec names."""
 
 from __future__ import annotations
 
@@ -53,25 +53,27 @@ def run_attack(
 ) -> Tensor:
     """Run the attack that ``spec`` names, with its settings.
 
-    Where ``spec.target`` says how, a target class is chosen for each sample first.
+    If ``spec.target`` is set, a target class is chosen for each sample first.
 
     Args:
-        model: maps [0,1] images to logits; put it into eval mode first. Neither its mode nor its ``.grad`` changes.
+        model: maps [0,1] images to logits. Put it into eval mode first; neither its mode nor any
+            ``.grad`` changes.
         inputs: float32 [N,C,H,W] in [0,1].
-        labels: int64 [N], true classes, or the classes wanted if ``targeted``.
-        early_leaving: see :func:`components.attacks.bim.bim`; only where examples are judged on ``model`` itself, and
-            only for an attack whose ``spec.can_leave_early`` is true.
-        auxiliary: what an adaptive attacker maximises beside the loss on the logits; "adaptive" needs it, of the others
-            bim, pgd and apgd take it. Its values are added as they are: which one goes with ``spec.objective``, and its
-            factor ``spec.weight``, are the caller's business.
+        labels: int64 [N], true classes, or target classes if ``targeted``.
+        early_leaving: see :func:`components.attacks.bim.bim`. Use it only where examples are judged
+            on ``model`` itself, and only for an attack whose ``spec.can_leave_early`` is true.
+        auxiliary: term that an adaptive attacker adds to the loss on the logits. "adaptive" needs
+            it; bim, pgd and apgd accept it. Its values are added unscaled: the caller applies
+            ``spec.objective`` and ``spec.weight``.
         generator: CPU generator; None takes torch's global one.
 
     Returns:
         A new float32 tensor [N,C,H,W].
 
     Raises:
-        ConfigError: ``early_leaving``, ``targeted`` or ``auxiliary`` with an attack that has no such thing; "adaptive"
-            without an auxiliary; ``targeted`` although ``spec`` chooses targets itself.
+        ConfigError: the attack does not support ``early_leaving``, ``targeted`` or ``auxiliary``;
+            "adaptive" has no auxiliary; or ``targeted`` is set although ``spec`` chooses targets
+            itself.
         ValueError: inputs or labels of the wrong type, shape or range.
     """
     if early_leaving and not spec.can_leave_early:
@@ -92,7 +94,7 @@ def run_attack(
         labels = choose_targets(model, inputs, labels, cast(Choice, spec.target), generator)
         targeted = True
     if targeted:
-        if not (spec.can_target or spec.name == "noise"):  # noise is as aimless with a target
+        if not (spec.can_target or spec.name == "noise"):  # Noise ignores targets.
             raise ConfigError.of("targeted", True, f"False for {spec.name}, which cannot be told what to aim at")
         options["targeted"] = True
     return ATTACKS[spec.name](model, inputs, labels, generator=generator, **spec.settings(), **options)

@@ -1,6 +1,7 @@
-"""What crosses a process boundary in place of an attack: its name and settings, frozen, validated and serialisable.
+"""Attack specs: name and settings of an attack, frozen, validated and serialisable.
 
-No torch here, so that a config can be checked without loading it.
+A spec crosses process boundaries in place of the attack. No torch is imported here, so that a
+config can be checked without loading it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Setting = str | int | float
 
 @dataclass(frozen=True)
 class _Attack:
-    """What one attack accepts: its norms (the first is the default) and its other fields with their defaults."""
+    """Norms (the first is the default), other fields with defaults, and traits of one attack."""
 
     kind: Literal["budget", "minimal_norm"]
     norms: tuple[str, ...]
@@ -71,7 +72,7 @@ ATTACK_NAMES = tuple(_ATTACKS)
 
 @dataclass(frozen=True, kw_only=True)
 class _Parsed:
-    """The type of every field that text may set; its values are never used."""
+    """Types of the fields that text may set; the values are never used."""
 
     norm: str = ""
     eps: float = 0.0
@@ -116,11 +117,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "target": ("", "random", "least_likely", "runner_up"),
 }
 _FOR_THE_CALLER = ("target", "objective", "weight")
-"""Fields that :func:`components.attacks.registry.run_attack` or its caller acts on, not the attack function."""
+"""Fields that :func:`components.attacks.registry.run_attack` or its caller applies, not the attack
+function."""
 
 
 def _defaults(name: str) -> dict[str, Setting | None]:
-    """The fields of an attack in canonical order, with their defaults; eps has none."""
+    """Return the fields of an attack in canonical order, with their defaults; eps has none."""
     attack = _ATTACKS[name]
     eps: dict[str, Setting | None] = {"eps": None} if attack.kind == "budget" else {}
     return {**eps, "norm": attack.norms[0], **attack.defaults}
@@ -134,18 +136,19 @@ def _no_such_field(attack: str, field: str) -> ConfigError:
 class AttackSpec:
     """One attack with all its settings.
 
-    A field left ``None`` takes the attack's default; one that the attack does not have stays ``None``. Fields are
-    described where they are used: ``components/attacks/<name>.py``.
+    A field left ``None`` takes the attack's default; a field that the attack does not have stays
+    ``None``. Fields are described in ``components/attacks/<name>.py``.
 
     Raises:
-        ConfigError: unknown attack, a field it does not have, a missing eps, or a value out of range.
-            In linf, eps and step_size are at most 1.
+        ConfigError: the attack is unknown, does not have a field, lacks its eps, or a value is out
+            of range. In linf, eps and step_size are at most 1.
     """
 
     name: str
     norm: str | None = None
     eps: float | None = None
-    """Largest norm of the perturbation in [0,1] pixel units. Budget attacks need it, minimal-norm attacks have none."""
+    """Largest norm of the perturbation in [0,1] pixel units. Budget attacks need it, minimal-norm
+    attacks do not have it."""
     steps: int | None = None
     step_size: float | None = None
     binary_search_steps: int | None = None
@@ -157,15 +160,16 @@ class AttackSpec:
     quantization_levels: int | None = None
     restarts: int | None = None
     targets: int | None = None
-    """How many wrong classes an attack that chooses them itself aims at, one after the other."""
+    """Number of wrong classes that an attack aims at in turn, if it chooses them itself."""
     queries: int | None = None
     loss: str | None = None
     objective: str | None = None
-    """What the caller's auxiliary measures: "latent" or "reconstruction"."""
+    """Term that the caller's auxiliary measures: "latent" or "reconstruction"."""
     weight: float | None = None
-    """Factor that the caller gives the auxiliary's values, beside a cross entropy of weight 1."""
+    """Factor that the caller applies to the auxiliary's values; the cross entropy has weight 1."""
     target: str | None = None
-    """The class aimed at (see :func:`components.attacks.targets.choose_targets`); "": none, any wrong class will do."""
+    """Rule that chooses the target class (:func:`components.attacks.targets.choose_targets`); "":
+    untargeted."""
 
     def __post_init__(self) -> None:
         if self.name not in _ATTACKS:
@@ -189,21 +193,26 @@ class AttackSpec:
             self._check_pixel_range()
 
     def _check_pixel_range(self) -> None:
-        """Refuse lengths beyond 1, the whole range of a pixel: they are meant for pixels from 0 to 255."""
+        """Refuse lengths above 1, the whole range of a pixel.
+
+        Such a length is meant for pixels from 0 to 255.
+        """
         for name in ("eps", "step_size"):
             value = getattr(self, name) or 0
             if value > 1:
-                instead = f": write {value:g}/255" if value <= 255 else ""
+                remedy = f": write {value:g}/255" if value <= 255 else ""
                 raise ConfigError.of(
-                    f"{self.name}.{name}", value, f"at most 1 in linf, in units of [0,1] pixels{instead}"
+                    f"{self.name}.{name}", value, f"at most 1 in linf, in units of [0,1] pixels{remedy}"
                 )
 
     def check_fits(self, channels: int, image_size: int) -> None:
-        """Refuse L2 lengths beyond the longest perturbation of an image, sqrt(channels) * image_size.
+        """Refuse L2 lengths beyond the longest perturbation of an image.
+
+        That is sqrt(channels) * image_size.
 
         Raises:
-            ConfigError: eps, the step size or the initial norm is larger, as it is when it was meant for pixels from 0
-                to 255.
+            ConfigError: eps, the step size or the initial norm is larger, typically because it was
+                meant for pixels from 0 to 255.
         """
         largest = math.sqrt(channels) * image_size
         for field in ("eps", "step_size", "initial_norm") if self.norm == "l2" else ("initial_norm",):
@@ -212,8 +221,8 @@ class AttackSpec:
                 raise ConfigError.of(
                     f"{self.name}.{field}",
                     length,
-                    f"at most {largest:.4g} in l2, the longest perturbation of {channels} x {image_size} x {image_size} "
-                    f"pixels in [0,1]: write {length:g}/255 if it is meant for pixels from 0 to 255",
+                    f"at most {largest:.4g} in l2, the longest perturbation of {channels} x {image_size} x "
+                    f"{image_size} pixels in [0,1]: write {length:g}/255 if it is meant for pixels from 0 to 255",
                 )
 
     def _checked(self, name: str, value: Setting, attack: _Attack) -> Setting:
@@ -224,27 +233,29 @@ class AttackSpec:
             return value
         if name in _CHOICES:
             if value not in _CHOICES[name]:
-                named = ", ".join(filter(None, _CHOICES[name]))
-                raise ConfigError.of(where, value, f"one of {named}" + (", or empty" if "" in _CHOICES[name] else ""))
+                choices = ", ".join(filter(None, _CHOICES[name]))
+                raise ConfigError.of(where, value, f"one of {choices}" + (", or empty" if "" in _CHOICES[name] else ""))
             return value
-        wanted = _FIELD_TYPES[name]
+        field_type = _FIELD_TYPES[name]
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or (wanted is int and not isinstance(value, int)):
-            raise ConfigError.of(where, value, f"a value of type {wanted.__name__}")
+        if not numeric or (field_type is int and not isinstance(value, int)):
+            raise ConfigError.of(where, value, f"a value of type {field_type.__name__}")
         if isinstance(value, int) and not is_int64(value):
             raise ConfigError.of(where, value, "at most 2**63 - 1")
-        ok, allowed = _RANGES[name]
-        if not ok(value):
+        in_range, allowed = _RANGES[name]
+        if not in_range(value):
             raise ConfigError.of(where, value, allowed)
-        typed: Setting = wanted(value)
+        typed: Setting = field_type(value)
         return typed
 
     @classmethod
     def parse(cls, text: str) -> AttackSpec:
-        """``NAME`` or ``NAME:FIELD=VALUE,...``, e.g. ``bim:eps=0.2,steps=100``. Fractions may be written ``8/255``.
+        """Parse ``NAME`` or ``NAME:FIELD=VALUE,...``, e.g. ``bim:eps=0.2,steps=100``.
+
+        Fractions may be written as ``8/255``.
 
         Raises:
-            ConfigError: see the class; also text that is not of this form.
+            ConfigError: as the class; also if the text does not have this form.
         """
         name, fields = parse_spec(text)
         if name not in _ATTACKS:
@@ -259,63 +270,82 @@ class AttackSpec:
         return cls(name=name, **{field: getattr(parsed, field) for field in fields})
 
     def __str__(self) -> str:
-        """Canonical text: eps and steps always, other fields where they differ from the default."""
+        """Return the canonical text.
+
+        It has eps and steps always, and other fields where they differ from the default.
+        """
         defaults = _defaults(self.name)
-        shown = [
+        fields = [
             f"{name}={getattr(self, name)}"
             for name in defaults
             if name in ("eps", "steps") or getattr(self, name) != defaults[name]
         ]
-        return ":".join([self.name, ",".join(shown)]) if shown else self.name
+        return ":".join([self.name, ",".join(fields)]) if fields else self.name
 
     @property
     def kind(self) -> Literal["budget", "minimal_norm"]:
-        """budget: the best example within eps. minimal_norm: the adversarial example of the smallest norm."""
+        """Aim of the attack.
+
+        "budget": the best example within eps. "minimal_norm": the adversarial example of the
+        smallest norm.
+        """
         return _ATTACKS[self.name].kind
 
     @property
     def may_search_in_bfloat16(self) -> bool:
-        """Whether its search may run in bfloat16: it follows the gradients' directions over many passes. Square and APGD, and with them
-        AutoAttack, steer by comparing losses with the best seen so far, of losses rounded to eight bits soon one that was rounded up:
-        they miss what they break in float32 (measured in benchmarks/README.md). FGSM's single pass gains nothing, and at the
-        boundary, where minimal norms end, eight bits are too few."""
+        """Whether the attack's search may run in bfloat16.
+
+        It may if the search follows the directions of gradients over many passes. Square and APGD,
+        and with them AutoAttack, compare losses with the best loss so far. Among losses rounded to
+        eight bits, the best is soon one that was rounded up, and they miss examples that they find
+        in float32 (measured in benchmarks/README.md). FGSM's single pass gains nothing.
+        Minimal-norm attacks end at the decision boundary, where eight bits are too few.
+        """
         return self.name in ("bim", "pgd", "adaptive")
 
     @property
     def can_leave_early(self) -> bool:
-        """Whether ``early_leaving`` means something for this attack."""
+        """Whether the attack supports ``early_leaving``."""
         return _ATTACKS[self.name].can_leave_early
 
     @property
     def draws(self) -> bool:
-        """Tell whether the attack takes random numbers: another seed may give other examples."""
+        """Whether the attack takes random numbers: another seed may give other examples."""
         restarts = self.name == "fab-t" and self.restarts != 1
         return _ATTACKS[self.name].draws or restarts or self.target == "random"
 
     @property
     def can_target(self) -> bool:
-        """Whether the attack can be told which class to aim at."""
+        """Whether the attack accepts target classes."""
         return "target" in _defaults(self.name)
 
     @property
     def needs_gradients(self) -> bool:
-        """False: the attack only asks for the model's output, or not even that."""
+        """Whether the attack needs gradients; otherwise it reads at most the model's output."""
         return _ATTACKS[self.name].needs_gradients
 
     @property
     def judged_on_source_only(self) -> bool:
-        """Whether examples make sense only on the very model they were made on: broken samples leave in any case."""
+        """Whether examples are meaningful only on the model that they were made on.
+
+        Such an attack always drops a sample once it is broken.
+        """
         return _ATTACKS[self.name].judged_on_source_only
 
     @property
     def short_name(self) -> str:
-        """For column heads and file names: the name, with the norm where it is not the attack's default, and the target
-        where there is one."""
+        """Name for column heads and file names.
+
+        It adds the norm if that is not the attack's default, and the target if there is one.
+        """
         norm = None if self.norm == _ATTACKS[self.name].norms[0] else self.norm
         return "-".join(filter(None, (self.name, norm, self.target)))
 
     def settings(self) -> dict[str, Setting]:
-        """The keyword arguments of the attack function. A norm that cannot vary is no argument."""
+        """Return the keyword arguments of the attack function.
+
+        The norm is left out if the attack has only one.
+        """
         omitted = {*_FOR_THE_CALLER, *(["norm"] if len(_ATTACKS[self.name].norms) == 1 else [])}
         return {name: getattr(self, name) for name in _defaults(self.name) if name not in omitted}
 

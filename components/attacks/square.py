@@ -1,5 +1,8 @@
-"""Square: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random search", ECCV
-2020, https://arxiv.org/abs/1912.00049"""
+"""Square Attack.
+
+Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via random
+search", ECCV 2020, https://arxiv.org/abs/1912.00049
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from components.attacks.common import check_batch, is_adversarial, margin
 from components.attacks.projections import Norm, l2_norms, per_sample, project, unit_l2
 
-_FIRST_SHARE = 0.8  # of the image that a square covers at first
+_FIRST_SHARE = 0.8  # share of the image that the first square covers
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _SCHEDULED_QUERIES = 10_000
 _TINY = 1e-12
@@ -29,14 +32,18 @@ def square(
     rescale: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Random search by scores alone: change a square, keep the change if the margin shrinks. No gradient is computed.
+    """Search at random by scores alone: change a square, and keep the change if the margin shrinks.
 
-    Linf starts from vertical stripes and sets squares to +-eps; l2 starts from a tiling of bumps and moves the norm of
-    one window to another. Squares shrink on the authors' schedule. Place and shape of a square are one draw for the
-    whole batch, as in the authors' code, so that a sample's do not depend on who is left. A sample that is broken leaves,
-    always: the examples make sense only on this very model.
-    Differences from the authors' code: squares can touch the lower and right edges (theirs never do, the paper's do);
-    images of fewer than 5 pixels a side, or not square, are tiled too.
+    No gradient is computed. Linf starts from vertical stripes and sets squares to +-eps; l2 starts
+    from a tiling of bumps and moves the norm of one window to another. Squares shrink on the
+    authors' schedule. Place and shape of a square are one draw for the whole batch, as in the
+    authors' code, so that those of a sample do not depend on which others remain. A sample is
+    always dropped once it is broken: the examples are meaningful only on this same model.
+
+    Differences from the authors' code:
+
+    - Squares can touch the lower and right edges (theirs never do, the paper's do).
+    - Images of fewer than 5 pixels a side, or not square, are tiled too.
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; its mode is left as it is.
@@ -44,14 +51,14 @@ def square(
         labels: int64 [N], true classes.
         eps: largest norm of the perturbation, in [0,1] pixel units.
         norm: linf or l2.
-        queries: most forward passes for a sample, not counting that of its clean image.
-        rescale: compress the schedule, made for 10,000 queries, to ``queries``. False: as AutoAttack runs it, the
-            beginning of the schedule.
-        generator: CPU generator; every device gets the same draw.
+        queries: largest number of forward passes for a sample, without that of its clean image.
+        rescale: compress the schedule, made for 10,000 queries, to ``queries``. False: follow the
+            beginning of the schedule, as AutoAttack does.
+        generator: CPU generator, so that every device gets the same draw.
 
     Returns:
-        float32 [N,C,H,W]; the clean input where it is misclassified already, the last accepted change where nothing
-        adversarial was found.
+        float32 [N,C,H,W]; the clean input where it is already misclassified, the last accepted
+        change where no adversarial example was found.
 
     Raises:
         ValueError: inputs or labels of the wrong type, shape or range.
@@ -64,7 +71,7 @@ def square(
     with torch.no_grad():
         active = (~is_adversarial(model(inputs), labels, targeted=False)).nonzero().squeeze(1)
         start = _stripes(inputs, eps, generator) if norm == "linf" else _bumps(inputs, eps, generator)
-        clean, x, own = inputs[active], start[active], labels[active]
+        clean, x, classes = inputs[active], start[active], labels[active]
         score = torch.full_like(clean[:, 0, 0, 0], -math.inf)
         for query in range(queries):
             if not len(active):
@@ -80,19 +87,19 @@ def square(
                     signs = _signs((len(inputs), inputs.shape[1], 1, 1), generator).to(inputs.device)
                     proposal = _with_bump(x, clean, signs[active], side, eps, generator)
             logits = model(proposal)
-            gained, broken = margin(logits, own), is_adversarial(logits, own, targeted=False)
-            better = (gained > score) | broken
+            margins, broken = margin(logits, classes), is_adversarial(logits, classes, targeted=False)
+            better = (margins > score) | broken
             x = torch.where(per_sample(better), proposal, x)
-            score = torch.where(better, gained, score)
+            score = torch.where(better, margins, score)
             if broken.any():
                 result[active[broken]] = x[broken]
-                active, clean, x, own, score = (t[~broken] for t in (active, clean, x, own, score))
+                active, clean, x, classes, score = (t[~broken] for t in (active, clean, x, classes, score))
         result[active] = x
     return result
 
 
 def _share(step: int, queries: int) -> float:
-    """Share of the image that the next square covers."""
+    """Return the share of the image that the next square covers."""
     scheduled = int(step / queries * _SCHEDULED_QUERIES)
     halvings: int = sum(scheduled > after for after in _HALVED_AFTER)
     return _FIRST_SHARE * 0.5**halvings
@@ -103,7 +110,7 @@ def _signs(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
 
 
 def _window(x: Tensor, side: int, generator: torch.Generator | None) -> tuple[slice, slice, slice, slice]:
-    """Index of a random square window of images [N,C,H,W]."""
+    """Draw the index of a random square window of images [N,C,H,W]."""
     top, left = (int(torch.randint(0, room - side + 1, (), generator=generator)) for room in x.shape[2:])
     return slice(None), slice(None), slice(top, top + side), slice(left, left + side)
 
@@ -117,7 +124,7 @@ def _with_square(x: Tensor, clean: Tensor, side: int, eps: float, generator: tor
     window = _window(x, side, generator)
     signs = _signs((1, x.shape[1], 1, 1), generator).to(x.device)
     proposal = x.clone()
-    proposal[window] += 2 * eps * signs  # from one end of the ball to beyond the other, wherever it was
+    proposal[window] += 2 * eps * signs  # This goes beyond the ball's end from any point in it; project brings it back.
     return project(proposal, clean, eps, "linf")
 
 
@@ -135,7 +142,10 @@ def _bumps(inputs: Tensor, eps: float, generator: torch.Generator | None) -> Ten
 def _with_bump(
     x: Tensor, clean: Tensor, signs: Tensor, side: int, eps: float, generator: torch.Generator | None
 ) -> Tensor:
-    """Take the perturbation out of one window, and put what norm that frees into a bump in another."""
+    """Move the perturbation's norm from one window into a bump in another.
+
+    The bump also takes up the part of eps that is unused.
+    """
     goal, source = (_window(x, side, generator) for _ in range(2))
     delta = x - clean
     either = torch.zeros_like(delta[:1, :1])
@@ -151,8 +161,8 @@ def _with_bump(
 
 
 def _channel_norms(delta: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(delta, dim=(2, 3), keepdim=True)
-    return found
+    channel_norms: Tensor = torch.linalg.vector_norm(delta, dim=(2, 3), keepdim=True)
+    return channel_norms
 
 
 def _coin(generator: torch.Generator | None) -> bool:
@@ -161,7 +171,10 @@ def _coin(generator: torch.Generator | None) -> bool:
 
 @functools.cache
 def _bump(side: int, transposed: bool) -> Tensor:
-    """[side,side] of L2 norm 1: a peak above a trough, or beside it."""
+    """Return a bump [side,side] of L2 norm 1: a peak above a trough.
+
+    If ``transposed``, the peak is beside the trough.
+    """
     upper = side // 2
     bump = torch.cat([_peak(upper, side), -_peak(side - upper, side)])
     bump /= torch.linalg.vector_norm(bump)
@@ -169,12 +182,15 @@ def _bump(side: int, transposed: bool) -> Tensor:
 
 
 def _peak(height: int, width: int) -> Tensor:
-    """[height,width] of L2 norm 1: concentric squares that add 1, 1/4, 1/9, ... from the innermost to the outermost."""
+    """Return a peak [height,width] of L2 norm 1.
+
+    Concentric squares add 1, 1/4, 1/9, ... from the innermost to the outermost.
+    """
     if not height:
         return torch.zeros(0, width)
     rows, columns = (torch.arange(size) - size // 2 for size in (height, width))
     ring = torch.maximum(rows.abs()[:, None], columns.abs()[None, :])
     terms = 1 / (torch.arange(max(height, width) // 2 + 1) + 1.0) ** 2
     peak = terms.flip(0).cumsum(0).flip(0)[ring]
-    found: Tensor = peak / torch.linalg.vector_norm(peak)
-    return found
+    unit_peak: Tensor = peak / torch.linalg.vector_norm(peak)
+    return unit_peak

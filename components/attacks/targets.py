@@ -1,4 +1,4 @@
-"""The classes that targeted attacks aim at."""
+"""Target classes of targeted attacks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ Choice = Literal["random", "least_likely", "runner_up"]
 def choose_targets(
     model: nn.Module, inputs: Tensor, labels: Tensor, how: Choice, generator: torch.Generator | None = None
 ) -> Tensor:
-    """A wrong class for each sample.
+    """Choose a wrong class for each sample.
 
     Args:
         model: maps [0,1] images to logits [N,K], K >= 2; its mode is left as it is.
         inputs: float32 [N,C,H,W] in [0,1].
         labels: int64 [N], true classes, which are never chosen.
-        how: "random": each wrong class is as likely. "least_likely", "runner_up": the wrong class of the lowest, or of
-            the highest, logit of the clean image.
-        generator: CPU generator of "random"; every device gets the same draw.
+        how: "random" draws each wrong class with equal probability. "least_likely" and "runner_up"
+            take the wrong class of the lowest and of the highest logit of the clean image.
+        generator: CPU generator of "random", so that every device gets the same draw.
 
     Returns:
         int64 [N], on the device of ``labels``.
 
     Raises:
-        ValueError: inputs or labels of the wrong type, shape or range; a model with fewer than two classes.
+        ValueError: inputs or labels of the wrong type, shape or range; a model with fewer than two
+            classes.
     """
     check_batch(inputs, labels)
     if not len(inputs):
@@ -50,6 +51,10 @@ def choose_targets(
 
 
 def likeliest_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """int64 [N,T]: the classes of the highest logits other than ``labels``, highest first; T is at most K - 1."""
-    is_own = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(is_own, -math.inf).topk(min(count, logits.shape[1] - 1), dim=1).indices
+    """Return the wrong classes of the highest logits, highest first.
+
+    Returns:
+        int64 [N,T]; T is ``count``, but at most K - 1.
+    """
+    is_label = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(is_label, -math.inf).topk(min(count, logits.shape[1] - 1), dim=1).indices
