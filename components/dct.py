@@ -1,13 +1,18 @@
 """Multi-scale low-pass images by the DCT (Liu et al., sec. 3.3), their bands and spectra.
 
-F = DCT-II(I), orthonormal, per channel. F^m is its top-left W_m x W_m block and I^m the inverse DCT of F^m at its own size,
-scaled by W_m / W so that a constant image stays that constant. Both transforms are linear, so
+F = DCT-II(I), orthonormal, per channel. F^m is its top-left W_m x W_m block and I^m the inverse DCT
+of F^m at its own size, scaled by W_m / W so that a constant image stays constant. Both transforms
+are linear, so
 
-    I^m = A_m I A_m^T,   A_m = sqrt(W_m / W) C_{W_m}^T C_W[:W_m]                                              (*)
+    I^m = A_m I A_m^T,   A_m = sqrt(W_m / W) C_{W_m}^T C_W[:W_m]                          (*)
 
-with C_W the orthonormal DCT-II matrix of size W. Since A_{W -> W_{m+1}} = A_{W_m -> W_{m+1}} A_{W -> W_m}, each level follows
-exactly from the one before, at a quarter of the cost. Levels may overshoot the range of the image a little: they are targets
-of a regression, so nothing is clipped.
+with C_W the orthonormal DCT-II matrix of size W. Each level follows exactly from the one before, at
+a quarter of the cost, since
+
+    A_{W -> W_{m+1}} = A_{W_m -> W_{m+1}} A_{W -> W_m}
+
+Levels may overshoot the range of the image a little. They are targets of a regression, so nothing
+is clipped.
 """
 
 from __future__ import annotations
@@ -27,19 +32,21 @@ Backend = Literal["auto", "matmul", "fft"]
 Targets = Literal["lowpass", "linear", "none"]
 
 FFT_MIN_SIZE = 4096
-"""From this width on ``auto`` takes the FFT on a CPU. Measured, ms of CPU time for one channel and four levels (AMD EPYC, AVX2,
-one thread, torch 2.14.1), matrix products against FFT: 224: 0.52, 1.55; 1024: 21.7, 33.6; 2048: 166, 208; 3072: 585, 627;
-4096: 1335, 1204. On a GPU matrix products are taken at every size."""
+"""Width from which on ``auto`` takes the FFT on a CPU. Measured, ms of CPU time for one channel and
+four levels (AMD EPYC, AVX2, one thread, torch 2.14.1), matrix products against FFT: 224: 0.52,
+1.55; 1024: 21.7, 33.6; 2048: 166, 208; 3072: 585, 627; 4096: 1335, 1204. On a GPU matrix products
+are taken at every size."""
 KRONECKER_MAX_SIZE = 14
-"""Up to this width one product with the Kronecker square of A, on flattened images, beats two products with A, though it has
-more arithmetic: products of so small matrices are all overhead. 256 images 14x14 -> 7x7: 82 us against 150; from 16 on: none."""
+"""Largest width at which one product with the Kronecker square of A, on flattened images, is taken
+instead of two products with A. It needs more arithmetic, but products of such small matrices are
+dominated by overhead. 256 images 14x14 -> 7x7: 82 us against 150. From 16 on it gains nothing."""
 
 
 def lowpass_pyramid(images: Tensor, sizes: Sequence[int], backend: Backend = "auto") -> list[Tensor]:
-    """Low-pass images I^0 = I, I^1, ... (sec. 3.3, eq. (*) above).
+    """Compute the low-pass images I^0 = I, I^1, ... (sec. 3.3, eq. (*) above).
 
-    Differentiable, and computed in the precision of ``images`` even under autocast. Only on CUDA with TF32 matrix products
-    allowed (not PyTorch's default) are levels less exact, about 1e-3.
+    Differentiable, and computed in the precision of ``images`` even under autocast. Levels are less
+    exact, about 1e-3, only on CUDA with TF32 matrix products allowed (not PyTorch's default).
 
     Args:
         images: [N,C,W,W] or [..,W,W], float32 or float64, any range; any device.
@@ -47,8 +54,8 @@ def lowpass_pyramid(images: Tensor, sizes: Sequence[int], backend: Backend = "au
         backend: ``matmul``, ``fft``, or ``auto``: the faster one for each size.
 
     Returns:
-        One tensor [..,size,size] per size; the first is ``images`` itself. Constant images stay constant; the range is exceeded
-        a little at edges.
+        One tensor [..,size,size] per size; the first is ``images`` itself. Constant images stay
+        constant; the range is exceeded a little at edges.
 
     Raises:
         TypeError: ``images`` is not float32 or float64.
@@ -63,10 +70,11 @@ def lowpass_pyramid(images: Tensor, sizes: Sequence[int], backend: Backend = "au
 
 
 def linear_pyramid(images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Bilinear targets of the ablation "w/ MS-LI" (sec. 4.3, Table 1), each level directly from the image.
+    """Compute the bilinear targets of the ablation "w/ MS-LI" (sec. 4.3, Table 1).
 
-    Plain linear interpolation: pixel centres aligned (``align_corners=False``, which also commutes with flips) and no
-    anti-aliasing filter, since that would be a low-pass filter, the very thing the ablation leaves out.
+    Each level is interpolated directly from the image. Pixel centres are aligned
+    (``align_corners=False``, which also commutes with flips). There is no anti-aliasing filter: it
+    would be a low-pass filter, the very thing that the ablation leaves out.
 
     Args, Returns, Raises: as :func:`lowpass_pyramid`, with ``images`` [N,C,W,W].
     """
@@ -81,7 +89,9 @@ def linear_pyramid(images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def target_levels(images: Tensor, sizes: Sequence[int], targets: Targets) -> list[Tensor]:
-    """The levels that have a target, level 0 first: ``lowpass`` or ``linear``, or for ``none`` the images alone.
+    """Compute the levels that have a target, level 0 first.
+
+    ``lowpass`` and ``linear`` name the pyramid; ``none`` returns the images alone.
 
     Args, Raises: as :func:`linear_pyramid`.
     """
@@ -91,9 +101,9 @@ def target_levels(images: Tensor, sizes: Sequence[int], targets: Targets) -> lis
 
 
 def upsample(images: Tensor, size: int) -> Tensor:
-    """The U of the Laplacian pyramid: zero padding in the DCT domain, [..,w,w] -> [..,size,size]; constants stay constant.
+    """Apply U of the Laplacian pyramid: zero padding in the DCT domain, [..,w,w] -> [..,size,size].
 
-    Low-pass filtering what was upsampled gives ``images`` back.
+    Constants stay constant. Low-pass filtering the upsampled images gives ``images`` back.
     """
     _check(images, (images.shape[-1],))
     if size < images.shape[-1]:
@@ -102,22 +112,25 @@ def upsample(images: Tensor, size: int) -> Tensor:
 
 
 def laplacian_bands(levels: Sequence[Tensor]) -> list[Tensor]:
-    """Bands P^m = I^m - U(I^{m+1}) and, last, the smallest level itself (sec. 3.3, Fig. 2), for plots.
+    """Compute the bands P^m = I^m - U(I^{m+1}) for plots, with the smallest level last.
+
+    See sec. 3.3 and Fig. 2.
 
     Args:
         levels: [..,W_m,W_m] per level, largest first.
 
     Returns:
-        As many signed tensors of the same shapes; I^m = P^m + U(I^{m+1}) restores the levels.
+        One signed tensor of the same shape per level; I^m = P^m + U(I^{m+1}) restores the levels.
     """
     bands = [level - upsample(smaller, level.shape[-1]) for level, smaller in itertools.pairwise(levels)]
     return [*bands, levels[-1]]
 
 
 def spectrum(images: Tensor) -> Tensor:
-    """Orthonormal DCT-II coefficients of each channel, [..,H,W] -> [..,H,W], constant term first (the maps of Fig. 2).
+    """Compute the orthonormal DCT-II of each channel, [..,H,W] -> [..,H,W] (the maps of Fig. 2).
 
-    Energy is kept: sum(spectrum**2) = sum(images**2). Images need not be square.
+    The constant term comes first. Energy is preserved: sum(spectrum**2) = sum(images**2). Images
+    need not be square.
     """
     _check_float(images)
     rows, columns = (_dct_matrix_on(n, images.dtype, images.device) for n in images.shape[-2:])
@@ -126,7 +139,7 @@ def spectrum(images: Tensor) -> Tensor:
 
 
 def dct_matrix(size: int) -> np.ndarray:
-    """C: the orthonormal DCT-II matrix, float64 [size,size]; row k is the k-th cosine."""
+    """Return C, the orthonormal DCT-II matrix, float64 [size,size]; row k is the k-th cosine."""
     k, i = np.arange(size)[:, None], np.arange(size)[None, :]
     matrix = np.cos(np.pi * (2 * i + 1) * k / (2 * size)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -134,7 +147,10 @@ def dct_matrix(size: int) -> np.ndarray:
 
 
 def resampling_matrix(size: int, target: int) -> np.ndarray:
-    """A of eq. (*), float64 [target,size]. A ``target`` above ``size`` gives U, zero padding in the DCT domain."""
+    """Return A of eq. (*), float64 [target,size].
+
+    If ``target`` is above ``size``, A is U: zero padding in the DCT domain.
+    """
     common = min(size, target)
     matrix: np.ndarray = math.sqrt(target / size) * (dct_matrix(target)[:common].T @ dct_matrix(size)[:common])
     return matrix
@@ -175,11 +191,15 @@ def _multiply(images: Tensor, size: int) -> Tensor:
 
 
 def _fft_axis(x: Tensor, size: int) -> Tensor:
-    """A of eq. (*) along the last axis by real FFTs of the signals' own lengths (Makhoul 1980)."""
+    """Apply A of eq. (*) along the last axis, by real FFTs of the signals' own lengths.
+
+    See Makhoul 1980.
+    """
     width = x.shape[-1]
     order, spread, forward, low, backward = _fft_tables(width, size, x.dtype, x.device)
     spectrum_ = torch.fft.rfft(x.index_select(-1, order))
-    # a real signal's FFT is stored up to width // 2 only; F_k beyond that is the conjugate of F_{width - k}
+    # A real signal's FFT is stored up to width // 2 only. Beyond that, F_k is the conjugate of
+    # F_{width - k}.
     half = spectrum_.index_select(-1, low)
     if size > width // 2 + 1:
         half = torch.where(torch.arange(size, device=x.device) <= width // 2, half, half.conj())
@@ -191,7 +211,7 @@ def _fft_axis(x: Tensor, size: int) -> Tensor:
 
 
 def _makhoul_order(size: int) -> np.ndarray:
-    """0, 2, 4, ..., 5, 3, 1: the order in which an FFT of the same length gives the DCT-II."""
+    """Return 0, 2, 4, ..., 5, 3, 1, the order in which an FFT of equal length gives the DCT-II."""
     return np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)[::-1]])
 
 
@@ -203,10 +223,12 @@ def _fft_tables(
     k = np.arange(size)
     forward = np.exp(-0.5j * np.pi * k / width)
     backward = np.exp(0.5j * np.pi * k[: size // 2 + 1] / size)
-    # forward gives sum x cos, without the orthonormal factors: those of both transforms and of (*) together are size / width
+    # forward gives sum x cos without the orthonormal factors. Those of both transforms and of (*)
+    # multiply to size / width.
     forward = forward * (size / width)
     low = np.where(k <= width // 2, k, width - k)
-    with torch.inference_mode(False):  # else a table first made in inference mode could not take part in autograd later
+    # A table first made in inference mode could not take part in autograd later.
+    with torch.inference_mode(False):
         return (
             torch.from_numpy(_makhoul_order(width)).to(device),
             torch.from_numpy(np.argsort(_makhoul_order(size))).to(device),

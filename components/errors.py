@@ -1,4 +1,4 @@
-"""The errors a user can mend. Everything else that escapes is a defect of ours and keeps its traceback."""
+"""Errors that a user can fix; any other exception is a defect of ours and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 LONGEST_VALUE = 200
-"""Characters of a refused value that a message shows."""
+"""Largest number of characters of a refused value in a message."""
 FEW_NAMES = 15
-"""A message lists so many names beside the one that it suggests."""
+"""Largest number of names that a message lists beside a suggestion."""
 
 
 def first_line(error: BaseException) -> str:
@@ -17,21 +17,27 @@ def first_line(error: BaseException) -> str:
 
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message names what, where and what to do; no traceback is shown."""
+    """Error in what the user provided.
+
+    The message says what is wrong, where, and what to do; no traceback is shown.
+    """
 
 
 class ConfigError(UserError):
-    """A setting is impossible. The message names the field, its value and what is allowed."""
+    """Impossible setting.
+
+    The message names the field, its value and what is allowed.
+    """
 
     @classmethod
     def of(cls, field: str, value: object, allowed: str) -> ConfigError:
-        """Return the error for a value of a field.
+        """Return the error for a refused value of a field.
 
         Args:
             field: the setting as the user knows it, e.g. ``train.lam`` or ``--norm``.
             value: the refused value.
-            allowed: what completes the sentence "it must be ...": a noun phrase or a range, then the remedy if that does
-                not follow from it.
+            allowed: end of the sentence "it must be ...": a noun phrase or a range, then the remedy
+                if that does not follow from it.
         """
         shown = repr(value)
         if len(shown) > LONGEST_VALUE:
@@ -40,25 +46,28 @@ class ConfigError(UserError):
 
     @classmethod
     def unknown(cls, kind: str, name: str, known: Iterable[str], listed_by: str = "") -> ConfigError:
-        """Return the error for a name that is none of the known ones: it suggests the nearest of them.
+        """Return the error for an unknown name, with the nearest known names.
 
         Args:
-            kind: what is named, e.g. "recipe" or "field of models[defend]:".
+            kind: kind of thing that is named, e.g. "recipe" or "field of models[defend]:".
             name: the name as the user wrote it.
-            known: the names there are.
-            listed_by: the command that lists them, where they are too many for a message.
+            known: the names that exist.
+            listed_by: the command that lists them, if they are too many for a message.
         """
         names = list(known)
         near = difflib.get_close_matches(name, names)
-        told = f"unknown {kind} {name[:LONGEST_VALUE]!r}"
+        message = f"unknown {kind} {name[:LONGEST_VALUE]!r}"
         if near:
-            told += f"; did you mean {' or '.join(near)}?"
+            message += f"; did you mean {' or '.join(near)}?"
         if listed_by:
-            return cls(told if near else f"{told}; {listed_by} lists what there is")
+            return cls(message if near else f"{message}; {listed_by} lists what there is")
         if near and len(names) > FEW_NAMES:
-            return cls(told)
-        return cls(f"{told}{'' if near else ';'} {'There' if near else 'there'} are {', '.join(names)}")
+            return cls(message)
+        return cls(f"{message}{'' if near else ';'} {'There' if near else 'there'} are {', '.join(names)}")
 
 
 class DataError(UserError):
-    """A file or a row of a data set, shard set, checkpoint or record is missing, corrupt or of the wrong shape."""
+    """Missing, corrupt or wrongly shaped file or row.
+
+    It belongs to a data set, shard set, checkpoint or record.
+    """

@@ -1,4 +1,4 @@
-"""True float32 arithmetic, in which every verdict of this project is given, and what training computes in."""
+"""True float32 arithmetic for every verdict, and a description of training's arithmetic."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import torch
 
 
 def _operations() -> tuple[Any, ...]:
-    """Return PyTorch's switches for the internal precision of float32, one for each kind of operation."""
-    b: Any = torch.backends  # mypy does not know these switches
+    """Return PyTorch's switches for float32's internal precision, one per kind of operation."""
+    b: Any = torch.backends  # mypy does not know these switches.
     return b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul, b.mkldnn.conv, b.mkldnn.rnn, b.mkldnn.matmul
 
 
 @contextmanager
 def true_float32() -> Iterator[None]:
-    """Compute in float32 of 24 bits: no TF32, no bfloat16 inside float32 operations, no autocast around the body.
+    """Compute in float32 of 24 bits within the body.
 
-    cuDNN takes deterministic kernels and does not choose them by timing. What the process had set before is set again
-    afterwards. The switches belong to the whole process, autocast to the thread. A network that enters autocast in its
-    own forward pass, or converts its own weights, keeps doing so: that is part of the network.
+    Float32 operations use no TF32 and no bfloat16 inside, and no autocast is active. cuDNN takes
+    deterministic kernels and does not choose them by timing. The settings from before are restored
+    afterwards. The switches belong to the whole process, autocast to the thread. A network that
+    enters autocast in its own forward pass, or converts its own weights, keeps doing so: that is
+    part of the network.
 
     Usable as a decorator, too.
     """
     cudnn = torch.backends.cudnn
     before = [operation.fp32_precision for operation in _operations()]
-    # The older switches cannot be read where the newer ones contradict them. The newer ones are restored in any case.
+    # The older switches cannot be read where the newer ones contradict them. The newer ones are
+    # restored in any case.
     convolutions = _read(lambda: cudnn.allow_tf32)
     products = _read(lambda: torch.backends.cuda.matmul.allow_tf32)
     precision = _read(torch.get_float32_matmul_precision)
@@ -35,7 +38,8 @@ def true_float32() -> Iterator[None]:
     try:
         cudnn.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
-        # allow_tf32=False alone is not enough: it falls back on torch.backends.fp32_precision, which may say tf32
+        # allow_tf32=False alone is not enough: it falls back on torch.backends.fp32_precision,
+        # which may be tf32.
         for operation in _operations():
             operation.fp32_precision = "ieee"
         cudnn.deterministic, cudnn.benchmark = True, False
@@ -56,7 +60,7 @@ def true_float32() -> Iterator[None]:
 
 
 def _read(switch: Callable[[], Any]) -> Any:
-    """Return the state of an older switch, or None where PyTorch finds it contradicted by a newer one."""
+    """Return the state of an older switch, or None if a newer switch contradicts it."""
     try:
         return switch()
     except RuntimeError:
@@ -64,20 +68,20 @@ def _read(switch: Callable[[], Any]) -> Any:
 
 
 def describe(device: str, precision: str) -> str:
-    """Say what a training step computes in, as model.json records it.
+    """Describe the arithmetic of a training step, as model.json records it.
 
     Args:
         device: "cpu" or "cuda".
         precision: ``train.precision``.
 
     Returns:
-        "float32" or "bfloat16 autocast"; with ", TF32 in convolutions" or "... and matrix products" on a GPU where
-        PyTorch's switches allow it.
+        "float32" or "bfloat16 autocast"; with ", TF32 in convolutions" or "... and matrix products"
+        on a GPU where PyTorch's switches allow it.
     """
-    said = "float32" if precision == "float32" else f"{precision} autocast"
+    arithmetic = "float32" if precision == "float32" else f"{precision} autocast"
     if device != "cuda":
-        return said
+        return arithmetic
     convolutions, _, products, *_ = _operations()
     kinds = (("convolutions", convolutions), ("matrix products", products))
     lowered = [name for name, operation in kinds if operation.fp32_precision == "tf32"]
-    return f"{said}, TF32 in {' and '.join(lowered)}" if lowered else said
+    return f"{arithmetic}, TF32 in {' and '.join(lowered)}" if lowered else arithmetic

@@ -1,14 +1,17 @@
-"""How a plain network is cut into encoder blocks and a head, without a change to it.
+"""Adapters, which cut a plain network into encoder blocks and a head without changing it.
 
-Sec. 4.1 takes "its four encoding blocks" of a ResNet-18; sec. 3.3 lets the encoder be cut "to an appropriate length". An
-:class:`Adapter` says where, by the names that the network's own submodules have; the functions here follow it. They build
-modules *over* the network's layers (same storage, nothing copied) and add no key to its ``state_dict``.
+Sec. 4.1 takes "its four encoding blocks" of a ResNet-18; sec. 3.3 lets the encoder be cut "to an
+appropriate length". An :class:`Adapter` says where, by the names of the network's own submodules.
+The functions here build modules *over* the network's layers (same storage, nothing copied) and add
+no key to its ``state_dict``.
 
-Three words are used throughout:
+Three terms are used throughout:
 
-- a *block* is what ``train.shared_blocks`` counts: blocks are shared with the auto-encoder or copied as a whole;
-- a *unit* is a part of a block whose output the decoder may read (a *tap*): a VGG16 block is its convolutions, then its pool;
-- the *head* takes the last block's output, the *latent*, to logits.
+- A *block* is what ``train.shared_blocks`` counts: blocks are shared with the auto-encoder or
+  copied as a whole.
+- A *unit* is a part of a block whose output the decoder may read (a *tap*). A VGG16 block is its
+  convolutions, then its pool.
+- The *head* maps the last block's output, the *latent*, to logits.
 """
 
 from __future__ import annotations
@@ -27,38 +30,44 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from components.errors import ConfigError
 
 Mirror = Literal["basic", "bottleneck", "plain"]
-"""What a decoder mirrors a unit with: residual blocks of two 3x3 convolutions, bottlenecks (1x1, 3x3, 1x1), or a chain of
-3x3 convolutions with batch norm and ReLU."""
+"""Blocks that a decoder mirrors a unit with: residual blocks of two 3x3 convolutions, bottlenecks
+(1x1, 3x3, 1x1), or a chain of 3x3 convolutions with batch norm and ReLU."""
 
 FLATTEN = "flatten"
 """In ``Adapter.head``: ``torch.flatten(x, 1)``."""
 GLOBAL_AVERAGE = "global_average"
-"""In ``Adapter.head``: the mean over height and width, kept as [N, C, 1, 1], for networks that have no module for it."""
+"""In ``Adapter.head``: the mean over height and width, kept as [N, C, 1, 1]. For networks that have
+no module for it."""
 
 
 NORMALIZATIONS = ("input_normalization", "normalize")
-"""Names of the submodule that normalises the images of a network, where ``train.normalize_mean`` asks for it: the second,
-unless the network has something of that name itself, as RobustBench's have."""
+"""Names for the submodule that normalises a network's images if ``train.normalize_mean`` is set.
+The second is used, unless the network itself has an attribute of that name, as RobustBench's
+networks do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Where a network is cut. Everything of it must be in exactly one place, in the order in which ``forward`` applies it.
+    """Cut of a network into encoder blocks and a head.
+
+    Every part of the network must be in exactly one place, in the order in which ``forward``
+    applies it.
 
     Args:
-        blocks: encoder blocks, each a tuple of units, each a tuple of dotted submodule names applied in order:
-            ``(("conv1", "bn1", "relu"), ("maxpool", "layer1"))`` is one block of two units. A unit must end where the next
-            one does not change its output in place (after an in-place ReLU, not before it).
-        depths: for each block and unit, how many residual blocks ("plain": convolutions) mirror it. 0: a pool, which is
-            mirrored together with the unit before it.
-        head: submodule names applied to the latent; ``"flatten"`` and ``"global_average"`` stand for those operations
-            where the network has no module of that name.
+        blocks: encoder blocks, each a tuple of units, each a tuple of dotted submodule names
+            applied in order: ``(("conv1", "bn1", "relu"), ("maxpool", "layer1"))`` is one block of
+            two units. A unit must end where the next one does not change its output in place (after
+            an in-place ReLU, not before it).
+        depths: number of residual blocks ("plain": convolutions) that mirror each unit of each
+            block. 0: a pool, which is mirrored together with the unit before it.
+        head: submodule names applied to the latent; ``"flatten"`` and ``"global_average"`` stand
+            for those operations where the network has no module of that name.
         mirror: the kind of decoder block.
-        stem: the first unit begins with a convolution that ``depths`` does not count. It is mirrored by one more
-            convolution to the image.
+        stem: the first unit begins with a convolution that ``depths`` does not count. It is
+            mirrored by one more convolution to the image.
 
     Raises:
-        ConfigError: tuples that do not fit together, an empty one, an unknown mirror.
+        ConfigError: tuples do not fit together, a tuple is empty, or the mirror is unknown.
     """
 
     blocks: tuple[tuple[tuple[str, ...], ...], ...]
@@ -95,7 +104,9 @@ def _is_names(unit: object) -> bool:
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel. Buffers are not persistent: the keys of the network stay its own.
+    """Normalisation (x - mean) / std per channel.
+
+    The buffers are not persistent, so that the ``state_dict`` of the network keeps its keys.
 
     Args:
         mean, std: one value per channel, for images in [0,1].
@@ -114,19 +125,22 @@ class Normalize(nn.Module):
 
 
 class UnitBlock(nn.Sequential):
-    """An encoder block of several units: its children are the units (a block of one unit is that unit itself)."""
+    """Encoder block of several units, which are its children.
+
+    A block of one unit is that unit itself.
+    """
 
 
 def units_of(block: nn.Module) -> list[nn.Module]:
-    """The units of one of :func:`encoder_blocks`."""
+    """Return the units of a block of :func:`encoder_blocks`."""
     return list(block) if isinstance(block, UnitBlock) else [block]
 
 
 def adapter_of(classifier: nn.Module) -> Adapter:
-    """The adapter that a network carries as its attribute ``adapter``.
+    """Return the adapter that a network carries as its attribute ``adapter``.
 
     Raises:
-        ConfigError: it carries none.
+        ConfigError: it has no adapter.
     """
     adapter = getattr(classifier, "adapter", None)
     if not isinstance(adapter, Adapter):
@@ -137,8 +151,10 @@ def adapter_of(classifier: nn.Module) -> Adapter:
 
 
 def encoder_units(classifier: nn.Module) -> list[list[nn.Module]]:
-    """For each encoder block its units as modules over the classifier's own layers. Each maps the output of the one before,
-    the first one images [N, C, H, W] in [0,1]: normalisation, where the network has it, is part of it.
+    """Return the units of each encoder block, as modules over the classifier's own layers.
+
+    Each unit maps the output of the previous one. The first one maps images [N, C, H, W] in [0,1];
+    normalisation, if the network has it, is part of it.
 
     Raises:
         ConfigError: the adapter names a submodule that does not exist.
@@ -158,16 +174,17 @@ def encoder_units(classifier: nn.Module) -> list[list[nn.Module]]:
 
 
 def encoder_blocks(classifier: nn.Module) -> list[nn.Module]:
-    """The encoder blocks E_0.. of sec. 4.1 as modules over the classifier's own layers (same storage, nothing copied).
+    """Return the encoder blocks E_0.. of sec. 4.1, as modules over the classifier's own layers.
 
-    ResNet: stem + layer1, layer2, layer3, layer4. VGG16: five, one per pooling layer. Block i maps the output of block i-1,
-    the first one the images. Raises as :func:`encoder_units`.
+    They share the layers' storage, nothing is copied. ResNet: stem + layer1, layer2, layer3,
+    layer4. VGG16: five, one per pooling layer. Block i maps the output of block i-1, the first one
+    the images. Raises as :func:`encoder_units`.
     """
     return [units[0] if len(units) == 1 else UnitBlock(*units) for units in encoder_units(classifier)]
 
 
 def apply_head(classifier: nn.Module, latent: Tensor) -> Tensor:
-    """Logits [N, num_classes] from the output of the last encoder block.
+    """Compute logits [N, num_classes] from the output of the last encoder block.
 
     Raises:
         ConfigError: the adapter names a submodule that does not exist.
@@ -203,7 +220,10 @@ def _submodule(classifier: nn.Module, name: str, where: str) -> nn.Module:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode within, and after it each submodule in the mode that it had (some may have been frozen on purpose)."""
+    """Put a module into eval mode within the body, and restore the mode of each submodule after it.
+
+    Some submodules may have been frozen on purpose.
+    """
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -214,20 +234,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> None:
-    """Make sure that blocks and head are the whole network, in order: head(blocks(x)) must be classifier(x).
+    """Check that blocks and head are the whole network: head(blocks(x)) must be classifier(x).
 
-    Compared in eval mode on random images: the logits, and which layers with weights ran in which order. This is done on a
-    copy with perturbed weights and batch norm statistics that keep the signal alive, since in a fresh network a skipped block
-    may do nothing yet (branches or heads that start at zero, maps that fade). The network itself is not touched, nor is any
-    random stream.
+    The logits, and the order in which layers with weights run, are compared in eval mode on random
+    images. The check uses a copy with perturbed weights and batch norm statistics that keep the
+    signal alive, since in a fresh network a skipped block may do nothing yet (branches or heads
+    that start at zero, maps that fade). Neither the network itself nor any random stream is
+    changed.
 
     Args:
-        channels, image_size: of the images.
-        num_classes: how many logits there must be, if that is to be checked.
+        channels, image_size: shape of the images.
+        num_classes: required number of logits; None: any.
 
     Raises:
-        ConfigError: a name that does not exist, a block that is skipped or out of order, a unit whose output the next one
-            changes in place, a network that does not run on such images or has another number of logits.
+        ConfigError: a name does not exist, a block is skipped or out of order, a unit's output is
+            changed in place by the next one, or the network does not run on such images or has
+            another number of logits.
     """
     name = type(classifier).__name__
     net = copy.deepcopy(classifier).eval()
@@ -241,7 +263,7 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
             module.register_forward_pre_hook(lambda m, args, inner=inner: called.append(inner))
     with torch.no_grad():
         _enliven(net, generator)
-        _run(net, images.clone(), f"{name} does not run on {what}")  # sets the statistics
+        _run(net, images.clone(), f"{name} does not run on {what}")  # This pass sets the statistics.
         net.eval()
         _logits(net, images[:1], num_classes)
         called.clear()
@@ -249,17 +271,17 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
         in_forward = called.copy()
         called.clear()
         x = images
-        kept: list[tuple[str, Tensor, Tensor]] = [("images", x, x.clone())]
+        outputs: list[tuple[str, Tensor, Tensor]] = [("images", x, x.clone())]
         for i, units in enumerate(encoder_units(net)):
             for j, unit in enumerate(units):
                 x = _run(unit, x, f"adapter.blocks[{i}]: unit {j} of {name} does not take what comes before it")
-                kept.append((f"adapter.blocks[{i}], unit {j}", x, x.clone()))
+                outputs.append((f"adapter.blocks[{i}], unit {j}", x, x.clone()))
         logits = _run(lambda latent: apply_head(net, latent), x, f"adapter.head of {name} does not take the latent")
-    for where, tensor, clone in kept:
+    for where, tensor, clone in outputs:
         if not torch.equal(tensor, clone):
             raise ConfigError(
-                f"{where}: what follows changes this output of {name} in place, so a decoder would not read what the unit "
-                f"gave. Let the unit end after the in-place operation (a ReLU, most often)"
+                f"{where}: what follows changes this output of {name} in place, so a decoder would not read what the "
+                f"unit gave. Let the unit end after the in-place operation (a ReLU, most often)"
             )
     wrong = f"the adapter of {name} is not the whole network: a submodule is skipped, named twice or out of order"
     if called != in_forward:
@@ -270,13 +292,15 @@ def check_adapter(classifier: nn.Module, channels: int, image_size: int, num_cla
     scale = float(expected.abs().max())
     if logits.shape != expected.shape or not float((logits - expected).abs().max()) <= 1e-5 * scale:
         raise ConfigError(
-            f"{wrong}: its head after its blocks gives other logits than the network itself. Operations without a weight, "
-            f"such as a ReLU or a pool, count: what forward() does without a submodule cannot be named"
+            f"{wrong}: its head after its blocks gives other logits than the network itself. Operations without a "
+            f"weight, such as a ReLU or a pool, count: what forward() does without a submodule cannot be named"
         )
 
 
 def check_output(classifier: nn.Module, channels: int, image_size: int, num_classes: int | None = None) -> None:
-    """Make sure that a network without an adapter runs on such images, two or one at a time, and gives logits [N, num_classes].
+    """Check that a network without an adapter gives logits [N, num_classes] for such images.
+
+    It must run on two images at a time and on one.
 
     Raises:
         ConfigError: it does not.
@@ -295,9 +319,9 @@ def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
         otherwise += (
             ", one at a time, though it does on several: put every batch norm into eval mode, with running statistics"
         )
-    given = images.clone()
-    logits = _run(net, given, otherwise)
-    refuse_in_place(net, given, images)
+    network_inputs = images.clone()
+    logits = _run(net, network_inputs, otherwise)
+    refuse_in_place(net, network_inputs, images)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ConfigError(
             f"{name} does not give logits [N, classes] for {what}, but {_described(logits)}: return the logits alone"
@@ -307,19 +331,21 @@ def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
     return logits
 
 
-def refuse_in_place(net: nn.Module, given: Tensor, images: Tensor) -> None:
-    """Make sure that a pass left its images as they were: attacks go on with them, and need their gradient.
+def refuse_in_place(net: nn.Module, network_inputs: Tensor, images: Tensor) -> None:
+    """Check that a forward pass left its images unchanged.
+
+    Attacks go on with these images and need their gradient.
 
     Args:
-        given: what the network was given, a copy of ``images``.
+        network_inputs: the copy of ``images`` that the network ran on.
 
     Raises:
-        ConfigError: they were changed.
+        ConfigError: the pass changed them.
     """
-    if not torch.equal(given, images):
+    if not torch.equal(network_inputs, images):
         raise ConfigError(
-            f"{type(net).__name__} changes its images in place, which an attack goes on with: write x = (x - mean) / std in "
-            "place of x.sub_(mean).div_(std), or begin forward() with x = x.clone()"
+            f"{type(net).__name__} changes its images in place, which an attack goes on with: write x = (x - mean) "
+            "/ std in place of x.sub_(mean).div_(std), or begin forward() with x = x.clone()"
         )
 
 
@@ -332,7 +358,10 @@ def _described(output: object) -> str:
 
 
 def _enliven(net: nn.Module, generator: torch.Generator) -> None:
-    """Perturb every weight, and let the next run set the statistics of batch norm to those of its own images."""
+    """Perturb every weight, and prepare batch norm for statistics of the next forward pass.
+
+    The next forward pass replaces the running statistics by those of its own images.
+    """
     for p in net.parameters():
         p.add_(torch.randn(p.shape, generator=generator).to(p) * (0.05 * p.square().mean().sqrt() + 0.01))
     for module in net.modules():
@@ -342,7 +371,7 @@ def _enliven(net: nn.Module, generator: torch.Generator) -> None:
 
 
 def _run(module: Any, x: Any, otherwise: str) -> Any:
-    """module(x); whatever a user's own network raises is told with ``otherwise`` in front."""
+    """Return module(x); an error of the user's network is reported after the text ``otherwise``."""
     try:
         return module(x)
     except ConfigError:
@@ -354,14 +383,16 @@ def _run(module: Any, x: Any, otherwise: str) -> Any:
 def attach(
     classifier: nn.Module, adapter: Adapter | None, mean: Sequence[float] = (), std: Sequence[float] = ()
 ) -> None:
-    """Give a user's own network its adapter, if it has one, and its normalisation. Its ``state_dict`` keeps its keys.
+    """Give a user's own network its adapter, if it has one, and its normalisation.
 
-    Normalisation is a submodule without persistent buffers and a forward pre-hook that runs it, so the network takes images
-    in [0,1] like every other, on any device and in a deep copy.
+    The ``state_dict`` keeps its keys. Normalisation is a submodule without persistent buffers and a
+    forward pre-hook that runs it. So the network takes images in [0,1] like every other, on any
+    device and in a deep copy.
 
     Raises:
-        ConfigError: the network has an attribute of its own named ``adapter``, where there is an adapter to add. Or it is
-            an ``nn.Sequential``, which would run the normalisation that is to be added as its last layer.
+        ConfigError: there is an adapter to add, but the network has an attribute ``adapter`` of its
+            own. Or the network is an ``nn.Sequential``, which would run the added normalisation as
+            its last layer.
     """
     name = type(classifier).__name__
     carried = getattr(classifier, "adapter", None)
@@ -387,9 +418,10 @@ def attach(
 
 
 def _normalized(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # a function of the module that it is called for, so that a deep copy normalises with its own buffers
+    # The normalisation is looked up in the module, so that a deep copy normalises with its own
+    # buffers.
     normalize = _normalization(module)
-    assert normalize is not None  # attached together with this hook
+    assert normalize is not None  # It was attached together with this hook.
     return (normalize(args[0]), *args[1:])
 
 

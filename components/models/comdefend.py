@@ -1,8 +1,10 @@
-"""ComDefend: Jia, Wei, Cao, Foroosh, "ComDefend: An Efficient Image Compression Model to Defend Adversarial Examples",
-CVPR 2019, https://arxiv.org/abs/1811.12673
+"""ComDefend, a reformer in front of a classifier that is not trained with it.
 
-A reformer: it compresses an image to a few bits per pixel and reconstructs it, in front of a classifier that is not
-trained with it. Here its shapes, loss and constants; the training loop is the caller's.
+Jia, Wei, Cao, Foroosh, "ComDefend: An Efficient Image Compression Model to Defend Adversarial
+Examples", CVPR 2019, https://arxiv.org/abs/1811.12673
+
+It compresses an image to a few bits per pixel and reconstructs it. This module has its shapes, loss
+and constants; the training loop is the caller's.
 """
 
 from __future__ import annotations
@@ -18,31 +20,36 @@ from torch import Tensor, nn
 from components.errors import ConfigError
 
 BIT_PENALTY = 1e-4
-"""Weight of the mean square of the soft bits in the loss: it asks for more zeros, that is, for a shorter code."""
+"""Weight of the mean square of the soft bits in the loss. It favours zeros, that is, a shorter
+code."""
 _CODE_CHANNELS = {1: 4, 3: 12}
-# hidden channels of the two networks at width 64
+# Hidden channels of the two networks at width 64.
 _COM = {1: (32, 64, 128, 256, 128, 64, 64, 32), 3: (16, 32, 64, 128, 256, 128, 64, 32)}
 _REC = {1: (32, 64, 128, 256, 128, 64, 64, 32), 3: (32, 64, 128, 256, 128, 64, 32, 16)}
 
 
 class ComDefend(nn.Module):
-    """ComCNN (image to code) and RecCNN (bits to image): nine 3x3 convolutions each, with ELU between them.
+    """ComCNN (image to code) and RecCNN (bits to image).
 
-    Training adds noise to the code, far larger than a sigmoid's own scale, so that only what survives as a bit reaches the
-    reconstruction. At test time (``forward``, in either mode) the code is binarised. Any image size works.
+    Each has nine 3x3 convolutions with ELU between them. Training adds noise to the code, far
+    larger than a sigmoid's own scale, so that only what survives as a bit reaches the
+    reconstruction. At test time (``forward``, in either mode) the code is binarised. Any image size
+    works.
 
-    **Choice**, initial weights (the paper names none): He et al. 2015, and ComCNN's last layer times sigma / 2, so that the code
-    begins on the scale of the noise. With PyTorch's initial weights the code drowns in the noise at first: after 400 steps of
-    Adam at 1e-3 (14x14 MNIST, width 8, seed 0) the MSE was 0.0862, that of a constant image, where this choice had 0.0050.
+    **Choice**, initial weights (the paper names none): He et al. 2015, and ComCNN's last layer
+    times sigma / 2, so that the code begins on the scale of the noise. With PyTorch's initial
+    weights the code drowns in the noise at first: after 400 steps of Adam at 1e-3 (14x14 MNIST,
+    width 8, seed 0) the MSE was 0.0862, that of a constant image, where this choice had 0.0050.
 
     Args:
         channels: image channels, 1 or 3.
-        width: 64 is the paper's; hidden channels are multiplied by width / 64 and rounded, at least 4 each.
+        width: 64 is the paper's; hidden channels are multiplied by width / 64 and rounded, at least
+            4 each.
         sigma: standard deviation of the noise on the code.
-        seed: initial weights follow from it alone.
+        seed: the only seed of the initial weights.
 
     Raises:
-        ConfigError: channels, width or sigma out of range.
+        ConfigError: channels, width or sigma is out of range.
     """
 
     def __init__(self, channels: int, *, width: int = 64, sigma: float = 20.0, seed: int = 0) -> None:
@@ -55,7 +62,7 @@ class ComDefend(nn.Module):
             raise ConfigError.of("comdefend.sigma", sigma, "a finite number above 0 (20 is the paper's)")
         self.sigma = sigma
         self.surrogate_width = sigma / 3
-        """Code at which the surrogate gradient of ``forward`` has fallen to a quarter."""
+        """Absolute code at which the surrogate gradient of ``forward`` has fallen to a quarter."""
         code = _CODE_CHANNELS[channels]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -63,29 +70,34 @@ class ComDefend(nn.Module):
             self.rec = _convolutions([code, *_scaled(_REC[channels], width), channels], last_gain=1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes float32 [N, 4 or 12, H, W] of images [N,C,H,W] in [0,1], before noise and binarisation."""
+        """Encode images [N,C,H,W] in [0,1] to codes float32 [N, 4 or 12, H, W].
+
+        The codes are those before noise and binarisation.
+        """
         code: Tensor = self.com(images - 0.5)
         return code.float()
 
     def decode(self, bits: Tensor) -> Tensor:
-        """Images float32 [N,C,H,W] in [0,1] of bits (or their soft versions) in [0,1]."""
+        """Decode bits (or soft bits) in [0,1] to images float32 [N,C,H,W] in [0,1]."""
         return torch.sigmoid(self.rec(bits).float())
 
     def training_loss(
         self, images: Tensor, noise: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ComDefend's training loss: MSE(decode(b), images) + 1e-4 * mean(b^2), b = sigmoid(code + noise).
+        """Return ComDefend's training loss, MSE(decode(b), images) + 1e-4 * mean(b^2).
 
-        The penalty is on the soft bits b, as in the authors' code (jiaxiaojunQAQ/Comdefend, both versions). On the linear code it
-        would hold the code within the noise.
+        The soft bits are b = sigmoid(code + noise). The penalty is on them, as in the authors' code
+        (jiaxiaojunQAQ/Comdefend, both versions). On the linear code it would hold the code within
+        the noise.
 
         Args:
             images: float [N,C,H,W] in [0,1].
-            noise: code -> code + N(0, sigma^2), so that the caller owns the random stream; it has to use ``sigma`` itself.
-                None draws from torch's global stream of the device.
+            noise: code -> code + N(0, sigma^2), so that the caller owns the random stream. It must
+                apply ``sigma`` itself. None draws from torch's global stream of the device.
 
         Returns:
-            The loss (a scalar) and its detached terms: ``loss``, ``loss_rec`` (the MSE), ``bit_power`` (mean(b^2)).
+            The loss (a scalar) and its detached terms: ``loss``, ``loss_rec`` (the MSE),
+            ``bit_power`` (mean(b^2)).
         """
         code = self.encode(images)
         noisy = noise(code) if noise is not None else code + self.sigma * torch.randn_like(code)
@@ -96,15 +108,17 @@ class ComDefend(nn.Module):
         return loss, {"loss": loss.detach(), "loss_rec": reconstruction.detach(), "bit_power": power.detach()}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the reformed images, float32 [N,C,H,W] in [0,1]: RecCNN of the bits code > 0. Deterministic.
+        """Return the reformed images, float32 [N,C,H,W] in [0,1]: RecCNN of the bits code > 0.
 
-        The step has no gradient, so a white-box attack gets that of a surrogate: straight through (Bengio et al. 2013) with the
-        slope (1 + |code| / w)^-2, w = sigma / 3. The identity ignores how far a bit is from flipping. The sigmoid's slope is
+        The result is deterministic. The step has no gradient, so a white-box attack gets that of a
+        surrogate: straight through (Bengio et al. 2013) with the slope (1 + |code| / w)^-2, w =
+        sigma / 3. The identity ignores how far a bit is from flipping. The sigmoid's slope is
         exactly 0 in float32 above 17, and training takes most of the code beyond that.
 
-        The width was chosen on held-out training images (`benchmarks/bench_surrogate.py --device cuda --width 16 --steps 300
-        --samples 300 --seeds 3`: MNIST, n = 300, seeds 0 to 2, code rms 90 to 102; NVIDIA H200, torch 2.11.0, 2026-11-28).
-        Accuracy in % that PGD of 20 steps leaves, and median L2 of DDN's successes (40 steps), by seed:
+        The width was chosen on held-out training images (`benchmarks/bench_surrogate.py --device
+        cuda --width 16 --steps 300 --samples 300 --seeds 3`: MNIST, n = 300, seeds 0 to 2, code rms
+        90 to 102; NVIDIA H200, torch 2.11.0, 2026-11-28). Accuracy in % that PGD of 20 steps
+        leaves, and median L2 of DDN's successes (40 steps), by seed:
 
         ========= ================== ================== ==================
         w         PGD, Linf 0.1      PGD, Linf 0.2      DDN, median L2
@@ -117,14 +131,15 @@ class ComDefend(nn.Module):
         identity  88.0 / 87.0 / 84.7 60.3 / 60.3 / 51.7 1.76 / 1.83 / 1.65
         ========= ================== ================== ==================
 
-        DDN leaves at most 2.3 % with any width. An attack with 20 steps leaves more than one with 100 would.
+        DDN leaves at most 2.3 % with any width. An attack with 20 steps leaves more than one with
+        100 would.
         """
         bits: Tensor = _Binarise.apply(self.encode(images), self.surrogate_width)
         return self.decode(bits)
 
 
 class _Binarise(torch.autograd.Function):
-    """1 where the code is above 0, else 0; backward by the surrogate slope of ``ComDefend.forward``."""
+    """Step function of the code, 1 above 0, with the surrogate slope of ``ComDefend.forward``."""
 
     @staticmethod
     def forward(ctx: Any, code: Tensor, width: float) -> Tensor:
@@ -139,10 +154,10 @@ class _Binarise(torch.autograd.Function):
 
 
 class Reformed(nn.Module):
-    """A reformer in front of a classifier, as one model for any attack: images [0,1] -> logits.
+    """Reformer in front of a classifier, as one model for any attack: images [0,1] -> logits.
 
-    Examples made on it are white-box; made on ``classifier`` alone and judged on it, grey-box. Call ``eval()`` on it at test
-    time, which puts both parts into eval mode.
+    Examples made on it are white-box; examples made on ``classifier`` alone and judged on it are
+    grey-box. At test time call ``eval()`` on it, which puts both parts into eval mode.
 
     Args:
         reformer: images [N,C,H,W] in [0,1] to images of the same shape and range.
@@ -164,7 +179,10 @@ def _scaled(channels: Sequence[int], width: int) -> list[int]:
 
 
 def _convolutions(channels: Sequence[int], last_gain: float) -> nn.Sequential:
-    """3x3 convolutions over these channels with ELU between them; the last one's initial weights times ``last_gain``."""
+    """Build 3x3 convolutions over these channels, with ELU between them.
+
+    The initial weights of the last one are multiplied by ``last_gain``.
+    """
     layers: list[nn.Module] = []
     for i in range(len(channels) - 1):
         conv = nn.Conv2d(channels[i], channels[i + 1], 3, padding=1)

@@ -1,14 +1,16 @@
-"""Networks of torchvision and timm, built as their own builders build them for the weights that they are to hold.
+"""Networks of torchvision and timm, built as their own builders build them for pretrained weights.
 
-Beside the architecture, torchvision's builders do the following where they load weights (read in its 0.29 source):
+Beside the architecture, torchvision's builders do the following when they load weights (read in its
+0.29 source):
 
-- googlenet and inception_v3 take ``transform_input=True``, which renormalises the images inside the network, and drop
-  the auxiliary heads, which an evaluation never runs;
-- densenet renames the keys of older files;
+- googlenet and inception_v3 take ``transform_input=True``, which renormalises the images inside the
+  network, and drop the auxiliary heads, which an evaluation never runs.
+- densenet renames the keys of older files.
 - vit and maxvit are built for the image size of the weights.
 
-All others, and timm's, are the same network with and without weights; timm's inception_v3 ignores the auxiliary heads
-of a file, too. torch is not imported here: trials of a sweep, which read ``explicit``, must not pay for it.
+All others, and timm's, are the same network with and without weights; timm's inception_v3 also
+ignores the auxiliary heads of a file. torch is not imported here: trials of a sweep, which read
+``explicit``, must not pay for it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LIBRARIES = ("torchvision", "timm")
-"""Whose networks are named LIBRARY:NAME."""
+"""Libraries whose networks are named LIBRARY:NAME."""
 _TRANSFORMING = ("googlenet", "inception_v3")
 _AUXILIARY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
@@ -37,10 +39,12 @@ def is_library(arch: str) -> bool:
 
 
 def parse(arch: str) -> tuple[str, str, bool | None]:
-    """Split LIBRARY:NAME or LIBRARY:NAME,transform_input=true|false; the last is None where it is not said.
+    """Split LIBRARY:NAME or LIBRARY:NAME,transform_input=true|false.
+
+    The last part of the result is None if the option is not given.
 
     Raises:
-        ConfigError: another option, or one that the network does not have.
+        ConfigError: the option is unknown, or the network does not have it.
     """
     library, _, rest = arch.partition(":")
     name, comma, option = rest.partition(",")
@@ -58,11 +62,12 @@ def parse(arch: str) -> tuple[str, str, bool | None]:
 
 
 def explicit(arch: str, pretrained: bool) -> str:
-    """Spell out what the network of ``arch`` does with its images where that depends on whether weights are loaded.
+    """Write out ``transform_input`` where it depends on whether weights are loaded.
 
     Args:
         arch: ``train.arch``, of any kind.
-        pretrained: whether the network starts from weights, so that torchvision's builder would transform its images.
+        pretrained: whether the network starts from weights, so that torchvision's builder would
+            transform its images.
     """
     if not is_library(arch):
         return arch
@@ -74,10 +79,11 @@ def explicit(arch: str, pretrained: bool) -> str:
 
 
 def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretrained: bool) -> nn.Module:
-    """Build an untrained network of a library, as it does for weights where there will be some.
+    """Build an untrained network of a library, as the library does where weights will be loaded.
 
     Raises:
-        ConfigError: an option or a number of channels that the network does not take. Whatever the library raises.
+        ConfigError: the network does not take an option or the number of channels.
+        Exception: whatever the library raises.
     """
     library, name, transforms = parse(explicit(arch, pretrained))
     if library == "timm":
@@ -86,11 +92,12 @@ def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretra
         return net
     if channels != 3:
         raise ConfigError(
-            f"data.channels is {channels}, but torchvision's networks take 3: --data.channels 3 repeats the grey channel"
+            f"data.channels is {channels}, but torchvision's networks take 3: --data.channels 3 "
+            "repeats the grey channel"
         )
     options: dict[str, Any] = {}
     if transforms is not None:
-        # weights are loaded over the initial ones, which take a minute to draw
+        # Weights are loaded over the initial ones, which take a minute to draw.
         options = {"transform_input": transforms, "aux_logits": False, "init_weights": not pretrained}
     elif name.lower().startswith("vit_"):
         options = {"image_size": image_size}
@@ -102,7 +109,10 @@ def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretra
 
 
 def tensors_for(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's weights under the keys that :func:`build` gives the network, without those of auxiliary heads."""
+    """Rename a file's weights to the keys of the network of :func:`build`.
+
+    Weights of auxiliary heads are left out.
+    """
     if not is_library(arch):
         return dict(tensors)
     name = parse(arch)[1].lower()
@@ -114,20 +124,23 @@ def tensors_for(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def notes(arch: str, pretrained: str, normalize_mean: tuple[float, ...]) -> list[str]:
-    """Say what a network of a library does with its images, where weights are loaded into it and one could think otherwise."""
+    """List what a network of a library does with its images, where a user could expect otherwise.
+
+    There are no notes unless weights are loaded into the network.
+    """
     if not is_library(arch) or not pretrained:
         return []
-    said = []
-    spelt = explicit(arch, True)
-    if spelt != arch:
-        said.append(
-            f"built as {spelt}, as torchvision builds it for weights; for weights that were trained without it, set "
-            f"train.arch={spelt.replace('true', 'false')}"
+    lines = []
+    explicit_arch = explicit(arch, True)
+    if explicit_arch != arch:
+        lines.append(
+            f"built as {explicit_arch}, as torchvision builds it for weights; for weights that were trained without "
+            f"it, set train.arch={explicit_arch.replace('true', 'false')}"
         )
     if not normalize_mean:
-        said.append(
+        lines.append(
             f"the weights of {arch.partition(':')[0]} are made for normalised images, and no normalisation is set: "
             "see train.normalize_mean and train.normalize_std (ImageNet's usual ones: 0.485 0.456 0.406 and "
             "0.229 0.224 0.225)"
         )
-    return said
+    return lines

@@ -1,4 +1,4 @@
-"""Which tensor of a file belongs to which tensor of a network: prefixes, tied tensors, and what is said where they do not fit."""
+"""Assignment of a file's tensors to a network's: prefixes, tied tensors, and errors of a misfit."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from torch import Tensor, nn
 from components.errors import DataError
 
 SHOWN = 3
-"""How many names of each kind a message shows."""
+"""Largest number of names of each kind in a message."""
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-"""What DistributedDataParallel and DataParallel put before each name, and torch.compile also within names."""
+"""Prefixes of DistributedDataParallel and DataParallel, and those of torch.compile, also within
+names."""
 _COUNTERS = ("n_averaged",)
 """Keys that torch's AveragedModel writes beside the weights of the network that it averages."""
 
 
 class Weights(dict[str, Tensor]):
-    """The tensors of one network, out of a file."""
+    """Tensors of one network, read from a file."""
 
     where: str = ""
-    """The file, for messages."""
+    """File, for messages."""
     note: str = ""
-    """Note for the user on how they were chosen, or empty."""
+    """Note for the user on how the tensors were chosen, or empty."""
 
 
 def renamed(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors under the names that the network has for them.
 
-    Names that fit are kept. Otherwise the prefixes of wrappers, and one prefix that all names share, are dropped or added: of
-    all these ways the one by which most tensors fit.
+    Names that fit are kept. Otherwise the prefixes of wrappers, and one prefix that all names
+    share, are dropped or added. Of all these mappings the one by which most tensors fit is taken.
     """
-    own = net.state_dict()
-    bare = {_WRAPPERS.sub("", name): name for name in own}
-    names = {name: _WRAPPERS.sub("", name) for name in tensors if name in own or name not in _COUNTERS}
-    ways = [{name: name for name in tensors}]
-    if len(bare) == len(own) and len(set(names.values())) == len(names):
-        ways += [
+    state = net.state_dict()
+    bare = {_WRAPPERS.sub("", name): name for name in state}
+    names = {name: _WRAPPERS.sub("", name) for name in tensors if name in state or name not in _COUNTERS}
+    mappings = [{name: name for name in tensors}]
+    if len(bare) == len(state) and len(set(names.values())) == len(names):
+        mappings += [
             {name: bare.get(new + short[len(old) :], new + short[len(old) :]) for name, short in names.items()}
             for old in _shared_prefixes(names.values())
             for new in _shared_prefixes(bare.keys())
         ]
-    best = max(ways, key=lambda way: (sum(_fits(own.get(new), tensors[k]) for k, new in way.items()), -len(way)))
+    best = max(mappings, key=lambda m: (sum(_fits(state.get(new), tensors[k]) for k, new in m.items()), -len(m)))
     return {new: tensors[name] for name, new in best.items()}
 
 
@@ -55,14 +56,15 @@ def _shared_prefixes(names: Collection[str]) -> list[str]:
     return [prefix for prefix in prefixes if all(name.startswith(prefix) for name in names)]
 
 
-def _fits(own: object, given: Tensor) -> bool:
-    return isinstance(own, Tensor) and own.shape == given.shape and own.is_complex() == given.is_complex()
+def _fits(value: object, tensor: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == tensor.shape and value.is_complex() == tensor.is_complex()
 
 
 def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load weights into a network: every name must be there with its shape, and no other.
+    """Load weights into a network: every name must be present with its shape, and no other.
 
-    Of a tensor that the network has under several names, one name is enough: safetensors' ``save_model`` leaves the others out.
+    If the network has a tensor under several names, one name is enough: safetensors' ``save_model``
+    leaves the others out.
 
     Args:
         where: the file, for messages.
@@ -70,8 +72,8 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
     Raises:
         DataError: the weights are of another architecture.
     """
-    own, tensors = net.state_dict(), dict(tensors)
-    for names in _tied(own):
+    state, tensors = net.state_dict(), dict(tensors)
+    for names in _tied(state):
         present = [name for name in names if name in tensors]
         for name in present[1:]:
             if not _equal(tensors[name], tensors[present[0]]):
@@ -80,13 +82,13 @@ def load_strictly(net: nn.Module, tensors: Mapping[str, Tensor], where: str) -> 
                 )
         if present:
             tensors = {**dict.fromkeys(names, tensors[present[0]]), **tensors}
-    different_kind = [k for k, v in tensors.items() if k in own and v.is_complex() != _is_complex(own[k])]
+    different_kind = [k for k, v in tensors.items() if k in state and v.is_complex() != _is_complex(state[k])]
     try:
         if different_kind:
             raise TypeError(f"{different_kind[0]} is complex on one side alone")
         net.load_state_dict(tensors, strict=True)
-    except Exception as e:  # a network's own hooks may raise anything
-        raise DataError(f"{where} {_difference(net, own, tensors, e)}") from e
+    except Exception as e:  # A network's own hooks may raise anything.
+        raise DataError(f"{where} {_difference(net, state, tensors, e)}") from e
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -97,31 +99,31 @@ def _is_complex(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _tied(own: Mapping[str, Any]) -> list[list[str]]:
+def _tied(state: Mapping[str, Any]) -> list[list[str]]:
     """Return the groups of names that stand for one tensor."""
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tensor in own.items():
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             groups.setdefault(key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _difference(net: nn.Module, own: Mapping[str, Any], tensors: Mapping[str, Tensor], error: Exception) -> str:
+def _difference(net: nn.Module, state: Mapping[str, Any], tensors: Mapping[str, Tensor], error: Exception) -> str:
     name = type(net).__name__
-    # older files lack num_batches_tracked, and batch norm does without
-    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
-    extra = [k for k in tensors if k not in own]
+    # Older files lack num_batches_tracked, which batch norm does not need.
+    missing = [k for k in state if k not in tensors and not k.endswith("num_batches_tracked")]
+    extra = [k for k in tensors if k not in state]
     shapes = [
-        f"{k} is {_shape(tensors[k])} in the file, {_shape(own[k])} in the network"
-        for k in own
-        if k in tensors and not _fits(own[k], tensors[k])
+        f"{k} is {_shape(tensors[k])} in the file, {_shape(state[k])} in the network"
+        for k in state
+        if k in tensors and not _fits(state[k], tensors[k])
     ]
     if not (missing or extra or shapes):
         first = next(iter(str(error).splitlines()[-1:]), "").strip()
         return f"holds weights that {name} does not take ({type(error).__name__}: {first})"
-    fit = sum(_fits(own.get(k), v) for k, v in tensors.items())
-    lines = [f"holds the weights of another architecture: {fit} of the {len(own)} tensors of {name} fit"]
+    fit = sum(_fits(state.get(k), v) for k, v in tensors.items())
+    lines = [f"holds the weights of another architecture: {fit} of the {len(state)} tensors of {name} fit"]
     for what, names in (("missing", missing), ("too many", extra), ("of another shape", shapes)):
         if names:
             lines.append(f"{what}: {listed(names)}")
@@ -136,16 +138,16 @@ def _shape(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the first names of many, and how many more there are."""
+    """Join the first names of many, and the number of the remaining ones."""
     names = [str(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
 def standalone(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return contiguous copies in the CPU's memory that share none of it, as a file needs them.
+    """Return contiguous copies in CPU memory that share no memory, as a file needs them.
 
-    What is not an ordinary tensor is returned as it is.
+    Values that are not ordinary tensors are returned unchanged.
     """
     seen: set[int] = set()
     copies: dict[str, Any] = {}
@@ -161,7 +163,7 @@ def standalone(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def why_not_saved(value: object) -> str:
-    """Return what keeps a value from being written as plain numbers, or "" if nothing does."""
+    """Return why a value cannot be saved as plain numbers, or "" if it can."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}, not a tensor"
     if value.is_quantized:
