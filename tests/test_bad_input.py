@@ -88,7 +88,7 @@ def text(name: str, content: str) -> Callable[[Path], None]:
 def space(parameters: str, more: str = "") -> Callable[[Path], None]:
     return text(
         "space.py",
-        "from components.search import *\n" + f"SPACE = Space(parameters={{{parameters}}}, **dict({more}))\n",
+        "from components.search_space import *\n" + f"SPACE = Space(parameters={{{parameters}}}, **dict({more}))\n",
     )
 
 

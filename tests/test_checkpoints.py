@@ -378,8 +378,8 @@ def test_a_model_without_an_autoencoder_says_so(tmp_path: Path) -> None:
 def test_an_export_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     """Its checksum names what is computed from it. (A hash map's order in the file once made it change.)"""
     code = (
-        "import sys; from components.config import TrainConfig; from pipeline.checkpoints import export;"
-        "from pipeline.storage import Storage; from pipeline.train_step import Shapes, build_net;"
+        "import sys; from components.config import TrainConfig; from pipeline.training.exports import export;"
+        "from pipeline.runtime.storage import Storage; from components.config import Shapes; from components.models.build import build_net;"
         "config, shapes = TrainConfig(width=2), Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7));"
         "export(Storage(sys.argv[1]), build_net(config, shapes), config, shapes)"
     )

@@ -224,7 +224,7 @@ def test_the_report_of_a_run_that_never_was_is_told(capsys: pytest.CaptureFixtur
 
 def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
     """Workers import these modules: parsing arguments or starting Ray there would kill them."""
-    code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.train, pipeline.attack, pipeline.pyramids, ray; assert not ray.is_initialized()"
+    code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.training.train, pipeline.evaluation.attack, pipeline.data.pyramids, ray; assert not ray.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
 
 
@@ -279,7 +279,7 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(tmp_path: P
 def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
     """All was computed, and then the table had a character that the terminal lacks: the run was marked as failed."""
     code = (
-        "from pipeline import streams; streams.harden(); from pipeline.progress import console, say; "
+        "from pipeline.runtime import standard_streams; standard_streams.harden(); from pipeline.runtime.console import console, say; "
         "from rich.table import Table; [say('ε = 8/255') for _ in range(9)]; console.print(Table('δ', title='±'))"
     )
     done = shell(
@@ -295,7 +295,7 @@ def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
 def test_a_pipe_that_does_not_block_loses_no_output(descriptor: int) -> None:
     """Node.js, ssh and others hand over such pipes. The writer must wait where the reader is slow."""
     code = (
-        "import sys; from pipeline import streams; streams.harden(); "
+        "import sys; from pipeline.runtime import standard_streams; standard_streams.harden(); "
         f"[print(i, 'x' * 999, file=sys.{'stdout' if descriptor == 1 else 'stderr'}) for i in range(500)]"
     )
     read, write = os.pipe()

@@ -16,7 +16,7 @@ from pipeline.runtime import cluster
 ROOT = Path(__file__).resolve().parent.parent
 CONNECT = """
 from components.errors import UserError
-from pipeline import cluster
+from pipeline.runtime import cluster
 try:
     cluster.connect()
 except UserError as e:

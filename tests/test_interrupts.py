@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DRIVER = """
 import threading, time
 import psutil, ray
-from pipeline import cluster, interrupts
+from pipeline.runtime import cluster, interrupts
 
 interrupts.install()
 cluster.connect()

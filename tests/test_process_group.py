@@ -23,7 +23,7 @@ RANK = """
 import sys
 from datetime import timedelta
 import torch, torch.distributed as dist
-from pipeline.network_interface import name_interface
+from pipeline.runtime.network_interface import name_interface
 rank, mine, master = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 name_interface(mine)
 dist.init_process_group("gloo", init_method=f"tcp://{master}:29517", rank=rank, world_size=2, timeout=timedelta(seconds=30))

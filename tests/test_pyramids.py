@@ -269,9 +269,9 @@ KILLED = """
 import os, sys, time
 from pathlib import Path
 from components.config import DataConfig, PyramidConfig
-from pipeline import cluster
-from pipeline.pyramids import build
-from pipeline.storage import Storage
+from pipeline.runtime import cluster
+from pipeline.data.pyramids import build
+from pipeline.runtime.storage import Storage
 
 class SlowStorage(Storage):
     # stays half-way through every shard for a while, so that a kill comes in the middle of writes

@@ -85,7 +85,7 @@ def test_a_trials_models_are_those_of_an_ordinary_run(tmp_path: Path) -> None:
 
 
 def test_a_trials_process_does_not_load_torch() -> None:
-    code = "import sys, pipeline.trial; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, pipeline.sweep.trials.trial; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -215,7 +215,7 @@ def test_a_model_that_was_only_measured_at_its_end_gives_one_result(tmp_path: Pa
 
 
 def write_space(path: Path, text: str) -> str:
-    path.write_text("from components.search import *\nfrom components.errors import *\n" + text)
+    path.write_text("from components.search_space import *\nfrom components.errors import *\n" + text)
     return str(path)
 
 

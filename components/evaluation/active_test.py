@@ -84,7 +84,7 @@ def active_test(
         inputs: float32 [N,C,H,W] in [0,1]; 16 to 32 images are enough.
         spec: the attack, run as for white-box examples (leaving early where it can).
         eps: distance of the planted point in the norm of ``spec``; that of ``spec`` itself if it has one.
-        fast: what :func:`components.attacks.search.stand_in` made of ``model``; the attack searches on it, as it does for
+        fast: what :func:`components.attacks.fast_copy.stand_in` made of ``model``; the attack searches on it, as it does for
             examples. Points are planted in ``model`` and found where ``model`` says so.
         generator: CPU generator of all points and of the attack.
         n_inner: class-0 points per image, the clean one included.

@@ -36,7 +36,7 @@ _RANDOM_POINTS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One evaluation: what :func:`components.robustness.judge` returned for the examples of ``spec``.
+    """One evaluation: what :func:`components.evaluation.judge.judge` returned for the examples of ``spec``.
 
     ``threat_model``: "white_box", "grey_box", "transfer", "transfer:NAME", "black_box" or "random".
     """

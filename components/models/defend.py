@@ -121,7 +121,7 @@ class DefendNet(nn.Module):
         shared_blocks: 1 .. number of encoder blocks.
         sizes: level sizes in pixels, level 0 first.
         channels: image channels.
-        decoder: components.models.decoders.DecoderKind.
+        decoder: components.models.decoder_plan.DecoderKind.
         levels: number of levels, from level 0 on, that have a target (0: all). Only these get an
             image head.
         seed: seed of the decoder's initial weights.

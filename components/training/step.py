@@ -1,7 +1,7 @@
 """One optimisation step of each phase, and one pass of validation: PyTorch alone, no Ray.
 
 A phase is a module that registers exactly the parameters which get a gradient in it, so that DDP never has to search for
-unused ones. The driver of the steps (``pipeline/train.py``) wraps it in DDP and rebuilds it where the phase changes.
+unused ones. The driver of the steps (``pipeline/training/train.py``) wraps it in DDP and rebuilds it where the phase changes.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def build(
         progress: called with (images done, images in all), by one thread at a time, though not the caller's.
 
     Raises:
-        DataError, ConfigError: as :func:`pipeline.sources.open_source` and :meth:`Source.read`, also out of a Ray task;
+        DataError, ConfigError: as :func:`pipeline.data.sources.open.open_source` and :meth:`Source.read`, also out of a Ray task;
             DataError also where stored levels differ from torch-dct's.
         StorageError: the storage is full or not writable; finished shards are kept.
     """

@@ -1,4 +1,4 @@
-"""Reading the shard sets that ``pipeline/pyramids.py`` makes. No Ray here: workers start faster without Ray Data."""
+"""Reading the shard sets that ``pipeline/data/pyramids.py`` makes. No Ray here: workers start faster without Ray Data."""
 
 from __future__ import annotations
 

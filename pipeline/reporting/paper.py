@@ -152,7 +152,7 @@ def lookup(where: str, row: str, column: str, made_on: str = "", arch: str = "",
 def beside_paper(record: Mapping[str, Any]) -> list[Row]:
     """Each cell of the paper's table with all that this run has for it.
 
-    A recipe's model is named as the paper's row (``pipeline/paper.py``), with ``-ARCH`` behind it where a table has several.
+    A recipe's model is named as the paper's row (``pipeline/reporting/paper.py``), with ``-ARCH`` behind it where a table has several.
     The paper says "white-box" of all its columns; some can only be transfer (docs/evaluation.md), so both stand here.
 
     Returns:

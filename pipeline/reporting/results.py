@@ -134,7 +134,7 @@ def model_stage(experiment: Experiment) -> str:
 
 
 def across(record: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/comparison.py)."""
+    """What several evaluations say together: ``over_seeds``, ``differences`` and ``paper`` (pipeline/reporting/over_seeds.py)."""
     cells = over_seeds.by_seed(record)
     found: list[Row] = []
     compared = roles.references(experiment_of(record))

@@ -21,7 +21,7 @@ def final_experiment(
 
     Args:
         model: the recipe's name of the model that was varied.
-        suite: the attacks and threat models. full: :func:`pipeline.recipes.full_suite` at the budget of the recipe's first attack that
+        suite: the attacks and threat models. full: :func:`pipeline.recipes.suites.full_suite` at the budget of the recipe's first attack that
             has one, else at the field's usual one; recipe: the recipe's own. Images and chunks are the recipe's either way.
     """
     texts = {parse_spec(text)[0]: text for text in experiment.models}

@@ -57,7 +57,7 @@ def train_models(orders: Sequence[dict[str, Any]], root: Storage, ranks: Ranks, 
     training is left to that run: this one trains the others first and then waits.
 
     Args:
-        orders: see :meth:`pipeline.jobs.Job.order`.
+        orders: see :meth:`pipeline.training.jobs.TrainingJob.order`.
         settings: ``shapes``; ``token``, which names this worker group also after a restart.
 
     Raises:
@@ -188,7 +188,7 @@ def train_model(
     """Train a model, or go on where it was left, and export it; called on every rank of a Ray Train worker group.
 
     Args:
-        job: see :meth:`pipeline.jobs.Job.order`.
+        job: see :meth:`pipeline.training.jobs.TrainingJob.order`.
 
     Raises:
         NonFiniteLoss: on every rank alike.

@@ -19,7 +19,7 @@ from pipeline.runtime.user_files import first_names, printable
 def open_source(data: DataConfig, split: SourceSplit) -> Source:
     """Open the images of ``data.source`` without reading them, and apply ``train_limit`` or ``test_limit``.
 
-    A limit of N keeps the first N rows of :func:`pipeline.splits.draw_order` over the whole split, whatever kind the source is.
+    A limit of N keeps the first N rows of :func:`pipeline.data.splits.draw_order` over the whole split, whatever kind the source is.
     The rows that are left keep the source's order and their numbers in the whole split (:attr:`Source.numbers`).
 
     Raises:

@@ -63,7 +63,7 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     """Return the paths of a split's Parquet files, from the directory ``storage``.
 
     The files are in the directory itself, or in the only folder that has splits, one or two levels below (``data``, or a
-    configuration's name). See :func:`pipeline.split_names.parquet_files` for their names.
+    configuration's name). See :func:`pipeline.data.sources.split_names.parquet_files` for their names.
 
     Raises:
         DataError: there are none, several folders have splits, or the files found are not one complete split.

@@ -1,7 +1,7 @@
 """Figures of the paper that a recipe asks for (``Experiment.figures``), drawn from records alone.
 
 Each comes with a caption that says what was measured, on what and on how many images, and what the paper says of its own
-figure. figures.npz is described in ``pipeline/gallery.py``, which writes it.
+figure. figures.npz is described in ``pipeline/evaluation/gallery.py``, which writes it.
 """
 
 from __future__ import annotations

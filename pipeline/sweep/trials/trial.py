@@ -1,6 +1,6 @@
 """A trial of a sweep as Ray Tune runs it: says which models it wants, follows their records on storage, reports each epoch.
 
-No torch here: a trial's process does no more than that (pipeline/pool.py trains).
+No torch here: a trial's process does no more than that (pipeline/sweep/trials/workers.py trains).
 """
 
 from __future__ import annotations
