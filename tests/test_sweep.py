@@ -963,7 +963,7 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice_even_if_the
         evaluate(one)
 
     monkeypatch.setattr(sweep_run, "_evaluate", without_server)
-    monkeypatch.setattr(tracker.Tracker.flush, "__defaults__", (1.0,))
+    monkeypatch.setattr(tracker.Tracker.conclude, "__defaults__", (1.0,))
     assert main(command(space, storage, "--resume", "--evaluate", "recipe", "--tracking-uri", server.uri)) == 0
     assert "operations not published" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
