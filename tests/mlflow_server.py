@@ -30,6 +30,7 @@ class MlflowServer:
     def __init__(self, database: str, home: Path, *options: str) -> None:
         port = free_port()
         self.uri = f"http://127.0.0.1:{port}"
+        self.home = home
         self._log = home / "server.log"
         self._command = [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
