@@ -55,8 +55,7 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("status", [interrupts.INTERRUPTED, 2])
-@pytest.mark.parametrize("node", ["joined", "its own"])
+@pytest.mark.parametrize(("node", "status"), [("joined", 2), ("its own", interrupts.INTERRUPTED)])
 def test_threads_that_use_ray_do_not_change_the_status_and_nothing_is_left(
     node: str, status: int, ray_cluster: str
 ) -> None:
