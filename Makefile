@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # uv compiles nothing at installation: where this is set, each of the dozens of processes that Ray starts would compile torch again
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint smoke bench gpu-bundle clean
+.PHONY: demo test check drill lint smoke bench gpu-bundle clean
 
 # uv resolves and links the whole stack in seconds where pip takes minutes
 .venv/installed: pyproject.toml constraints.txt
@@ -21,8 +21,17 @@ demo: .venv/installed
 	RAY_ADDRESS=local $(BIN)/python pipeline/main.py run mnist-demo --storage $(RUNS)
 
 # one process for what starts Ray, one for the rest (tests/conftest.py)
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
 test: .venv/installed lint
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+	$(PYTEST) -m "not drill"
+
+# before every commit: what needs no Ray and no minutes
+check: .venv/installed lint
+	$(PYTEST) -q -m "not cluster and not slow and not drill"
+
+drill: .venv/installed
+	$(BIN)/python -m pytest -m drill
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -42,7 +42,10 @@ def _starts_ray(file: Path) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray takes longest, so it goes first."""
+    """Mark every test of the session's cluster as such, and put files that start Ray first: they take longest."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("cluster")
     items.sort(key=lambda item: not _starts_ray(item.path))
 
 
