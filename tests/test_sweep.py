@@ -983,25 +983,17 @@ LARGE = """SPACE = Space(parameters={"width": Choice([4, 8]), "lr": LogUniform(0
     model="no_defense", attack="fgsm:eps=0.01", images=20)"""
 
 
+def large(directory: Path) -> list[str]:
+    """Return a TPE sweep of two seeds, over networks of which the larger one fails."""
+    more = ("--train.arch", "own_network:make_by_width", "--train.epochs", "2", "--seeds", "2", "--no-evaluate")
+    return command(write_space(directory / "large.py", LARGE), directory, *more)
+
+
 @pytest.mark.cluster
-def test_a_storage_that_fails_ends_a_tpe_sweep_of_two_seeds_and_a_network_that_fails_only_its_trial(
+def test_a_network_that_fails_in_a_tpe_sweep_of_two_seeds_fails_only_its_trial(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    space = write_space(tmp_path / "large.py", LARGE)
-    more = ("--train.arch", "own_network:make_by_width", "--train.epochs", "2", "--seeds", "2", "--no-evaluate")
-    asked = command(space, tmp_path, *more)
-    (tmp_path / "models").write_text("in the way")
-    assert main(asked) == 1
-    printed = capsys.readouterr()
-    assert printed.err.count("error:") == 1
-    assert "could not be written" in printed.err
-    assert "Traceback" not in printed.err
-    record = record_of(tmp_path)
-    assert {t["state"] for t in record["trials"]} <= {"pending", "running"}, "no trial's fault"
-    assert record["choice"] is None
-
-    (tmp_path / "models").unlink()
-    assert main([*asked, "--resume"]) == 0
+    assert main(large(tmp_path)) == 0
     record = record_of(tmp_path)
     by_width = {t["parameters"]["width"]: t for t in record["trials"]}
     assert len(record["trials"]) == 4
@@ -1019,22 +1011,66 @@ def test_a_storage_that_fails_ends_a_tpe_sweep_of_two_seeds_and_a_network_that_f
     assert "error" not in capsys.readouterr().err
 
 
+@pytest.mark.cluster
+@pytest.mark.drill
+def test_a_storage_that_fails_ends_a_sweep_that_can_be_resumed(
+    ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "models").write_text("in the way")
+    assert main(large(tmp_path)) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("error:") == 1
+    assert "could not be written" in printed.err
+    assert "Traceback" not in printed.err
+    record = record_of(tmp_path)
+    assert {t["state"] for t in record["trials"]} <= {"pending", "running"}, "no trial's fault"
+    assert record["choice"] is None
+
+    (tmp_path / "models").unlink()
+    assert main([*large(tmp_path), "--resume"]) == 0
+    assert record_of(tmp_path)["finished"]
+    assert "error" not in capsys.readouterr().err
+
+
 EARLY = """SPACE = Space(parameters={"lr": Choice([0.05, 1e-9])}, search="grid", trials=0,
     asha=Asha(grace_epochs=2, reduction=2), attack="fgsm:eps=0.001", images=100)"""
 
 
-@pytest.mark.cluster
-def test_the_worse_is_stopped_and_a_tracking_server_killed_on_the_way_gets_everything(
-    ray_cluster: str, tmp_path: Path, server: MlflowServer
-) -> None:
-    """With two workers per model, which must agree on when to stop."""
-    from mlflow import MlflowClient
-
+def early(directory: Path) -> list[str]:
+    """Return a sweep that stops its second trial: two workers per model, which must agree on when to stop."""
     # enough steps for the better of the two to be better
     many = ("--data.train-limit", "640", "--train.batch-size", "16", "--train.epochs", "4", "--scaling.workers", "2")
-    space = write_space(tmp_path / "early.py", EARLY)
-    asked = command(space, tmp_path, *many, "--no-evaluate", "--tracking-uri", server.uri)
-    process = start(asked, ray_cluster)
+    return command(write_space(directory / "early.py", EARLY), directory, *many, "--no-evaluate")
+
+
+def assert_second_stopped(storage: Path) -> dict[str, Any]:
+    """Check the record of :func:`early` and return it."""
+    record = record_of(storage)
+    assert [t["state"] for t in record["trials"]] == ["finished", "stopped"]
+    assert [e["epoch"] for e in record["trials"][1]["epochs"]] == [1, 2]
+    assert "epoch 2" in record["trials"][1]["reason"]
+    assert record["choice"]["trial"] == 1
+    home = storage / record["trials"][1]["models"][0]["path"]
+    assert not (home / "model.json").exists()
+    trained = {f.name for f in home.glob("history/*.json")}
+    assert trained < {f"epoch-{i:05d}.json" for i in range(4)}, "its workers left it"
+    return record
+
+
+@pytest.mark.cluster
+def test_the_worse_of_two_trials_is_stopped(ray_cluster: str, tmp_path: Path) -> None:
+    assert main(early(tmp_path)) == 0
+    assert_second_stopped(tmp_path)
+
+
+@pytest.mark.cluster
+@pytest.mark.drill
+def test_a_tracking_server_killed_during_a_sweep_gets_everything(
+    ray_cluster: str, tmp_path: Path, server: MlflowServer
+) -> None:
+    from mlflow import MlflowClient
+
+    process = start([*early(tmp_path), "--tracking-uri", server.uri], ray_cluster)
     wait_for(lambda: list(tmp_path.glob("models/*/history/epoch-00000.json")), process)
     server.kill()
     wait_for(lambda: [t["state"] for t in record_of(tmp_path)["trials"]] == ["finished", "stopped"], process)
@@ -1044,14 +1080,7 @@ def test_the_worse_is_stopped_and_a_tracking_server_killed_on_the_way_gets_every
     assert "Traceback" not in err
     for part in ("cannot be used", "answers again", "all published"):
         assert part in out
-    record = record_of(tmp_path)
-    assert [e["epoch"] for e in record["trials"][1]["epochs"]] == [1, 2]
-    assert "epoch 2" in record["trials"][1]["reason"]
-    assert record["choice"]["trial"] == 1
-    home = tmp_path / record["trials"][1]["models"][0]["path"]
-    assert not (home / "model.json").exists()
-    trained = {f.name for f in home.glob("history/*.json")}
-    assert trained < {f"epoch-{i:05d}.json" for i in range(4)}, "its workers left it"
+    record = assert_second_stopped(tmp_path)
 
     client = MlflowClient(server.uri, server.uri)
     (experiment,) = [e for e in client.search_experiments() if e.name == "defendpp"]

@@ -132,6 +132,7 @@ def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_pa
     assert levels == {"train/none"}  # crops take new levels
 
 
+@pytest.mark.drill
 def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path) -> None:
     """Table 4's setting, from pretrained weights of another number of classes."""
     weights = tmp_path / "resnet18.pth"
