@@ -768,6 +768,7 @@ def test_ddn_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) 
     assert np.isclose(*norms, rtol=2e-3).mean() > 0.7, "the same schedule, so the same norms but for our last iterate"
 
 
+@pytest.mark.slow
 def test_cw_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) -> None:
     fb = pytest.importorskip("foolbox")
     x, y, (model, _) = blobs

@@ -375,6 +375,7 @@ def test_a_model_without_an_autoencoder_says_so(tmp_path: Path) -> None:
         load_autoencoder(tmp_path / "classifier.safetensors")
 
 
+@pytest.mark.slow
 def test_an_export_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     """Its checksum names what is computed from it. (A hash map's order in the file once made it change.)"""
     code = (

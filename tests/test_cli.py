@@ -222,6 +222,7 @@ def test_the_report_of_a_run_that_never_was_is_told(capsys: pytest.CaptureFixtur
     assert "no records" in message
 
 
+@pytest.mark.slow
 def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
     """Workers import these modules: parsing arguments or starting Ray there would kill them."""
     code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.training.train, pipeline.evaluation.attack, pipeline.data.pyramids, ray; assert not ray.is_initialized()"

@@ -24,6 +24,7 @@ except UserError as e:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [

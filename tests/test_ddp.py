@@ -30,6 +30,7 @@ from pipeline.runtime.storage import Storage
 from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
 from pipeline.training.ranks import Ranks
 
+pytestmark = pytest.mark.slow
 WORLD = 2
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 CPU = torch.device("cpu")

@@ -242,6 +242,7 @@ def test_stored_bands_and_maps_restore_the_levels(trained: _Trained) -> None:
     assert np.sum(level[0] ** 2, dtype=float) == pytest.approx(np.sum(trained.clean[0] ** 2, dtype=float), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_distances_and_reconstructions_are_those_of_the_exported_networks(trained: _Trained) -> None:
     trained.make(["fig6", "fig8"])
     stored = trained.arrays("figures.npz")
@@ -265,6 +266,7 @@ def test_distances_and_reconstructions_are_those_of_the_exported_networks(traine
     np.testing.assert_allclose(stored["fig6__reconstruction_adversarial__defend-s0"], again.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distances_are_not_computed_twice_but_anew_for_other_weights(
     trained: _Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,6 +505,7 @@ def _stored(trained: _Trained) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_report_has_every_figure_asked_for(trained: _Trained, tmp_path: Path) -> None:
     root = Storage(tmp_path / "storage")
     run = _run_with_figures(root)
@@ -519,6 +522,7 @@ def test_the_report_has_every_figure_asked_for(trained: _Trained, tmp_path: Path
     assert {name: run.read_bytes(paths[name]) for name in found} == found
 
 
+@pytest.mark.slow
 def test_figures_without_their_data_are_left_out(tmp_path: Path) -> None:
     complete, bare = Storage(tmp_path / "a"), Storage(tmp_path / "b")
     paths = report.build(_run_with_figures(complete), complete)  # no figures.npz: an earlier version's run
@@ -564,6 +568,7 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, by
     return pictures, dict(zip(pictures, drawn, strict=True))
 
 
+@pytest.mark.slow
 def test_33_models_show_means_and_one_seed_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, drawn = _many(monkeypatch)
     assert set(pictures) == {"accuracy", "losses", "validation"}

@@ -216,6 +216,7 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_is_computed(
     assert not (storage / "models").exists()
 
 
+@pytest.mark.slow
 def test_torchvisions_networks_take_their_own_weights(tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     path = tmp_path / "mobile.pth"
@@ -277,6 +278,7 @@ def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
     return model, told.without
 
 
+@pytest.mark.slow
 def test_the_auto_encoder_beside_our_own_file_comes_with_it(tmp_path: Path) -> None:
     file = defended(tmp_path / "ours")
     model, said = taken(tmp_path / "storage", "--model", str(file))
@@ -299,6 +301,7 @@ def test_the_auto_encoder_beside_our_own_file_comes_with_it(tmp_path: Path) -> N
     assert said == [f"there is no autoencoder.safetensors in {tmp_path / 'ours'}, where the classifier lies"]
 
 
+@pytest.mark.slow
 def test_its_levels_are_those_that_it_was_trained_with(tmp_path: Path) -> None:
     file = defended(tmp_path / "two", Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14)))
     assert asked("--model", str(file)).pyramids.levels == 2

@@ -75,6 +75,7 @@ def test_a_process_that_has_ended_holds_nothing(tmp_path: Path) -> None:
     assert Lease(Storage(tmp_path)).try_acquire()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behind_s", [-3600.0, 0.0, 3600.0])
 def test_a_holder_elsewhere_is_judged_by_its_heartbeat_not_by_its_clock(
     tmp_path: Path, behind_s: float, monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def published(name: str) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "mobilenet_v3_small"])
 def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
@@ -117,6 +118,7 @@ def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> No
         assert spelt.endswith("true" if config.pretrained else "false")
 
 
+@pytest.mark.slow
 def test_networks_of_one_image_size_are_built_for_it(one_thread: None) -> None:
     net = libraries.build("torchvision:vit_b_32", 10, 3, 64, pretrained=True).eval()
     with torch.no_grad():

@@ -45,6 +45,7 @@ def test_what_is_kept_grows_with_the_images_alone() -> None:
     assert ten - fixed > 10 * 4 * 28 * 28 * (1 + 5 * 4)
 
 
+@pytest.mark.slow
 def test_the_auto_encoder_and_precision_count() -> None:
     bare = TrainConfig(width=4, defense="none")
     defended = TrainConfig(width=4)
@@ -53,6 +54,7 @@ def test_the_auto_encoder_and_precision_count() -> None:
     assert training_bytes(halved, SHAPES, 64) < 0.85 * training_bytes(bare, SHAPES, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defense", "noise"),
     [
@@ -74,6 +76,7 @@ def test_counting_leaves_the_random_stream_alone() -> None:
     assert torch.equal(after, torch.rand(1))
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_named_with_what_to_change() -> None:
     experiment = Experiment(
         name="t",
@@ -107,6 +110,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_memory, "_gpu_bytes", lambda: 1024)
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_before_anything_is_computed(
     gpus: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def test_an_accuracy_of_guessing_is_named(
     assert ("normalisation" in row["sentence"]) != ("test_images" in row["sentence"])
 
 
+@pytest.mark.slow
 def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
     root = Storage(str(tmp_path))
     run = fake_run.write(root)

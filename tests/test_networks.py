@@ -363,6 +363,7 @@ def test_the_decoder_follows_from_the_seed_alone() -> None:
 SHARED_NAMES = ("resnet50", "vgg16", "vgg16_bn")  # ResNet-18: tests/test_models.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED_NAMES)
 def test_torchvisions_weights_load_and_back(arch: str) -> None:
     make = getattr(torchvision.models, arch)

@@ -76,6 +76,7 @@ def nodes(tmp_path: Path) -> Iterator[dict[str, list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
+@pytest.mark.slow
 def test_the_first_try_on_two_nodes_works(nodes: dict[str, list[str]]) -> None:
     ranks = [
         subprocess.Popen(

@@ -33,6 +33,7 @@ from pipeline.training.loop import TrainingLoop
 from pipeline.training.ranks import Ranks
 from pipeline.training.ray_workers import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
+pytestmark = pytest.mark.slow
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 TRAIN = "pyramids/train"
 CONFIGS = {

@@ -176,6 +176,7 @@ ITERATED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["honest", "robust", "confident", "untrained"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", EPS), ("l2", 1.0)])
 def test_nothing_fires_on_an_honest_network(
@@ -193,6 +194,7 @@ def test_nothing_fires_on_an_honest_network(
     assert "Not measurable" not in "".join(f.measured for n, f in made.items() if n != "active_test_failed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["honest", "robust"])
 @pytest.mark.parametrize("text", ITERATED)
 def test_an_attack_that_works_finds_what_was_planted(
@@ -220,6 +222,7 @@ def test_a_targeted_attack_is_tested_with_the_class_that_is_planted(
     assert result["parts"] == [str(AttackSpec.parse(f"{text},target=runner_up"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -248,6 +251,7 @@ STRONG = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", STRONG)
 def test_the_attacks_of_autoattack_find_what_was_planted_and_do_not_where_they_are_broken(
     text: str, honest: nn.Module, test_images: Batch, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +273,7 @@ def test_the_attacks_of_autoattack_find_what_was_planted_and_do_not_where_they_a
     assert (result["n"], result["passed"]) == (8, False)
 
 
+@pytest.mark.slow
 def test_autoattack_does_not_pass_by_its_square_alone(honest: nn.Module, test_images: Batch) -> None:
     """Square finds what is planted behind a quantiser, too; it says so under its own name."""
 
@@ -289,6 +294,7 @@ MIXTURE = "autoattack:eps=0.1,steps=5,queries=300"
 SQUARE = "square:eps=0.1,queries=300"
 
 
+@pytest.mark.slow
 def test_nothing_fires_on_an_honest_network_under_the_whole_suite(
     honest: nn.Module, robust: nn.Module, test_images: Batch
 ) -> None:
@@ -356,6 +362,7 @@ def test_a_band_of_another_class_is_leapt_over_by_long_steps() -> None:
     assert {f.name for f in made if f.fired} == {"not_falling_with_eps"}
 
 
+@pytest.mark.slow
 def test_hard_quantisation_has_no_gradient(honest: nn.Module, test_images: Batch) -> None:
     attacks = ("pgd:eps=0.1,steps=20", "ddn:steps=20")
     made = flags_of(quantised(honest), test_images, attacks)
@@ -372,6 +379,7 @@ def test_a_sharp_softmax_has_no_gradient_and_can_tell_no_points_apart(honest: nn
     assert "(decides nothing)" in made["active_test_failed"].measured
 
 
+@pytest.mark.slow
 def test_large_logits_saturate_the_cross_entropy_alone(honest: nn.Module, test_images: Batch) -> None:
     made = flags_of(scaled(honest), test_images, ("pgd:eps=0.1,steps=20", "ddn:steps=20"))
     assert {"not_zero_at_unbounded_eps", "zero_gradients", "active_test_failed"} <= fired(made)

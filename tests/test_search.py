@@ -138,6 +138,7 @@ def test_a_space_knows_how_many_points_it_has() -> None:
     assert Space(parameters={**LAM, **blocks}, trials=24).count == 24
 
 
+@pytest.mark.slow
 def test_tpe_proposes_no_point_twice_and_ends_when_there_is_none_left() -> None:
     """Optuna's own does: after its random trials it comes back to what was best again and again."""
     import optuna

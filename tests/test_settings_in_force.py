@@ -109,6 +109,7 @@ def test_every_field_is_tried() -> None:
     assert {f.name for f in dataclasses.fields(TrainConfig)} == (set(OTHER) - {"normalize"}) | NOT_TRIED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BASES)
 def test_a_setting_that_names_another_model_trains_another(name: str) -> None:
     base = TrainConfig(**{**BASE, **BASES[name]})

@@ -34,6 +34,8 @@ from pipeline.tracking import tracker as tracking_tracker
 from pipeline.tracking import uri
 from pipeline.tracking.server import check_reachable, http_limits
 
+pytestmark = pytest.mark.slow
+
 DatabaseMaker = Callable[[Path], str]
 
 

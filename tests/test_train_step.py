@@ -204,6 +204,7 @@ def test_a_step_is_sgd() -> None:
         torch.testing.assert_close(p.detach(), before - lr * velocity, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_overfits_eight_images() -> None:
     config = tiny(width=8, shared_blocks=3, reconstruction_weight=10.0, weight_decay=0.0, clip_norm=1.0)
     net = defended(config)

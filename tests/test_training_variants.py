@@ -135,6 +135,7 @@ def test_the_loss_is_that_of_the_examples_and_their_share_of_the_clean(share: fl
     assert net.training
 
 
+@pytest.mark.slow
 def test_adversarial_training_resists_what_it_was_trained_on() -> None:
     """On a task that both learn, only the adversarially trained classifier keeps its accuracy under FGSM."""
     generator = torch.Generator().manual_seed(1)
@@ -187,6 +188,7 @@ def test_the_reformers_noise_follows_from_seed_and_step_with_its_own_sigma() -> 
     assert gaussian_noise(tiny(), 7, 0, torch.device("cpu")) is None
 
 
+@pytest.mark.slow
 def test_a_reformer_learns_to_reconstruct() -> None:
     config = tiny(defense="comdefend", width=8, optimizer="adam", lr=3e-3, weight_decay=0.0)
     net = build_net(config, SHAPES)

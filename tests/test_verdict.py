@@ -311,6 +311,7 @@ def test_the_same_examples_under_two_threat_models_are_one_evaluation(
     assert worst_cases(root, both) == worst_cases(root, record)
 
 
+@pytest.mark.slow
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
     judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
@@ -383,6 +384,7 @@ def with_verdict(root: Storage, directory: Storage, record: dict[str, Any]) -> d
     return record
 
 
+@pytest.mark.slow
 def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
@@ -414,6 +416,7 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     )
 
 
+@pytest.mark.slow
 def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,6 +488,7 @@ def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they
     assert found == [("no_defense", "white_box"), ("control", "any"), ("defend", "any")]
 
 
+@pytest.mark.slow
 def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, _ = run
     record = with_verdict(*run)
@@ -521,6 +525,7 @@ def test_the_terminal_says_what_was_flagged(
     assert "0 of 1 attacks found the adversarial examples that were planted" in text
 
 
+@pytest.mark.slow
 def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
