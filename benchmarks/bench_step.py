@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from components.config import TrainConfig, level_sizes
 from components.config.data import Shapes
-from components.models.build import build_net
+from components.network import build_net
 from components.training.augment import Batch
 from components.training.schedule import Phase
 from components.training.step import PhaseModule, make_optimizer, train_step

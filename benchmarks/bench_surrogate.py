@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
 from components.config import DataConfig, Shapes, TrainConfig  # noqa: E402
-from components.models.build import build_net  # noqa: E402
 from components.models.comdefend import ComDefend, Reformed  # noqa: E402
+from components.network import build_net  # noqa: E402
 from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise  # noqa: E402
 from components.training.schedule import learning_rate, phase_at_epoch  # noqa: E402

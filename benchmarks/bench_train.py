@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from components.config.data import Shapes
-from components.models.build import build_net
+from components.network import build_net
 from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import learning_rate
 from pipeline.data import pyramids

@@ -43,8 +43,8 @@ from components.attacks.fast_copy import computes_in_bfloat16, stand_in  # noqa:
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
 from components.config import DataConfig, Shapes, TrainConfig, level_sizes, stored_levels  # noqa: E402
-from components.models.build import build_net  # noqa: E402
 from components.models.defend import DefendNet, Noise, adaptive_objective  # noqa: E402
+from components.network import build_net  # noqa: E402
 from components.precision import true_float32  # noqa: E402
 from components.training.augment import Batch, gaussian_noise  # noqa: E402
 from components.training.schedule import Phase, phase_at_epoch  # noqa: E402

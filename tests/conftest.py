@@ -71,7 +71,8 @@ def ray_cluster() -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         # workers inherit it: classes that tests define are imported there by name
-        environment.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]), prepend=os.pathsep)
+        folders = [TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")})]
+        environment.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         cluster.start_local(num_cpus=4, object_store_memory=500_000_000)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()

@@ -1,7 +1,7 @@
 """The classifiers of the paper (sec. 4.1, 4.5) and a user's own: images in [0,1] to logits.
 
 ResNet-18, ResNet-50 and VGG16 have torchvision's parameter names, initialisation and arithmetic, so that a ``state_dict``
-goes both ways (tests/test_models.py). They are written out here because importing torchvision takes each Ray worker six
+goes both ways (tests/components/models/test_models.py). They are written out here because importing torchvision takes each Ray worker six
 seconds of CPU, and its networks have neither another stem nor another width.
 
 The defense never changes a classifier (sec. 1, 3.1). It sees it through the adapter that every one of them carries

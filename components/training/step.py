@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
 from components.config import stored_levels as stored_levels
-from components.models.build import classifier_of
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
+from components.network import classifier_of
 from components.precision import true_float32
 from components.training.adversarial import adversarial_examples, mixed_loss
 from components.training.augment import Batch, targets_of

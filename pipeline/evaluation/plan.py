@@ -57,7 +57,7 @@ def plan_evaluations(models: Sequence[Model], experiment: Experiment) -> list[Ev
 
     White-box examples are judged on the very model they were made on, so there a broken sample may leave its batch. Examples
     that another model will judge run all their steps: leaving early, they would stop just over the border of the model
-    they were made on and hardly transfer (docs/evaluation.md; tests/test_attacks.py shows it).
+    they were made on and hardly transfer (docs/evaluation.md; tests/components/attacks/test_gradient_attacks.py shows it).
     """
     by_name = {m.name: m for m in models}
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]

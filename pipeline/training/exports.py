@@ -19,10 +19,10 @@ from components.errors import ConfigError, DataError
 from components.fields import from_dict, to_dict
 from components.models import libraries, own
 from components.models.adapter import refuse_in_place
-from components.models.build import build_net, classifier_of
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from components.models.weights import load_strictly
+from components.network import build_net, classifier_of
 from pipeline.runtime.storage import Storage, split_uri
 from pipeline.training import weights_file
 from pipeline.training.jobs import source_hash

@@ -13,8 +13,8 @@ from torch import Tensor
 from components.config import TrainConfig
 from components.config.data import Shapes
 from components.errors import DataError, UserError
-from components.models.build import build_net
 from components.models.defend import DefendNet
+from components.network import build_net
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports, pretrained
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.config import Experiment, TrainConfig
 from components.config.data import Shapes
-from components.models.build import build_net
+from components.network import build_net
 from components.training.augment import Batch, gaussian_noise, targets_of
 from components.training.schedule import phase_at_epoch
 from components.training.step import PhaseModule

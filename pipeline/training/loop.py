@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from components.config import TrainConfig
 from components.config.data import Shapes
 from components.errors import DataError
-from components.models.build import build_net
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
+from components.network import build_net
 from components.random_streams import ADVERSARIAL_STREAM, DROPOUT_STREAM, stream_seed
 from components.training.augment import Batch, augmented, gaussian_noise
 from components.training.schedule import Phase, learning_rate, phase_at_epoch

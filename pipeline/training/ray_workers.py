@@ -18,7 +18,7 @@ from components.config.data import Shapes
 from components.config.train import stored_levels
 from components.errors import UserError, first_line
 from components.fields import from_dict, to_dict
-from components.models.build import build_net
+from components.network import build_net
 from components.precision import describe
 from pipeline.runtime import interrupts
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, StorageError

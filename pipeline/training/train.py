@@ -17,8 +17,8 @@ from typing import Any
 from components.config import Experiment
 from components.config.data import Shapes
 from components.fields import to_dict
-from components.models.build import build_net
 from components.models.classifiers import ARCHITECTURES
+from components.network import build_net
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage, StorageError

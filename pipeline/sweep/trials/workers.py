@@ -17,7 +17,7 @@ import torch
 from components.config import Experiment
 from components.errors import UserError, first_line
 from components.fields import from_dict, to_dict
-from components.models.build import classifier_of
+from components.network import classifier_of
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import WorkingLease
 from pipeline.runtime.storage import Storage, StorageError

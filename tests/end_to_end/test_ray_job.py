@@ -1,0 +1,116 @@
+"""`ray job submit` on a real local cluster with token authentication, as infra/local-cluster.sh starts and says it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+from pipeline.runtime import provenance
+
+pytestmark = pytest.mark.cluster
+BIN = Path(sys.executable).parent
+SMALL = [
+    *("mnist-smoke", "--evaluation.threat-models", "white_box", "--evaluation.reliability-images", "0"),
+    *("--data.train-limit", "200", "--data.test-limit", "10", "--train.epochs", "1"),
+    *("--evaluation.attacks", "fgsm:eps=0.2", "--evaluation.test-images", "10"),
+]
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@dataclass
+class Shell:
+    """A user's shell in which nothing of `.venv` is on PATH, and what `start` told the user to type there."""
+
+    variables: dict[str, str]
+    exports: str
+    submission: str
+
+    def submit(self, *arguments: str, storage: str = '"$HOME/defendpp"') -> subprocess.CompletedProcess[str]:
+        """Type the submission as it was printed, with other arguments of pipeline/main.py."""
+        printed = 'run mnist-demo --storage "$HOME/defendpp"'
+        assert printed in self.submission
+        line = self.submission.replace(printed, f"{shlex.join(arguments)} --storage {storage}")
+        return subprocess.run(
+            ["bash", "-c", f"{self.exports}\n{line}"],
+            cwd="/",
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    ports = free_ports(4)
+    path = [p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != BIN]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH", "VIRTUAL_ENV"))} | {
+        "PATH": os.pathsep.join(path),
+        "HOME": str(tmp_path),  # without a token; and the storage that is printed lies there
+        "LOCAL_RAY_PORT": str(ports[0]),
+        "LOCAL_RAY_DASHBOARD_PORT": str(ports[1]),
+        "LOCAL_RAY_CLIENT_PORT": str(ports[2]),
+        "LOCAL_RAY_AGENT_PORT": str(ports[3]),
+        "LOCAL_RAY_CPUS": "2",
+    }
+    if not (ROOT / ".venv" / "bin" / "ray").exists():
+        variables["RAY"] = str(BIN / "ray")
+    script = str(ROOT / "infra" / "local-cluster.sh")
+    # to a file: the head inherits the descriptors, and a pipe would stay open as long as it lives
+    with open(tmp_path / "start.log", "w") as log:
+        subprocess.run([script, "start"], env=variables, check=True, stdout=log, stderr=log, timeout=180)
+    told = (tmp_path / "start.log").read_text()
+    exports = "\n".join(re.findall(r"^  (export .*)", told, re.MULTILINE))
+    submission = re.search(r"^  cd .*\n(?:  .*\n)+", told, re.MULTILINE)
+    assert submission is not None, told
+    yield Shell(variables, exports, submission[0])
+    subprocess.run([script, "stop"], env=variables, check=True, capture_output=True, timeout=120)
+
+
+def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_fails_clearly(
+    shell: Shell, tmp_path: Path
+) -> None:
+    space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2", "--evaluate", "recipe")
+    done = shell.submit("sweep", *SMALL, *space, "--max-concurrent", "1")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (file,) = (tmp_path / "defendpp").glob("sweeps/*/sweep.json")
+    record = json.loads(file.read_text())
+    assert record["finished"]
+    assert [t["state"] for t in record["trials"]] == ["finished", "finished"]
+    assert "2 of 2 trials ended" in done.stdout
+    assert "choice: trial" in done.stdout
+
+    (file,) = (tmp_path / "defendpp").glob("runs/*/run.json")
+    record = json.loads(file.read_text())
+    assert record["finished"]
+    assert {e["attack"].partition(":")[0] for e in record["evaluations"]} == {"none", "fgsm"}
+    assert "white-box" in done.stdout
+    assert (tmp_path / "defendpp" / "mlflow.db").exists()
+    # the copy that the job ran in has no .git
+    assert record["source"] == provenance.source_hash(ROOT)
+    assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
+
+    # "here" would be a temporary copy on the head node
+    bad = shell.submit("run", *SMALL, storage="here")
+    assert bad.returncode != 0
+    assert "storage is 'here'" in bad.stdout + bad.stderr

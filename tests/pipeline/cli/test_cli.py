@@ -1,0 +1,354 @@
+"""The command line: what a user types, and the one clear error for what cannot be, before compute is spent."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from repository import ROOT
+
+from components.config import DataConfig, Experiment
+from pipeline.main import _is_shortage, main, parse
+from pipeline.recipes.registry import RECIPES
+from pipeline.run_directory import run_address
+
+SAMPLE = ROOT / "pipeline" / "data" / "mnist-sample"
+
+
+def error_of(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int | None = None) -> str:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    assert code == status if status is not None else code in (1, 2)
+    assert captured.err.startswith("error:")
+    assert "Traceback" not in captured.err
+    return " ".join(captured.err.split())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
+    experiment = RECIPES[name].make()
+    assert experiment.name in (name, f"{name}-fast")  # a table's name alone is its fast scale
+    assert experiment.description
+    assert RECIPES[name].cost
+    if experiment.scale == "paper":
+        assert experiment.data.validation_fraction == 0
+    variants = experiment.variants()
+    for model, config in variants.items():
+        if config.defense == "none":
+            continue
+        alike = [v for v in variants.values() if (v.defense, v.arch) == ("none", config.arch)]
+        assert len({v.seed for v in alike}) >= 2, "an undefended control of another seed belongs to every comparison"
+        source = experiment.source_of(model)
+        assert source is not None
+        assert variants[source].defense == "none"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("run", "pyramids", "train", "attack", "report", "recipes"):
+        assert f"main.py {command}" in text
+
+
+def test_a_script_needs_no_installation() -> None:
+    """`python pipeline/main.py` finds the packages beside it, whatever the working directory."""
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "pipeline" / "main.py"), "recipes"],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    # each table once, with its scales, not once for each of them
+    assert [line for line in lines if line.startswith("table1")] == ["table1   smoke | slim | fast | paper"]
+    assert "mnist-demo" in lines
+    assert {name for name in RECIPES if name in lines} == {n for n in RECIPES if n.startswith("mnist")}
+
+
+def test_fields_are_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("run", ["mnist-demo", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--train.lam FLOAT lambda of eq. 3" in text
+    assert "--scaling.workers INT" in text
+
+
+def test_an_override_reaches_its_field_with_its_type() -> None:
+    experiment = parse(
+        "run",
+        ["mnist-demo", "--train.epochs", "7", "--train.lam", "1e-3", "--evaluation.attacks", "ddn", "--scaling.gpu"],
+    )
+    assert isinstance(experiment, Experiment)
+    assert experiment.train.epochs == 7
+    assert experiment.train.lam == 1e-3
+    assert experiment.evaluation.attacks == ("ddn",)
+    assert experiment.scaling.gpu is True
+    assert all(v.epochs == 7 for v in experiment.variants().values())
+
+
+def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
+    base = run_address(parse("run", ["mnist-demo"]))
+    assert run_address(parse("run", ["mnist-demo", "--storage", "/elsewhere", "--scaling.max-failures", "9"])) == base
+    assert run_address(parse("run", ["mnist-demo", "--train.lam", "0.02"])) != base
+    assert run_address(parse("run", ["mnist-demo", "--scaling.workers", "1"])) != base
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fly"], ["unknown command 'fly'", "run", "pyramids"]),
+        (["run", "mnist-dmeo"], ["unknown recipe 'mnist-dmeo'; did you mean mnist-demo"]),
+        (["run", "mnist-demo", "--train.lam", "-1"], ["train.lam is -1.0; it must be", "0 or more"]),
+        (["run", "mnist-demo", "--train.lam", "nan"], ["train.lam is nan", "0 or more"]),
+        (["run", "mnist-demo", "--train.shared-blocks", "5"], ["train.shared_blocks is 5", "1 to 4"]),
+        (["run", "mnist-demo", "--train.shared-blocks", "0"], ["train.shared_blocks is 0", "1 to 4"]),
+        (["run", "mnist-demo", "--pyramids.levels", "4"], ["pyramids.levels is 4", "7x7"]),
+        (["run", "mnist-demo", "--evaluation.attacks", "pgdd:eps=1"], ["unknown attack 'pgdd'; did you mean pgd"]),
+        (["run", "mnist-demo", "--evaluation.attacks", "fgsm"], ["fgsm needs eps", "fgsm:eps="]),
+        (["run", "mnist-demo", "--models", "a:defence=none"], ["unknown field of models[a]: 'defence'", "defense"]),
+        (["run", "mnist-demo", "--models", "a:defense=maybe"], ["maybe", "'none'", "'defend++'"]),
+        (["run", "mnist-demo", "--evaluation.transfer-source", "defend"], ["evaluation.transfer_source", "no_defense"]),
+        (["run", "mnist-demo", "--data.source", "cifar"], ["data.source is 'cifar'", "parquet:DIR"]),
+        (["run", "mnist-demo", "--storage", "here"], ["storage is 'here'", "absolute"]),
+        (["run", "mnist-demo", "--data.image-size", "66"], ["data.image_size is 66"]),
+        (["run", "mnist-demo", "--scaling.workers", "3"], ["batch_size", "multiple of scaling.workers (3)"]),
+    ],
+)
+def test_an_impossible_setting_is_one_clear_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], told: list[str]
+) -> None:
+    if "--storage" not in arguments and arguments[0] == "run":
+        arguments = [*arguments, "--storage", str(tmp_path)]
+    message = error_of(capsys, arguments, 2)
+    for part in told:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["--train.lamda", "1"], "train.lam"), (["--train.epochs", "many"], "--train.epochs")]
+)
+def test_an_unknown_field_or_type_ends_with_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("run", ["mnist-demo", *arguments])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def copied_sample(tmp_path: Path) -> Path:
+    directory = tmp_path / "copy"
+    shutil.copytree(SAMPLE, directory)
+    return directory
+
+
+def test_a_missing_source_is_told_before_anything_is_started(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{tmp_path}/none", "--storage", str(tmp_path / "s")], 1
+    )
+    assert f"{tmp_path}/none" in message
+
+
+def test_a_corrupt_parquet_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, copied_sample: Path
+) -> None:
+    file = copied_sample / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{copied_sample}", "--storage", str(tmp_path / "s")], 1
+    )
+    assert file.name in message
+
+
+def test_a_label_out_of_range_is_told_with_file_and_row(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, copied_sample: Path
+) -> None:
+    file = copied_sample / "train-00000-of-00001.parquet"
+    table = pq.read_table(file)
+    labels = table.column("label").to_pylist()
+    labels[17] = 12
+    column = table.schema.get_field_index("label")
+    pq.write_table(table.set_column(column, "label", pa.array(labels, pa.int64())), file)
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--data.source", f"parquet:{copied_sample}", "--storage", str(tmp_path / "s")], 1
+    )
+    assert file.name in message
+    assert "17" in message
+    assert "12" in message
+
+
+def test_images_of_another_size_are_told_with_both_sizes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = error_of(capsys, ["run", "mnist-demo", "--data.image-size", "32", "--storage", str(tmp_path)], 1)
+    assert "28" in message
+    assert "32" in message
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs /dev/null")
+def test_a_storage_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, ["run", "mnist-demo", "--storage", "/dev/null/x"], 1)
+    assert "/dev/null/x" in message
+    assert "--storage" in message
+
+
+def test_a_dead_tracking_server_is_told_within_seconds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    begin = time.monotonic()
+    message = error_of(
+        capsys, ["run", "mnist-demo", "--storage", str(tmp_path), "--tracking-uri", "http://127.0.0.1:9"], 1
+    )
+    assert time.monotonic() - begin < 30
+    assert "http://127.0.0.1:9" in message
+    assert "--tracking-uri" in message
+
+
+def test_the_report_of_a_run_that_never_was_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = error_of(capsys, ["report", "mnist-demo", "--storage", str(tmp_path)], 1)
+    assert "no records" in message
+
+
+@pytest.mark.slow
+def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
+    """Workers import these modules: parsing arguments or starting Ray there would kill them."""
+    code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.training.train, pipeline.evaluation.attack, pipeline.data.pyramids, ray; assert not ray.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
+
+
+def test_data_config_defaults_are_the_bundled_sample() -> None:
+    assert DataConfig().source == "sample:mnist"
+
+
+# -- what the terminal, the pipe or the Python can do to a command ----------------------------------------------------------
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which ``main`` is the command line; its status is that of ``main``, whoever reads its output."""
+    script = f'main() {{ "{sys.executable}" "{ROOT / "pipeline" / "main.py"}" "$@"; }}; set -o pipefail; {command}'
+    return subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "printed", "warned"),
+    [
+        ("main recipes | head -n 1", "Scales of", ""),
+        ("main --help | head -n 1", "Trains Defend++", ""),
+        ("main run mnist-smoke --help | head -n 1", "usage:", ""),
+        ("main recipes >&-", "", ""),
+        ("main recipes >&- 2>&-", "", ""),
+        ("main recipes > /dev/full", "", "warning: standard output cannot be written (No space left on device)\n"),
+        ("PYTHONIOENCODING=ascii main recipes | head -n 1", "Scales of", ""),
+        ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 main recipes | head -n 1", "Scales of", ""),
+    ],
+)
+def test_where_the_output_goes_is_no_failure(command: str, printed: str, warned: str) -> None:
+    done = shell(command)
+    assert done.stderr == warned
+    assert done.returncode == 0
+    assert done.stdout.startswith(printed)
+    assert len(done.stdout.splitlines()) == bool(printed)
+
+
+def test_an_error_that_nobody_can_read_keeps_its_status() -> None:
+    for streams in (">&- 2>&-", "> /dev/full 2> /dev/full"):
+        assert shell(f"main rnu {streams}").returncode == 2
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(tmp_path: Path) -> None:
+    done = shell(f"main run --from {tmp_path}/größe", PYTHONIOENCODING="ascii")
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path}/gr\\xf6\\xdfe does not exist; check the path\n"
+
+
+@pytest.mark.parametrize("reader", ["| tail -n 1", "| head -n 1", ">&-", "> /dev/full"])
+def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
+    """All was computed, and then the table had a character that the terminal lacks: the run was marked as failed."""
+    code = (
+        "from pipeline.runtime import standard_streams; standard_streams.harden(); from pipeline.runtime.console import console, say; "
+        "from rich.table import Table; [say('ε = 8/255') for _ in range(9)]; console.print(Table('δ', title='±'))"
+    )
+    done = shell(
+        f'"{sys.executable}" -c "{code}; print(chr(949))" {reader}', PYTHONIOENCODING="ascii", PYTHONPATH=str(ROOT)
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0
+    if "tail" in reader:
+        assert done.stdout == "\\u03b5\n"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_a_pipe_that_does_not_block_loses_no_output(descriptor: int) -> None:
+    """Node.js, ssh and others hand over such pipes. The writer must wait where the reader is slow."""
+    code = (
+        "import sys; from pipeline.runtime import standard_streams; standard_streams.harden(); "
+        f"[print(i, 'x' * 999, file=sys.{'stdout' if descriptor == 1 else 'stderr'}) for i in range(500)]"
+    )
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=write if descriptor == 1 else None,
+        stderr=write if descriptor == 2 else None,
+    ) as process:
+        while process.poll() is None and select.select([], [write], [], 0)[1]:
+            time.sleep(0.01)  # until the pipe is full
+        os.close(write)
+        with open(read) as reader:
+            lines = reader.read().splitlines()
+        assert process.wait(timeout=30) == 0
+    assert [line.partition(" ")[0] for line in lines] == [str(i) for i in range(500)]
+    assert {len(line.partition(" ")[2]) for line in lines} == {999}
+
+
+def test_a_python_without_the_dependencies_is_told_which_one_has_them(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    python, script = str(bare / "bin" / "python"), str(ROOT / "pipeline" / "main.py")
+    for arguments in (["recipes"], ["run", "mnist-smoke"], ["run", "mnist-dmeo"]):
+        done = subprocess.run([python, script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"error: this Python ({python}) lacks rich: use {ROOT}/.venv/bin/python, "
+            f"which `make .venv/installed` in {ROOT} sets up\n"
+        )
+
+
+def test_the_version_needs_no_dependency(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "pipeline" / "main.py"), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.fullmatch(r"defendpp \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_a_typo_is_answered_without_loading_the_libraries() -> None:
+    for arguments in ("'rnu'", "'run', 'mnist-dmeo'", "'sweep', 'mnist-smoke', '--trials', 'x'", "'sweep', '--help'"):
+        code = f"from pipeline.main import main; main([{arguments}]); import sys; sys.exit({{'torch', 'ray', 'mlflow', 'numpy'}} & set(sys.modules) or 0)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: torch.empty(2**62), lambda: np.empty(2**56)])
+def test_too_little_memory_is_told_from_other_errors(allocate: Callable[[], object]) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    assert _is_shortage(caught.value)
+    assert not _is_shortage(RuntimeError("another error"))
