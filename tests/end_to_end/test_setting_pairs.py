@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_networks import OWN
+from mobilenet import OWN
 from torch import Tensor
 
 from components.attacks.registry import run_attack

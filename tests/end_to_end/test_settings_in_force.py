@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ddp import SHAPES, Shards
+from made_up_shards import SHAPES, Shards
 from torch import Tensor
 
 from components.config import TrainConfig, stored_levels

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from attacked_models import Counting, convnet, distances, linear, near_grey, norm_of, predict, seeded
 from scipy.optimize import linprog, minimize
 from small_cnn import digits, trained_cnn
-from test_attacks import Counting, convnet, distances, linear, near_grey, norm_of, predict, seeded
 from torch import Tensor, nn
 
 from components.attacks import square as square_module

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from attacked_models import Counting, convnet, distances, linear, near_grey, norm_of, predict, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -42,78 +43,6 @@ ONE_OF_EACH = (
 )
 GRADIENT_ATTACKS = tuple(text for text in ONE_OF_EACH if not text.startswith("noise"))
 DETERMINISTIC = tuple(text for text in GRADIENT_ATTACKS if not text.startswith("pgd"))
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def linear(classes: int, pixels: int = 16, seed: int = 0, scale: float = 1) -> nn.Module:
-    """Logits W x + b with the boundaries close to the grey image, so that [0,1] does not bind."""
-    layer = nn.Linear(pixels, classes)
-    with torch.no_grad():
-        layer.weight.copy_(scale * torch.randn(classes, pixels, generator=seeded(seed)))
-        layer.bias.copy_(-layer.weight.sum(dim=1) * 0.5)
-    return nn.Sequential(nn.Flatten(), layer)
-
-
-def near_grey(n: int, side: int = 4, seed: int = 1) -> Tensor:
-    return 0.5 + 0.1 * (torch.rand(n, 1, side, side, generator=seeded(seed)) - 0.5)
-
-
-def convnet(seed: int, classes: int = 4, channels: int = 1) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(channels, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, stride=2),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Flatten(),
-            nn.LazyLinear(classes),
-        )
-        model(torch.zeros(2, channels, 8, 8))
-    return model.eval()
-
-
-def predict(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(x).argmax(dim=1)
-
-
-def norm_of(delta: Tensor, norm: str | None) -> np.ndarray:
-    flat = delta.double().flatten(1).numpy()
-    return np.abs(flat).max(axis=1) if norm == "linf" else np.sqrt((flat**2).sum(axis=1))
-
-
-def distances(model: nn.Module, x: Tensor, order: float) -> np.ndarray:
-    """Exact distance of each sample to the nearest boundary of a linear model; ``order`` is that of the dual norm."""
-    weight = model[1].weight.detach().double()
-    logits = model(x).detach().double()
-    own = logits.argmax(dim=1)
-    out = []
-    for row, y in zip(logits, own, strict=True):
-        others = [k for k in range(len(row)) if k != y]
-        out.append(
-            min(((row[y] - row[k]) / torch.linalg.vector_norm(weight[y] - weight[k], order)).item() for k in others)
-        )
-    return np.array(out)
-
-
-class Counting(nn.Module):
-    """Counts the rows of every pass, with and without gradient."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-        self.with_gradient: list[int] = []
-        self.without: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        (self.with_gradient if torch.is_grad_enabled() else self.without).append(len(x))
-        return self.inner(x)
 
 
 @pytest.fixture(scope="module")

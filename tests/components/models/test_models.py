@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torchvision
+from convolutions import convolutions
 from torch import Tensor, nn
 
 from components.config import level_sizes
@@ -87,16 +88,6 @@ def test_what_the_encoder_has_no_map_for_is_refused() -> None:
     for shared in (0, 5):
         with pytest.raises(ConfigError, match=rf"train\.shared_blocks is {shared};.*1 to 4"):
             defended(shared)
-
-
-def convolutions(module: nn.Module) -> list[tuple[str, int, int, int, int]]:
-    """(kind, in, out, kernel, stride) of every convolution off the skips, in order."""
-    out = []
-    for name, m in module.named_modules():
-        if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and "skip" not in name:
-            kind = "T" if isinstance(m, nn.ConvTranspose2d) else "C"
-            out.append((kind, m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]))
-    return out
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])

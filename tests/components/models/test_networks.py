@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from convolutions import convolutions
+from mobilenet import MOBILENET, OWN, mobilenet
 from repository import ROOT
-from test_models import convolutions
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,30 +33,6 @@ from pipeline.training import exports
 from pipeline.training.jobs import model_address
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# --- a user's own network: what docs/networks.md shows
-
-MOBILENET = Adapter(
-    blocks=(
-        (("features.0", "features.1"),),
-        (("features.2", "features.3"),),
-        (tuple(f"features.{i}" for i in range(4, 7)),),
-        (tuple(f"features.{i}" for i in range(7, 14)),),
-        (tuple(f"features.{i}" for i in range(14, 18)),),
-    ),
-    depths=((2,), (2,), (3,), (7,), (4,)),
-    # features.18 widens 320 channels to 1280 for the classification: left to the head, or the decoder would mirror 1280
-    head=("features.18", "global_average", "flatten", "classifier"),
-)
-
-
-def mobilenet(*, num_classes: int, channels: int, image_size: int, width: int) -> tuple[nn.Module, Adapter]:
-    net = torchvision.models.mobilenet_v2(num_classes=num_classes, width_mult=width / 64)
-    if channels != 3:
-        first = net.features[0][0]
-        net.features[0][0] = nn.Conv2d(channels, first.out_channels, 3, 2, padding=1, bias=False)
-    return net, MOBILENET
 
 
 def not_a_pair(**kwargs: int) -> nn.Module:
@@ -76,8 +53,6 @@ def broken(**kwargs: int) -> None:
 
 
 not_callable = 3
-
-OWN = f"{__name__}:mobilenet"
 ALL = (*ARCHITECTURES, OWN)
 DECODERS = ("pyramid", "hourglass", "hourglass_concat", "hourglass_add")
 SIZES = (28, 32, 64, 224)

@@ -15,33 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_sources import IMAGE, encode, grey, write_parquet
+from image_files import IMAGE, PNG, folders, grey, hub, outcome, write_parquet
 
 from components import fields
 from components.config import DataConfig, Experiment
-from components.errors import ConfigError, DataError, UserError
+from components.errors import ConfigError, DataError
 from components.fields import to_dict
 from pipeline import run_directory
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.open import check_source, open_source
 from pipeline.recipes.registry import RECIPES
-
-PNG = encode(grey(1)[0])
-
-
-def hub(directory: Path, *names: str, classes: int = 3) -> DataConfig:
-    """Write Parquet files of one image of each class."""
-    for name in names:
-        write_parquet(directory / name, [PNG] * classes, range(classes))
-    return DataConfig(source=f"parquet:{directory}", validation_fraction=0.0, num_classes=classes)
-
-
-def folders(directory: Path, *names: str, classes: int = 2) -> DataConfig:
-    """Write image files, named SPLIT/CLASS/FILE."""
-    for name in names:
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(PNG)
-    return DataConfig(source=f"folder:{directory}", validation_fraction=0.0, num_classes=classes)
 
 
 def files_of(source: Source) -> list[str]:
@@ -362,21 +345,6 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs"
 WORDS = st.sampled_from(
     ["test", "Test", "validation", "val", "train", "test_hard", "data", "0000", "test-00000-of-00002"]
 )
-
-
-def outcome(data: DataConfig) -> str:
-    """Open, check and read a data set whole: "read", or the text of the one error that was raised."""
-    try:
-        check_source(data, trains=False)
-        source = open_source(data, "test")
-        source.read(np.arange(source.num_rows))
-        assert source.fingerprint
-        return "read"
-    except UserError as e:
-        text = str(e)
-        assert text.isprintable(), text
-        assert len(text) < 3000
-        return text
 
 
 @settings(max_examples=80)

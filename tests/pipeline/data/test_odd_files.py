@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from image_files import IMAGE, PNG, encode, folders, grey, hub, outcome, write_parquet
 from PIL import Image
-from test_layouts import PNG, folders, hub, outcome
-from test_sources import IMAGE, encode, grey, write_parquet
-from test_storage import Flaky
+from storages import Flaky
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError, UserError

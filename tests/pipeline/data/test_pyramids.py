@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch_dct
+from image_files import encode, grey, write_parquet
 from repository import ROOT
-from test_sources import encode, grey, write_parquet
-from test_storage import FsspecStorage
+from storages import FsspecStorage
 
 from components.config import DataConfig, PyramidConfig
 from components.dct import linear_pyramid, lowpass_pyramid

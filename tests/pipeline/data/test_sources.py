@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from image_files import IMAGE, encode, grey, write_parquet
 from PIL import Image
 from repository import ROOT
 
@@ -25,28 +25,8 @@ from pipeline.data.sources.open import check_source, open_source
 from pipeline.data.splits import split_indices, splitmix64
 
 SAMPLE = ROOT / "pipeline" / "data" / "mnist-sample"
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 ONE = pa.array([{"bytes": b"1", "path": ""}], IMAGE)
-
-
-def encode(array: np.ndarray | Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def grey(n: int, size: int = 28, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size), dtype=np.uint8)
-
-
-def write_parquet(
-    path: Path, encoded: Sequence[bytes | None], labels: Sequence[int | None], column: str = "image", group: int = 4
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images = pa.array([{"bytes": b, "path": f"{i}.png"} for i, b in enumerate(encoded)], IMAGE)
-    pq.write_table(pa.table({column: images, "label": pa.array(labels, pa.int64())}), path, row_group_size=group)
 
 
 @pytest.fixture

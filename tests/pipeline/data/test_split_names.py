@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import IMAGE, encode, grey, write_parquet
+from image_files import IMAGE, encode, grey, write_parquet
 
 from components.config import DataConfig
 from components.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sources import encode, write_parquet
+from image_files import encode, write_parquet
 
 from components.config import DataConfig, PyramidConfig
 from pipeline.data.pyramids import _plan, address_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_attacks import convnet, near_grey, predict
+from attacked_models import Small, convnet, near_grey, predict
 from torch import Tensor, nn
 
 from components.attacks import fast_copy
@@ -120,23 +120,6 @@ def test_no_more_jobs_are_taken_than_may_wait(ray_cluster: str, monkeypatch: pyt
         ended += 1
     assert sorted(found) == list(range(12))
     assert most == 3
-
-
-# --- memory
-
-
-class Small(nn.Module):
-    """A network on a device that holds ``room`` images."""
-
-    def __init__(self, inner: nn.Module, room: int) -> None:
-        super().__init__()
-        self.inner, self.room = inner, room
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.room:
-            raise torch.OutOfMemoryError(f"tried to allocate {len(x)} images")
-        logits: Tensor = self.inner(x)
-        return logits
 
 
 def crafted(model: nn.Module, x: Tensor, y: Tensor, text: str = "pgd:eps=0.1,steps=3,restarts=2") -> tuple[Tensor, int]:

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from attacked_models import Small
 from scipy.stats import binomtest
-from test_tasks import Small
 
 from components.attacks import fast_copy
 from components.attacks import fast_copy as attacks_fast_copy

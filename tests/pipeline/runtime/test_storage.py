@@ -8,23 +8,14 @@ import pickle
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
-from fsspec.implementations.local import LocalFileSystem
+from storages import Flaky, FsspecStorage
 
 from components.errors import ConfigError, UserError
 from pipeline.runtime import storage as runtime_storage
 from pipeline.runtime.storage import Storage, StorageError, split_uri
-
-
-class FsspecStorage(Storage):
-    """A local directory reached as any file system of fsspec is, not by pyarrow's own local one."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.fs = pafs.PyFileSystem(pafs.FSSpecHandler(LocalFileSystem()))
 
 
 @pytest.fixture(params=["path", "file", "fsspec"])
@@ -90,26 +81,6 @@ def test_read_errors(storage: Storage) -> None:
     storage.write_bytes("broken.json", b'{"a": ')
     with pytest.raises(StorageError, match="not valid JSON"):
         storage.read_json("broken.json")
-
-
-class Flaky(LocalFileSystem):
-    """A file system whose connection is lost in so many of the next calls."""
-
-    failures = 0
-    error: OSError = OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Couldn't connect")
-
-    def _maybe_fail(self) -> None:
-        if type(self).failures:
-            type(self).failures -= 1
-            raise self.error
-
-    def info(self, *args: Any, **kwargs: Any) -> Any:
-        self._maybe_fail()
-        return super().info(*args, **kwargs)
-
-    def open(self, *args: Any, **kwargs: Any) -> Any:
-        self._maybe_fail()
-        return super().open(*args, **kwargs)
 
 
 @pytest.mark.parametrize("operation", ["exists", "list", "read_bytes", "write_bytes"])

@@ -7,20 +7,19 @@ what they left behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from made_up_shards import SHAPES, Shards
 from torch import Tensor, nn
 
 from components.config import TrainConfig
-from components.config.data import Shapes
 from components.network import build_net
 from components.random_streams import stream_seed
 from components.training.augment import Batch, gaussian_noise
@@ -32,7 +31,6 @@ from pipeline.training.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 WORLD = 2
-SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 CPU = torch.device("cpu")
 ALTERNATING = {"schedule": "alternating", "cycles": 1, "autoencoder_epochs": 1, "classifier_epochs": 1, "epochs": 3}
 CASES: dict[str, dict[str, Any]] = {
@@ -46,25 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def tiny(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"width": 4, "batch_size": 8, "lr": 0.02, "epochs": 2, "shared_blocks": 2, **changes})
-
-
-class Shards:
-    """A shard set in memory."""
-
-    def __init__(self, n: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.num_rows = n
-        self.columns: dict[str, np.ndarray] = {
-            "index": np.arange(n),
-            "image": rng.integers(0, 256, (n, 1, 14, 14), dtype=np.uint8),
-            "label": np.arange(n) % 10,
-            "level_1": rng.random((n, 1, 7, 7)).astype(np.float16),
-        }
-
-    level_columns = ("level_1",)
-
-    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        yield {name: self.columns[name] for name in columns}
 
 
 def rows(rank: int, world: int = WORLD, n: int = 19, seed: int = 0, levels: bool = True) -> RankData:
