@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import torchvision
-from mobilenet import OWN
 from torch import nn
 
 from components.models.adapter import Adapter
-
-# --- a user's own network: what docs/networks.md shows
 
 MOBILENET = Adapter(
     blocks=(
@@ -32,4 +29,4 @@ def mobilenet(*, num_classes: int, channels: int, image_size: int, width: int) -
     return net, MOBILENET
 
 
-OWN = f"{__name__}:mobilenet"
+OWN = "mobilenet:mobilenet"
