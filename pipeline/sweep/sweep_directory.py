@@ -18,9 +18,10 @@ from pipeline.runtime.console import say
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.final_experiment import final_experiment
-from pipeline.sweep.options import SweepOptions, load_space
+from pipeline.sweep.options import SweepOptions
 from pipeline.sweep.preflight import preflight_experiment, varied_model
 from pipeline.sweep.report import mlflow_sweep
+from pipeline.sweep.space_file import load_space
 from pipeline.tracking import server, tracker
 from pipeline.training import gpu_memory
 

@@ -10,7 +10,7 @@ import torch
 import torch.fx.experimental.optimization
 from torch import Tensor, nn
 
-from components.attacks import registry
+from components.attacks import fast_copy
 from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
@@ -261,7 +261,7 @@ def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
             logits: Tensor = net(x)
             return logits - 1e6 * (slips[:, None] & nn.functional.one_hot(labels, 5).bool())
 
-    monkeypatch.setattr(registry, "run_attack", fake)
+    monkeypatch.setattr(fast_copy, "run_attack", fake)
     asked: list[Tensor] = []
 
     def knows(x: Tensor, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from small_cnn import digits
 from torch import Tensor, nn
 
-from components.attacks import apgd, fab, fast_copy
+from components.attacks import apgd, fab
 from components.attacks.common import loss_gradient
 from components.attacks.fast_copy import search
 from components.attacks.pgd import pgd
@@ -22,7 +22,6 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 from components.evaluation import active_test as evaluation_active_test
-from components.evaluation import judge as evaluation_judge
 from components.evaluation import probe as evaluation_probe
 from components.evaluation.active_test import active_test
 from components.evaluation.flags import Flag, Judged, flags
@@ -685,7 +684,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Te
         seen.append((model, inputs, labels, {"fast": fast, **options}))
         return change(inputs, search(spec, model, fast, inputs, labels, **options))
 
-    monkeypatch.setattr(fast_copy, "search", attack)
+    monkeypatch.setattr(evaluation_active_test, "search", attack)
     return seen
 
 
@@ -720,7 +719,7 @@ def test_the_attack_searches_on_the_stand_in_and_the_network_has_the_last_word(
         judges.append(model)
         return judge(model, *batch)
 
-    monkeypatch.setattr(evaluation_judge, "judge", judging)
+    monkeypatch.setattr(evaluation_active_test, "judge", judging)
 
     def tested(fast: nn.Module | None, text: str = "ddn:steps=20") -> dict[str, Any]:
         return active_test(honest, test_images[0][:8], AttackSpec.parse(text), eps=1.5, fast=fast, generator=seeded(1))

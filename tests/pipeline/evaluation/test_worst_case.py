@@ -20,8 +20,6 @@ import torch
 from attacked_models import Small
 from scipy.stats import binomtest
 
-from components.attacks import fast_copy
-from components.attacks import fast_copy as attacks_fast_copy
 from components.attacks.fast_copy import search
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes, roles
@@ -228,8 +226,8 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         searched.append({p.dtype for p in fast.parameters()})
         return search(spec, model, fast, *arguments, **options)
 
-    monkeypatch.setattr(attacks_fast_copy, "search", spy)
-    monkeypatch.setattr(fast_copy, "search", spy)
+    monkeypatch.setattr(attack_tasks, "search", spy)
+    monkeypatch.setattr(evaluation_active_test, "search", spy)
     common = with_network(tmp_path, "own_network:make")
     for bfloat16 in (False, True):
         job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
@@ -619,7 +617,7 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
         seeds.append(generator.initial_seed())
         return search(*arguments, generator=generator, **options)
 
-    monkeypatch.setattr(attacks_fast_copy, "search", spy)
+    monkeypatch.setattr(attack_tasks, "search", spy)
     common = with_network(tmp_path, "own_network:make")
     job = {"bfloat16": False, "judges": {}, "chunks": CHUNKS}
     texts = [
@@ -679,7 +677,7 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
         given.append((model, fast))
         return active_test.active_test(model, *arguments, fast=fast, **options)
 
-    monkeypatch.setattr(evaluation_active_test, "active_test", spy)
+    monkeypatch.setattr(reliability, "active_test", spy)
     common = with_network(tmp_path, "own_network:make")
     job = {
         "model": "models/net",

@@ -34,7 +34,7 @@ from pipeline.evaluation import figure_data, gallery
 from pipeline.evaluation.plan import Model
 from pipeline.reporting import labels, report, run_plots
 from pipeline.reporting.figures import draw, fig2, fig6, fig7, fig8
-from pipeline.reporting.plots import charts, style
+from pipeline.reporting.plots import charts, images, style
 from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
@@ -80,7 +80,8 @@ def _figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         drawn.append(figure)
         return original(figure)
 
-    monkeypatch.setattr(style, "png", keep)
+    for module in (style, charts, images):
+        monkeypatch.setattr(module, "png", keep)
     return drawn
 
 

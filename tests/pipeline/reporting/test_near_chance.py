@@ -11,7 +11,6 @@ import fake_run
 import pytest
 from rich.console import Console
 
-from components.config import roles
 from pipeline.reporting import report, terminal, verdicts
 from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.runtime.storage import Storage
@@ -44,7 +43,8 @@ def record(right: int, n: int, classes: int) -> dict[str, Any]:
 def test_an_accuracy_of_guessing_is_named(
     right: int, n: int, classes: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roles, "roles_of", lambda _: {"m": "undefended"})
+    monkeypatch.setattr(verdicts, "roles_of", lambda _: {"m": "undefended"})
+    monkeypatch.setattr(verdicts, "experiment_of", lambda _: None)
     rows = verdicts.near_chance(record(right, n, classes))
     if not said:
         assert rows == []

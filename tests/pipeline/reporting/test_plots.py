@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from components.config import Experiment
 from components.fields import from_dict
 from pipeline.reporting import records, run_plots
-from pipeline.reporting.plots import charts, style
+from pipeline.reporting.plots import charts, images, style
 from pipeline.runtime.storage import Storage
 
 Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
@@ -21,7 +21,8 @@ Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
 def drawn_of(record: dict[str, Any], root: Storage, monkeypatch: pytest.MonkeyPatch) -> Drawn:
     """Draw the pictures of a record; return the figures and the pictures by name."""
     figures: list[Figure] = []
-    monkeypatch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
+    for module in (style, charts, images):
+        monkeypatch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
     histories = {
         name: [records.read_epoch(root, file) for file in records.history_files(root, model)]
         for name, model in record["models"].items()
@@ -94,7 +95,8 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
     roles = {"control": "control", "defend": "defended"}
     figures: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
+        for module in (style, charts, images):
+            patch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
         charts.curves(panels, roles, style.styles(roles))
     (axis,) = figures[0].axes
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axis.get_lines()]
@@ -106,7 +108,8 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
 
 def test_a_legend_of_many_bars_names_only_the_kinds_of_models_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
+    for module in (style, charts, images):
+        monkeypatch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
     for role in ("control", "defended", "given"):
         names = [f"m{i}" for i in range(style.MANY_BARS + 1)]
         bar = charts.Bar(accuracy=0.5, low=0.4, high=0.6)

@@ -387,7 +387,7 @@ def test_source_hash_is_that_of_a_copy_and_changes_with_every_byte_and_name(tmp_
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "x.py").write_text("x")
     assert provenance.source_hash(tmp_path) == expected
-    for name in ("components/dct.py", "pipeline/report.html.j2", "tune_spaces/ablation.py"):
+    for name in ("components/dct.py", "pipeline/reporting/report.html.j2", "tune_spaces/ablation.py"):
         file = tmp_path / name
         source = file.read_bytes()
         file.write_bytes(source + b"\n")

@@ -36,7 +36,7 @@ def console(monkeypatch: pytest.MonkeyPatch, **more: Any) -> io.StringIO:
     file = io.StringIO()
     made = Console(file=file, highlight=False, soft_wrap=True, **more)
     monkeypatch.setattr(runtime_console, "console", made)
-    monkeypatch.setattr(runtime_console, "console", made)
+    monkeypatch.setattr(live_table, "console", made)
     return file
 
 

@@ -35,10 +35,11 @@ from pipeline.runtime import lease, provenance
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.sweep import final_experiment, preflight, sweep_directory
 from pipeline.sweep import run as sweep_run
-from pipeline.sweep.options import SweepOptions, load_space
+from pipeline.sweep.options import SweepOptions
 from pipeline.sweep.report import summary
 from pipeline.sweep.report.html import build
 from pipeline.sweep.search import early_stopping, monitor, tuner
+from pipeline.sweep.space_file import load_space
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.queue import JobQueue
 from pipeline.sweep.trials.states import DONE, FAILED, TRAINING, WAITING
