@@ -94,3 +94,37 @@ class Small(nn.Module):
             raise torch.OutOfMemoryError(f"tried to allocate {len(x)} images")
         logits: Tensor = self.inner(x)
         return logits
+
+
+CASCADE_ATTACKS = (
+    "pgd:eps=0.1,steps=3,restarts=3",
+    "apgd:eps=0.1,steps=6",
+    "apgd:eps=0.5,norm=l2,steps=6,restarts=2,loss=dlr",
+    "apgd-t:eps=0.1,steps=4,targets=2",
+    "apgd-t:eps=0.5,norm=l2,steps=4,targets=2,restarts=2",
+    "fab-t:steps=4,targets=2,restarts=2",
+    "fab-t:norm=l2,steps=4,targets=2",
+    "square:eps=0.1,queries=20",
+    "square:eps=0.5,norm=l2,queries=20",
+    "autoattack:eps=0.02,steps=3,queries=10",
+    "autoattack:eps=0.1,norm=l2,steps=3,queries=10",
+    "fgsm:eps=0.1,target=runner_up",
+    "apgd:eps=0.1,steps=4,target=random",
+)
+
+
+def broken(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return predict(model, x) != y
+
+
+GRADIENT_AND_NOISE = (
+    "noise:eps=0.1",
+    "noise:eps=0.5,norm=l2",
+    "fgsm:eps=0.1",
+    "bim:eps=0.1,steps=5",
+    "bim:eps=0.5,norm=l2,steps=5",
+    "pgd:eps=0.1,steps=5",
+    "pgd:eps=0.5,norm=l2,steps=5",
+    "cw:steps=5,binary_search_steps=2",
+    "ddn:steps=8",
+)
