@@ -119,7 +119,7 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
 
     def ask() -> None:
         nonlocal location
-        location = experiment_of(connect(uri), experiment, artifact_root(uri)).artifact_location
+        location = experiment_of(connect(uri), experiment, artifact_root_of(uri)).artifact_location
 
     try:
         if uri.startswith("sqlite:"):
@@ -236,7 +236,7 @@ def _unwritable(experiment: str, location: str, error: Exception) -> UserError:
     )
 
 
-def artifact_root(uri: str) -> str | None:
+def artifact_root_of(uri: str) -> str | None:
     """Return where artifacts of a new experiment go. None: where the server says."""
     if not uri.startswith("sqlite:"):
         return None

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 from pipeline.runtime import provenance
 from pipeline.tracking.server import (
     EXPERIMENT,
+    artifact_root_of,
     connect,
     error_within,
     experiment_of,
@@ -116,7 +117,7 @@ class Tracker:
         self.uri = uri
         self.storage = run
         self.experiment = experiment
-        self.artifact_root = artifact_root or artifact_root(uri)
+        self.artifact_root = artifact_root or artifact_root_of(uri)
         self._echo = echo
         self._changed = threading.Condition(threading.RLock())
         """Guards everything below; nobody holds it while MLflow is asked."""

@@ -304,7 +304,7 @@ def parallel_runs(experiment: Experiment) -> int:
     return min(room, scaling.parallel_models) if scaling.parallel_models else room
 
 
-def fit(group: Sequence[TrainingJob], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
+def fit_group(group: Sequence[TrainingJob], settings: dict[str, Any], experiment: Experiment, root: Storage) -> None:
     import ray.train
 
     from pipeline.runtime.user_errors import unwrap

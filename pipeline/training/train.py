@@ -26,7 +26,7 @@ from pipeline.training import checkpoints, exports, pretrained
 from pipeline.training.external import copy_autoencoder
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingData, TrainingJob, model_address
 from pipeline.training.monitor import LIVE_INTERVAL_S, VISIBLE_S, Progress, TrainingMonitor
-from pipeline.training.ray_workers import TrainingError, _take_as_given, parallel_runs
+from pipeline.training.ray_workers import TrainingError, _take_as_given, fit_group, parallel_runs
 
 
 def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[TrainingJob]:
@@ -189,7 +189,7 @@ def _fit_side_by_side(
 
     def fit(group: Sequence[TrainingJob]) -> None:
         try:
-            fit(group, settings, experiment, root)
+            fit_group(group, settings, experiment, root)
         except Exception as e:
             errors.append(e)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from attacked_models import GRADIENT_AND_NOISE
+from attacked_models import CASCADE_ATTACKS, GRADIENT_AND_NOISE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_all_have_a_spec() -> None:
     assert tuple(ATTACKS) == ATTACK_NAMES
     parsed = {
-        text: AttackSpec.parse(text) for text in (*GRADIENT_AND_NOISE, "adaptive:eps=0.1", "noise:eps=0.1", "ddn", "cw")
+        text: AttackSpec.parse(text) for text in (*CASCADE_ATTACKS, "adaptive:eps=0.1", "noise:eps=0.1", "ddn", "cw")
     }
     assert {s.name for s in parsed.values() if s.kind == "minimal_norm"} == {"fab-t", "ddn", "cw"}
     assert {s.name for s in parsed.values() if s.can_leave_early} == {"pgd", "apgd", "apgd-t", "adaptive"}

@@ -94,7 +94,7 @@ def test_a_model_that_kills_its_workers_is_blamed_and_the_others_are_trained(
     experiment = RECIPES["mnist-smoke"].make()
     experiment = replace(experiment, scaling=replace(experiment.scaling, max_failures=max_failures))
     for _ in range(2):  # the same command again meets what the first one left
-        ray_workers.fit(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
+        ray_workers.fit_group(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
         assert (tmp_path / "models/a/model.json").exists()
         assert (tmp_path / "models/b/model.json").exists()
         reason = Storage(tmp_path / "models/killer").read_json(FAILED_MODEL)["reason"]
