@@ -37,25 +37,27 @@ SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 
 @functools.cache  # asked for each of two thousand tests
-def _starts_ray(file: Path) -> bool:
-    return re.search(r"\bray_cluster\b|mark\.cluster\b", file.read_text()) is not None
+def _uses_session_cluster(file: Path) -> bool:
+    return re.search(r"\bray_cluster\b", file.read_text()) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of the session's cluster as such, and put files that start Ray first: they take longest."""
+    """Mark the tests that use the session's cluster, and put their files first because they take longest."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("cluster")
-    items.sort(key=lambda item: not _starts_ray(item.path))
+    items.sort(key=lambda item: not _uses_session_cluster(item.path))
 
 
 class OneRay(LoadScopeScheduling):
-    """For ``pytest -n 2``: every file that starts Ray in one process, since two Rays at a time starve each other on two cores;
-    the others, file by file, in the other. (xdist 3.8's own loadgroup does not work with pytest 9.2.)"""
+    """Scheduler for ``pytest -n 2``: files that use the session's cluster in one process, other files one by one in the other.
+
+    Two clusters under load starve each other on two cores. (xdist 3.8's own loadgroup does not work with pytest 9.2.)
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "ray" if _starts_ray(TESTS.parent / file) else file
+        return "ray" if _uses_session_cluster(TESTS.parent / file) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:

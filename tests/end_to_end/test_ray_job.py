@@ -87,9 +87,32 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     subprocess.run([script, "stop"], env=variables, check=True, capture_output=True, timeout=120)
 
 
-def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_fails_clearly(
-    shell: Shell, tmp_path: Path
-) -> None:
+def check_run(storage: Path, printed: str) -> None:
+    """Check the one run that a job left."""
+    (file,) = storage.glob("runs/*/run.json")
+    record = json.loads(file.read_text())
+    assert record["finished"]
+    assert {e["attack"].partition(":")[0] for e in record["evaluations"]} == {"none", "fgsm"}
+    assert "white-box" in printed
+    assert (storage / "mlflow.db").exists()
+    # the copy that the job ran in has no .git
+    assert record["source"] == provenance.source_hash(ROOT)
+    assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
+
+
+def test_a_job_runs_the_whole_pipeline_and_a_bad_one_fails_clearly(shell: Shell, tmp_path: Path) -> None:
+    done = shell.submit("run", *SMALL)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check_run(tmp_path / "defendpp", done.stdout)
+
+    # "here" would be a temporary copy on the head node
+    bad = shell.submit("run", *SMALL, storage="here")
+    assert bad.returncode != 0
+    assert "storage is 'here'" in bad.stdout + bad.stderr
+
+
+@pytest.mark.drill
+def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice(shell: Shell, tmp_path: Path) -> None:
     space = ("--space", "tune_spaces/lambda_blocks.py", "--trials", "2", "--evaluate", "recipe")
     done = shell.submit("sweep", *SMALL, *space, "--max-concurrent", "1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -99,18 +122,4 @@ def test_a_job_sweeps_then_runs_the_whole_pipeline_on_the_choice_and_a_bad_one_f
     assert [t["state"] for t in record["trials"]] == ["finished", "finished"]
     assert "2 of 2 trials ended" in done.stdout
     assert "choice: trial" in done.stdout
-
-    (file,) = (tmp_path / "defendpp").glob("runs/*/run.json")
-    record = json.loads(file.read_text())
-    assert record["finished"]
-    assert {e["attack"].partition(":")[0] for e in record["evaluations"]} == {"none", "fgsm"}
-    assert "white-box" in done.stdout
-    assert (tmp_path / "defendpp" / "mlflow.db").exists()
-    # the copy that the job ran in has no .git
-    assert record["source"] == provenance.source_hash(ROOT)
-    assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
-
-    # "here" would be a temporary copy on the head node
-    bad = shell.submit("run", *SMALL, storage="here")
-    assert bad.returncode != 0
-    assert "storage is 'here'" in bad.stdout + bad.stderr
+    check_run(tmp_path / "defendpp", done.stdout)

@@ -821,7 +821,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
 GRID = """SPACE = Space(parameters={"lr": Choice([0.05, 1e30]), "shared_blocks": Choice([1, 4])}, search="grid", trials=0,
     attack="pgd:eps=0.1,steps=2", images=20)"""
 SMALL = [
-    *("--data.train-limit", "300", "--data.test-limit", "10", "--train.epochs", "8", "--evaluation.test-images", "10"),
+    *("--data.train-limit", "300", "--data.test-limit", "10", "--train.epochs", "6", "--evaluation.test-images", "10"),
     *("--scaling.cpus-per-worker", "1", "--max-concurrent", "1"),
 ]
 
@@ -901,7 +901,7 @@ def test_killed_on_the_way_every_trial_ends_with_its_state(swept: tuple[Path, st
     record = record_of(storage)
     assert [t["state"] for t in record["trials"]] == ["finished", "finished", "diverged", "diverged"]
     for trial in record["trials"][:2]:
-        assert [e["epoch"] for e in trial["epochs"]] == list(range(1, 9))
+        assert [e["epoch"] for e in trial["epochs"]] == list(range(1, 7))
     assert all("not finite at step" in t["reason"] for t in record["trials"][2:])
     assert record["choice"]["trial"] in (1, 2)
     assert set(record["references"]) == {"no_defense", "control", "defend"}
@@ -940,7 +940,7 @@ def test_mlflow_has_the_sweep_and_its_trials(swept: tuple[Path, str, str]) -> No
     assert parent.data.metrics["trials/diverged"] == 2
     done = [r for r in trials if r.data.tags["state"] == "finished"]
     assert {"train/loss", "validation/accuracy", "validation/robust", "clean/validation"} <= set(done[0].data.metrics)
-    assert len(client.get_metric_history(done[0].info.run_id, "validation/robust")) == 8
+    assert len(client.get_metric_history(done[0].info.run_id, "validation/robust")) == 6
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"best.json", "sweep.json", "report"}
     version = client.get_model_version_by_alias("mnist-smoke-grid", "best")
     assert version.run_id in {r.info.run_id for r in done}
