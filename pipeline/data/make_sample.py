@@ -1,6 +1,6 @@
 """Makes the bundled sample: the first 6,000 training and 1,000 test images of MNIST, in the Hugging Face image layout.
 
-    python benchmarks/make_sample.py ../shared/data/mnist pipeline/data/mnist-sample
+    python pipeline/data/make_sample.py ../shared/data/mnist pipeline/data/mnist-sample
 
 The input is MNIST as it is published on the Hugging Face hub (train-*.parquet, test-*.parquet). The schema's
 ``huggingface`` metadata (class names) is kept; the PNG bytes are copied as they are.
