@@ -21,11 +21,13 @@ def files(*folders: Path) -> list[Path]:
 
 
 def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Count the lines of a function, its docstring left out: a contract may be long."""
-    assert function.end_lineno is not None
+    """Count the lines of a function's body without its docstring: signature and contract may be long."""
     first = function.body[0]
-    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and first.end_lineno
-    return function.end_lineno - (documented - first.lineno + 1 if documented else 0) - function.lineno + 1
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    begin = first.end_lineno if documented else first.lineno - 1
+    assert begin is not None
+    assert function.end_lineno is not None
+    return function.end_lineno - begin
 
 
 def functions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

@@ -17,17 +17,8 @@ from torch import Tensor, nn
 
 from components.errors import ConfigError
 from components.models import libraries, own
-from components.models.adapter import (
-    Adapter,
-    Normalize,
-    adapter_of,
-    apply_head,
-    attach,
-    check_adapter,
-    check_output,
-    encoder_blocks,
-    encoder_units,
-)
+from components.models.adapter import Adapter, Normalize, adapter_of, apply_head, attach, encoder_blocks, encoder_units
+from components.models.adapter_check import check_adapter, check_output
 from components.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, ResNet50
 from components.models.vgg import VGG16, vgg16_bn
 from components.models.weights import load_strictly

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.errors import ConfigError
-from components.models.adapter import (
-    adapter_of,
-    apply_head,
-    encoder_blocks,
-    encoder_units,
-    evaluating,
-    units_of,
-)
+from components.models.adapter import adapter_of, apply_head, encoder_blocks, encoder_units, evaluating, units_of
 from components.models.decoder_plan import UnitShape
 from components.models.decoders import build_decoder
 

@@ -8,10 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from components.models.adapter import (
-    Adapter,
-    Normalize,
-)
+from components.models.adapter import Adapter, Normalize
 
 
 class VGG16(nn.Module):

@@ -18,7 +18,7 @@ from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.fields import from_dict, to_dict
 from components.models import libraries, own
-from components.models.adapter import refuse_in_place
+from components.models.adapter_check import refuse_in_place
 from components.models.comdefend import ComDefend, Reformed
 from components.models.defend import AutoEncoder, DefendNet
 from components.models.weights import load_strictly

@@ -27,7 +27,7 @@ from components.evaluation.active_test import active_test
 from components.evaluation.flags import Flag, Judged, flags
 from components.evaluation.judge import AttackViolation, judge
 from components.evaluation.probe import probe
-from components.models.adapter import check_output
+from components.models.adapter_check import check_output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components.config import level_sizes
-from components.models.adapter import apply_head, check_adapter, encoder_blocks, encoder_units
+from components.models.adapter import apply_head, encoder_blocks, encoder_units
+from components.models.adapter_check import check_adapter
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,8 @@ from repository import ROOT
 from torch import Tensor, nn
 
 from components.errors import ConfigError
-from components.models.adapter import Adapter, Normalize, check_adapter, encoder_blocks
+from components.models.adapter import Adapter, Normalize, encoder_blocks
+from components.models.adapter_check import check_adapter
 from components.models.defend import DefendNet
 
 
