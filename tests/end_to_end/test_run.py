@@ -10,12 +10,9 @@ import re
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
+from commands import MAIN, SMALL, command, files_below, record_of, run_here, run_well
 from mlflow_server import MlflowServer
 from repository import ROOT
 from safetensors.torch import load_file
@@ -36,13 +34,6 @@ from pipeline.main import main
 from pipeline.training.exports import load_autoencoder, load_classifier
 
 pytestmark = pytest.mark.cluster
-MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
-SMALL = [
-    "mnist-smoke",
-    *("--data.train-limit", "400", "--data.test-limit", "20"),
-    *("--scaling.workers", "1", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
-    *("--scaling.parallel-models", "1"),  # each Train run starts five processes; test_tables trains side by side
-]
 
 
 SECRETS = {
@@ -50,38 +41,6 @@ SECRETS = {
     "MLFLOW_TRACKING_PASSWORD": "planted-password-2",
     "MLFLOW_TRACKING_TOKEN": "planted-token-3",
 }
-
-
-def command(name: str, storage: Path, *more: str) -> list[str]:
-    return [*MAIN, name, *SMALL, "--storage", str(storage), *more]
-
-
-def run(arguments: list[str], address: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd="/", env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def run_well(arguments: list[str], address: str) -> str:
-    done = run(arguments, address)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
-def run_here(arguments: list[str]) -> None:
-    """The same in this process, on the session's cluster: no second start of Python."""
-    assert main(arguments[len(MAIN) :]) == 0
-
-
-def record_of(storage: Path) -> dict[str, Any]:
-    (file,) = storage.glob("runs/*/run.json")
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
-
-
-def files_below(directory: Path, pattern: str) -> dict[str, bytes]:
-    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.glob(pattern))}
 
 
 @pytest.fixture(scope="module")

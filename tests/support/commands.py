@@ -1,0 +1,54 @@
+"""The command line as a user starts it, on a small run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from repository import ROOT
+
+from pipeline.main import main
+
+MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
+SMALL = [
+    "mnist-smoke",
+    *("--data.train-limit", "400", "--data.test-limit", "20"),
+    *("--scaling.workers", "1", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
+    *("--scaling.parallel-models", "1"),  # each Train run starts five processes; test_tables trains side by side
+]
+
+
+def command(name: str, storage: Path, *more: str) -> list[str]:
+    return [*MAIN, name, *SMALL, "--storage", str(storage), *more]
+
+
+def run(arguments: list[str], address: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd="/", env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_well(arguments: list[str], address: str) -> str:
+    done = run(arguments, address)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def run_here(arguments: list[str]) -> None:
+    """The same in this process, on the session's cluster: no second start of Python."""
+    assert main(arguments[len(MAIN) :]) == 0
+
+
+def record_of(storage: Path) -> dict[str, Any]:
+    (file,) = storage.glob("runs/*/run.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def files_below(directory: Path, pattern: str) -> dict[str, bytes]:
+    return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.glob(pattern))}
