@@ -187,7 +187,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
         )
 
 
-def early_leaving(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
+def stop_on_success(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
     spec = AttackSpec.parse(f"pgd:eps={EPS},steps=40")
     print(f"\nEarly leaving, {spec}, white-box\n")
     print("| model | clean | robust accuracy, all steps | leaving early | s all steps | s leaving early | speed-up |")
@@ -201,7 +201,7 @@ def early_leaving(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argp
 
                 def attack(model: nn.Module = model, leave: bool = leave, results: list[Tensor] = results) -> None:
                     generator = torch.Generator().manual_seed(args.seed)
-                    results.append(run_attack(spec, model, x, y, early_leaving=leave, generator=generator))
+                    results.append(run_attack(spec, model, x, y, stop_on_success=leave, generator=generator))
 
                 times[leave].append(seconds(attack, args))
                 metrics[leave] = summarize(judge(model, x, results[0], y), spec, 0.0)
@@ -252,7 +252,7 @@ def main() -> None:
     accuracy = (models["undefended"](x).argmax(1) == y).double().mean().item()
     print(f"network: undefended SmallResNet, clean accuracy {accuracy:.3f} on these images\n", flush=True)
     compare(models["undefended"], x, y, args)
-    early_leaving(models, x, y, args)
+    stop_on_success(models, x, y, args)
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,7 @@ from components.attacks.apgd import apgd, apgd_t
 from components.attacks.autoattack import autoattack
 from components.attacks.bim import bim
 from components.attacks.fab import fab_t
-from components.attacks.fast_copy import stand_in
+from components.attacks.fast_copy import make_fast_copy
 from components.attacks.pgd import pgd
 from components.attacks.square import square
 
@@ -36,7 +36,7 @@ def parts(model: nn.Module, args: argparse.Namespace, leaving: bool) -> dict[str
     Square's leave at once, always."""
     generator = torch.Generator().manual_seed(args.seed)
     ball = {"eps": EPS, "generator": generator}
-    gradient = {**ball, "steps": args.steps, "early_leaving": leaving}
+    gradient = {**ball, "steps": args.steps, "stop_on_success": leaving}
 
     def fab(x: Tensor, y: Tensor) -> Tensor:
         found = fab_t(model, x, y, steps=args.steps, enough=EPS if leaving else 0.0, generator=generator)
@@ -94,9 +94,9 @@ def report(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Nam
         return torch.Generator().manual_seed(args.seed)
 
     single: dict[str, Callable[[bool], Attack]] = {
-        "bim": lambda leaving: lambda x, y: bim(model, x, y, eps=EPS, steps=args.steps, early_leaving=leaving),
+        "bim": lambda leaving: lambda x, y: bim(model, x, y, eps=EPS, steps=args.steps, stop_on_success=leaving),
         "pgd": lambda leaving: (
-            lambda x, y: pgd(model, x, y, eps=EPS, steps=args.steps, early_leaving=leaving, generator=seeded())
+            lambda x, y: pgd(model, x, y, eps=EPS, steps=args.steps, stop_on_success=leaving, generator=seeded())
         ),
         **{part: lambda leaving, part=part: parts(model, args, leaving)[part] for part in AS_PUBLISHED},
     }
@@ -171,7 +171,7 @@ def main() -> None:
             continue
         torch.manual_seed(args.seed)
         model = train(SmallResNet(args.width).to(args.device), images, labels, epochs, adversarial=name == "robust")
-        model = stand_in(model, x[:8]) or model
+        model = make_fast_copy(model, x[:8]) or model
         if not same_as_ours(model, x[:8], y[:8], args):
             raise SystemExit("components/attacks/autoattack.py runs another cascade than the one counted here")
         report(name, model, x, y, args)

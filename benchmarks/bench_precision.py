@@ -18,7 +18,7 @@ import torch
 from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, seconds, train
 from torch import Tensor, nn
 
-from components.attacks.fast_copy import search, stand_in
+from components.attacks.fast_copy import make_fast_copy, run_attack_on_copy
 from components.attacks.spec import AttackSpec
 from pipeline.training import exports
 
@@ -32,7 +32,7 @@ ATTACKS = (
 
 
 def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> None:
-    exact, bfloat16 = stand_in(model, x[:8]), stand_in(model, x[:8], bfloat16=True)
+    exact, bfloat16 = make_fast_copy(model, x[:8]), make_fast_copy(model, x[:8], bfloat16=True)
     with torch.no_grad():
         clean = model(x).argmax(1) == y
     for text in args.attacks or ATTACKS:
@@ -42,7 +42,9 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args:
 
         def run(who: str, fast: nn.Module | None, seed: int, spec: AttackSpec = spec) -> None:
             generator = torch.Generator().manual_seed(seed)
-            found = search(spec, model, fast, x, y, early_leaving=spec.can_leave_early, generator=generator)
+            found = run_attack_on_copy(
+                spec, model, fast, x, y, stop_on_success=spec.can_stop_on_success, generator=generator
+            )
             with torch.no_grad():
                 broken[who] = (model(found).argmax(1) != y) & clean  # noqa: B023 -- called before the next attack
 

@@ -28,7 +28,7 @@ import torch
 from bench_attacks import EPS, ROOT, SmallResNet, _cpu_name, load, passes, seconds, train
 from torch import Tensor, nn
 
-from components.attacks.fast_copy import search, stand_in
+from components.attacks.fast_copy import make_fast_copy, run_attack_on_copy
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import judge, verify_examples
 from components.evaluation.metrics import summarize
@@ -190,7 +190,7 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
     available = {
         peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
     }
-    fast, bfloat16 = stand_in(model, x[:8]), stand_in(model, x[:8], bfloat16=True)
+    fast, bfloat16 = make_fast_copy(model, x[:8]), make_fast_copy(model, x[:8], bfloat16=True)
     models = [net for net in (model, fast, bfloat16) if net is not None]
     for attack, spec in specs(args).items():
         if attack not in (args.attacks or [attack]):
@@ -254,7 +254,7 @@ def _ours(
     spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, fast: nn.Module | None = None
 ) -> Tensor:
     generator = torch.Generator().manual_seed(args.seed)
-    return search(spec, model, fast, x, y, early_leaving=spec.can_leave_early, generator=generator)
+    return run_attack_on_copy(spec, model, fast, x, y, stop_on_success=spec.can_stop_on_success, generator=generator)
 
 
 def _success(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, examples: Tensor) -> str:

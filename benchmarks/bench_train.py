@@ -86,7 +86,7 @@ def main() -> None:
         root = Storage(directory)
         shards = pyramids.build(experiment.data, experiment.pyramids, root, "train")
         data = loop.RankData(shards, 0, 1, torch.device("cpu"), levels=True)
-        read = TrainingData(train={config.targets: shards.address}, bare=shards.address)
+        read = TrainingData(train={config.targets: shards.address}, without_levels=shards.address)
         ratios = []
         for i in range(arguments.repetitions):
             plain = plain_loop(data, config, shapes)

@@ -48,7 +48,7 @@ def alone(experiment: Experiment, trials: int) -> tuple[int, float, float]:
     }
     found = {split: shards.address for split, shards in made.items()}
     data = TrainingData(
-        train={experiment.train.targets: found["train"]}, bare=found["train"], validation=found["validation"]
+        train={experiment.train.targets: found["train"]}, without_levels=found["train"], validation=found["validation"]
     )
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
     evaluation = replace(experiment.evaluation, threat_models=("white_box",))

@@ -39,7 +39,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from components.attacks.common import is_adversarial, loss_gradient, norms  # noqa: E402
-from components.attacks.fast_copy import computes_in_bfloat16, stand_in  # noqa: E402
+from components.attacks.fast_copy import computes_in_bfloat16, make_fast_copy  # noqa: E402
 from components.attacks.registry import run_attack  # noqa: E402
 from components.attacks.spec import AttackSpec  # noqa: E402
 from components.config import DataConfig, Shapes, TrainConfig, level_sizes, stored_levels  # noqa: E402
@@ -179,7 +179,7 @@ def check_models(rows: Rows, device: torch.device, quick: bool) -> None:
             num_classes=data.num_classes,
             sizes=level_sizes(data.image_size),
         )
-        for name, config in experiment.variants().items():
+        for name, config in experiment.model_configs().items():
             for phase in dict.fromkeys(phase_at_epoch(epoch, config) for epoch in range(config.epochs)):
                 check_step(rows, f"step {table} {name} {phase}", phase, config, shapes, device, 4 if quick else 16)
 
@@ -252,8 +252,8 @@ def check_attacks(rows: Rows, device: torch.device, quick: bool) -> None:
     images, labels = images[-count:].float().div(255), labels[-count:]
     with rows.guarded("stand-in"):
         random = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device)
-        exact_copy = stand_in(net.classifier, random)
-        fast = stand_in(net.classifier, random, bfloat16=True)
+        exact_copy = make_fast_copy(net.classifier, random)
+        fast = make_fast_copy(net.classifier, random, bfloat16=True)
         rows.add("stand-in", ok=exact_copy is not None, bfloat16=computes_in_bfloat16(fast))
     for text in ATTACKS:
         with rows.guarded(f"attack {text}"):
@@ -511,7 +511,7 @@ def measure_attacks(rows: Rows, device: torch.device, quick: bool, budget_s: flo
     precisions = ("float32", "bfloat16") if device.type == "cpu" else ("float32", "tf32", "bfloat16")
     for precision in precisions:
         with rows.guarded(f"passes {precision}"), tf32(False):
-            fast = stand_in(net, images[:8], bfloat16=precision == "bfloat16")
+            fast = make_fast_copy(net, images[:8], bfloat16=precision == "bfloat16")
             if precision == "bfloat16" and not computes_in_bfloat16(fast):
                 rows.add("passes bfloat16", ok=False, error="the stand-in of this network does not compute in bfloat16")
                 continue

@@ -203,7 +203,7 @@ def list_recipes() -> None:
         if name in PAPER or (base in PAPER and scale != PAPER[base][1][0]):
             continue
         experiment = recipe.make()
-        models = f"    models: {', '.join(experiment.firsts())}"
+        models = f"    models: {', '.join(experiment.first_replicates())}"
         if base not in PAPER:
             lines += ["", name, f"    {experiment.description}", models, f"    {recipe.cost}"]
             continue

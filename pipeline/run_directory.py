@@ -120,7 +120,7 @@ def open_run(
     """
     if cluster.in_job() and experiment.storage.startswith("~"):
         say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
-    exports.trust(config.arch for config in experiment.variants().values())
+    exports.trust(config.arch for config in experiment.model_configs().values())
     root = Storage(experiment.storage)
     root.check_writable()
     storage = root / run_address(experiment)
@@ -217,7 +217,7 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
         )
     if needs == "models":
         made = {**record.get("models", {}), **record.get("diverged", {})}
-        missing = [name for name in experiment.variants() if name not in made]
+        missing = [name for name in experiment.model_configs() if name not in made]
         if missing:
             raise UserError(
                 f"{storage.uri} has no model {missing[0]!r} yet: run `train {experiment.name}` with the same settings first"
@@ -256,13 +256,13 @@ def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str)
 
     data = jobs.TrainingData(
         train={targets: address("train", targets) for targets in kinds_of_targets(experiment)},
-        bare=address("train", "none"),
+        without_levels=address("train", "none"),
         validation=address("validation", "none") if experiment.data.validation_fraction else "",
     )
-    (job,) = (job for job in train.jobs_of(experiment, shapes, data, root) if job.name == name)
+    (job,) = (job for job in train.list_jobs(experiment, shapes, data, root) if job.name == name)
     return (root / job.address).exists("model.json")
 
 
 def kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
-    kinds = dict.fromkeys(c.targets for c in experiment.variants().values() if stored_levels(c))
+    kinds = dict.fromkeys(c.targets for c in experiment.model_configs().values() if stored_levels(c))
     return tuple(kinds) or ("none",)

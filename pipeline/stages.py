@@ -72,14 +72,14 @@ def existing_pyramids(run: Run, *, verified: bool = False) -> ShardSets:
     kinds = {name.partition("/")[2]: one.address for name, one in sets.items() if name.startswith("train/")}
     validation = sets["validation"].address if "validation" in sets else ""
     return ShardSets(
-        training=jobs.TrainingData(train=kinds, bare=data["bare"], validation=validation), test=sets["test"]
+        training=jobs.TrainingData(train=kinds, without_levels=data["bare"], validation=validation), test=sets["test"]
     )
 
 
 def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     """Stage 2: every model of the experiment; as many side by side as there is room for."""
     run.publish()
-    for name, config in run.experiment.variants().items():
+    for name, config in run.experiment.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
     with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
@@ -107,7 +107,7 @@ class _TrainProgress(monitor.Progress):
         if not tracker.is_behind:  # else it is read from its file when the model is finished
             tracker.history(f"model/{name}", record["epoch"], lambda: record)
 
-    def on_given(self, name: str, without: str) -> None:
+    def on_external(self, name: str, without: str) -> None:
         if any(AttackSpec.parse(a).name == "adaptive" for a in self.run.experiment.evaluation.attacks):
             say(f"  {name}: the adaptive attack cannot run, it needs the model's auto-encoder: {without}")
 
@@ -127,7 +127,7 @@ class _TrainProgress(monitor.Progress):
         run.publish()
         accuracy = model["validation"].get("accuracy")
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
-        done, total = len(run.record["models"]), len(run.experiment.variants())
+        done, total = len(run.record["models"]), len(run.experiment.model_configs())
         speed = f"{model['images_per_second']:.0f} images/s" if model["seconds"] else "taken as it is"
         say(f"  {results.model_stage(run.experiment)} {done}/{total}: {name}: {speed}{held_out}")
 
@@ -135,7 +135,7 @@ class _TrainProgress(monitor.Progress):
 def trained_models(run: Run) -> list[plan.Model]:
     """Return the models that an earlier ``train`` made."""
     models = {}
-    for name in run.experiment.variants():
+    for name in run.experiment.model_configs():
         if name in run.record.get("diverged", {}):
             continue
         path = run.record["models"][name]["path"]
@@ -149,7 +149,7 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
     reformers = {name for name, model in models.items() if "reformer.safetensors" in model["files"]}
     for name in sorted(models, key=lambda n: n in reformers):  # classifiers first
         model = models[name]
-        behind = found.get(experiment.source_of(name) or "") if name in reformers else None
+        behind = found.get(experiment.transfer_source_of(name) or "") if name in reformers else None
         if name in reformers and behind is None:  # its classifier diverged
             continue
         file = "reformer.safetensors" if name in reformers else "classifier.safetensors"

@@ -52,7 +52,7 @@ def apgd(
     restarts: int = 1,
     loss: Loss = "ce",
     targeted: bool = False,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -67,15 +67,15 @@ def apgd(
 
     Differences from the authors' code:
 
-    - With ``early_leaving`` a sample stops at its first adversarial iterate. Theirs goes on and
+    - With ``stop_on_success`` a sample stops at its first adversarial iterate. Theirs goes on and
       keeps the last one; ours breaks as many samples in fewer passes.
-    - Without ``early_leaving`` theirs returns the iterate of the highest loss even where another
+    - Without ``stop_on_success`` theirs returns the iterate of the highest loss even where another
       one is adversarial.
     - The first checkpoint counts the first step as the paper does: from the loss at the start, not
       from 0.
     - The gradient at the last iterate is not computed.
 
-    Passes per restart: steps forward and backward, 1 forward; with ``early_leaving`` 1 forward more
+    Passes per restart: steps forward and backward, 1 forward; with ``stop_on_success`` 1 forward more
     for the clean images.
 
     Args:
@@ -92,7 +92,7 @@ def apgd(
             ``targeted``, the cross entropy of the target class is minimised, or its lead over the
             largest other logit is maximised, divided as in :func:`apgd_t`. (On a CNN for MNIST this
             divisor hit 48 % of the least likely classes, the untargeted one 17 %.)
-        early_leaving: drop a sample at its first adversarial iterate, also from the next restarts.
+        stop_on_success: drop a sample at its first adversarial iterate, also from the next restarts.
             A sample that is already misclassified is returned clean. Use it only for examples
             judged on this same model. False: every sample takes all steps of all restarts.
         auxiliary: term that an adaptive attacker adds to the loss.
@@ -118,11 +118,11 @@ def apgd(
         return is_adversarial(logits, labels[rows], targeted)
 
     done = torch.zeros_like(labels, dtype=torch.bool)
-    if early_leaving:
+    if stop_on_success:
         with torch.no_grad():
             done = is_adversarial(model(inputs), labels, targeted)
     runs = [objective] * restarts
-    return _strongest(model, inputs, runs, broken, done, eps, norm, steps, early_leaving, generator)
+    return _strongest(model, inputs, runs, broken, done, eps, norm, steps, stop_on_success, generator)
 
 
 def apgd_t(
@@ -135,7 +135,7 @@ def apgd_t(
     steps: int = 100,
     restarts: int = 1,
     targets: int = 9,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Run :func:`apgd` towards each of the likeliest wrong classes in turn.
@@ -143,12 +143,12 @@ def apgd_t(
     It maximises the targeted DLR loss:  the target class's logit minus the true class's, divided by
     the largest logit minus the mean of the third and fourth largest. It needs four classes; with
     fewer it is the numerator alone. A sample counts as broken when *any* wrong class is predicted.
-    Without ``early_leaving`` the runs of all targets compete by this loss.
+    Without ``stop_on_success`` the runs of all targets compete by this loss.
 
     Differences from the authors' code: those of :func:`apgd`.
 
     Args:
-        model, inputs, eps, norm, steps, early_leaving, generator: as for :func:`apgd`.
+        model, inputs, eps, norm, steps, stop_on_success, generator: as for :func:`apgd`.
         labels: int64 [N], true classes.
         restarts: runs for each target.
         targets: number of target classes: the wrong classes of the highest logits of the clean
@@ -171,9 +171,9 @@ def apgd_t(
     def broken(logits: Tensor, rows: Tensor) -> Tensor:
         return is_adversarial(logits, labels[rows], targeted=False)
 
-    done = is_adversarial(logits, labels, targeted=False) & early_leaving
+    done = is_adversarial(logits, labels, targeted=False) & stop_on_success
     runs = [towards(aim) for aim in aims.unbind(dim=1) for _ in range(restarts)]
-    return _strongest(model, inputs, runs, broken, done, eps, norm, steps, early_leaving, generator)
+    return _strongest(model, inputs, runs, broken, done, eps, norm, steps, stop_on_success, generator)
 
 
 def _dlr(logits: Tensor, labels: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def _strongest(
     eps: float,
     norm: Norm,
     steps: int,
-    early_leaving: bool,
+    stop_on_success: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Return the strongest iterate of all runs.
@@ -213,11 +213,11 @@ def _strongest(
     for objective in runs:
         # Draw for the whole batch, so that a sample's start does not depend on which others remain.
         start = _start(inputs, eps, norm, generator)
-        rows = all_rows[~adversarial] if early_leaving else all_rows
+        rows = all_rows[~adversarial] if stop_on_success else all_rows
         if not len(rows):
             break
         x, success, loss = _run(
-            model, start[rows], inputs[rows], rows, objective, broken, eps, norm, steps, early_leaving
+            model, start[rows], inputs[rows], rows, objective, broken, eps, norm, steps, stop_on_success
         )
         better = stronger(success, loss, adversarial[rows], best_loss[rows])
         chosen = rows[better]
@@ -293,7 +293,7 @@ def _run(
     eps: float,
     norm: Norm,
     steps: int,
-    early_leaving: bool,
+    stop_on_success: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one ascent.
 
@@ -331,7 +331,7 @@ def _run(
         better = stronger(success, loss, adversarial[state.place], highest[state.place])
         place = state.place[better]
         result[place], adversarial[place], highest[place] = state.x[better], success[better], loss[better]
-        if early_leaving and success.any():
+        if stop_on_success and success.any():
             state.keep(~success)
             if not len(state.rows):
                 break

@@ -66,8 +66,8 @@ def autoattack(
     # This is the authors' order: a robust sample costs more in each attack than in the one before.
     # benchmarks/README.md compares other orders.
     attacks: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
-        lambda x, y: apgd(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
-        lambda x, y: apgd_t(model, x, y, eps=eps, norm=norm, steps=steps, early_leaving=True, generator=generator),
+        lambda x, y: apgd(model, x, y, eps=eps, norm=norm, steps=steps, stop_on_success=True, generator=generator),
+        lambda x, y: apgd_t(model, x, y, eps=eps, norm=norm, steps=steps, stop_on_success=True, generator=generator),
         fab_within_eps,
         lambda x, y: square(model, x, y, eps=eps, norm=norm, queries=queries, rescale=False, generator=generator),
     )

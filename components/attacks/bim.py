@@ -25,7 +25,7 @@ def bim(
     steps: int = 100,
     step_size: float = 0.0,
     targeted: bool = False,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -41,7 +41,7 @@ def bim(
         norm: linf (steps along the sign) or l2 (along the normalised gradient).
         steps: forward and backward passes.
         step_size: length of a step in the same norm; 0 takes 2.5 * eps / steps.
-        early_leaving: drop a sample from the batch at its first adversarial iterate, and return
+        stop_on_success: drop a sample from the batch at its first adversarial iterate, and return
             that iterate. Use it only for examples judged on this same model: they lie just behind
             its decision boundary and transfer worse. False: every sample takes all steps and its
             last iterate is returned.
@@ -63,7 +63,7 @@ def bim(
         steps=steps,
         step_size=step_size,
         targeted=targeted,
-        early_leaving=early_leaving,
+        stop_on_success=stop_on_success,
         auxiliary=auxiliary,
     )
 
@@ -79,7 +79,7 @@ def ascend(
     steps: int,
     step_size: float,
     targeted: bool,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     auxiliary: Auxiliary | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
@@ -100,7 +100,7 @@ def ascend(
     for _ in range(steps):
         auxiliary_rows = active if rows is None else rows[active]
         gradient, logits = cross_entropy_gradient(model, x, labels, targeted, auxiliary, auxiliary_rows)
-        if early_leaving:
+        if stop_on_success:
             broken = is_adversarial(logits, labels, targeted)
             if broken.any():
                 result[active[broken]] = x[broken]

@@ -27,7 +27,7 @@ _BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT = 5e-2, 0.5
 
 
 @true_float32()
-def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
+def make_fast_copy(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
     """A frozen network with the logits of ``model`` in less time: batch norm folded into the convolutions, channels_last.
 
     Args:
@@ -53,19 +53,19 @@ def stand_in(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.
 
 
 def computes_in_bfloat16(fast: nn.Module | None) -> bool:
-    """Whether :func:`stand_in` could give what it was asked for with ``bfloat16``."""
+    """Whether :func:`make_fast_copy` could give what it was asked for with ``bfloat16``."""
     return isinstance(fast, _BFloat16)
 
 
 @true_float32()
-def search(
+def run_attack_on_copy(
     spec: AttackSpec,
     model: nn.Module,
     fast: nn.Module | None,
     inputs: Tensor,
     labels: Tensor,
     *,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -77,10 +77,10 @@ def search(
     Whatever is not in bfloat16 by ``fast`` itself is computed in true float32.
 
     Args:
-        fast: what :func:`stand_in` made of ``model``; None: the attack runs on ``model`` alone.
+        fast: what :func:`make_fast_copy` made of ``model``; None: the attack runs on ``model`` alone.
         others: as for :func:`run_attack`.
     """
-    options: dict[str, Any] = {"early_leaving": early_leaving, "generator": generator}
+    options: dict[str, Any] = {"stop_on_success": stop_on_success, "generator": generator}
     if fast is None or spec.name == "fgsm":
         return run_attack(spec, model, inputs, labels, auxiliary=auxiliary, **options)
     found = run_attack(spec, fast, inputs, labels, auxiliary=auxiliary, **options)

@@ -26,7 +26,7 @@ def pgd(
     step_size: float = 0.0,
     restarts: int = 1,
     targeted: bool = False,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def pgd(
     Args:
         model, inputs, labels, eps, norm, steps, step_size, targeted, auxiliary: as for BIM.
         restarts: number of runs, each from its own random start.
-        early_leaving: as for BIM; a sample that one run broke is also dropped from the next runs.
+        stop_on_success: as for BIM; a sample that one run broke is also dropped from the next runs.
         generator: CPU generator of the starts, so that every device gets the same draw.
 
     Raises:
@@ -60,7 +60,7 @@ def pgd(
             steps=steps,
             step_size=step_size,
             targeted=targeted,
-            early_leaving=early_leaving,
+            stop_on_success=stop_on_success,
             auxiliary=auxiliary,
             rows=rows,
         )
@@ -82,7 +82,7 @@ def pgd(
     for _ in range(restarts - 1):
         # Draw for the whole batch, so that a sample's start does not depend on which others remain.
         start = random_start(inputs, eps, norm, generator)
-        rows = all_rows[~broken] if early_leaving else all_rows
+        rows = all_rows[~broken] if stop_on_success else all_rows
         if not len(rows):
             break
         x = run(start[rows], inputs[rows], labels[rows], rows)

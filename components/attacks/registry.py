@@ -46,7 +46,7 @@ def run_attack(
     inputs: Tensor,
     labels: Tensor,
     *,
-    early_leaving: bool = False,
+    stop_on_success: bool = False,
     targeted: bool = False,
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
@@ -60,8 +60,8 @@ def run_attack(
             ``.grad`` changes.
         inputs: float32 [N,C,H,W] in [0,1].
         labels: int64 [N], true classes, or target classes if ``targeted``.
-        early_leaving: see :func:`components.attacks.bim.bim`. Use it only where examples are judged
-            on ``model`` itself, and only for an attack whose ``spec.can_leave_early`` is true.
+        stop_on_success: see :func:`components.attacks.bim.bim`. Use it only where examples are judged
+            on ``model`` itself, and only for an attack whose ``spec.can_stop_on_success`` is true.
         auxiliary: term that an adaptive attacker adds to the loss on the logits. "adaptive" needs
             it; bim, pgd and apgd accept it. Its values are added unscaled: the caller applies
             ``spec.objective`` and ``spec.weight``.
@@ -71,13 +71,13 @@ def run_attack(
         A new float32 tensor [N,C,H,W].
 
     Raises:
-        ConfigError: the attack does not support ``early_leaving``, ``targeted`` or ``auxiliary``;
+        ConfigError: the attack does not support ``stop_on_success``, ``targeted`` or ``auxiliary``;
             "adaptive" has no auxiliary; or ``targeted`` is set although ``spec`` chooses targets
             itself.
         ValueError: inputs or labels of the wrong type, shape or range.
     """
-    if early_leaving and not spec.can_leave_early:
-        raise ConfigError.of("early_leaving", True, f"False for {spec.name} (see AttackSpec.can_leave_early)")
+    if stop_on_success and not spec.can_stop_on_success:
+        raise ConfigError.of("stop_on_success", True, f"False for {spec.name} (see AttackSpec.can_stop_on_success)")
     if auxiliary is None and spec.name == "adaptive":
         raise ConfigError.of("auxiliary", None, "a function for adaptive: what the attacker knows of the defense")
     if auxiliary is not None and spec.name not in _TAKE_AUXILIARY:
@@ -86,8 +86,8 @@ def run_attack(
         raise ConfigError.of("targeted", True, f"False for {spec}, which chooses its targets from true classes")
 
     options: dict[str, object] = {}
-    if spec.can_leave_early:
-        options["early_leaving"] = early_leaving
+    if spec.can_stop_on_success:
+        options["stop_on_success"] = stop_on_success
     if auxiliary is not None:
         options["auxiliary"] = auxiliary
     if spec.target:

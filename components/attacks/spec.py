@@ -25,7 +25,7 @@ class _Attack:
     kind: Literal["budget", "minimal_norm"]
     norms: tuple[str, ...]
     defaults: dict[str, Setting]
-    can_leave_early: bool = False
+    can_stop_on_success: bool = False
     needs_gradients: bool = True
     judged_on_source_only: bool = False
     draws: bool = False
@@ -37,8 +37,8 @@ _ITERATED: dict[str, Setting] = {"steps": 100, "step_size": 0.0}
 _ATTACKS: dict[str, _Attack] = {
     "noise": _Attack("budget", _BOTH, {}, needs_gradients=False, draws=True),
     "fgsm": _Attack("budget", _BOTH, _TARGET),
-    "bim": _Attack("budget", _BOTH, {**_ITERATED, **_TARGET}, can_leave_early=True),
-    "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_leave_early=True, draws=True),
+    "bim": _Attack("budget", _BOTH, {**_ITERATED, **_TARGET}, can_stop_on_success=True),
+    "pgd": _Attack("budget", _BOTH, {**_ITERATED, "restarts": 1, **_TARGET}, can_stop_on_success=True, draws=True),
     "cw": _Attack(
         "minimal_norm",
         ("l2",),
@@ -51,9 +51,11 @@ _ATTACKS: dict[str, _Attack] = {
         draws=True,
     ),
     "apgd": _Attack(
-        "budget", _BOTH, {"steps": 100, "restarts": 1, "loss": "ce", **_TARGET}, can_leave_early=True, draws=True
+        "budget", _BOTH, {"steps": 100, "restarts": 1, "loss": "ce", **_TARGET}, can_stop_on_success=True, draws=True
     ),
-    "apgd-t": _Attack("budget", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}, can_leave_early=True, draws=True),
+    "apgd-t": _Attack(
+        "budget", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}, can_stop_on_success=True, draws=True
+    ),
     "fab-t": _Attack("minimal_norm", _BOTH, {"steps": 100, "restarts": 1, "targets": 9}),
     "square": _Attack(
         "budget", _BOTH, {"queries": 5000}, needs_gradients=False, judged_on_source_only=True, draws=True
@@ -63,7 +65,7 @@ _ATTACKS: dict[str, _Attack] = {
         "budget",
         _BOTH,
         {**_ITERATED, "restarts": 1, "objective": "latent", "weight": 1.0},
-        can_leave_early=True,
+        can_stop_on_success=True,
         draws=True,
     ),
 }
@@ -304,9 +306,9 @@ class AttackSpec:
         return self.name in ("bim", "pgd", "adaptive")
 
     @property
-    def can_leave_early(self) -> bool:
-        """Whether the attack supports ``early_leaving``."""
-        return _ATTACKS[self.name].can_leave_early
+    def can_stop_on_success(self) -> bool:
+        """Whether the attack supports ``stop_on_success``."""
+        return _ATTACKS[self.name].can_stop_on_success
 
     @property
     def draws(self) -> bool:

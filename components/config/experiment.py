@@ -175,7 +175,7 @@ class Experiment:
         for attack in self.evaluation.attacks:
             AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
         sizes = level_sizes(self.data.image_size, self.pyramids.levels)
-        variants = self.variants()
+        variants = self.model_configs()
         longest = math.sqrt(self.data.channels) * self.data.image_size
         for name, config in variants.items():
             check(
@@ -220,10 +220,10 @@ class Experiment:
                 "at least 1 where seeds is above 1: weights that are given have no other seed",
             )
         self._check_seeds()
-        bases = set(self.bases().values())
+        bases = set(self.base_names().values())
         explicit = self.evaluation.transfer_source
         if explicit and "transfer" in self.evaluation.threat_models:
-            undefended = {base for base, config in self.firsts().items() if config.defense == "none"}
+            undefended = {base for base, config in self.first_replicates().items() if config.defense == "none"}
             check(
                 explicit in undefended,
                 "evaluation.transfer_source",
@@ -240,7 +240,7 @@ class Experiment:
             )
         for name, config in variants.items():
             needs = "transfer" in self.evaluation.threat_models or config.defense == "comdefend"
-            if needs and config.defense != "none" and self.source_of(name) is None:
+            if needs and config.defense != "none" and self.transfer_source_of(name) is None:
                 raise ConfigError(
                     f"models: {name} needs an undefended model beside it, "
                     + ("which stands behind the reformer" if config.defense == "comdefend" else "for transfer")
@@ -266,8 +266,8 @@ class Experiment:
                     "left out, or --evaluation.attacks must have an attack that needs no gradients, e.g. square:eps=0.2"
                 )
         elif kind == "transfer":
-            sources = set(self.bases().values()) if base == "*" else {base}
-            if not any(self.source_of(name, source) for name in self.variants() for source in sources):
+            sources = set(self.base_names().values()) if base == "*" else {base}
+            if not any(self.transfer_source_of(name, source) for name in self.model_configs() for source in sources):
                 return "left out, or --models must have a second model to make the examples on"
         return ""
 
@@ -286,7 +286,7 @@ class Experiment:
     def _expanded(self) -> dict[str, tuple[str, int, TrainConfig]]:
         return _expand(self.models, self.train, self.seeds)
 
-    def variants(self) -> dict[str, TrainConfig]:
+    def model_configs(self) -> dict[str, TrainConfig]:
         """The complete training config of each model, by name, in the order of ``models``; replicates end in -s0, -s1, ...
 
         Raises:
@@ -298,20 +298,20 @@ class Experiment:
         """Name of each model -> its name in ``models``, and which replicate of it this is."""
         return {name: (base, replicate) for name, (base, replicate, _) in self._expanded().items()}
 
-    def bases(self) -> dict[str, str]:
+    def base_names(self) -> dict[str, str]:
         """Name of each model -> its name in ``models``."""
         return {name: base for name, (base, _, _) in self._expanded().items()}
 
     @property
     def trains(self) -> bool:
         """Tell whether any model is trained; those that are given need the test images alone."""
-        return any(config.epochs for config in self.variants().values())
+        return any(config.epochs for config in self.model_configs().values())
 
-    def firsts(self) -> dict[str, TrainConfig]:
+    def first_replicates(self) -> dict[str, TrainConfig]:
         """Each name in ``models`` -> the config of its first replicate."""
         return {base: config for base, replicate, config in self._expanded().values() if replicate == 0}
 
-    def source_of(self, name: str, base: str = "") -> str | None:
+    def transfer_source_of(self, name: str, base: str = "") -> str | None:
         """The model on which examples are made that are then shown to ``name``; of the same replicate. None: itself or none.
 
         Args:

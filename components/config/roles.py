@@ -18,8 +18,8 @@ def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str
 
 def roles_of(experiment: Experiment) -> dict[str, str]:
     """Model -> source, control, defended or given (not trained here), in the order of the config."""
-    variants = experiment.variants()
-    sources = {experiment.source_of(name) for name in variants}
+    variants = experiment.model_configs()
+    sources = {experiment.transfer_source_of(name) for name in variants}
 
     def role(name: str, config: TrainConfig) -> str:
         if config.defense != "none":
@@ -36,8 +36,8 @@ def references(experiment: Experiment) -> list[str]:
     control, and what the paper calls ours (``defend``, or ``defend-ARCH`` where a table has several); where no model is named
     so, the first Defend++, or the first defended one."""
     roles = roles_of(experiment)
-    role = {base: roles[name] for name, base in experiment.bases().items()}
-    firsts = experiment.firsts()
+    role = {base: roles[name] for name, base in experiment.base_names().items()}
+    firsts = experiment.first_replicates()
     out = []
     for arch in dict.fromkeys(config.arch for config in firsts.values()):
         here = [base for base, config in firsts.items() if config.arch == arch]
@@ -51,7 +51,7 @@ def references(experiment: Experiment) -> list[str]:
 
 def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     """(model, what it is compared with): each model and the :func:`references` of its architecture, of the same replicate."""
-    variants, replicates = experiment.variants(), experiment.replicates()
+    variants, replicates = experiment.model_configs(), experiment.replicates()
     named = {found: name for name, found in replicates.items()}
     compared = references(experiment)
     out = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from components.attacks.autoattack import gradient_parts
 from components.attacks.common import check_batch
-from components.attacks.fast_copy import search
+from components.attacks.fast_copy import run_attack_on_copy
 from components.attacks.noise import moved
 from components.attacks.projections import Norm
 from components.attacks.spec import AttackSpec
@@ -84,7 +84,7 @@ def active_test(
         inputs: float32 [N,C,H,W] in [0,1]; 16 to 32 images are enough.
         spec: the attack, run as for white-box examples (leaving early where it can).
         eps: distance of the planted point in the norm of ``spec``; that of ``spec`` itself if it has one.
-        fast: what :func:`components.attacks.fast_copy.stand_in` made of ``model``; the attack searches on it, as it does for
+        fast: what :func:`components.attacks.fast_copy.make_fast_copy` made of ``model``; the attack searches on it, as it does for
             examples. Points are planted in ``model`` and found where ``model`` says so.
         generator: CPU generator of all points and of the attack.
         n_inner: class-0 points per image, the clean one included.
@@ -122,8 +122,10 @@ def active_test(
         random_found += int((at_random.argmax(dim=1) == 1).any())
         searched = None if fast is None else planted.on(fast)
         for part in parts:
-            early = part.can_leave_early
-            adversarial = search(part, planted, searched, clean, label, early_leaving=early, generator=generator)
+            early = part.can_stop_on_success
+            adversarial = run_attack_on_copy(
+                part, planted, searched, clean, label, stop_on_success=early, generator=generator
+            )
             verify_examples(clean, adversarial, [i], part)
             if broken(judge(planted, clean, adversarial, label), norm, eps)[0]:
                 found += 1

@@ -94,7 +94,7 @@ def probe(
                     eps=eps,
                     norm=norm,
                     steps=steps,
-                    early_leaving=True,
+                    stop_on_success=True,
                     generator=generator,
                 )
                 for p in parts

@@ -31,7 +31,7 @@ class ExampleSet:
     address: str
     source: Model | None
     attack: str
-    early_leaving: bool
+    stop_on_success: bool
     bfloat16: bool
     judges: dict[str, Model] = field(default_factory=dict)
     """Address of the judged records -> the model that judges."""
@@ -67,7 +67,7 @@ def example_sets(
             version,
             made_on,
             e.attack,
-            e.early_leaving,
+            e.stop_on_success,
             test_address,
             ends_within_a_chunk,
             evaluation.chunk_size,
@@ -81,7 +81,7 @@ def example_sets(
                 address=f"examples/{key}",
                 source=e.source,
                 attack=e.attack,
-                early_leaving=e.early_leaving,
+                stop_on_success=e.stop_on_success,
                 bfloat16=bfloat16,
             ),
         )

@@ -63,7 +63,7 @@ def attack(
     for one in sets:
         said = {
             "attack": one.attack,
-            "early_leaving": one.early_leaving,
+            "early_leaving": one.stop_on_success,
             "search_precision": "bfloat16" if one.bfloat16 else "float32",
             "source": one.source.address if one.source else None,
             "test": test.address,
@@ -111,7 +111,7 @@ def attack(
                 "source": one.source.weights if one.source else None,
                 "autoencoder": f"{one.source.path}#{one.source.autoencoder}" if one.source else None,
                 "attack": one.attack,
-                "early_leaving": one.early_leaving,
+                "early_leaving": one.stop_on_success,
                 "bfloat16": one.bfloat16,
                 "judges": {judged: model.weights for judged, model in one.judges.items()},
                 "chunks": batch,

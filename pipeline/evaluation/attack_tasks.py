@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
+from components.attacks.fast_copy import computes_in_bfloat16, make_fast_copy, run_attack_on_copy
 from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.judge import Columns, judge, verify_examples
@@ -38,7 +38,7 @@ def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> d
         "seed": experiment.evaluation.seed,
         "device": "cuda" if experiment.scaling.gpus_per_attack else "cpu",
         "threads": experiment.scaling.threads_per_worker,
-        "trusted": sorted({config.arch for config in experiment.variants().values()}),
+        "trusted": sorted({config.arch for config in experiment.model_configs().values()}),
     }
 
 
@@ -125,7 +125,7 @@ def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...],
     model = load_model(root, weights, device)
     # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
-        return stand_in(model, images, bfloat16=bfloat16)
+        return make_fast_copy(model, images, bfloat16=bfloat16)
 
 
 @functools.lru_cache(maxsize=2)
@@ -190,13 +190,13 @@ def _craft(
         for rows in micro_batches:
             knows = None if autoencoder is None else _knowledge(autoencoder, clean[rows], spec)
             parts.append(
-                search(
+                run_attack_on_copy(
                     spec,
                     model,
                     fast,
                     clean[rows],
                     labels[rows],
-                    early_leaving=early,
+                    stop_on_success=early,
                     generator=generator,
                     auxiliary=knows,
                 )

@@ -79,7 +79,7 @@ def make(
     n = min(IMAGES, test.num_rows, experiment.evaluation.chunk_size, experiment.evaluation.test_images or IMAGES)
     rows = test.read_rows(0, n, ["image", "label"])
     clean = torch.from_numpy(rows["image"]).float() / 255
-    bases = experiment.bases()
+    bases = experiment.base_names()
     first = set(first_replicates([m.name for m in models], bases))
     shown = [m for m in models if m.name in first]
     with_autoencoder = [m for m in models if (root / m.path).exists("autoencoder.safetensors")]
@@ -119,7 +119,7 @@ def _gallery(
 ) -> Arrays:
     arrays: Arrays = {"clean": clean.numpy(), "label": label}
     sizes = level_sizes(experiment.data.image_size, experiment.pyramids.levels)
-    kinds = dict.fromkeys(c.targets for c in experiment.variants().values() if c.defense == "defend++")
+    kinds = dict.fromkeys(c.targets for c in experiment.model_configs().values() if c.defense == "defend++")
     targets = next(iter(kinds), "lowpass")  # of several kinds, the first stands for all: they differ little to the eye
     for m, level in enumerate(target_levels(clean, sizes, targets)):
         arrays[f"level_{m}"] = level.numpy()

@@ -49,7 +49,7 @@ class Evaluation:
     threat_model: str
     attack: str
     """Attack spec; "none" for clean images."""
-    early_leaving: bool = False
+    stop_on_success: bool = False
 
 
 def plan_evaluations(models: Sequence[Model], experiment: Experiment) -> list[Evaluation]:
@@ -70,10 +70,10 @@ def plan_evaluations(models: Sequence[Model], experiment: Experiment) -> list[Ev
         for source, threat in _sources(model, by_name, experiment):
             for spec in specs:
                 if _applies(spec, source, threat):
-                    early = spec.can_leave_early and source == model
+                    early = spec.can_stop_on_success and source == model
                     out.append(
                         Evaluation(
-                            model=model, source=source, threat_model=threat, attack=str(spec), early_leaving=early
+                            model=model, source=source, threat_model=threat, attack=str(spec), stop_on_success=early
                         )
                     )
     return out
@@ -88,7 +88,7 @@ def _sources(model: Model, by_name: dict[str, Model], experiment: Experiment) ->
     for threat in sorted(experiment.evaluation.threat_models, key=lambda threat: threat == EVERY_SOURCE):
         every = threat == EVERY_SOURCE
         taken = {source for source, _ in found} if every else set()
-        for one in [f"transfer:{base}" for base in experiment.firsts()] if every else [threat]:
+        for one in [f"transfer:{base}" for base in experiment.first_replicates()] if every else [threat]:
             source, said = _source(model, one, by_name, experiment)
             if source is not None and source not in taken:
                 found[source, said] = None
@@ -114,7 +114,7 @@ def _source(model: Model, threat: str, by_name: dict[str, Model], experiment: Ex
     if threat in (WHITE_BOX, BLACK_BOX):
         return model, threat
     base = threat.partition(":")[2]
-    source = by_name.get(experiment.source_of(model.name, base) or "")
+    source = by_name.get(experiment.transfer_source_of(model.name, base) or "")
     if source is not None and source == model.classifier:
         return source, GREY_BOX  # the attacker knows the classifier, not the reformer in front of it
     return source, threat

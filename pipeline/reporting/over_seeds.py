@@ -114,7 +114,7 @@ def _less(
 ) -> Iterator[tuple[Any, Row]]:
     """(key, :func:`_paired` with the reference's value of the same key) of each other model of its architecture; a key is
     (model, ...)."""
-    firsts = experiment.firsts()
+    firsts = experiment.first_replicates()
     for key, ours in cells.items():
         model, *rest = key
         if model == reference or firsts[model].arch != firsts[reference].arch:

@@ -163,7 +163,7 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
     experiment = experiment_of(record)
     if not experiment.paper:
         return []
-    built = {base: config.arch for base, config in experiment.firsts().items()}
+    built = {base: config.arch for base, config in experiment.first_replicates().items()}
     archs = {base: arch.removesuffix("_bn") for base, arch in built.items()}
     cells = by_seed(record)
     out = []

@@ -122,7 +122,7 @@ def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
 def model_config(record: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The complete training config of a model, also before it is trained."""
     trained: dict[str, Any] | None = record["models"].get(name, {}).get("train") if "models" in record else None
-    return trained or to_dict(experiment_of(record).variants()[name].canonical())
+    return trained or to_dict(experiment_of(record).model_configs()[name].canonical())
 
 
 def experiment_of(record: Mapping[str, Any]) -> Experiment:

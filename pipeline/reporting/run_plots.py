@@ -23,7 +23,7 @@ def draw_pictures(
 ) -> dict[str, tuple[str, str, bytes]]:
     """Name -> (heading, caption, PNG) of every plot that there is data for; the paper's figures first."""
     role = roles_of(experiment_of(record))
-    bases = experiment_of(record).bases()
+    bases = experiment_of(record).base_names()
     looks = style.styles(role, bases)
     out = draw.draw(record, gallery, stored, role)
     if panels := _bar_panels(record):

@@ -69,7 +69,7 @@ def _controls_explained(record: Mapping[str, Any]) -> list[str]:
     """Return what the controls of the run are, or which defended models lack one."""
     role, experiment = roles_of(experiment_of(record)), records.experiment_of(record)
     transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer"]
-    controlled = {experiment.source_of(name) for name, r in role.items() if r == "control"}
+    controlled = {experiment.transfer_source_of(name) for name, r in role.items() if r == "control"}
     alone = dict.fromkeys(
         e["model"] for e in transferred if role[e["model"]] == "defended" and e["source"] not in controlled
     )

@@ -37,7 +37,7 @@ def _shown_examples_of_others(record: Mapping[str, Any]) -> set[str]:
 
 def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
     """The same over the seeds, where there are several; untrusted where one of them is."""
-    bases = records.experiment_of(record).bases()
+    bases = records.experiment_of(record).base_names()
     keys = ("norm", "eps", "threat_model")
     doubted = {(bases[w["model"]], *(w[k] for k in keys)) for w in worst_cases(record) if w["untrusted"]}
     shown = {bases[model] for model in _shown_examples_of_others(record)}
@@ -137,7 +137,7 @@ def transfer_matrices(record: Mapping[str, Any]) -> dict[str, tuple[list[str], l
 
     Of each attack whose examples were made on at least two models and judged by others; of several seeds the first.
     """
-    first = roles.first_replicates(roles_of(experiment_of(record)), records.experiment_of(record).bases())
+    first = roles.first_replicates(roles_of(experiment_of(record)), records.experiment_of(record).base_names())
     cells: dict[str, dict[tuple[str, str], float]] = {}
     for e in record["evaluations"]:
         if e.get("source") in first and e["model"] in first and e["threat_model"] != "black_box":

@@ -27,7 +27,7 @@ def final_experiment(
     texts = {parse_spec(text)[0]: text for text in experiment.models}
     name, fields = parse_spec(texts[model])
     best = "best:" + ",".join(f"{k}={v}" for k, v in {**fields, **_as_text(point)}.items())
-    models = experiment.firsts()
+    models = experiment.first_replicates()
     chosen = replace_typed(models[name], _as_text(point), "space")
     undefended = [
         texts[n]

@@ -24,7 +24,7 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
         ConfigError: the recipe has no such model, it cannot be swept, or the space's attack does not fit the images.
     """
     AttackSpec.parse(space.attack).check_fits(experiment.data.channels, experiment.data.image_size)
-    models = experiment.firsts()
+    models = experiment.first_replicates()
     if space.model and space.model not in models:
         raise ConfigError.unknown("model of the recipe in space.model:", space.model, models)
     defended = [n for n, c in models.items() if c.defense == "defend++"] + [

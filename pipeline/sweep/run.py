@@ -44,7 +44,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         # one set of pyramids serves all trials: as many kinds of targets as the trials have
         sets = stages.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
-        jobs = train.jobs_of(beside, sweep.shapes, sets.training, sweep.root)
+        jobs = train.list_jobs(beside, sweep.shapes, sets.training, sweep.root)
         references = [job for job in jobs if job.name in missing]
         if pending or references:
             with sweep.timed("trials"):
@@ -92,7 +92,7 @@ def _references(sweep: Sweep) -> tuple[Experiment, list[str]]:
     names = (*(_base(t) for t in final.models[:2]), sweep.model)
     beside = replace(final, models=tuple(texts[n] for n in dict.fromkeys(names)))
     known = sweep.record["references"]
-    return beside, [n for n in beside.variants() if known.get(n, {}).get("state") not in (FINISHED, DIVERGED)]
+    return beside, [n for n in beside.model_configs() if known.get(n, {}).get("state") not in (FINISHED, DIVERGED)]
 
 
 def _pending(sweep: Sweep) -> list[dict[str, Any]]:

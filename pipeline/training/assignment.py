@@ -20,7 +20,7 @@ class Assignment:
     is when it is finished, or trains it on when its holder is gone.
 
     Args:
-        orders: see :meth:`pipeline.training.jobs.TrainingJob.order`.
+        orders: see :meth:`pipeline.training.jobs.TrainingJob.request`.
         token: names the worker group, also after it was started again.
     """
 

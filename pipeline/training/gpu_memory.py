@@ -88,7 +88,7 @@ def refuse_what_does_not_fit(
 ) -> None:
     """As :func:`check_gpu_memory`, for a GPU of so many bytes."""
     takes: dict[TrainConfig, int] = {}
-    for name, given in experiment.variants().items():
+    for name, given in experiment.model_configs().items():
         if not given.epochs:
             continue
         config = dataclasses.replace(given.canonical(), seed=0)

@@ -43,7 +43,7 @@ class TrainingJob:
     without: str = ""
     """Why a model that is given has no auto-encoder."""
 
-    def order(self) -> dict[str, Any]:
+    def request(self) -> dict[str, Any]:
         """What a worker must know of it, as plain JSON types."""
         config = to_dict(self.config)
         return {"address": self.address, "config": config, "pyramids": self.pyramids, "weights": self.weights}
@@ -55,7 +55,7 @@ class TrainingData:
 
     train: dict[str, str]
     """Kind of targets -> shard set that holds them; at least one, unless no model is trained."""
-    bare: str
+    without_levels: str
     """Address that the training images have (or would have) without levels: what names a model that reads none."""
     validation: str = ""
     """Empty: there is no validation split."""
@@ -75,7 +75,7 @@ class TrainingData:
                 )
             train = identity = self.train[config.targets]
         else:
-            train, identity = next(iter(self.train.values())), self.bare
+            train, identity = next(iter(self.train.values())), self.without_levels
         validation = {"validation": self.validation} if self.validation else {}
         return {"train": train, **validation}, {"train": identity, **validation}
 

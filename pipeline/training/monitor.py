@@ -28,7 +28,7 @@ class Progress:
     def on_live(self, done: int, total: int, note: str) -> None:
         """About once a second: steps done and in all, over all models."""
 
-    def on_given(self, name: str, without: str) -> None:
+    def on_external(self, name: str, without: str) -> None:
         """A model that is given, not trained, has no auto-encoder, and why."""
 
     def on_model(self, name: str, model: dict[str, Any]) -> None:

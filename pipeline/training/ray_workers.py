@@ -57,7 +57,7 @@ def train_models(orders: Sequence[dict[str, Any]], root: Storage, ranks: Ranks, 
     training is left to that run: this one trains the others first and then waits.
 
     Args:
-        orders: see :meth:`pipeline.training.jobs.TrainingJob.order`.
+        orders: see :meth:`pipeline.training.jobs.TrainingJob.request`.
         settings: ``shapes``; ``token``, which names this worker group also after a restart.
 
     Raises:
@@ -188,7 +188,7 @@ def train_model(
     """Train a model, or go on where it was left, and export it; called on every rank of a Ray Train worker group.
 
     Args:
-        job: see :meth:`pipeline.training.jobs.TrainingJob.order`.
+        job: see :meth:`pipeline.training.jobs.TrainingJob.request`.
 
     Raises:
         NonFiniteLoss: on every rank alike.
@@ -311,7 +311,7 @@ def fit_group(group: Sequence[TrainingJob], settings: dict[str, Any], experiment
 
     failures = experiment.scaling.max_failures
     token = f"{settings['token']}-{secrets.token_hex(4)}"
-    config = {**settings, "jobs": [job.order() for job in group], "token": token}
+    config = {**settings, "jobs": [job.request() for job in group], "token": token}
     while True:
         before = _progress_of(group, root)
         try:

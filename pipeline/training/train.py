@@ -29,10 +29,10 @@ from pipeline.training.monitor import LIVE_INTERVAL_S, VISIBLE_S, Progress, Trai
 from pipeline.training.ray_workers import TrainingError, _take_as_given, fit_group, parallel_runs
 
 
-def jobs_of(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[TrainingJob]:
+def list_jobs(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[TrainingJob]:
     """The models of an experiment as jobs. Pretrained weights are copied to the storage, where every worker reaches them."""
     jobs = []
-    for name, given in experiment.variants().items():
+    for name, given in experiment.model_configs().items():
         config = given.canonical()
         weights = pretrained.fetch(config, root, _tracking_uri(experiment)) if config.pretrained else ""
         autoencoder, without = "", ""
@@ -68,7 +68,7 @@ def check_models(experiment: Experiment, shapes: Shapes) -> list[str]:
         ConfigError: naming the setting. DataError, StorageError: pretrained weights that cannot be read, or do not fit.
     """
     seen, notes = set(), {}
-    for config in experiment.variants().values():
+    for config in experiment.model_configs().values():
         same = dataclasses.replace(config.canonical(), seed=0)
         if same not in seen:
             seen.add(same)
@@ -100,11 +100,11 @@ def train(
         UserError: what a worker found wrong with data or storage.
     """
     progress = progress or Progress()
-    jobs = jobs_of(experiment, shapes, data, root)
+    jobs = list_jobs(experiment, shapes, data, root)
     watch = TrainingMonitor(root, jobs, progress)
     for job in jobs:
         if job.without:
-            progress.on_given(job.name, job.without)
+            progress.on_external(job.name, job.without)
         if not job.config.epochs and not (root / job.address).exists("model.json"):
             _take_as_given(job, shapes, root)
     watch.look()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components.attacks.fast_copy import search, stand_in
+from components.attacks.fast_copy import make_fast_copy, run_attack_on_copy
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.evaluation.active_test import active_test
@@ -138,11 +138,11 @@ def _active(model: Observer, _: Path) -> None:
 
 
 def _search(model: Observer, _: Path) -> None:
-    search(AttackSpec.parse("pgd:eps=0.3,steps=2"), model, None, *images())
+    run_attack_on_copy(AttackSpec.parse("pgd:eps=0.3,steps=2"), model, None, *images())
 
 
 def _stand_in(model: Observer, _: Path) -> None:
-    stand_in(model, images()[0])
+    make_fast_copy(model, images()[0])
 
 
 def _validation(model: Observer, _: Path) -> None:

@@ -33,7 +33,7 @@ def addresses(name: str) -> dict[str, Any]:
     """Return every address of a recipe, with made-up checksums for the weights of its models."""
     experiment = RECIPES[name].make()
     data, levels = experiment.data, experiment.pyramids
-    configs = experiment.variants()
+    configs = experiment.model_configs()
     kinds = sorted({config.targets for config in configs.values()})
     splits = {
         f"{split} {kind}": pyramids.address_of(data, levels, split, targets=kind)
@@ -48,7 +48,7 @@ def addresses(name: str) -> dict[str, Any]:
     )
     training = jobs.TrainingData(
         train={kind: splits[f"train {kind}"] for kind in kinds},
-        bare=splits[f"train {kinds[0]}"],
+        without_levels=splits[f"train {kinds[0]}"],
         validation=splits[f"validation {kinds[0]}"],
     )
     models = {}

@@ -102,7 +102,7 @@ def _plan() -> list[tuple[str, str, str]]:
 
 def _model(root: Storage, rng: np.random.Generator, config: Experiment, name: str, order: int) -> dict[str, Any]:
     home = root / f"models/{name}-fedcba9876543210"
-    train = to_dict(config.variants()[name])
+    train = to_dict(config.model_configs()[name])
     defended = train["defense"] != "none"
     begin = BEGIN + 10 + order * 140
     for epoch in range(EPOCHS):

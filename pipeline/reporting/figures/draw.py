@@ -33,7 +33,7 @@ def draw(
         roles: model -> source, control or defended, in table order.
     """
     experiment = experiment_of(record)
-    bases = experiment.bases()
+    bases = experiment.base_names()
     made: dict[str, Callable[[], Picture | None]] = {
         "fig2": lambda: fig2(stored),
         "fig5": lambda: fig5(record, gallery, roles),

@@ -83,4 +83,4 @@ def _round_factor(value: float) -> float:
 
 def _leaves_early(attack: str) -> bool:
     spec = parsed_attack(attack)
-    return spec is not None and spec.can_leave_early
+    return spec is not None and spec.can_stop_on_success

@@ -152,7 +152,7 @@ class SweepMonitor:
 
     def _look_at_references(self) -> None:
         for name, (job, followed) in list(self.references.items()):
-            ((state, reason),) = ray.get(self.queue.follow.remote([job.order()], f"reference {name}"))
+            ((state, reason),) = ray.get(self.queue.follow.remote([job.request()], f"reference {name}"))
             found = self.measured[name]
             for result in followed.new_results():
                 found |= {k: result[k] for k in ("clean", "robust", "n", "each")}

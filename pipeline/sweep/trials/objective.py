@@ -70,8 +70,8 @@ class RobustAccuracyMeter:
         images = self.images[rows].to(self.device).float() / 255
         labels = self.labels[rows].to(self.device)
         generator = torch.Generator().manual_seed(stream_seed(0, chunk))
-        early = self.spec.can_leave_early  # judged on the very model that they are made on
-        examples = run_attack(self.spec, classifier, images, labels, early_leaving=early, generator=generator)
+        early = self.spec.can_stop_on_success  # judged on the very model that they are made on
+        examples = run_attack(self.spec, classifier, images, labels, stop_on_success=early, generator=generator)
         verify_examples(images, examples, self.rows[rows], self.spec)
         with torch.no_grad():
             return (classifier(examples).argmax(1) == labels).sum()

@@ -40,7 +40,7 @@ def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
         tune.report({**bad, **seconds, "epoch": plan.base.epochs, "reason": str(e)})
         return
     trial = tune.get_context().get_trial_id()
-    orders = [job.order() for job in jobs]
+    orders = [job.request() for job in jobs]
     followed = TrialProgress(jobs, plan.objective, Storage(plan.root))
     while True:
         states = ray.get(queue.follow.remote(orders, trial))

@@ -43,7 +43,15 @@ def test_the_auxiliary_is_given_the_right_rows(mnist: tuple[Tensor, Tensor, nn.M
         for early in (False, True):
             calls.clear()
             attack(
-                model, x, y, eps=0.06, steps=6, early_leaving=early, auxiliary=auxiliary, generator=seeded(0), **options
+                model,
+                x,
+                y,
+                eps=0.06,
+                steps=6,
+                stop_on_success=early,
+                auxiliary=auxiliary,
+                generator=seeded(0),
+                **options,
             )
             assert calls[0] == 30
             assert (min(calls) < 30) == early
@@ -246,9 +254,9 @@ def test_an_auxiliary_of_the_wrong_shape_is_refused() -> None:
             "it must be None for fgsm; bim, pgd, apgd, adaptive take one",
         ),
         ("autoattack:eps=0.1", {"auxiliary": lambda x, rows: x.sum()}, "it must be None for autoattack"),
-        ("square:eps=0.1", {"early_leaving": True}, "early_leaving"),
-        ("autoattack:eps=0.1", {"early_leaving": True}, "early_leaving"),
-        ("fab-t", {"early_leaving": True}, "early_leaving"),
+        ("square:eps=0.1", {"stop_on_success": True}, "stop_on_success"),
+        ("autoattack:eps=0.1", {"stop_on_success": True}, "stop_on_success"),
+        ("fab-t", {"stop_on_success": True}, "stop_on_success"),
         ("apgd-t:eps=0.1", {"targeted": True}, "it must be False for apgd-t, which cannot be told"),
         ("square:eps=0.1", {"targeted": True}, "it must be False for square, which cannot be told"),
         ("bim:eps=0.1,target=random", {"targeted": True}, "chooses its targets"),

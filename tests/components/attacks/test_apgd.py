@@ -22,7 +22,7 @@ def test_apgd_reaches_the_best_corner_of_a_linear_model(loss: str, early: bool) 
     eps = 0.05
     weight = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 1, 4, 4)
     corner = (x + eps * (1 - 2 * y).view(-1, 1, 1, 1) * weight.sign()).clamp(0, 1)
-    out = apgd(model, x, y, eps=eps, steps=5, loss=loss, early_leaving=early, generator=seeded(0))
+    out = apgd(model, x, y, eps=eps, steps=5, loss=loss, stop_on_success=early, generator=seeded(0))
     if early:
         assert torch.equal(broken(model, out, y), broken(model, corner, y))
     else:

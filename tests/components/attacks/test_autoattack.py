@@ -62,7 +62,7 @@ def test_each_attack_of_the_cascade_sees_only_survivors(monkeypatch: pytest.Monk
     assert [options[name].get("steps") for name in seen] == [7, 7, 7, None]
     assert options["square"]["queries"] == 11
     assert options["fab_t"]["enough"] == 0.2
-    assert options["apgd"]["early_leaving"] is options["apgd_t"]["early_leaving"] is True
+    assert options["apgd"]["stop_on_success"] is options["apgd_t"]["stop_on_success"] is True
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.6)])

@@ -65,7 +65,12 @@ RULED = [*CASCADE_ATTACKS, "square:eps=1.5,norm=l2,queries=40", "square:eps=0.3,
 @pytest.mark.parametrize("kind", ["grey", "black and white", "uniform"])
 @pytest.mark.parametrize(
     ("text", "early"),
-    [(text, early) for text in RULED for early in (False, True) if not early or AttackSpec.parse(text).can_leave_early],
+    [
+        (text, early)
+        for text in RULED
+        for early in (False, True)
+        if not early or AttackSpec.parse(text).can_stop_on_success
+    ],
 )
 def test_examples_are_within_the_rules(text: str, kind: str, early: bool) -> None:
     spec = AttackSpec.parse(text)
@@ -78,7 +83,7 @@ def test_examples_are_within_the_rules(text: str, kind: str, early: bool) -> Non
     y = predict(model, x)
     y[0] = (y[0] + 1) % 5
     before = x.clone()
-    out = run_attack(spec, model, x, y, early_leaving=early, generator=seeded(1))
+    out = run_attack(spec, model, x, y, stop_on_success=early, generator=seeded(1))
     verify_examples(x, out, range(6), spec)
     assert torch.equal(x, before)
     assert out.data_ptr() != x.data_ptr()
@@ -189,7 +194,7 @@ def test_no_pass_is_wasted(text: str, backward: int, forward: int) -> None:
 def test_a_sample_does_not_depend_on_who_is_left(text: str, mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
     x, y, model = mnist
     x, y, spec = x[:12], y[:12], AttackSpec.parse(text)
-    options = {"early_leaving": True} if spec.can_leave_early else {}
+    options = {"stop_on_success": True} if spec.can_stop_on_success else {}
     alone = y.clone()
     alone[1::2] = (alone[1::2] + 1) % 10  # every other sample is broken from the start
     together, apart = (run_attack(spec, model, x, labels, generator=seeded(0), **options) for labels in (y, alone))

@@ -11,7 +11,7 @@ import torch.fx.experimental.optimization
 from torch import Tensor, nn
 
 from components.attacks import fast_copy
-from components.attacks.fast_copy import computes_in_bfloat16, search, stand_in
+from components.attacks.fast_copy import computes_in_bfloat16, make_fast_copy, run_attack_on_copy
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.models.adapter import attach
@@ -67,7 +67,7 @@ def test_a_stand_in_has_the_same_logits_and_gradients_without_batch_norm(name: s
     net = lived_in(net)
     state = {k: v.clone() for k, v in net.state_dict().items()}
     images = torch.rand(6, channels, size, size, generator=seeded())
-    fast = stand_in(net, images)
+    fast = make_fast_copy(net, images)
     assert fast is not None
     assert batch_norms(net)
     assert not batch_norms(fast)
@@ -94,7 +94,7 @@ def test_a_hook_that_normalises_is_part_of_the_stand_in() -> None:
     bare = net(torch.full((1, 3, 32, 32), 0.9))
     attach(net, None, mean=[0.4] * 3, std=[0.2] * 3)
     images = torch.rand(4, 3, 32, 32, generator=seeded())
-    fast = stand_in(net, images)
+    fast = make_fast_copy(net, images)
     assert fast is not None
     assert not batch_norms(fast)
     assert not torch.allclose(net(torch.full((1, 3, 32, 32), 0.9)), bare, rtol=1e-2)
@@ -107,7 +107,7 @@ def test_a_bfloat16_stand_in_is_near_and_its_logits_are_not_rounded(name: str) -
     net, (channels, size) = NETWORKS[name]()
     net = lived_in(net)
     images = torch.rand(8, channels, size, size, generator=seeded())
-    exact, bfloat16 = stand_in(net, images), stand_in(net, images, bfloat16=True)
+    exact, bfloat16 = make_fast_copy(net, images), make_fast_copy(net, images, bfloat16=True)
     assert exact is not None
     assert computes_in_bfloat16(bfloat16)
     assert not computes_in_bfloat16(exact)
@@ -150,7 +150,7 @@ def test_where_rounding_changes_too_much_the_stand_in_is_exact() -> None:
             return self.net((100 + x) - 100)
 
     net, images = Small().eval(), torch.rand(8, 1, 28, 28, generator=seeded())
-    found = stand_in(net, images, bfloat16=True)
+    found = make_fast_copy(net, images, bfloat16=True)
     assert found is not None
     assert all(p.dtype == torch.float32 for p in found.parameters())
     assert not computes_in_bfloat16(found)
@@ -172,11 +172,11 @@ class Either(Branching):
 def test_what_cannot_be_folded_has_no_stand_in() -> None:
     images = torch.rand(4, 1, 28, 28, generator=seeded())
     for net in (Branching().eval(), Noisy().eval()):
-        assert stand_in(net, images) is None, type(net)
+        assert make_fast_copy(net, images) is None, type(net)
     either = Either().eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert [stand_in(either, images) for _ in range(10)] == [None] * 10
+        assert [make_fast_copy(either, images) for _ in range(10)] == [None] * 10
 
 
 @pytest.mark.parametrize("bias", [0.0, 200.0])
@@ -184,8 +184,8 @@ def test_a_backward_pass_that_tracing_loses_is_noticed_however_confident_the_net
     net = lived_in(ResNet18(10, channels=1, width=4, small=True))
     net.fc.bias.data[0] += bias
     images = torch.rand(4, 1, 28, 28, generator=seeded())
-    assert stand_in(Reformed(ComDefend(channels=1), net).eval(), images) is None
-    assert stand_in(net, images) is not None
+    assert make_fast_copy(Reformed(ComDefend(channels=1), net).eval(), images) is None
+    assert make_fast_copy(net, images) is not None
 
 
 def test_without_room_for_the_copy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_without_room_for_the_copy_it_says_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.fx.experimental.optimization, "fuse", full)
     with pytest.raises(torch.OutOfMemoryError):
-        stand_in(net, torch.rand(4, 1, 28, 28, generator=seeded()))
+        make_fast_copy(net, torch.rand(4, 1, 28, 28, generator=seeded()))
 
 
 class Shifted(nn.Module):
@@ -234,7 +234,7 @@ def test_nothing_is_lost_where_the_stand_in_sees_another_boundary(
     broken_alone = net(alone).argmax(1) != labels
     fast = Shifted(net, 0.5)
     naive = run_attack(spec, fast, images, labels, generator=seeded(7))
-    found = search(spec, net, fast, images, labels, generator=seeded(7))
+    found = run_attack_on_copy(spec, net, fast, images, labels, generator=seeded(7))
     broken = net(found).argmax(1) != labels
     assert broken_alone.sum() >= 30
     assert (broken >= (net(naive).argmax(1) != labels)).all()
@@ -269,7 +269,7 @@ def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
         return torch.zeros(len(x))
 
     fast = Fooled()
-    found = search(AttackSpec.parse("pgd:eps=0.1"), net, fast, images, labels, auxiliary=knows)
+    found = run_attack_on_copy(AttackSpec.parse("pgd:eps=0.1"), net, fast, images, labels, auxiliary=knows)
     (first, _, given), (second, again, remapped) = calls
     assert first is fast
     assert given is knows
@@ -301,5 +301,5 @@ def test_what_the_network_gets_wrong_without_any_attack_is_not_lost(judged: tupl
     labels[:3] = (labels[:3] + 1) % 5
     wrong = torch.arange(40) < 3
     spec = AttackSpec.parse("pgd:eps=0.01,steps=3")
-    found = search(spec, net, Firm(net, wrong, labels), images, labels, generator=seeded(7))
+    found = run_attack_on_copy(spec, net, Firm(net, wrong, labels), images, labels, generator=seeded(7))
     assert (net(found).argmax(1) != labels)[wrong].all()

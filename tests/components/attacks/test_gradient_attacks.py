@@ -174,7 +174,7 @@ def test_budget_is_never_exceeded(
         x,
         y,
         targeted=targeted,
-        early_leaving=early and spec.can_leave_early,
+        stop_on_success=early and spec.can_stop_on_success,
         generator=seeded(seed),
     )
     assert out.dtype == torch.float32
@@ -339,7 +339,7 @@ def test_targeted_minimal_norm_is_the_distance_to_the_target(text: str) -> None:
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_early_leaving_returns_the_first_adversarial_iterate(
+def test_stop_on_success_returns_the_first_adversarial_iterate(
     norm: str, blobs: tuple[Tensor, Tensor, list[nn.Module]]
 ) -> None:
     x, y, (model, _) = blobs
@@ -348,7 +348,7 @@ def test_early_leaving_returns_the_first_adversarial_iterate(
     options = {"eps": eps, "norm": norm, "step_size": eps / 6}
     iterates = [x] + [bim(model, x, y, steps=k, **options) for k in range(1, 13)]
     broken = torch.stack([predict(model, iterate) != y for iterate in iterates])
-    out = bim(model, x, y, steps=12, early_leaving=True, **options)
+    out = bim(model, x, y, steps=12, stop_on_success=True, **options)
     left = 0
     for i in range(len(x)):
         # the twelfth iterate is returned either way, so it makes no difference whether it is adversarial
@@ -359,32 +359,32 @@ def test_early_leaving_returns_the_first_adversarial_iterate(
 
 
 @pytest.mark.parametrize("attack", [bim, pgd])
-def test_early_leaving_breaks_no_fewer_and_costs_less(
+def test_stop_on_success_breaks_no_fewer_and_costs_less(
     attack: Callable[..., Tensor], blobs: tuple[Tensor, Tensor, list[nn.Module]]
 ) -> None:
     x, y, (inner, _) = blobs
     passes, broken = {}, {}
     for early in (True, False):
         model = Counting(inner)
-        out = attack(model, x, y, eps=0.1, steps=10, early_leaving=early, generator=seeded(0))
+        out = attack(model, x, y, eps=0.1, steps=10, stop_on_success=early, generator=seeded(0))
         passes[early], broken[early] = sum(model.with_gradient), predict(inner, out) != y
     assert (broken[True] | ~broken[False]).all()
     assert passes[False] == 10 * len(x)
     assert passes[True] < 0.8 * passes[False]
 
 
-def test_early_leaving_stops_when_all_have_left() -> None:
+def test_stop_on_success_stops_when_all_have_left() -> None:
     model = Counting(linear(2))
     x = near_grey(5)
-    out = bim(model, x, 1 - predict(model.inner, x), eps=0.1, steps=10, early_leaving=True)
+    out = bim(model, x, 1 - predict(model.inner, x), eps=0.1, steps=10, stop_on_success=True)
     assert model.with_gradient == [5]
     assert torch.equal(out, x)
 
 
 @pytest.mark.parametrize("text", ["noise:eps=0.1", "fgsm:eps=0.1", "cw", "ddn"])
-def test_early_leaving_is_refused_where_there_is_none(text: str) -> None:
-    with pytest.raises(ConfigError, match="early_leaving"):
-        run_attack(AttackSpec.parse(text), linear(2), near_grey(1), torch.tensor([0]), early_leaving=True)
+def test_stop_on_success_is_refused_where_there_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="stop_on_success"):
+        run_attack(AttackSpec.parse(text), linear(2), near_grey(1), torch.tensor([0]), stop_on_success=True)
 
 
 def test_why_examples_for_another_model_must_not_leave_early(
@@ -393,7 +393,7 @@ def test_why_examples_for_another_model_must_not_leave_early(
     x, y, (source, other) = blobs
     accuracy = {}
     for early in (True, False):
-        out = bim(source, x, y, eps=0.15, steps=20, early_leaving=early)
+        out = bim(source, x, y, eps=0.15, steps=20, stop_on_success=early)
         accuracy[early] = (predict(other, out) == y).double().mean().item()
         assert (predict(source, out) == y).double().mean() < 0.05, "equally strong on the model they were made on"
     assert accuracy[True] > accuracy[False] + 0.2

@@ -25,7 +25,7 @@ def test_all_have_a_spec() -> None:
         text: AttackSpec.parse(text) for text in (*CASCADE_ATTACKS, "adaptive:eps=0.1", "noise:eps=0.1", "ddn", "cw")
     }
     assert {s.name for s in parsed.values() if s.kind == "minimal_norm"} == {"fab-t", "ddn", "cw"}
-    assert {s.name for s in parsed.values() if s.can_leave_early} == {"pgd", "apgd", "apgd-t", "adaptive"}
+    assert {s.name for s in parsed.values() if s.can_stop_on_success} == {"pgd", "apgd", "apgd-t", "adaptive"}
     assert {s.name for s in parsed.values() if not s.needs_gradients} == {"square", "noise"}
     assert {s.name for s in parsed.values() if s.judged_on_source_only} == {"autoattack", "square"}
     for spec in parsed.values():
@@ -219,7 +219,7 @@ def test_a_spec_made_in_python_is_checked_for_types(values: dict[str, object]) -
 def test_kinds_and_names() -> None:
     kinds = {text.split(":")[0]: AttackSpec.parse(text).kind for text in GRADIENT_AND_NOISE}
     assert [name for name, kind in kinds.items() if kind == "minimal_norm"] == ["cw", "ddn"]
-    assert {t.split(":")[0] for t in GRADIENT_AND_NOISE if AttackSpec.parse(t).can_leave_early} == {"bim", "pgd"}
+    assert {t.split(":")[0] for t in GRADIENT_AND_NOISE if AttackSpec.parse(t).can_stop_on_success} == {"bim", "pgd"}
     assert AttackSpec.parse("bim:eps=0.1").short_name == "bim"
     assert AttackSpec.parse("bim:eps=0.1,norm=l2").short_name == "bim-l2"
     assert tuple(ATTACKS) == ATTACK_NAMES

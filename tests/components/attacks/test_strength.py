@@ -54,7 +54,7 @@ def test_restarts_are_never_weaker(attack: Callable[..., Tensor], early: bool) -
     x, y = torch.full((100, 1, 10, 10), 0.5), torch.zeros(100, dtype=torch.int64)
     # the sum of a start's 100 offsets has a standard deviation of 0.1 * sqrt(100 / 3) = 0.58: a third is above the ledge by it
     model = Ledge(50 + 0.4 * 0.58)
-    options = {"eps": 0.1, "steps": 2, "early_leaving": early}
+    options = {"eps": 0.1, "steps": 2, "stop_on_success": early}
     one, four = (
         broken(model, attack(model, x, y, restarts=restarts, **options, generator=seeded(0)), y) for restarts in (1, 4)
     )
@@ -82,13 +82,13 @@ def test_of_several_restarts_the_highest_loss_is_returned(mnist: tuple[Tensor, T
 
 
 @pytest.mark.parametrize("text", ["pgd:restarts=3", "apgd:restarts=2", "apgd-t:targets=3"])
-def test_early_leaving_breaks_no_fewer_and_costs_less(text: str, mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
+def test_stop_on_success_breaks_no_fewer_and_costs_less(text: str, mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
     x, y, inner = mnist
     spec = AttackSpec.parse(f"{text},eps=0.06,steps=10")
     passes, fallen = {}, {}
     for early in (True, False):
         model = Counting(inner)
-        out = run_attack(spec, model, x, y, early_leaving=early, generator=seeded(0))
+        out = run_attack(spec, model, x, y, stop_on_success=early, generator=seeded(0))
         passes[early], fallen[early] = sum(model.with_gradient), broken(inner, out, y)
     assert (fallen[True] | ~fallen[False]).all()
     assert passes[True] < 0.8 * passes[False]

@@ -53,7 +53,7 @@ def test_targets_are_hit(text: str, share: float, mnist: tuple[Tensor, Tensor, n
     x, y, model = mnist
     x, y, spec = x[:30], y[:30], AttackSpec.parse(text)
     targets = choose_targets(model, x, y, spec.target, seeded(0))
-    for early in {False, spec.can_leave_early}:
-        out = run_attack(spec, model, x, y, early_leaving=early, generator=seeded(0))
+    for early in {False, spec.can_stop_on_success}:
+        out = run_attack(spec, model, x, y, stop_on_success=early, generator=seeded(0))
         verify_examples(x, out, range(30), spec)
         assert (predict(model, out) == targets).double().mean() >= share

@@ -437,9 +437,9 @@ def test_variants_keep_order_and_inherit() -> None:
         models=("b:defense=none", "a", "c:seed=1"),
         evaluation=EvaluationConfig(transfer_source="b"),
     )
-    assert list(e.variants()) == ["b", "a", "c"]
-    assert e.variants()["a"] == e.train
-    assert e.variants()["c"] == dataclasses.replace(e.train, seed=1)
+    assert list(e.model_configs()) == ["b", "a", "c"]
+    assert e.model_configs()["a"] == e.train
+    assert e.model_configs()["c"] == dataclasses.replace(e.train, seed=1)
 
 
 def full() -> Experiment:
@@ -529,14 +529,14 @@ def test_a_whole_number_is_the_same_setting_as_its_float() -> None:
 
 def test_replicates_have_seeds_far_apart_and_sources_of_their_own() -> None:
     one, three = experiment(), experiment(seeds=3)
-    assert list(one.variants()) == ["no_defense", "control", "defend"]
-    assert list(three.variants())[:4] == ["no_defense-s0", "no_defense-s1", "no_defense-s2", "control-s0"]
-    seeds = [c.seed for c in three.variants().values()]
+    assert list(one.model_configs()) == ["no_defense", "control", "defend"]
+    assert list(three.model_configs())[:4] == ["no_defense-s0", "no_defense-s1", "no_defense-s2", "control-s0"]
+    seeds = [c.seed for c in three.model_configs().values()]
     assert seeds == [0, 1000, 2000, 1, 1001, 2001, 1, 1001, 2001]
     assert three.replicates()["defend-s2"] == ("defend", 2)
-    assert three.source_of("defend-s2") == "no_defense-s2"
-    assert three.source_of("no_defense-s1") is None
-    assert three.source_of("control-s1", "defend") == "defend-s1"
+    assert three.transfer_source_of("defend-s2") == "no_defense-s2"
+    assert three.transfer_source_of("no_defense-s1") is None
+    assert three.transfer_source_of("control-s1", "defend") == "defend-s1"
 
 
 def test_examples_are_transferred_within_an_architecture() -> None:
@@ -547,7 +547,7 @@ def test_examples_are_transferred_within_an_architecture() -> None:
         "b-small:width=8",
     )
     found = experiment(models=models)
-    assert {n: found.source_of(n) for n in found.variants()} == {
+    assert {n: found.transfer_source_of(n) for n in found.model_configs()} == {
         "a-vgg16": None,
         "b-vgg16": "a-vgg16",
         "a-small": None,

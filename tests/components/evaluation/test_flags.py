@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from components.attacks import apgd, fab
 from components.attacks.common import loss_gradient
-from components.attacks.fast_copy import search
+from components.attacks.fast_copy import run_attack_on_copy
 from components.attacks.pgd import pgd
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
@@ -682,7 +682,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Te
         spec: AttackSpec, model: nn.Module, fast: nn.Module | None, inputs: Tensor, labels: Tensor, **options: Any
     ) -> Tensor:
         seen.append((model, inputs, labels, {"fast": fast, **options}))
-        return change(inputs, search(spec, model, fast, inputs, labels, **options))
+        return change(inputs, run_attack_on_copy(spec, model, fast, inputs, labels, **options))
 
     monkeypatch.setattr(evaluation_active_test, "search", attack)
     return seen
@@ -697,7 +697,7 @@ def test_the_planted_network(text: str, monkeypatch: pytest.MonkeyPatch, honest:
     for i, (model, inputs, labels, options) in enumerate(seen):
         torch.testing.assert_close(inputs, test_images[0][i : i + 1], rtol=0, atol=0)
         assert labels.tolist() == [0]
-        assert options["early_leaving"] is (spec.name == "pgd")
+        assert options["stop_on_success"] is (spec.name == "pgd")
         at = torch.cat([inputs, torch.rand(200, 1, 28, 28, generator=seeded(3))])
         with torch.no_grad():
             logits, own = model(at), honest(inputs)

@@ -134,7 +134,7 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
         with pytest.raises((ConfigError, DataError), match=r"theirs:build.*(--arch|trusted=)"):
             load()
     assert "theirs" not in sys.modules
-    (config,) = parse("attack", ["--model", str(file), "--arch", "theirs:build"]).variants().values()
+    (config,) = parse("attack", ["--model", str(file), "--arch", "theirs:build"]).model_configs().values()
     assert config.arch == "theirs:build"
     assert type(exports.load_classifier(file, trusted="theirs:build")).__name__ == "Net"
 

@@ -44,13 +44,13 @@ def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
     assert RECIPES[name].cost
     if experiment.scale == "paper":
         assert experiment.data.validation_fraction == 0
-    variants = experiment.variants()
+    variants = experiment.model_configs()
     for model, config in variants.items():
         if config.defense == "none":
             continue
         alike = [v for v in variants.values() if (v.defense, v.arch) == ("none", config.arch)]
         assert len({v.seed for v in alike}) >= 2, "an undefended control of another seed belongs to every comparison"
-        source = experiment.source_of(model)
+        source = experiment.transfer_source_of(model)
         assert source is not None
         assert variants[source].defense == "none"
 
@@ -97,7 +97,7 @@ def test_an_override_reaches_its_field_with_its_type() -> None:
     assert experiment.train.lam == 1e-3
     assert experiment.evaluation.attacks == ("ddn",)
     assert experiment.scaling.gpu is True
-    assert all(v.epochs == 7 for v in experiment.variants().values())
+    assert all(v.epochs == 7 for v in experiment.model_configs().values())
 
 
 def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:

@@ -57,7 +57,7 @@ def asked(*arguments: str) -> Experiment:
 
 def test_a_strangers_file_with_its_network(stranger: Path) -> None:
     experiment = asked("--model", str(stranger), "--arch", "own_network:make", "--data", "folder:/images")
-    (config,) = experiment.variants().values()
+    (config,) = experiment.model_configs().values()
     assert (config.epochs, config.defense, config.arch) == (0, "none", "own_network:make")
     assert (config.pretrained, experiment.data.source) == (str(stranger), "folder:/images")
     assert experiment.evaluation.attacks == full_suite("0.3")
@@ -67,8 +67,8 @@ def test_a_strangers_file_with_its_network(stranger: Path) -> None:
 
 def test_our_own_file_knows_what_it_is(exported: Path) -> None:
     experiment = asked("--model", str(exported))
-    (name,) = experiment.variants()
-    config = experiment.variants()[name]
+    (name,) = experiment.model_configs()
+    config = experiment.model_configs()[name]
     assert name == "ours"
     assert (config.arch, config.width, config.normalize_mean) == ("resnet18", 4, (0.5, 0.5, 0.5))
     data = experiment.data
@@ -150,7 +150,7 @@ def test_the_step_size_of_cw_goes_by_the_images(name: str, stranger: Path) -> No
 )
 def test_a_models_name_follows_from_any_name_of_its_file(stranger: Path, file: str, name: str) -> None:
     renamed = stranger.rename(stranger.with_name(file))
-    (found,) = asked("--model", str(renamed), "--arch", "own_network:make").variants()
+    (found,) = asked("--model", str(renamed), "--arch", "own_network:make").model_configs()
     assert found == name or (name.endswith("-") and found.startswith(name) and len(found.encode()) == 93)
 
 
@@ -169,7 +169,7 @@ def test_a_files_uri_has_options_and_a_key(stranger: Path) -> None:
         ("a.pth#ema", "a.pth", "ema"),
     ):
         assert pretrained.locate(memory.join(uri))[1:] == (name, key)
-    (name,) = asked("--model", memory.join("a#1.pth"), "--arch", "own_network:make").variants()
+    (name,) = asked("--model", memory.join("a#1.pth"), "--arch", "own_network:make").model_configs()
     assert name == "a-1"
 
 
@@ -263,7 +263,7 @@ class Told(monitor.Progress):
     def __init__(self) -> None:
         self.without: list[str] = []
 
-    def on_given(self, name: str, without: str) -> None:
+    def on_external(self, name: str, without: str) -> None:
         self.without.append(without)
 
 
@@ -273,7 +273,7 @@ def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
     data = experiment.data
     sizes = level_sizes(data.image_size, experiment.pyramids.levels)
     shapes = Shapes(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, sizes=sizes)
-    models = train.train(experiment, shapes, TrainingData(train={}, bare=""), Storage(str(storage)), told)
+    models = train.train(experiment, shapes, TrainingData(train={}, without_levels=""), Storage(str(storage)), told)
     (model,) = as_subjects(experiment, models)
     return model, told.without
 

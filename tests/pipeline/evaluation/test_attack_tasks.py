@@ -135,13 +135,13 @@ def test_a_chunk_that_does_not_fit_is_attacked_in_micro_batches(room: int, size:
     assert micro_batch == size
     generator = torch.Generator().manual_seed(7)
     wanted = [
-        fast_copy.search(
+        fast_copy.run_attack_on_copy(
             AttackSpec.parse("pgd:eps=0.1,steps=3,restarts=2"),
             model,
             None,
             a,
             b,
-            early_leaving=True,
+            stop_on_success=True,
             generator=generator,
         )
         for a, b in zip(x.split(size or 10), y.split(size or 10), strict=True)

@@ -20,7 +20,7 @@ import torch
 from attacked_models import Small
 from scipy.stats import binomtest
 
-from components.attacks.fast_copy import search
+from components.attacks.fast_copy import run_attack_on_copy
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, ScalingConfig, TrainConfig, level_sizes, roles
 from components.config.data import Shapes
@@ -130,7 +130,7 @@ def test_what_transfer_has_is_not_told_again_by_every_source_in_turn() -> None:
 def test_only_examples_for_the_model_itself_leave_early() -> None:
     evaluation = EvaluationConfig(attacks=("pgd:eps=0.2",), threat_models=("white_box", "transfer", "transfer:*"))
     for e in plan.plan_evaluations(MODELS, Experiment(name="t", evaluation=evaluation)):
-        assert e.early_leaving == (e.threat_model == "white_box")
+        assert e.stop_on_success == (e.threat_model == "white_box")
 
 
 def test_the_adaptive_attack_is_named_by_the_auto_encoder_it_knows() -> None:
@@ -224,7 +224,7 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
 
     def spy(spec: Any, model: Any, fast: Any, *arguments: Any, **options: Any) -> Any:
         searched.append({p.dtype for p in fast.parameters()})
-        return search(spec, model, fast, *arguments, **options)
+        return run_attack_on_copy(spec, model, fast, *arguments, **options)
 
     monkeypatch.setattr(attack_tasks, "search", spy)
     monkeypatch.setattr(evaluation_active_test, "search", spy)
@@ -615,7 +615,7 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
 
     def spy(*arguments: Any, generator: torch.Generator, **options: Any) -> Any:
         seeds.append(generator.initial_seed())
-        return search(*arguments, generator=generator, **options)
+        return run_attack_on_copy(*arguments, generator=generator, **options)
 
     monkeypatch.setattr(attack_tasks, "search", spy)
     common = with_network(tmp_path, "own_network:make")

@@ -194,7 +194,7 @@ def trained(tmp_path: Path) -> _Trained:
     clean = images.astype(np.float32) / 255
     shapes = Shapes(image_size=SIZE, channels=1, num_classes=10, sizes=(14, 7))
     models, evaluations = [], []
-    for name, config in experiment.variants().items():
+    for name, config in experiment.model_configs().items():
         exports.export(root / f"models/{name}", build_net(config, shapes), config, shapes)
         models.append(Model(name=name, path=f"models/{name}", sha256=name))
         for attack, eps in (("bim:eps=0.2,steps=2", 0.1), (FGSM, 0.2), ("fgsm:eps=0.4", 0.4)):
@@ -555,7 +555,7 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, by
         evaluation=EvaluationConfig(attacks=(FGSM,), threat_models=("white_box",)),
     )
     evaluations, histories = [], {}
-    for i, name in enumerate(experiment.variants()):
+    for i, name in enumerate(experiment.model_configs()):
         base, seed = divmod(i, 3)
         accuracy = 0.05 * base + 0.01 * seed
         metrics = {"accuracy": accuracy, "accuracy_low": 0.0, "accuracy_high": 1.0}

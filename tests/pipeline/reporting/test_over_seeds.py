@@ -26,9 +26,9 @@ from pipeline.runtime.storage import Storage
 def subjects(experiment: Experiment) -> list[Model]:
     """Models of an experiment, as run.py makes them, without weights."""
     found: dict[str, Model] = {}
-    variants = experiment.variants()
+    variants = experiment.model_configs()
     for name in sorted(variants, key=lambda n: variants[n].defense == "comdefend"):
-        behind = found[experiment.source_of(name) or ""] if variants[name].defense == "comdefend" else None
+        behind = found[experiment.transfer_source_of(name) or ""] if variants[name].defense == "comdefend" else None
         found[name] = Model(name=name, path=f"models/{name}", sha256=name, classifier=behind)
     return [found[name] for name in variants]
 
@@ -73,9 +73,9 @@ def test_a_reformer_is_grey_box_where_its_own_classifier_is_attacked() -> None:
     assert ("comdefend", "transfer", "fgsm") not in of
     white = of["comdefend", "white_box", "bim"]
     assert white.source == white.model  # through the reformer, not around it
-    assert white.early_leaving
-    assert not of["comdefend", "grey_box", "bim"].early_leaving
-    assert not of["defend", "transfer", "bim"].early_leaving
+    assert white.stop_on_success
+    assert not of["comdefend", "grey_box", "bim"].stop_on_success
+    assert not of["defend", "transfer", "bim"].stop_on_success
     assert white.model.identity == "comdefend+no_defense"
     assert white.model.address == "models/comdefend+models/no_defense"
     assert ("no_defense", "transfer", "fgsm") not in of
@@ -241,7 +241,7 @@ def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_an
 def test_tables_share_the_models_that_they_have_in_common() -> None:
     """Trained once: the same canonical config in both tables."""
     for scale in ("smoke", "fast", "paper"):
-        one, two, three = (RECIPES[f"{t}-{scale}"].make().variants() for t in ("table1", "table2", "table2-pgd"))
+        one, two, three = (RECIPES[f"{t}-{scale}"].make().model_configs() for t in ("table1", "table2", "table2-pgd"))
         for name in ("no_defense", "control", "defend"):
             assert one[name].canonical() == two[name].canonical() == three[name].canonical()
         for name in ("adv_fgsm", "adv_ddn", "comdefend", "defend_gn"):

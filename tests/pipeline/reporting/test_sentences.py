@@ -35,7 +35,7 @@ def evaluation(model: str, threat: str, name: str, source: str | None = None) ->
 
 def given(*more: dict[str, Any]) -> dict[str, Any]:
     """run.json of a classifier that was not trained here, attacked white-box only."""
-    model = {"path": "models/net", "train": to_dict(NET.variants()["net"]), "parameters": {"classifier": 7}}
+    model = {"path": "models/net", "train": to_dict(NET.model_configs()["net"]), "parameters": {"classifier": 7}}
     times = {"clean_validation": None, "reconstruction_validation": None, "seconds": 0.0, "images_per_second": 0.0}
     return {
         "schema": 1,
@@ -169,7 +169,7 @@ def test_a_table_of_active_tests_stands_only_where_there_were_some(tmp_path: Pat
 
 def test_progress_names_what_is_attacked() -> None:
     model = plan.Model(name="net", path="models/net", sha256="")
-    chunk = {"address": "", "early_leaving": False, "bfloat16": False}
+    chunk = {"address": "", "stop_on_success": False, "bfloat16": False}
     names = [
         attack._task_name(addresses.ExampleSet(source=source, attack=spec, **chunk))  # type: ignore[arg-type]
         for source, spec in ((None, "none"), (None, "noise:eps=0.3"), (model, "pgd:eps=0.3"))

@@ -51,7 +51,7 @@ from pipeline.training.jobs import TrainingData
 
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
-DATA = TrainingData(train={"lowpass": "pyramids/a"}, bare="pyramids/b", validation="pyramids/v")
+DATA = TrainingData(train={"lowpass": "pyramids/a"}, without_levels="pyramids/b", validation="pyramids/v")
 OBJECTIVE = Objective(attack="pgd:eps=0.1,steps=3", images=10, validation="pyramids/v")
 NO_TEST = SweepOptions(space="s", evaluate="none")
 BATCHES = Space(parameters={"batch_size": IntRange(32, 256)}, trials=1)
@@ -77,7 +77,7 @@ def test_a_trials_models_are_those_of_an_ordinary_run(tmp_path: Path) -> None:
         seeds=2,
         storage=str(tmp_path),
     )
-    ordinary = train.jobs_of(experiment, SHAPES, DATA, Storage(str(tmp_path)))
+    ordinary = train.list_jobs(experiment, SHAPES, DATA, Storage(str(tmp_path)))
     mine = replace(plan(tmp_path, seeds=2), base=replace(experiment.train, seed=1))
     found = mine.jobs({"lam": 0.1, "shared_blocks": 2})
     assert [j.address for j in found] == [j.address for j in ordinary[:2]]
@@ -309,7 +309,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(
 def test_a_combination_is_possible_where_one_of_its_values_alone_is_not() -> None:
     space = Space(parameters={"schedule": Choice(["alternating"]), "epochs": Choice([40])}, search="grid")
     probed = preflight.preflight_experiment(recipe(), space, recipe().train)
-    assert [(c.schedule, c.epochs) for c in probed.variants().values()] == [("joint", 2), ("alternating", 40)]
+    assert [(c.schedule, c.epochs) for c in probed.model_configs().values()] == [("joint", 2), ("alternating", 40)]
 
 
 def test_the_draws_that_are_checked_are_those_of_the_seed_in_use() -> None:
@@ -344,14 +344,14 @@ def test_the_probe_has_every_kind_of_targets_that_a_trial_reads(
 def test_the_probe_has_one_network_of_those_that_differ_in_real_numbers_and_the_largest_combination() -> None:
     e = recipe()
     space = Space(parameters={"lam": LogUniform(1e-4, 10.0), "lr": Uniform(0.1, 1.0)}, trials=24)
-    assert list(preflight.preflight_experiment(e, space, e.train).variants()) == ["base"], (
+    assert list(preflight.preflight_experiment(e, space, e.train).model_configs()) == ["base"], (
         "the recipe's model stands for all"
     )
     parameters = {"lam": LogUniform(1e-4, 10.0), "width": IntRange(2, 200), "batch_size": IntRange(2, 2000)}
     probed = preflight.preflight_experiment(e, Space(parameters=parameters, search="tpe", trials=2), e.train)
-    assert (200, 2000) in {(c.width, c.batch_size) for c in probed.variants().values()}
+    assert (200, 2000) in {(c.width, c.batch_size) for c in probed.model_configs().values()}
     big = Space(parameters={"width": Choice([2, 200]), "batch_size": Choice([2, 2000])}, search="grid", trials=0)
-    largest = preflight.preflight_experiment(e, big, e.train).variants()["trial-4_width-200_batch_size-2000"]
+    largest = preflight.preflight_experiment(e, big, e.train).model_configs()["trial-4_width-200_batch_size-2000"]
     assert (largest.width, largest.batch_size) == (200, 2000)
 
 
@@ -360,14 +360,14 @@ def test_an_undefended_model_is_swept_over_values_that_are_its_own_and_its_contr
     e = recipe()
     space = Space(parameters={"lr": Choice([e.train.lr, 0.01])}, model="no_defense", search="grid")
     name, base = preflight.varied_model(e, space)
-    assert "base" in preflight.preflight_experiment(e, space, base).variants()
+    assert "base" in preflight.preflight_experiment(e, space, base).model_configs()
     for point in space.points(0):
         final = final_experiment.final_experiment(e, name, point)
-        assert len({c.canonical() for c in final.variants().values()}) == 3, point
+        assert len({c.canonical() for c in final.model_configs().values()}) == 3, point
     undefended = final_experiment.final_experiment(
         e, "defend", {"defense": "none"}
     )  # with defend's seed it is the recipe's control
-    assert len({c.canonical() for c in undefended.variants().values()}) == 3
+    assert len({c.canonical() for c in undefended.model_configs().values()}) == 3
 
 
 def test_what_a_person_is_told_before_anything_is_computed(tmp_path: Path) -> None:
@@ -410,13 +410,13 @@ def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_n
     assert final.name == "mnist-smoke-best"
     assert [t.partition(":")[0] for t in final.models] == ["no_defense", "control", "best"]
     same = replace(plan(tmp_path, seeds=2), base=preflight.varied_model(e, BLOCKS)[1]).jobs(point)
-    made = train.jobs_of(final, SHAPES, DATA, Storage(str(tmp_path)))
+    made = train.list_jobs(final, SHAPES, DATA, Storage(str(tmp_path)))
     assert [j.address for j in made if j.name.startswith("best")] == [j.address for j in same]
     assert final.evaluation.attacks == e.evaluation.attacks
     # of another width, transfer needs undefended networks of that width
     wide = final_experiment.final_experiment(e, "defend", {"width": 8})
-    assert {c.width for c in wide.variants().values()} == {8}
-    assert {c.seed % 1000 for n, c in wide.variants().items() if not n.startswith("best")} == {0, 1}
+    assert {c.width for c in wide.model_configs().values()} == {8}
+    assert {c.seed % 1000 for n, c in wide.model_configs().items() if not n.startswith("best")} == {0, 1}
     # a recipe whose threat models name models that are not there any more
     named = replace(e, evaluation=replace(e.evaluation, threat_models=("white_box", "transfer:defend")))
     assert final_experiment.final_experiment(named, "defend", point, "recipe").evaluation.threat_models == (
@@ -797,7 +797,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
         spec, found = AttackSpec.parse(attack), 0
         for chunk, (x, y) in enumerate(zip(images.split(objective.CHUNK), labels.split(objective.CHUNK), strict=True)):
             generator = torch.Generator().manual_seed(stream_seed(0, chunk))
-            examples = run_attack(spec, net, x, y, early_leaving=spec.can_leave_early, generator=generator)
+            examples = run_attack(spec, net, x, y, stop_on_success=spec.can_stop_on_success, generator=generator)
             found += int((net(examples).argmax(1) == y).sum())
         return found
 

@@ -19,7 +19,7 @@ from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingJob
 
 NAMES = ("a", "killer", "b")
 JOBS = [TrainingJob(name=n, config=TrainConfig(), pyramids={}, weights="", address=f"models/{n}") for n in NAMES]
-ORDERS = [job.order() for job in JOBS]
+ORDERS = [job.request() for job in JOBS]
 
 
 def finish(order: dict[str, Any], root: Storage) -> None:

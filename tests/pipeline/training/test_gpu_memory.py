@@ -86,7 +86,7 @@ def test_what_cannot_fit_is_named_with_what_to_change() -> None:
         evaluation=replace(Experiment(name="x").evaluation, threat_models=("white_box",)),
         scaling=ScalingConfig(gpu=True),
     )
-    big = training_bytes(experiment.variants()["big"].canonical(), SHAPES, 64)
+    big = training_bytes(experiment.model_configs()["big"].canonical(), SHAPES, 64)
     refuse_what_does_not_fit(experiment, SHAPES, big)  # exactly as much is enough
     with pytest.raises(ResourceError, match=r"model big does not fit.*64 images.*train\.batch_size"):
         refuse_what_does_not_fit(experiment, SHAPES, big - 1)
@@ -135,10 +135,10 @@ def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> 
     address = partial(pyramids.address_of, experiment.data, experiment.pyramids)
     data = TrainingData(
         train={"lowpass": address("train")},
-        bare=address("train", targets="none"),
+        without_levels=address("train", targets="none"),
         validation=address("validation", targets="none"),
     )
-    for job in train.jobs_of(experiment, SHAPES, data, root):
+    for job in train.list_jobs(experiment, SHAPES, data, root):
         assert not trained(job.name)
         (root / job.address).write_json("model.json", {})
         assert trained(job.name)
