@@ -10,23 +10,24 @@ from components.config import EvaluationConfig
 from components.fields import content_hash
 from pipeline.evaluation.plan import Evaluation, Model
 
-CODE_VERSION = 2
+ADDRESS_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other examples or records."""
 FOLLOW_L2_GRADIENTS = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
 """Attacks that in L2 step along the normalised gradient. C&W, FAB and Square do not."""
-CHANGED_SINCE = {
-    ("noise", "l2"): 3,  # no longer shortened by clipping
-    ("autoattack", "linf"): 3,  # a sample's draws no longer depend on who is left
-    **{(name, "l2"): 4 for name in FOLLOW_L2_GRADIENTS},  # gradients below 1e-19 are normalised without underflow
+ATTACK_VERSIONS = {
+    ("noise", "l2"): 3,  # Noise is no longer shortened by clipping.
+    ("autoattack", "linf"): 3,  # A sample's draws no longer depend on which samples remain.
+    # Gradients below 1e-19 are normalised without underflow.
+    **{(name, "l2"): 4 for name in FOLLOW_L2_GRADIENTS},
 }
-"""The same for the attacks, by name and norm, whose examples alone have changed; all others are as they were."""
+"""Versions, by attack and norm, of attacks whose own examples have changed."""
 SEEDED_BY_NAME = 5
-"""The same for the attacks that draw: each has had random numbers of its own in a chunk since then."""
+"""Version since which each attack that draws has its own random numbers in a chunk."""
 
 
 @dataclass(kw_only=True)
 class ExampleSet:
-    """A set of examples and who is to judge it."""
+    """A set of examples and the models that judge it."""
 
     address: str
     source: Model | None
@@ -37,8 +38,8 @@ class ExampleSet:
     """Address of the judged records -> the model that judges."""
 
 
-def in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
-    """Whether this attack's search runs in bfloat16."""
+def searches_in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
+    """Tell whether an attack's search runs in bfloat16."""
     return (
         evaluation.search_precision == "bfloat16"
         and attack != "none"
@@ -46,36 +47,43 @@ def in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
     )
 
 
-def _version(spec: AttackSpec) -> int:
-    version = CHANGED_SINCE.get((spec.name, str(spec.norm)), CODE_VERSION)
+def _attack_version(spec: AttackSpec) -> int:
+    version = ATTACK_VERSIONS.get((spec.name, str(spec.norm)), ADDRESS_VERSION)
     return max(version, SEEDED_BY_NAME) if spec.draws else version
 
 
 def example_sets(
-    evaluations: Sequence[Evaluation], test_address: str, ends_within_a_chunk: int, evaluation: EvaluationConfig
+    evaluations: Sequence[Evaluation], test_address: str, ends_within_a_chunk: int, config: EvaluationConfig
 ) -> tuple[list[ExampleSet], dict[Evaluation, tuple[str, str]]]:
+    """Group evaluations by the examples that they judge.
+
+    Args:
+        ends_within_a_chunk: number of images if the last chunk is not full, else 0. Full chunks
+            do not depend on the number of images, so an evaluation on more images reuses them.
+
+    Returns:
+        The sets, and for each evaluation the addresses of its examples and of its judgements.
+    """
     sets: dict[str, ExampleSet] = {}
     addresses: dict[Evaluation, tuple[str, str]] = {}
     for e in evaluations:
-        made_on = e.source.identity if e.source else None
         spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
-        version = _version(spec) if spec else CODE_VERSION
+        source_identity = e.source.identity if e.source else None
         if e.source and spec and spec.name == "adaptive":
-            made_on = f"{made_on}+{e.source.autoencoder}"
-        bfloat16 = in_bfloat16(e.attack, evaluation)
+            source_identity = f"{source_identity}+{e.source.autoencoder}"
+        bfloat16 = searches_in_bfloat16(e.attack, config)
         key = content_hash(
-            version,
-            made_on,
+            _attack_version(spec) if spec else ADDRESS_VERSION,
+            source_identity,
             e.attack,
             e.stop_on_success,
             test_address,
             ends_within_a_chunk,
-            evaluation.chunk_size,
-            evaluation.seed,
-            *([evaluation.search_precision] if bfloat16 else []),
+            config.chunk_size,
+            config.seed,
+            *([config.search_precision] if bfloat16 else []),
         )
-        judged = f"judged/{content_hash(CODE_VERSION, key, e.model.identity)}"
-        one = sets.setdefault(
+        examples = sets.setdefault(
             key,
             ExampleSet(
                 address=f"examples/{key}",
@@ -85,6 +93,7 @@ def example_sets(
                 bfloat16=bfloat16,
             ),
         )
-        one.judges[judged] = e.model
-        addresses[e] = (one.address, judged)
+        judged = f"judged/{content_hash(ADDRESS_VERSION, key, e.model.identity)}"
+        examples.judges[judged] = e.model
+        addresses[e] = (examples.address, judged)
     return list(sets.values()), addresses

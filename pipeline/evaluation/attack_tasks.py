@@ -1,4 +1,4 @@
-"""What each Ray task of an attack runs: craft, verify and judge a chunk of samples."""
+"""Ray tasks of the attack stage: craft, verify and judge the examples of a chunk of samples."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pipeline.runtime.tasks import T
 from pipeline.training import exports
 
 FAST_COPY_IMAGES = 8
-"""Random images on which a network and its faster stand-in must agree."""
+"""Random images on which a network and its fast copy must agree."""
 
 
 def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
-    """Return what every task's job begins with: its data, and how its process is set up (:func:`prepare_task`)."""
+    """Return what every task's job holds: its data and the setup of its process (:func:`prepare_task`)."""
     return {
         "root": root.full_uri,
         "test": test.address,
@@ -42,32 +42,37 @@ def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> d
     }
 
 
-# what follows runs in the tasks
+# The functions below run in the tasks.
 
 
 @functools.lru_cache(maxsize=8)
 def load_model(root: str, weights: str, device: str) -> nn.Module:
-    """Load what :attr:`Model.weights` names, in eval mode.
+    """Load the model of :attr:`Model.weights` in eval mode.
 
     Raises:
-        DataError: the weights are not those any more that the records name.
+        DataError: a file no longer holds the weights that the records name.
     """
     parts = [part.partition("#") for part in weights.split("+")]
     (path, _, sha256), *behind = ((join_uri(root, path), mark, sha256) for path, mark, sha256 in parts)
     if not behind:
         return exports.load_classifier(path, device, sha256=sha256)
-    ((classifier, _, second),) = behind
-    return exports.load_reformed(path, classifier, device, sha256=(sha256, second))
+    ((classifier, _, classifier_sha256),) = behind
+    return exports.load_reformed(path, classifier, device, sha256=(sha256, classifier_sha256))
 
 
 @functools.lru_cache(maxsize=2)
-def _test_set(root: str, address: str) -> shards.ShardSet:
+def load_test_set(root: str, address: str) -> shards.ShardSet:
+    """Open the test set's shards."""
     return shards.load(Storage(root), address)
 
 
 def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
-    """Rows of a job's test set, and their images in [0,1] and labels on its device."""
-    rows = _test_set(job["root"], job["test"]).read_rows(start, stop)
+    """Read rows of a job's test set.
+
+    Returns:
+        The rows' columns, and their images in [0,1] and labels on the job's device.
+    """
+    rows = load_test_set(job["root"], job["test"]).read_rows(start, stop)
     images = torch.from_numpy(rows["image"]).to(job["device"]).float().div_(255)
     return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
 
@@ -77,9 +82,10 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
 
     Args:
         seed: ``evaluation.seed``.
-        chunk: its number.
-        name: an attack's canonical text, for what the attack draws, so that attacks differ in their random starts and
-            models do not. Or an address, for torch's global stream, from which a randomised network draws.
+        chunk: number of the chunk.
+        name: an attack's canonical text, for the attack's own draws: attacks then differ in their
+            random starts and models do not. Or an address, for torch's global stream, from which a
+            randomised network draws.
     """
     return stream_seed(seed, chunk, int(content_hash(name)[:15], 16))
 
@@ -91,12 +97,14 @@ def prepare_task(job: dict[str, Any]) -> None:
 
 
 def attack_chunks(job: dict[str, Any]) -> None:
+    """Attack and judge the chunks of one task."""
     prepare_task(job)
     for i, start, stop in job["chunks"]:
-        _attack_chunk(job, i, start, stop)
+        attack_chunk(job, i, start, stop)
 
 
-def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
+def attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
+    """Make the examples of one chunk and judge them, unless their files exist."""
     root, device = Storage(job["root"]), job["device"]
     rows, clean, labels = load_images(job, start, stop)
     if job["attack"] == "none":
@@ -105,25 +113,27 @@ def _attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         directory = root / job["examples"]
         if not directory.exists(chunk_name(i)):
             _make_examples(job, i, directory, clean, labels, rows)
-        # from the file in any case, so that a continued run judges what an unbroken one judged
-        adversarial = torch.tensor(read_examples(directory, i), device=device)  # a copy: Arrow's memory is read-only
+        # The examples always come from the file, so that a continued run judges the same ones.
+        # torch.tensor copies them, since Arrow's memory is read-only.
+        adversarial = torch.tensor(read_examples(directory, i), device=device)
     for judged, weights in job["judges"].items():
         directory = root / judged
         if directory.exists(chunk_name(i)):
             continue
         model = load_model(job["root"], weights, device)
         torch.manual_seed(named_seed(job["seed"], i, judged))
-        columns, micro_batch = _judge(model, clean, adversarial, labels)
+        columns, micro_batch = judge_in_batches(model, clean, adversarial, labels)
         records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
         write_table(directory, i, records, {"micro_batch": micro_batch})
 
 
 @functools.lru_cache(maxsize=8)
 def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
-    """The faster copy on which attacks search, if the network of ``weights`` (:attr:`Model.weights`) has one."""
+    """Return the fast copy of the model of ``weights``, on which attacks search, or None."""
     images = torch.rand(FAST_COPY_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     model = load_model(root, weights, device)
-    # made once in a task, while a chunk is attacked: what the network draws meanwhile must not count
+    # The copy is made while the task's first chunk is attacked. The network may draw random numbers
+    # meanwhile, which must not change that chunk's stream.
     with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
         return make_fast_copy(model, images, bfloat16=bfloat16)
 
@@ -142,18 +152,18 @@ def _make_examples(
     begin = time.perf_counter()
     autoencoder = _autoencoder(job["root"], job["autoencoder"], job["device"]) if spec.name == "adaptive" else None
 
-    def copied() -> nn.Module | None:
+    def fast_copy() -> nn.Module | None:
         if not job["source"]:
             return None
         return load_fast_copy(job["root"], job["source"], job["device"], clean.shape[1:], job["bfloat16"])
 
     torch.manual_seed(named_seed(job["seed"], i, job["examples"]))
     seed = named_seed(job["seed"], i, str(spec))
-    adversarial, micro_batch = _craft(
-        spec, model, copied, autoencoder, clean, labels, early=job["early_leaving"], seed=seed
+    adversarial, micro_batch = craft(
+        spec, model, fast_copy, autoencoder, clean, labels, stop_on_success=job["early_leaving"], seed=seed
     )
     seconds = time.perf_counter() - begin
-    bfloat16 = job["bfloat16"] and computes_in_bfloat16(copied())
+    bfloat16 = job["bfloat16"] and computes_in_bfloat16(fast_copy())
     verify_examples(clean, adversarial, rows["index"], spec)
     images = shards.tensor_array(adversarial.cpu().numpy())
     write_table(
@@ -164,31 +174,36 @@ def _make_examples(
     )
 
 
-def _knowledge(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Callable[[Tensor, Tensor], Tensor]:
+def _auxiliary(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Callable[[Tensor, Tensor], Tensor]:
     assert spec.objective is not None
     assert spec.weight is not None
     return adaptive_objective(autoencoder, clean, spec.objective, spec.weight)
 
 
-def _craft(
+def craft(
     spec: AttackSpec,
     model: nn.Module,
-    copied: Callable[[], nn.Module | None],
+    fast_copy: Callable[[], nn.Module | None],
     autoencoder: nn.Module | None,
     clean: Tensor,
     labels: Tensor,
     *,
-    early: bool,
+    stop_on_success: bool,
     seed: int,
 ) -> tuple[Tensor, int]:
-    """The examples of a chunk, and 0, or the size of the micro-batches that memory allowed (recorded: another result)."""
+    """Make the adversarial examples of a chunk, in micro-batches if memory is short.
+
+    Returns:
+        The examples, and the size of the micro-batches or 0. The size is recorded, since another
+        size has other random starts.
+    """
 
     def attempt(micro_batches: list[slice]) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        fast = copied()
+        fast = fast_copy()
         parts = []
         for rows in micro_batches:
-            knows = None if autoencoder is None else _knowledge(autoencoder, clean[rows], spec)
+            auxiliary = None if autoencoder is None else _auxiliary(autoencoder, clean[rows], spec)
             parts.append(
                 run_attack_on_copy(
                     spec,
@@ -196,9 +211,9 @@ def _craft(
                     fast,
                     clean[rows],
                     labels[rows],
-                    stop_on_success=early,
+                    stop_on_success=stop_on_success,
                     generator=generator,
-                    auxiliary=knows,
+                    auxiliary=auxiliary,
                 )
             )
         return torch.cat(parts)
@@ -206,9 +221,13 @@ def _craft(
     return as_memory_allows(len(clean), attempt, f"{spec} on")
 
 
-def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Columns, int]:
-    """:func:`judge`, in smaller batches where memory is short, and of how many samples (0: all). Recorded, since a randomised
-    network draws otherwise then; another's verdict does not depend on them."""
+def judge_in_batches(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Columns, int]:
+    """Call :func:`judge`, in micro-batches if memory is short.
+
+    Returns:
+        The columns, and the size of the micro-batches or 0. The size is recorded, since a
+        randomised network draws otherwise then. No other network's verdict depends on it.
+    """
 
     def attempt(micro_batches: list[slice]) -> Columns:
         parts = [judge(model, clean[rows], adversarial[rows], labels[rows]) for rows in micro_batches]
@@ -218,13 +237,17 @@ def _judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor)
 
 
 def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> tuple[T, int]:
-    """``attempt`` on all of n samples at once, else on half as many at a time, and so on.
+    """Call ``attempt`` on all of n samples at once, then on half as many at a time, until they fit.
+
+    Args:
+        attempt: called with the slices of the samples.
+        what: work that the error message names, e.g. "judging".
 
     Returns:
-        Its result, and 0, or how many samples at a time it came from.
+        The result, and 0 or the number of samples at a time.
 
     Raises:
-        ResourceError: there is no room for a single one.
+        ResourceError: a single sample does not fit.
     """
     size = n
     while True:
@@ -233,9 +256,9 @@ def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> 
         except torch.OutOfMemoryError as e:
             if size == 1:
                 raise ResourceError(
-                    f"{what} a single image does not fit the memory ({e}). Raise scaling.gpus_per_attack, so that fewer tasks share a "
-                    "GPU, or attack on the CPU with scaling.gpus_per_attack=0"
+                    f"{what} a single image does not fit the memory ({e}). Raise scaling.gpus_per_attack, so that "
+                    "fewer tasks share a GPU, or attack on the CPU with scaling.gpus_per_attack=0"
                 ) from e
-        # here, where the error is gone, and with it all that it held
+        # Outside the except block the exception no longer keeps the failed batch's tensors alive.
         size = (size + 1) // 2
         torch.cuda.empty_cache()

@@ -1,4 +1,33 @@
-"""Arrays that the paper's figures are drawn from, computed while the models are at hand."""
+"""Arrays of the paper's figures, kept in figures.npz so that the report needs no model.
+
+A figure's arrays are there if ``Experiment.figures`` names it and the run has what it shows. Two
+underscores join the parts of a name. MODEL is the name of a model with an auto-encoder; fig6 has
+only the first replicate of each. A text is an array without dimensions:
+
+    fig2__level_<m>                  float32 [n,C,w,w]: levels I^m of n test images, low-pass
+                                     whatever the models' targets are
+    fig2__band_<m>                   float32 [n,C,w,w]: their Laplacian bands P^m; the last band is
+                                     the last level
+    fig2__level_spectrum_<m>,
+    fig2__band_spectrum_<m>          float32 [n,C,w,w]: orthonormal DCT-II of each
+    fig6__attack                     text: attack spec
+    fig6__clean, fig6__label         float32 [n,C,W,W], int [n]
+    fig6__adversarial__MODEL         float32 [n,C,W,W]: white-box examples
+    fig6__prediction__MODEL          int [n]: class that the classifier predicts for them
+    fig6__reconstruction_clean__MODEL,
+    fig6__reconstruction_adversarial__MODEL
+                                     float32 [n,C,W,W]: level 0 of the auto-encoder, unclipped
+    fig8__attack                     text: attack spec
+    fig8__index__MODEL               int64 [N]: every attacked test image
+    fig8__d_ra__MODEL                float64 [N]: L2 distance, in [0,1] pixel units, between the
+                                     reconstruction of the attacked image and the attacked image
+    fig8__d_rc__MODEL                float64 [N]: between that reconstruction and the clean image
+    fig8__d_ac__MODEL                float64 [N]: between the attacked and the clean image
+    fig8__r__MODEL                   float64 [N]: R = d_rc / d_ra; inf or nan if d_ra is 0
+    fig8__from__MODEL                text: hash of everything that the distances follow from
+
+The attack of fig6 and fig8 is the first FGSM of ``evaluation.attacks``, white-box.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +46,7 @@ from components.dct import laplacian_bands, lowpass_pyramid, spectrum
 from components.errors import DataError
 from components.fields import content_hash
 from components.precision import true_float32
+from components.threat_models import WHITE_BOX
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.plan import Model
@@ -24,62 +54,65 @@ from pipeline.runtime import arrays
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
+FIGURES_FILE = "figures.npz"
 SPECTRA = 3
 """Images of fig2."""
 DISTANCES_VERSION = 1
 """Part of ``fig8__from``. Raise it when the same models and examples would give other distances."""
 BATCH_PIXELS = 1 << 18
-"""Pixels that an auto-encoder sees at once: 334 images of 28x28, 5 of 224x224, some hundred MiB of feature maps."""
+"""Pixels per batch of an auto-encoder: 334 images of 28x28 or 5 of 224x224, some 100 MiB of maps."""
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]
 
 
 def fig2_arrays(clean: Tensor, sizes: Sequence[int]) -> Arrays:
+    """Return the low-pass levels of images, their Laplacian bands, and the spectra of both."""
     levels = lowpass_pyramid(clean, sizes)
-    arrays: Arrays = {}
-    for name, images in (("level", levels), ("band", laplacian_bands(levels))):
-        for m, one in enumerate(images):
-            arrays[f"fig2__{name}_{m}"] = one.numpy()
-            arrays[f"fig2__{name}_spectrum_{m}"] = spectrum(one).numpy()
-    return arrays
+    figure: Arrays = {}
+    for name, pyramid in (("level", levels), ("band", laplacian_bands(levels))):
+        for m, images in enumerate(pyramid):
+            figure[f"fig2__{name}_{m}"] = images.numpy()
+            figure[f"fig2__{name}_spectrum_{m}"] = spectrum(images).numpy()
+    return figure
 
 
-def _fgsm(evaluations: Sequence[dict[str, Any]], experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """Model -> its white-box evaluation under the first FGSM of the config; empty without one."""
+def fgsm_evaluations(evaluations: Sequence[dict[str, Any]], experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Return model -> its white-box evaluation under the config's first FGSM; empty without one."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     attack = next((str(spec) for spec in specs if spec.short_name == "fgsm"), None)
     return {
         e["model"]: e
         for e in evaluations
-        if attack is not None and e["threat_model"] == "white_box" and e["attack"] == attack
+        if attack is not None and e["threat_model"] == WHITE_BOX and e["attack"] == attack
     }
 
 
 def fig6_arrays(
     clean: Tensor,
     label: np.ndarray,
-    subjects: Sequence[Model],
+    models: Sequence[Model],
     fgsm: Mapping[str, Mapping[str, Any]],
     root: Storage,
 ) -> Arrays:
-    arrays: Arrays = {}
-    for model in subjects:
+    """Return clean and attacked images and their reconstructions by each model."""
+    figure: Arrays = {}
+    for model in models:
         e = fgsm[model.name]
         adversarial = read_examples(root / e["examples"], 0)[: len(clean)]
         autoencoder = exports.load_autoencoder(root.join(model.path), sha256=model.autoencoder)
-        arrays |= {"fig6__attack": np.array(e["attack"]), "fig6__clean": clean.numpy(), "fig6__label": label}
-        arrays[f"fig6__adversarial__{model.name}"] = adversarial
+        figure |= {"fig6__attack": np.array(e["attack"]), "fig6__clean": clean.numpy(), "fig6__label": label}
+        figure[f"fig6__adversarial__{model.name}"] = adversarial
         judged = read_chunks(root / e["path"], 1)
-        arrays[f"fig6__prediction__{model.name}"] = judged["adversarial_prediction"][: len(clean)]
-        arrays[f"fig6__reconstruction_clean__{model.name}"] = reconstruct(autoencoder, clean).numpy()
+        figure[f"fig6__prediction__{model.name}"] = judged["adversarial_prediction"][: len(clean)]
+        figure[f"fig6__reconstruction_clean__{model.name}"] = reconstruct(autoencoder, clean).numpy()
         attacked = torch.from_numpy(np.array(adversarial))
-        arrays[f"fig6__reconstruction_adversarial__{model.name}"] = reconstruct(autoencoder, attacked).numpy()
-    return arrays
+        figure[f"fig6__reconstruction_adversarial__{model.name}"] = reconstruct(autoencoder, attacked).numpy()
+    return figure
 
 
-def _earlier(run: Storage) -> Arrays:
-    """figures.npz as an earlier run left it; a damaged one is as good as none, since it is written anew."""
+def read_earlier_figures(run: Storage) -> Arrays:
+    """Read figures.npz of an earlier run; a damaged file counts as none, since it is written anew."""
     try:
         return arrays.read_arrays(run, FIGURES_FILE)
     except DataError:
@@ -88,38 +121,46 @@ def _earlier(run: Storage) -> Arrays:
 
 def fig8_arrays(
     test: ShardSet,
-    subjects: Sequence[Model],
+    models: Sequence[Model],
     fgsm: Mapping[str, Mapping[str, Any]],
     experiment: Experiment,
     root: Storage,
     earlier: Mapping[str, np.ndarray],
     progress: Progress | None,
 ) -> Arrays:
-    arrays: Arrays = {}
+    """Return the distances of each model's reconstructions; unchanged ones are taken from ``earlier``."""
+    figure: Arrays = {}
     device = "cuda" if experiment.scaling.gpus_per_attack and torch.cuda.is_available() else "cpu"
-    for model in subjects:
+    for model in models:
         e = fgsm[model.name]
-        said = np.array(content_hash(DISTANCES_VERSION, model.identity, e["examples"], test.address, e["n"]))
-        if np.array_equal(earlier.get(f"fig8__from__{model.name}", ""), said):
+        origin = np.array(content_hash(DISTANCES_VERSION, model.identity, e["examples"], test.address, e["n"]))
+        if np.array_equal(earlier.get(f"fig8__from__{model.name}", ""), origin):
             names = [f"fig8__{k}__{model.name}" for k in ("index", "d_ra", "d_rc", "d_ac", "r", "from")]
-            found = {name: earlier[name] for name in names}
+            figure |= {name: earlier[name] for name in names}
         else:
             autoencoder = exports.load_autoencoder(root.join(model.path), device, sha256=model.autoencoder)
             examples, chunk_size = root / e["examples"], experiment.evaluation.chunk_size
-            tell = None if progress is None else functools.partial(_tell, progress, model.name)
-            columns = distances(autoencoder, test, examples, e["n"], chunk_size, progress=tell)
-            found = {f"fig8__{k}__{model.name}": v for k, v in columns.items()}
-            found[f"fig8__from__{model.name}"] = said
-        arrays |= {"fig8__attack": np.array(e["attack"]), **found}
-    return arrays
+            report = None if progress is None else functools.partial(_report_chunks, progress, model.name)
+            columns = distances(autoencoder, test, examples, e["n"], chunk_size, progress=report)
+            figure |= {f"fig8__{k}__{model.name}": v for k, v in columns.items()}
+            figure[f"fig8__from__{model.name}"] = origin
+        figure["fig8__attack"] = np.array(e["attack"])
+    return figure
 
 
-def _tell(progress: Progress, model: str, done: int, total: int) -> None:
+def _report_chunks(progress: Progress, model: str, done: int, total: int) -> None:
     progress(done, total, f"chunks reconstructed by {model} (fig8)")
 
 
 def reconstruct(autoencoder: nn.Module, images: Tensor) -> Tensor:
-    """float32 [N,C,W,W] on the CPU: the auto-encoder's level 0 of images in [0,1], batch by batch, in true float32."""
+    """Reconstruct images batch by batch, in true float32.
+
+    Args:
+        images: float32 [N,C,W,W] in [0,1].
+
+    Returns:
+        float32 [N,C,W,W] on the CPU: level 0 of the auto-encoder.
+    """
     parameter = next(autoencoder.parameters(), None)
     size = max(1, BATCH_PIXELS // (images.shape[-1] * images.shape[-2]))
     parts = []
@@ -139,26 +180,26 @@ def distances(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Arrays:
-    """Columns of fig8 (above) over the first ``n`` test images; one chunk of images in memory at a time.
+    """Compute the columns of fig8 over the first ``n`` test images, one chunk of images in memory at a time.
 
     Args:
         autoencoder: images [N,C,W,W] to levels, level 0 first.
-        examples: the directory of a set of adversarial examples; its chunks are of ``chunk_size`` images.
+        examples: directory of a set of adversarial examples, in chunks of ``chunk_size`` images.
         progress: called with (chunks done, chunks in all).
 
     Raises:
-        DataError: a chunk is missing, corrupt, or not of as many images as it should be.
+        DataError: a chunk is missing, corrupt, or has another number of images than it should.
     """
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("index", "d_ra", "d_rc", "d_ac")}
     for i, start in enumerate(range(0, n, chunk_size)):
         rows = test.read_rows(start, min(start + chunk_size, n), ["index", "image"])
-        # divided as attacks divide it: at a rounding's difference two equal images would not be equal
+        # Attacks divide the same way. Otherwise rounding would make two equal images differ.
         clean = torch.from_numpy(rows["image"]).float().div_(255)
         attacked = torch.from_numpy(np.array(read_examples(examples, i)))
         if attacked.shape != clean.shape:
             raise DataError(
-                f"{examples.uri}, chunk {i}, holds {len(attacked)} images where {len(clean)} belong; delete {examples.uri} "
-                "and run the same command again"
+                f"{examples.uri}, chunk {i}, holds {len(attacked)} images where {len(clean)} belong; "
+                f"delete {examples.uri} and run the same command again"
             )
         reconstruction = reconstruct(autoencoder, attacked)
         parts["index"].append(rows["index"])
@@ -176,6 +217,3 @@ def distances(
 def _distance(a: Tensor, b: Tensor) -> np.ndarray:
     norms: np.ndarray = (a.double() - b.double()).flatten(1).norm(dim=1).numpy()
     return norms
-
-
-FIGURES_FILE = "figures.npz"

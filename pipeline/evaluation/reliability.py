@@ -1,4 +1,7 @@
-"""The probe of every model and the active test of every attack, as Ray tasks."""
+"""Ray tasks of the reliability tests: the probe of every model and the active test of every attack (docs/reliability.md).
+
+Each result is one file under ``reliability/``, so a finished test is never run again.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,10 @@ from pipeline.runtime.storage import Storage
 RELIABILITY_VERSION = 3
 """Part of every address here. Raise it when the same settings would measure something else."""
 UNTESTED = ("noise", "fgsm", "adaptive")
-"""No active test: noise searches for nothing, a single step may fail on an honest network, and the adaptive attack's own term
-knows nothing of the planted point (it is PGD otherwise, which is tested)."""
+"""Attacks without an active test.
+
+Noise searches for nothing, and a single step may fail on an honest network. The adaptive attack's
+own term knows nothing of the planted point; apart from that term it is PGD, which is tested."""
 
 
 def reliability(
@@ -43,38 +48,41 @@ def reliability(
     """Probe every model, run the active test of every attack on it, and raise the flags.
 
     Returns:
-        model -> {probe, active: {attack: ...}, flags: [...]} (docs/records.md); empty with ``evaluation.reliability_images=0``.
+        model -> {probe, active: {attack: ...}, flags: [...]} (docs/records.md); empty with
+        ``evaluation.reliability_images=0``.
     """
     images = min(experiment.evaluation.reliability_images, test.num_rows)
     if not images:
         return {}
     jobs = {m.name: reliability_jobs(m, test, experiment, root, judgements.of(m.name), images) for m in models}
-    todo = {job["file"]: job for per_model in jobs.values() for job in per_model if not root.exists(job["file"])}
+    pending = {job["file"]: job for per_model in jobs.values() for job in per_model if not root.exists(job["file"])}
     total = done = len({job["file"] for per_model in jobs.values() for job in per_model})
-    done -= len(todo)
+    done -= len(pending)
 
-    def tell(note: str = "") -> None:
+    def report(note: str = "") -> None:
         if progress is not None:
             progress(done, total, f"reliability tests{note}")
 
-    tell()
-    work = ((job, f", {job['attack'] or 'probe'} on {job['name']}") for job in todo.values())
-    for note in tasks.run_tasks(
-        _measure, work, attack_bundle(experiment.scaling), name="reliability", on_straggler=tell
-    ):
+    report()
+    tagged_jobs = ((job, f", {job['attack'] or 'probe'} on {job['name']}") for job in pending.values())
+    bundle = attack_bundle(experiment.scaling)
+    for note in tasks.run_tasks(measure, tagged_jobs, bundle, name="reliability", on_straggler=report):
         done += 1
-        tell(note)
-    out = {}
-    for model in models:
-        found = {job["attack"]: root.read_json(job["file"]) for job in jobs[model.name]}
-        probed = found.pop("")
-        judged = [
-            Judged(threat_model=e["threat_model"], spec=AttackSpec.parse(e["attack"]), columns=columns)
-            for e, columns in judgements.of(model.name)
-        ]
-        raised = flags(probed, judged, list(found.values()))
-        out[model.name] = {"probe": probed, "active": found, "flags": [f.to_dict() for f in raised]}
-    return out
+        report(note)
+    return {model.name: _entry(jobs[model.name], judgements.of(model.name), root) for model in models}
+
+
+def _entry(
+    jobs: Sequence[dict[str, Any]], judged: Sequence[tuple[dict[str, Any], Columns]], root: Storage
+) -> dict[str, Any]:
+    results = {job["attack"]: root.read_json(job["file"]) for job in jobs}
+    probe_result = results.pop("")
+    evaluations = [
+        Judged(threat_model=e["threat_model"], spec=AttackSpec.parse(e["attack"]), columns=columns)
+        for e, columns in judged
+    ]
+    raised = flags(probe_result, evaluations, list(results.values()))
+    return {"probe": probe_result, "active": results, "flags": [flag.to_dict() for flag in raised]}
 
 
 def reliability_jobs(
@@ -85,63 +93,81 @@ def reliability_jobs(
     judged: Sequence[tuple[dict[str, Any], Columns]],
     images: int,
 ) -> list[dict[str, Any]]:
-    """The probe (attack "") and the active tests of a model."""
-    norm, eps = _probe_budget(experiment)
-    attacks = {e["attack"]: AttackSpec.parse(e["attack"]) for e, _ in judged if e["threat_model"] in DIRECT}
-    wanted: list[tuple[str, str, float]] = [("", norm, eps)]
-    for text, spec in attacks.items():
+    """List the jobs of a model: the probe (whose ``attack`` is empty) and the active tests."""
+    basis = attack_tasks.job_basis(experiment, root, test)
+    tests = [("", *_probe_budget(experiment)), *_active_tests(experiment, judged)]
+    return [
+        {
+            "file": _result_file(model, text, norm, eps, test.address, images, experiment),
+            **basis,
+            "model": model.weights,
+            "name": model.name,
+            "attack": text,
+            "bfloat16": _in_bfloat16(text, experiment),
+            "norm": norm,
+            "eps": eps,
+            "images": images,
+        }
+        for text, norm, eps in tests
+    ]
+
+
+def _active_tests(
+    experiment: Experiment, judged: Sequence[tuple[dict[str, Any], Columns]]
+) -> list[tuple[str, str, float]]:
+    """List attack, norm and eps of each active test."""
+    attacks = dict.fromkeys(e["attack"] for e, _ in judged if e["threat_model"] in DIRECT)
+    tests = []
+    for text, spec in ((text, AttackSpec.parse(text)) for text in attacks):
         if spec.name not in UNTESTED:
-            budget = spec.eps if spec.eps is not None else _usual(experiment, str(spec.norm))
-            wanted.append((text, str(spec.norm), budget))
-    basis, out = attack_tasks.job_basis(experiment, root, test), []
-    for text, norm, eps in wanted:
-        bfloat16 = bool(text) and addresses.in_bfloat16(text, experiment.evaluation)
-        name = AttackSpec.parse(text).name if text else "pgd"  # the probe runs PGD
-        said = [
-            RELIABILITY_VERSION,
-            model.identity,
-            text,
-            norm,
-            eps,
-            test.address,
-            images,
-            basis["seed"],
-            *(["bfloat16"] if bfloat16 else []),
-            # found nothing at first: it aimed at classes that cannot be reached there
-            *(["runner_up"] if text and AttackSpec.parse(text).target in ("random", "least_likely") else []),
-            # the norms of gradients below 1e-19 underflowed at first
-            *(["l2_norms"] if norm == "l2" and name in addresses.FOLLOW_L2_GRADIENTS else []),
-            # the probe had no passes of other batches at first
-            *([] if text else ["batch_dependence"]),
-        ]
-        out.append(
-            {
-                "file": f"reliability/{content_hash(*said)}.json",
-                **basis,
-                "model": model.weights,
-                "name": model.name,
-                "attack": text,
-                "bfloat16": bfloat16,
-                "norm": norm,
-                "eps": eps,
-                "images": images,
-            }
-        )
-    return out
+            norm = str(spec.norm)
+            tests.append((text, norm, spec.eps if spec.eps is not None else _usual_eps(experiment, norm)))
+    return tests
+
+
+def _in_bfloat16(text: str, experiment: Experiment) -> bool:
+    return bool(text) and addresses.searches_in_bfloat16(text, experiment.evaluation)
+
+
+def _result_file(
+    model: Model, text: str, norm: str, eps: float, test_address: str, images: int, experiment: Experiment
+) -> str:
+    """Return the file of a test's result, named by everything that the result follows from."""
+    spec = AttackSpec.parse(text) if text else None
+    name = spec.name if spec else "pgd"  # The probe runs PGD.
+    parts = [
+        RELIABILITY_VERSION,
+        model.identity,
+        text,
+        norm,
+        eps,
+        test_address,
+        images,
+        experiment.evaluation.seed,
+        *(["bfloat16"] if _in_bfloat16(text, experiment) else []),
+        # These three mark results that earlier versions measured wrongly. Those versions aimed at
+        # classes that cannot be reached, let the norms of gradients below 1e-19 underflow, and
+        # probed without passes of other batches.
+        *(["runner_up"] if spec and spec.target in ("random", "least_likely") else []),
+        *(["l2_norms"] if norm == "l2" and name in addresses.FOLLOW_L2_GRADIENTS else []),
+        *([] if text else ["batch_dependence"]),
+    ]
+    return f"reliability/{content_hash(*parts)}.json"
 
 
 def _probe_budget(experiment: Experiment) -> tuple[str, float]:
-    """The budget that the probe starts from: the first attack's that has one, else the usual one."""
+    """Return norm and eps that the probe starts from: of the first attack with an eps, else the usual ones."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     own = next(((str(s.norm), s.eps) for s in specs if s.eps is not None and s.name != "noise"), None)
-    return own or ("linf", _usual(experiment, "linf"))
+    return own or ("linf", _usual_eps(experiment, "linf"))
 
 
-def _usual(experiment: Experiment, norm: str) -> float:
+def _usual_eps(experiment: Experiment, norm: str) -> float:
     return usual_eps(experiment.data.channels, experiment.data.image_size, norm)
 
 
-def _measure(job: dict[str, Any]) -> None:
+def measure(job: dict[str, Any]) -> None:
+    """Run one test in a Ray task and write its result."""
     attack_tasks.prepare_task(job)
     _, images, labels = attack_tasks.load_images(job, 0, job["images"])
     model = attack_tasks.load_model(job["root"], job["model"], job["device"])
@@ -158,9 +184,9 @@ def _measure(job: dict[str, Any]) -> None:
             return active_test(model, images, spec, eps=job["eps"], fast=fast, generator=generator, batch=batch)
         return probe(model, images, labels, eps=job["eps"], norm=job["norm"], generator=generator, batch=batch)
 
-    # a probe of all images, or all points of an active test, at once
-    most = max(job["images"], POINTS_AT_ONCE)
-    found, micro_batch = attack_tasks.as_memory_allows(most, attempt, f"the reliability of {job['name']} on")
+    # The probe takes all images at once, an active test all of its points.
+    largest = max(job["images"], POINTS_AT_ONCE)
+    result, micro_batch = attack_tasks.as_memory_allows(largest, attempt, f"the reliability of {job['name']} on")
     if micro_batch:
-        found["micro_batch"] = micro_batch
-    Storage(job["root"]).write_json(job["file"], found)
+        result["micro_batch"] = micro_batch
+    Storage(job["root"]).write_json(job["file"], result)

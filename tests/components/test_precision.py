@@ -168,7 +168,7 @@ def _attack_task(model: Observer, path: Path) -> None:
 def _reliability_task(model: Observer, path: Path) -> None:
     for name, images in (("", 10), ("pgd:eps=0.3,steps=2", 2)):
         more = {"images": images, "norm": "linf", "eps": 0.3, "file": f"reliability/{images}.json"}
-        reliability._measure(_job(path, attack=name, **more))
+        reliability.measure(_job(path, attack=name, **more))
 
 
 def _figure_8(model: Observer, _: Path) -> None:
@@ -217,10 +217,10 @@ def test_every_verdict_is_computed_in_true_float32(
     monkeypatch.setattr(shards, "load", lambda root, address: stored)
     model = Observer().eval()
     monkeypatch.setattr(attack_tasks, "load_model", lambda *_: model)
-    for cached in (attack_tasks._test_set, attack_tasks.load_fast_copy):
+    for cached in (attack_tasks.load_test_set, attack_tasks.load_fast_copy):
         cached.cache_clear()
     path(model, tmp_path)
-    for cached in (attack_tasks._test_set, attack_tasks.load_fast_copy):
+    for cached in (attack_tasks.load_test_set, attack_tasks.load_fast_copy):
         cached.cache_clear()
     assert model.seen == {TRUE}
     assert model.dtypes == {torch.float32}

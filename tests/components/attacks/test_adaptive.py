@@ -21,7 +21,7 @@ from components.errors import ConfigError
 from components.evaluation.judge import verify_examples
 from components.models.defend import AutoEncoder, DefendNet, adaptive_objective
 from components.network import build_net
-from pipeline.evaluation.attack_tasks import _craft
+from pipeline.evaluation.attack_tasks import craft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,7 +208,7 @@ def test_the_adaptive_attack_moves_what_the_auto_encoder_sees(
 
     def crafted(text: str, autoencoder: nn.Module | None, early: bool) -> Tensor:
         spec = AttackSpec.parse(text)
-        found, _ = _craft(spec, net.classifier, lambda: None, autoencoder, clean, labels, early=early, seed=0)
+        found, _ = craft(spec, net.classifier, lambda: None, autoencoder, clean, labels, stop_on_success=early, seed=0)
         verify_examples(clean, found, range(6), spec)
         return found
 

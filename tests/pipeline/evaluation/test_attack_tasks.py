@@ -124,7 +124,7 @@ def test_no_more_jobs_are_taken_than_may_wait(ray_cluster: str, monkeypatch: pyt
 
 def crafted(model: nn.Module, x: Tensor, y: Tensor, text: str = "pgd:eps=0.1,steps=3,restarts=2") -> tuple[Tensor, int]:
     spec = AttackSpec.parse(text)
-    return attack_tasks._craft(spec, model, lambda: None, None, x, y, early=True, seed=7)
+    return attack_tasks.craft(spec, model, lambda: None, None, x, y, stop_on_success=True, seed=7)
 
 
 @pytest.mark.parametrize(("room", "size"), [(10, 0), (9, 5), (4, 3), (1, 1)])
@@ -157,7 +157,7 @@ def test_judging_does_not_depend_on_how_much_fits() -> None:
     adversarial, _ = crafted(model, x, y)
     whole = judge(model, x, adversarial, y)
     for room in (9, 1):
-        found, micro_batch = attack_tasks._judge(Small(model, room), x, adversarial, y)
+        found, micro_batch = attack_tasks.judge_in_batches(Small(model, room), x, adversarial, y)
         assert micro_batch == {9: 5, 1: 1}[room]
         assert found.keys() == whole.keys()
         for name, column in whole.items():
@@ -173,7 +173,7 @@ def test_what_does_not_fit_image_by_image_is_told() -> None:
     ):
         crafted(Small(model, 0), x, y)
     with pytest.raises(ResourceError, match="judging a single image does not fit"):
-        attack_tasks._judge(Small(model, 0), x, x, y)
+        attack_tasks.judge_in_batches(Small(model, 0), x, x, y)
 
 
 def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,13 +198,13 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "seed": 0,
     }
     for i, start, stop in ((0, 0, 6), (1, 6, 8)):  # six images do not fit, two do
-        attack_tasks._attack_chunk(job, i, start, stop)
+        attack_tasks.attack_chunk(job, i, start, stop)
     root = Storage(str(tmp_path))
     assert [chunks.read_metadata(root / "examples/a", i)["micro_batch"] for i in (0, 1)] == [3, 0]
     experiment = RECIPES["mnist-smoke"].make()
     one = plan.Model(name="a", path="models/a", sha256="a")
     e = plan.Evaluation(model=one, source=one, threat_model="white_box", attack=job["attack"])
-    entry = attack._entry(e, ("examples/a", "judged/a"), 2, experiment, root)
+    entry = attack.evaluation_entry(e, ("examples/a", "judged/a"), 2, experiment, root)
     assert (entry["n"], entry["chunks_split_for_memory"]) == (8, 1)
     record = {"experiment": to_dict(experiment), "evaluations": [entry]}
     assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
@@ -213,7 +213,7 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     record_of_bfloat16 = {**record, "experiment": to_dict(bfloat16)}
     assert explanation(record_of_bfloat16)[-1].endswith("All verdicts are float32.")
     # these chunks searched in float32
-    entry = attack._entry(e, ("examples/a", "judged/a"), 2, bfloat16, root)
+    entry = attack.evaluation_entry(e, ("examples/a", "judged/a"), 2, bfloat16, root)
     assert entry["chunks_searched_in_float32"] == 2
     assert (
         "In float32 after all, where there is no such copy of the network: PGD, eps 0.1, 2 steps on a."

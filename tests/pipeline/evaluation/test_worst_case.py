@@ -241,7 +241,7 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
             "eps": 0.2,
             "images": 2,
         }
-        reliability._measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
+        reliability.measure({**common, **test, "bfloat16": bfloat16, "file": f"reliability/{bfloat16}.json"})
         assert read_metadata(Storage(str(tmp_path)) / f"examples/{bfloat16}", 0)["bfloat16"] is bfloat16
     assert all(dtypes == {torch.float32} for dtypes in searched[: len(searched) // 2])
     assert all(torch.bfloat16 in dtypes for dtypes in searched[len(searched) // 2 :])
@@ -663,7 +663,7 @@ def test_a_randomised_network_is_tested_the_same_by_any_worker(tmp_path: Path) -
                 "name": "net",
                 "bfloat16": False,
             }
-            reliability._measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
+            reliability.measure({**common, **job, "file": f"reliability/{text.partition(':')[0]}.json"})
         root = Storage(common["root"])
         found.append([root.read_json(f"reliability/{name}.json") for name in ("", "pgd")])
     assert found[0] == found[1]
@@ -688,7 +688,7 @@ def test_the_active_test_is_given_the_network_and_its_stand_in(tmp_path: Path, m
         "name": "net",
         "bfloat16": False,
     }
-    reliability._measure({**common, **job, "file": "reliability/active.json"})
+    reliability.measure({**common, **job, "file": "reliability/active.json"})
     ((model, fast),) = given
     assert model is attack_tasks.load_model(common["root"], "models/net", "cpu")
     assert fast is attack_tasks.load_fast_copy(common["root"], "models/net", "cpu", torch.Size((1, 28, 28)), False)
@@ -711,7 +711,7 @@ def test_reliability_is_measured_in_micro_batches_where_memory_is_short(
     }
 
     def measured(file: str) -> dict[str, Any]:
-        reliability._measure({**common, **job, "file": f"reliability/{file}.json"})
+        reliability.measure({**common, **job, "file": f"reliability/{file}.json"})
         found: dict[str, Any] = Storage(common["root"]).read_json(f"reliability/{file}.json")
         return found
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
-from pipeline.evaluation import addresses, attack, plan
+from pipeline.evaluation import addresses, attack_progress, plan
 from pipeline.reporting import markdown, records, report, results, sentences, terminal, verdicts
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import summary
@@ -171,7 +171,7 @@ def test_progress_names_what_is_attacked() -> None:
     model = plan.Model(name="net", path="models/net", sha256="")
     chunk = {"address": "", "stop_on_success": False, "bfloat16": False}
     names = [
-        attack._task_name(addresses.ExampleSet(source=source, attack=spec, **chunk))  # type: ignore[arg-type]
+        attack_progress.task_name(addresses.ExampleSet(source=source, attack=spec, **chunk))  # type: ignore[arg-type]
         for source, spec in ((None, "none"), (None, "noise:eps=0.3"), (model, "pgd:eps=0.3"))
     ]
     assert names == ["clean images", "noise:eps=0.3", "pgd:eps=0.3 on net"]

@@ -1,0 +1,75 @@
+"""Progress of the attack stage, counted in chunks of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.addresses import ExampleSet
+
+Chunk = tuple[int, int, int]
+"""Number of a chunk, its first row and the row after its last."""
+
+
+@dataclass(frozen=True)
+class ChunkBatch:
+    """Chunks of one set of examples, computed by one task."""
+
+    examples: ExampleSet
+    chunks: list[Chunk]
+
+    def __str__(self) -> str:
+        """Return the note of a progress line, e.g. ", ATTACK on MODEL"."""
+        return f", {task_name(self.examples)}"
+
+
+def task_name(examples: ExampleSet) -> str:
+    """Return ``ATTACK on MODEL``, or what needs no model."""
+    if examples.attack == "none":
+        return "clean images"
+    return f"{examples.attack} on {examples.source.name}" if examples.source else examples.attack
+
+
+class AttackProgress:
+    """Count of the chunks that are left, reported after every task.
+
+    Args:
+        example_sets: every set of examples of the run.
+        pending: the chunks that are not on storage yet.
+        chunks_per_set: number of chunks of each set.
+        report: called with (chunks done, chunks in all, note).
+    """
+
+    def __init__(
+        self,
+        example_sets: Sequence[ExampleSet],
+        pending: Sequence[ChunkBatch],
+        chunks_per_set: int,
+        report: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self._left = {examples.address: 0 for examples in example_sets}
+        for batch in pending:
+            self._left[batch.examples.address] += len(batch.chunks)
+        self._total = chunks_per_set * len(example_sets)
+        self._report = report
+        self._straggler = ""
+
+    def is_complete(self, address: str) -> bool:
+        """Tell whether every chunk of a set of examples is made and judged."""
+        return self._left[address] == 0
+
+    def finish(self, batch: ChunkBatch) -> None:
+        """Count the chunks of a task that has ended, and report."""
+        self._left[batch.examples.address] -= len(batch.chunks)
+        self.report(str(batch))
+
+    def note_straggler(self, note: str) -> None:
+        """Append a note to every report until the next note, and report."""
+        self._straggler = note
+        self.report()
+
+    def report(self, note: str = "") -> None:
+        """Report the chunks done so far."""
+        if self._report is not None:
+            done = self._total - sum(self._left.values())
+            self._report(done, self._total, f"chunks{note}{self._straggler}")
