@@ -684,7 +684,7 @@ def spied(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Te
         seen.append((model, inputs, labels, {"fast": fast, **options}))
         return change(inputs, run_attack_on_copy(spec, model, fast, inputs, labels, **options))
 
-    monkeypatch.setattr(evaluation_active_test, "search", attack)
+    monkeypatch.setattr(evaluation_active_test, "run_attack_on_copy", attack)
     return seen
 
 

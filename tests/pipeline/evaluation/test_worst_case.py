@@ -226,8 +226,8 @@ def test_a_task_searches_in_the_precision_that_its_records_name(
         searched.append({p.dtype for p in fast.parameters()})
         return run_attack_on_copy(spec, model, fast, *arguments, **options)
 
-    monkeypatch.setattr(attack_tasks, "search", spy)
-    monkeypatch.setattr(evaluation_active_test, "search", spy)
+    monkeypatch.setattr(attack_tasks, "run_attack_on_copy", spy)
+    monkeypatch.setattr(evaluation_active_test, "run_attack_on_copy", spy)
     common = with_network(tmp_path, "own_network:make")
     for bfloat16 in (False, True):
         job = {"source": "models/net", "attack": "pgd:eps=0.2,steps=2", "early_leaving": True, "bfloat16": bfloat16}
@@ -617,7 +617,7 @@ def test_the_attacks_of_a_chunk_draw_apart_whoever_is_attacked(tmp_path: Path, m
         seeds.append(generator.initial_seed())
         return run_attack_on_copy(*arguments, generator=generator, **options)
 
-    monkeypatch.setattr(attack_tasks, "search", spy)
+    monkeypatch.setattr(attack_tasks, "run_attack_on_copy", spy)
     common = with_network(tmp_path, "own_network:make")
     job = {"bfloat16": False, "judges": {}, "chunks": CHUNKS}
     texts = [
