@@ -259,7 +259,7 @@ def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str)
         without_levels=address("train", "none"),
         validation=address("validation", "none") if experiment.data.validation_fraction else "",
     )
-    (job,) = (job for job in train.list_jobs(experiment, shapes, data, root) if job.name == name)
+    (job,) = (job for job in train.prepare_jobs(experiment, shapes, data, root) if job.name == name)
     return (root / job.address).exists("model.json")
 
 

@@ -44,7 +44,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         # one set of pyramids serves all trials: as many kinds of targets as the trials have
         sets = stages.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
-        jobs = train.list_jobs(beside, sweep.shapes, sets.training, sweep.root)
+        jobs = train.prepare_jobs(beside, sweep.shapes, sets.training, sweep.root)
         references = [job for job in jobs if job.name in missing]
         if pending or references:
             with sweep.timed("trials"):

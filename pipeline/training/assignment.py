@@ -1,4 +1,4 @@
-"""Which model a training worker group takes next: what is left on the storage and held by no other run."""
+"""Choice of the next model of a worker group: one that is left on the storage and that no other run holds."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from pipeline.runtime.storage import Storage
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
 
 ATTEMPT = "attempt.json"
-"""In a model's directory: {token} of the worker group that took it up last, until it is finished."""
+"""File in a model's directory while it is trained: {token} of the worker group that took it last."""
 
 
 class Assignment:
     """The models of one worker group, asked on its rank 0 alone.
 
-    A model's directory is leased while the group trains it. Another run that wants the same model waits, and takes it as it
-    is when it is finished, or trains it on when its holder is gone.
+    A worker group leases the directory of the model that it trains. Another run that needs the same
+    model waits. It takes the model as it is when it is finished, or continues its training if the
+    holder is gone.
 
     Args:
-        orders: see :meth:`pipeline.training.jobs.TrainingJob.request`.
-        token: names the worker group, also after it was started again.
+        requests: see :meth:`pipeline.training.jobs.TrainingJob.request`.
+        token: names the worker group, also after a restart.
     """
 
-    def __init__(self, orders: Sequence[Mapping[str, Any]], root: Storage, token: str) -> None:
+    def __init__(self, requests: Sequence[Mapping[str, Any]], root: Storage, token: str) -> None:
         self._root, self._token = root, token
-        self._left = {order["address"]: dict(order) for order in orders}
+        self._left = {request["address"]: dict(request) for request in requests}
         self._lease = WorkingLease(root, token)
 
     def take(self) -> dict[str, Any] | None:
-        """Return the next model, whose lease is held from then on; {} while others train all that is left; None at the end.
+        """Lease and return the next model, {} while others train all that is left, None at the end.
 
         Raises:
             StorageError: the storage cannot be read or written.
@@ -40,9 +41,9 @@ class Assignment:
             if self._is_over(home):
                 del self._left[address]
             elif self._lease.try_take(address):
-                # the one that held it may have finished it in between
+                # Its holder may have finished the model since the first look.
                 if not self._is_over(home):
-                    home.write_json(ATTEMPT, {"token": self._token})  # whom to blame if the workers die
+                    home.write_json(ATTEMPT, {"token": self._token})  # It tells whom to blame if the workers die.
                     return self._left[address]
                 self.leave()
                 del self._left[address]
@@ -50,15 +51,15 @@ class Assignment:
 
     @property
     def holds(self) -> bool:
-        """Tell whether the model that was taken is still this group's."""
+        """Tell whether this group still holds the model that it took."""
         return self._lease.held
 
     def leave(self) -> None:
-        """Give the lease of the model that was taken back."""
+        """Release the lease of the model that was taken."""
         self._lease.release()
 
     def _is_over(self, home: Storage) -> bool:
-        """Tell whether the model is finished, or failed in this very worker group: it would fail again."""
+        """Tell whether a model is finished, or failed in this worker group, where it would fail again."""
         if home.exists("model.json"):
             return True
         files = (name for name in (NOT_FINITE, FAILED_MODEL) if home.exists(name))

@@ -1,4 +1,4 @@
-"""The auto-encoder beside a classifier that was trained elsewhere."""
+"""Auto-encoder beside an external classifier: one that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -19,73 +19,79 @@ from pipeline.runtime.storage import Storage
 from pipeline.training import exports, pretrained
 
 AUTOENCODER = "autoencoder.safetensors"
+_BESIDE = f"the {AUTOENCODER} beside it"
 
 
 def copy_autoencoder(
     config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], root: Storage, tracking_uri: str
 ) -> tuple[str, str]:
-    """Copy the auto-encoder that lies beside a given classifier to ``weights/<hash>.safetensors`` of the storage.
+    """Copy the auto-encoder beside an external classifier to ``weights/<hash>.safetensors`` of the storage.
 
     Args:
-        config: of the classifier; its ``pretrained`` says where that lies.
-        weights: the classifier's.
-        tracking_uri: the MLflow that mlflow:... is looked up in.
+        config: of the classifier; ``config.pretrained`` names its file.
+        weights: of the classifier.
+        tracking_uri: MLflow server of mlflow:... addresses.
 
     Returns:
-        Its address below the storage's root and "", or "" and why there is none.
+        Its address below the storage's root and "", or "" and the reason why there is none.
 
     Raises:
         StorageError: the storage cannot be read or written.
     """
-    data, why = autoencoder_beside(config.pretrained, tracking_uri)
+    data, reason = autoencoder_beside(config.pretrained, tracking_uri)
     if data is not None:
-        why = why or mismatch(config, shapes, weights, data)
-    if data is None or why:
-        return "", why
+        reason = reason or mismatch(config, shapes, weights, data)
+    if data is None or reason:
+        return "", reason
     address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not root.exists(address):
         root.write_bytes(address, data)
     return address, ""
 
 
-def autoencoder_beside(where: str, tracking_uri: str) -> tuple[bytes | None, str]:
-    """The bytes of the auto-encoder's file in the directory, or in the MLflow run, of a classifier's; or why there are none."""
-    if where.startswith("torchvision:"):
+def autoencoder_beside(classifier: str, tracking_uri: str) -> tuple[bytes | None, str]:
+    """Read the auto-encoder's file in the directory or MLflow run of a classifier.
+
+    Returns:
+        Its bytes, or None and the reason why there is none.
+    """
+    if classifier.startswith("torchvision:"):
         return None, "torchvision's weights come without an auto-encoder"
-    if where.startswith(pretrained.MLFLOW):
-        where, _, _ = pretrained.read_file(where, tracking_uri)  # a model's name as the run and path that it stands for
+    if classifier.startswith(pretrained.MLFLOW):
+        # read_file resolves the name of a registered model to a run and a path.
+        path, _, _ = pretrained.read_file(classifier, tracking_uri)
         try:
-            return pretrained.read_file(f"{where.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""
+            return pretrained.read_file(f"{path.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""
         except UserError as e:
             return None, str(e)
-    directory, _, _ = pretrained.locate(where)
+    directory, _, _ = pretrained.locate(classifier)
     if not directory.exists(AUTOENCODER):
         return None, f"there is no {AUTOENCODER} in {directory.uri}, where the classifier lies"
     return directory.read_bytes(AUTOENCODER), ""
 
 
 def mismatch(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], data: bytes) -> str:
-    """Why a file is not the auto-encoder of this very classifier; empty if it is."""
-    other = f"the {AUTOENCODER} beside it is not of this classifier"
+    """Return why a file is not the auto-encoder of this very classifier; empty if it is."""
+    other = f"{_BESIDE} is not of this classifier"
     try:
-        found, tensors = exports.described(data), safetensors_load(data)
-    except Exception as e:  # the format's own errors are of several kinds
-        return f"the {AUTOENCODER} beside it cannot be read ({type(e).__name__}: {e})"
-    if found is None:
-        return f"the {AUTOENCODER} beside it was not exported by this project"
-    its, its_shapes = found
-    for mine, theirs, names in (
-        (config, its, ("arch", "width", "normalize_mean", "normalize_std")),
-        (shapes, its_shapes, ("image_size", "channels", "num_classes")),
+        described, tensors = exports.described(data), safetensors_load(data)
+    except Exception as e:  # The format has errors of several types.
+        return f"{_BESIDE} cannot be read ({type(e).__name__}: {e})"
+    if described is None:
+        return f"{_BESIDE} was not exported by this project"
+    file_config, file_shapes = described
+    for ours, of_file, names in (
+        (config, file_config, ("arch", "width", "normalize_mean", "normalize_std")),
+        (shapes, file_shapes, ("image_size", "channels", "num_classes")),
     ):
         for name in names:
-            if getattr(mine, name) != getattr(theirs, name):
-                return f"{other}: its {name} is {getattr(theirs, name)!r}, here it is {getattr(mine, name)!r}"
+            if getattr(ours, name) != getattr(of_file, name):
+                return f"{other}: its {name} is {getattr(of_file, name)!r}, here it is {getattr(ours, name)!r}"
     try:
-        exports.check_source(data, its.arch, f"the {AUTOENCODER} beside it")
+        exports.check_source(data, file_config.arch, _BESIDE)
     except DataError as e:
         return str(e)
-    net = build_net(replace(its, replace_head=False), its_shapes, weights)
+    net = build_net(replace(file_config, replace_head=False), file_shapes, weights)
     if not isinstance(net, DefendNet):
         return f"{other}: it was exported without one"
     before = {name: tensor.clone() for name, tensor in net.classifier.state_dict().items()}
@@ -93,7 +99,7 @@ def mismatch(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor],
         net.autoencoder.load_state_dict(tensors, strict=True)
     except RuntimeError as e:
         return f"{other}: {e}"
-    # the shared blocks are one set of weights, so loading the auto-encoder's has overwritten the classifier's
+    # The shared blocks are one set of weights, so loading the auto-encoder overwrites the classifier's.
     if not all(torch.equal(before[name], tensor) for name, tensor in net.classifier.state_dict().items()):
         return f"{other}: their shared blocks differ"
     return ""

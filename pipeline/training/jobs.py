@@ -1,6 +1,7 @@
-"""What is to be trained, and where it will lie: addresses, a sweep's plan, and the queue between its trials and its workers.
+"""Training jobs: the models of an experiment, and the addresses under which their files lie.
 
-No torch here: a trial of a sweep is a process that only asks and reports, and must not cost more than that.
+This module imports no torch. A trial of a sweep is a process that only requests models and reports,
+and must not cost more than that.
 """
 
 from __future__ import annotations
@@ -11,27 +12,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.config import Shapes, TrainConfig, stored_levels
+from components.config import Experiment, Shapes, TrainConfig, stored_levels
 from components.errors import ConfigError
 from components.fields import content_hash, to_dict
 from components.models import libraries, own
 
-CODE_VERSION = 1
-"""Part of a model's address. Raise it when the same config would train to other weights, or a default changes."""
+MODEL_VERSION = 1
+"""Part of a model's address.
+
+Raise it when the same config would train to other weights, or when a default changes."""
 NOT_FINITE = "not-finite.json"
-"""In a model's directory: the step at which its loss was not finite."""
+"""File in a model's directory: the step at which its loss was not finite."""
 FAILED_MODEL = "failed.json"
-"""In a model's directory: why it could not be trained."""
+"""File in a model's directory: why it could not be trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """Weights that a model starts from, copied to the storage.
+
+    An external model has epochs=0: it is evaluated with these weights and not trained."""
+
+    address: str = ""
+    """Pretrained weights below the storage's root, or empty."""
+    autoencoder: str = ""
+    """Auto-encoder of an external model below the storage's root, or empty."""
+    why_no_autoencoder: str = ""
+    """Reason why an external model has no auto-encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One model to train."""
+    """One model to train, or an external model to export."""
 
     name: str
     """Its name in the run."""
     config: TrainConfig
-    """Canonical: models that differ only in settings without influence are one."""
+    """Canonical config: models that differ only in settings without influence are one."""
     pyramids: dict[str, str]
     """Shard sets to read: "train" and, if there is one, "validation"."""
     weights: str
@@ -39,12 +56,12 @@ class TrainingJob:
     address: str
     """``models/<kind>-<hash>`` below the storage's root."""
     autoencoder: str = ""
-    """Of a model that is given, not trained: its auto-encoder below the storage's root, or empty."""
-    without: str = ""
-    """Why a model that is given has no auto-encoder."""
+    """As :attr:`StartingWeights.autoencoder`."""
+    why_no_autoencoder: str = ""
+    """As :attr:`StartingWeights.why_no_autoencoder`."""
 
     def request(self) -> dict[str, Any]:
-        """What a worker must know of it, as plain JSON types."""
+        """Return what a worker needs to train the model, as plain JSON types."""
         config = to_dict(self.config)
         return {"address": self.address, "config": config, "pyramids": self.pyramids, "weights": self.weights}
 
@@ -54,17 +71,19 @@ class TrainingData:
     """Addresses of the shard sets of a run."""
 
     train: dict[str, str]
-    """Kind of targets -> shard set that holds them; at least one, unless no model is trained."""
+    """Kind of targets -> shard set with such targets; at least one, unless no model is trained."""
     without_levels: str
-    """Address that the training images have (or would have) without levels: what names a model that reads none."""
+    """Address of the training images without levels, whether built or not.
+
+    It identifies models that read no levels."""
     validation: str = ""
-    """Empty: there is no validation split."""
+    """Empty if there is no validation split."""
 
     def for_model(self, config: TrainConfig) -> tuple[dict[str, str], dict[str, str]]:
-        """What a model reads, and what names it.
+        """Return the shard sets that a model reads, and those that are part of its address.
 
         Raises:
-            ConfigError: it reads a kind of targets that no shard set holds.
+            ConfigError: no shard set has the model's kind of targets.
         """
         if not config.epochs:
             return {}, {}
@@ -80,37 +99,71 @@ class TrainingData:
         return {"train": train, **validation}, {"train": identity, **validation}
 
 
-def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
-    """``models/<kind>-<hash>``: all that the weights follow from, so that runs and tables share what they have in common.
+def list_jobs(
+    experiment: Experiment, shapes: Shapes, data: TrainingData, weights: Mapping[str, StartingWeights]
+) -> list[TrainingJob]:
+    """List the models of an experiment as jobs.
 
-    Batch norm is per worker, so their number counts; so does the source of a network of the user's own.
+    Args:
+        weights: weights of each model by name, as :func:`pipeline.training.train.fetch_weights`
+            returns them.
+
+    Raises:
+        ConfigError: no shard set has a model's kind of targets; or as :func:`source_hash`.
+    """
+    jobs = []
+    for name, config in experiment.model_configs().items():
+        config, start = config.canonical(), weights[name]
+        pyramids, identity = data.for_model(config)
+        weights_identity = "+".join(filter(None, (start.address, start.autoencoder)))
+        jobs.append(
+            TrainingJob(
+                name=name,
+                config=config,
+                pyramids=pyramids,
+                weights=start.address,
+                address=model_address(config, shapes, identity, experiment.scaling.workers, weights_identity),
+                autoencoder=start.autoencoder,
+                why_no_autoencoder=start.why_no_autoencoder,
+            )
+        )
+    return jobs
+
+
+def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
+    """Return ``models/<kind>-<hash>``, named by everything that the weights follow from.
+
+    Runs and tables therefore share equal models. The number of workers is part of the hash, since
+    batch norm is per worker; so is the source of a network of the user's own.
 
     Raises:
         ConfigError: as :func:`source_hash`.
     """
-    said = to_dict(shapes)
+    plain_shapes = to_dict(shapes)
     if config.defense != "defend++":
-        del said["sizes"]
-    # without the settings at their default: a setting that is added later does not rename the models there are
+        del plain_shapes["sizes"]
+    # Settings at their defaults are left out, so that a new setting does not rename the models there are.
     defaults = to_dict(TrainConfig())
     settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
-    parts: list[Any] = [CODE_VERSION, settings, said, dict(identity), workers, weights]
-    if config.pretrained and (spelt := libraries.explicit(config.arch, True)) != config.arch:
-        parts.append(spelt)  # earlier versions built it as without weights
+    parts: list[Any] = [MODEL_VERSION, settings, plain_shapes, dict(identity), workers, weights]
+    if config.pretrained and (explicit_name := libraries.explicit(config.arch, True)) != config.arch:
+        parts.append(explicit_name)  # Earlier versions built this network as without weights.
     if source := source_hash(config.arch):
         parts.append(source)
-    # changes of one defense alone, which must not rename the models of the others
+    # The parts below stand for changes of one defense, which must not rename the models of the others.
     if config.defense == "comdefend":
         parts.append("penalty on the bits")
     if config.defense == "adversarial" and workers > 1 and "validation" not in identity:
         parts.append("batch norm statistics shared after every epoch")
     if config.defense == "adversarial" and config.adversarial_attack == "ddn":
-        parts.append("l2_norms")  # DDN lost the direction of gradients below 1e-19 before
+        parts.append("l2_norms")  # DDN used to lose the direction of gradients below 1e-19.
     return f"models/{config.kind}-{content_hash(*parts)}"
 
 
 def source_hash(arch: str) -> str:
-    """SHA-256 of the file of the module in ``MODULE:FUNCTION``, which is not imported; empty for a network of ours or a library's.
+    """Return the SHA-256 of the module's file in ``MODULE:FUNCTION``, without importing it.
+
+    It is empty for a network of this project or of a library.
 
     Raises:
         ConfigError: there is no such module, or it has no file.
@@ -119,19 +172,20 @@ def source_hash(arch: str) -> str:
         return ""
     module = arch.partition(":")[0]
     try:
-        with own.importing(arch):  # the packages above a module are imported to find it
+        with own.importing(arch):  # Finding a module imports the packages above it.
             spec = importlib.util.find_spec(module)
     except ConfigError as e:
         cause = e.__cause__
         absent = isinstance(cause, ModuleNotFoundError) and module.startswith(cause.name or "?")
-        if not absent and not isinstance(cause, ValueError):  # of a module without a spec
+        if not absent and not isinstance(cause, ValueError):  # find_spec raises it for a module without a spec.
             raise
         spec = None
     if spec is None or not spec.has_location or spec.origin is None:
         raise ConfigError.of(
             "train.arch",
             arch,
-            f"a function of a module that is a file on the Python path; {module!r} is none. {own.where_found(module)}".rstrip(),
+            f"a function of a module that is a file on the Python path; {module!r} is none. "
+            f"{own.where_found(module)}".rstrip(),
         )
-    loader: Any = spec.loader  # that of a zip archive reads out of it
+    loader: Any = spec.loader  # The loader of a zip archive reads out of the archive.
     return hashlib.sha256(loader.get_data(spec.origin)).hexdigest()

@@ -18,7 +18,7 @@ from pipeline.sweep.trials.queue import JobQueue
 from pipeline.sweep.trials.states import ENDED
 from pipeline.sweep.trials.trial import run_trial
 from pipeline.sweep.trials.workers import TrainingPool
-from pipeline.training import ray_workers
+from pipeline.training import ray_runs
 from pipeline.training.jobs import TrainingJob
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ from pipeline.sweep.search.monitor import TRIAL_DEATHS, SweepMonitor, _callback,
 
 def runs_at_once(sweep: Sweep, left: int) -> int:
     """How many Ray Train runs serve the trials."""
-    room = min(ray_workers.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
+    room = min(ray_runs.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
     return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
 
 

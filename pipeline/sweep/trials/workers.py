@@ -25,7 +25,7 @@ from pipeline.runtime.user_errors import unwrap
 from pipeline.sweep.trials.objective import RobustAccuracyMeter
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED
-from pipeline.training import exports, loop, ray_workers
+from pipeline.training import exports, loop, ray_runs, worker_group
 from pipeline.training.jobs import NOT_FINITE
 from pipeline.training.ranks import Ranks
 
@@ -72,7 +72,7 @@ class TrainingPool:
 
         def run(number: int) -> None:
             try:
-                ray_workers.fit_workers(_serve, {**settings, "run": number}, experiment, root, max_failures=deaths)
+                ray_runs.fit_workers(_serve, {**settings, "run": number}, experiment, root, max_failures=deaths)
             except Exception as e:
                 self._lost(number, e)
 
@@ -91,7 +91,7 @@ class TrainingPool:
                 return
             self._fail(
                 mine
-                or ray_workers.TrainingError(
+                or ray_runs.TrainingError(
                     f"the training workers could not be kept up: {error}\nWhat was trained is kept; the same command continues"
                 )
             )
@@ -117,7 +117,7 @@ def _serve(settings: dict[str, Any]) -> None:
     agreed = ranks.agreed
     root, queue, number = Storage(settings["root"]), settings["queue"], settings["run"]
     objective = from_dict(Objective, settings["objective"])
-    data = ray_workers.DataCache(root, ranks)
+    data = worker_group.DataCache(root, ranks)
     meter: RobustAccuracyMeter | None = None
 
     lease = WorkingLease(root, f"{settings['token']}-{number}")
@@ -149,7 +149,7 @@ def _serve(settings: dict[str, Any]) -> None:
                     agreed,
                     lambda a=order["address"]: ray.get(queue.cancelled.remote(a, number)) or not lease.held,
                 )
-                ray_workers.train_model(dict(order), home, data, settings, between)
+                worker_group.train_model(dict(order), home, data, settings, between)
                 return ("" if between.stopped else DONE), ""
             if left == "measure":
                 _measure_finished(home, meter, objective, order["config"]["arch"], agreed)
@@ -208,7 +208,7 @@ def _what_is_left(home: Storage, objective: Objective) -> str:
     return DIVERGED if home.exists(NOT_FINITE) else "train"
 
 
-class _Between(ray_workers.EpochCallback):
+class _Between(worker_group.EpochCallback):
     """Measures each epoch, and stops a model that nobody wants any more."""
 
     def __init__(

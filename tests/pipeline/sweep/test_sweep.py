@@ -77,7 +77,7 @@ def test_a_trials_models_are_those_of_an_ordinary_run(tmp_path: Path) -> None:
         seeds=2,
         storage=str(tmp_path),
     )
-    ordinary = train.list_jobs(experiment, SHAPES, DATA, Storage(str(tmp_path)))
+    ordinary = train.prepare_jobs(experiment, SHAPES, DATA, Storage(str(tmp_path)))
     mine = replace(plan(tmp_path, seeds=2), base=replace(experiment.train, seed=1))
     found = mine.jobs({"lam": 0.1, "shared_blocks": 2})
     assert [j.address for j in found] == [j.address for j in ordinary[:2]]
@@ -410,7 +410,7 @@ def test_the_final_experiment_has_the_choice_undefended_and_control_and_trains_n
     assert final.name == "mnist-smoke-best"
     assert [t.partition(":")[0] for t in final.models] == ["no_defense", "control", "best"]
     same = replace(plan(tmp_path, seeds=2), base=preflight.varied_model(e, BLOCKS)[1]).jobs(point)
-    made = train.list_jobs(final, SHAPES, DATA, Storage(str(tmp_path)))
+    made = train.prepare_jobs(final, SHAPES, DATA, Storage(str(tmp_path)))
     assert [j.address for j in made if j.name.startswith("best")] == [j.address for j in same]
     assert final.evaluation.attacks == e.evaluation.attacks
     # of another width, transfer needs undefended networks of that width

@@ -13,7 +13,7 @@ from components.config import TrainConfig
 from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
-from pipeline.training import ray_workers
+from pipeline.training import ray_runs
 from pipeline.training.assignment import Assignment
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingJob
 
@@ -90,11 +90,11 @@ def test_a_model_that_kills_its_workers_is_blamed_and_the_others_are_trained(
                 return
         raise RuntimeError("a worker was killed")
 
-    monkeypatch.setattr(ray_workers, "fit_workers", fit)
+    monkeypatch.setattr(ray_runs, "fit_workers", fit)
     experiment = RECIPES["mnist-smoke"].make()
     experiment = replace(experiment, scaling=replace(experiment.scaling, max_failures=max_failures))
     for _ in range(2):  # the same command again meets what the first one left
-        ray_workers.fit_group(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
+        ray_runs.train_group(JOBS, {"token": f"run-{len(tries)}"}, experiment, root)
         assert (tmp_path / "models/a/model.json").exists()
         assert (tmp_path / "models/b/model.json").exists()
         reason = Storage(tmp_path / "models/killer").read_json(FAILED_MODEL)["reason"]

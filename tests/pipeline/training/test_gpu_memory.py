@@ -138,7 +138,7 @@ def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> 
         without_levels=address("train", targets="none"),
         validation=address("validation", targets="none"),
     )
-    for job in train.list_jobs(experiment, SHAPES, data, root):
+    for job in train.prepare_jobs(experiment, SHAPES, data, root):
         assert not trained(job.name)
         (root / job.address).write_json("model.json", {})
         assert trained(job.name)

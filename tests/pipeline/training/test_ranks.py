@@ -27,11 +27,11 @@ from components.config.data import Shapes
 from components.fields import to_dict
 from pipeline.data.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.runtime.storage import Storage
-from pipeline.training import ray_workers
+from pipeline.training import worker_group
 from pipeline.training.jobs import FAILED_MODEL
 from pipeline.training.loop import TrainingLoop
 from pipeline.training.ranks import Ranks
-from pipeline.training.ray_workers import DataCache, EpochCallback, ModelFailed, train_model, train_models
+from pipeline.training.worker_group import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
 pytestmark = pytest.mark.slow
 SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
@@ -109,7 +109,7 @@ def group(directory: str, name: str, rank: int) -> Ranks:
 
 def worker(process: int, directory: str) -> None:
     torch.set_num_threads(1)
-    original = ray_workers.train_model
+    original = worker_group.train_model
 
     def logged(order: dict[str, Any], home: Storage, data: DataCache, config: Mapping[str, Any], *more: Any) -> None:
         if data.ranks.rank == 0:
@@ -117,7 +117,7 @@ def worker(process: int, directory: str) -> None:
                 file.write(f"{order['address']} {config['token']}\n")
         original(order, home, data, config, *more)
 
-    ray_workers.train_model = logged
+    worker_group.train_model = logged
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     rank = process % 2
     # two runs at the same moment on one storage, in opposite order
