@@ -1,7 +1,7 @@
-"""A run from end to end: the stages in their order, its record on storage after each, MLflow published from the record.
+"""Run from end to end: the stages in order, with the record on storage and in MLflow after each.
 
-Every stage is named by the hash of what it follows from, so a stage that is done is taken as it is, and a run that was
-stopped at any point goes on there.
+The results of a stage lie under the hash of everything that they follow from. A finished stage is
+therefore taken as it is, and a run that was stopped at any point continues there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.tracking import uri
 
 
 def finish(run: Run) -> None:
-    """Publish what is left, then show the table and where to look."""
+    """Publish the rest, then show the table, the report's path and the command that opens MLflow."""
     run.publish()
     run.tracker.conclude()
     terminal.print_table(run.storage)
@@ -35,7 +35,12 @@ def finish(run: Run) -> None:
 
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
-    """Run one stage, or all of them (``run``). ``needs_tracking``: see :func:`open_run`."""
+    """Run one stage, or all of them (``run``).
+
+    Args:
+        command: run, pyramids, train, attack or report.
+        needs_tracking: see :func:`open_run`.
+    """
     needs: dict[str, Literal["shards", "models"]] = {"train": "shards", "attack": "models"}
     run = open_run(
         experiment,
@@ -73,7 +78,7 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         complete = True
         finish(run)
     except BaseException as e:
-        # a report that cannot be written spoils no result
+        # The results are complete even if the report cannot be written.
         complete = complete or (isinstance(e, Exception) and bool(run.record["finished"]))
         run.tracker.stop_for(e, complete=complete)
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")

@@ -31,61 +31,73 @@ STAGES = ("pyramids", "train", "attack", "report")
 
 @dataclass
 class Run:
-    """One experiment on its storage. Make it with :func:`open_run`."""
+    """One experiment on its storage, as :func:`open_run` makes it."""
 
     experiment: Experiment
     root: Storage
     storage: Storage
-    """runs/<recipe>-<hash> below root."""
+    """``runs/<recipe>-<hash>`` below root."""
     record: dict[str, Any]
     tracker: Tracker
     lease: Lease | None = field(default=None, kw_only=True)
-    """Held while this process works on the directory."""
+    """Lease that this process holds while it works on the directory."""
 
     @property
     def shapes(self) -> Shapes:
-        data = self.experiment.data
-        return Shapes(
-            image_size=data.image_size,
-            channels=data.channels,
-            num_classes=data.num_classes,
-            sizes=level_sizes(data.image_size, self.experiment.pyramids.levels),
-        )
+        """Shapes of the experiment's data."""
+        return shapes_of(self.experiment)
 
     @property
     def splits(self) -> tuple[base.Split, ...]:
+        """Splits whose shards the run needs."""
         if not self.experiment.trains:
             return ("test",)
         held_out: tuple[base.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
         return ("train", *held_out, "test")
 
     def save(self) -> None:
+        """Write the record, if the lease is still held."""
         if self.lease is not None:
             self.lease.check()
         self.storage.write_json("run.json", self.record)
 
     def publish(self) -> None:
+        """Publish the records in MLflow; an outage does not stop the run."""
         with self.tracker.excused("records"):
             mlflow_run.publish_run(self.tracker, self.storage, self.root)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a stage to the record; a stage that is continued counts on."""
+        """Add the seconds of a stage to those that the record has of it."""
         begin = time.monotonic()
         try:
             yield
         except BaseException as e:
-            self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
-            if not isinstance(e, KeyboardInterrupt):  # a storage that does not answer would hold up the end
-                with suppress(UserError):  # it would hide what went wrong
+            self._add_seconds(name, begin)
+            if not isinstance(e, KeyboardInterrupt):  # A storage that does not answer would delay the end.
+                with suppress(UserError):  # An error of the storage would hide the stage's own.
                     self.save()
             raise
-        self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
+        self._add_seconds(name, begin)
         self.save()
+
+    def _add_seconds(self, name: str, begin: float) -> None:
+        self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
+
+
+def shapes_of(experiment: Experiment) -> Shapes:
+    """Return the shapes of an experiment's data."""
+    data = experiment.data
+    return Shapes(
+        image_size=data.image_size,
+        channels=data.channels,
+        num_classes=data.num_classes,
+        sizes=level_sizes(data.image_size, experiment.pyramids.levels),
+    )
 
 
 def run_address(experiment: Experiment) -> str:
-    """``runs/<recipe>-<hash>``: where a run is kept and who tracks it are no part of what it is."""
+    """Return ``runs/<recipe>-<hash>``, hashed over the settings that change the run's results."""
     config = to_dict(experiment)
     for name in ("storage", "tracking_uri", "experiment_name", "description"):
         del config[name]
@@ -93,7 +105,7 @@ def run_address(experiment: Experiment) -> str:
     for name in ("test_split", "image_column", "label_column"):
         if not config["data"][name]:
             del config["data"][name]
-    # what the machine may use does not change the run either, but for the number of workers
+    # Of the scaling settings only the number of workers changes a result.
     config["scaling"] = {"workers": config["scaling"]["workers"]}
     return f"runs/{experiment.name}-{content_hash(config)}"
 
@@ -106,17 +118,18 @@ def open_run(
     will_train: bool = False,
     needs_tracking: bool = True,
 ) -> Run:
-    """Check all that can be checked before compute is spent, join Ray, and open the run's record.
+    """Check everything that can be checked before compute is spent, join Ray, and open the run's record.
 
     Args:
-        records_only: no sources, networks or cluster are needed (the report).
-        needs: what an earlier stage must have left: shards, or shards and models.
+        records_only: the command needs no sources, networks or cluster (the report).
+        needs: what an earlier stage must have made: shards, or shards and models.
         will_train: the models that are not trained yet must fit the GPUs.
-        needs_tracking: refuse a new run where MLflow does not answer. Not within a sweep, whose compute is spent. A run that has
-            a record continues: as of any outage on the way, the Tracker tells of it, and publishes when MLflow answers.
+        needs_tracking: refuse a new run if MLflow does not answer. It is False within a sweep, whose
+            compute is already spent. A run with a record continues in any case: the Tracker reports
+            the outage and publishes once MLflow answers.
 
     Raises:
-        UserError: one of its kinds, naming what, where and what to do.
+        UserError: of the kind that fits; the message names what, where and what to do.
     """
     if cluster.in_job() and experiment.storage.startswith("~"):
         say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
@@ -138,16 +151,11 @@ def open_run(
         echo=say,
     )
     if not records_only:
-        shapes = Shapes(
-            image_size=experiment.data.image_size,
-            channels=experiment.data.channels,
-            num_classes=experiment.data.num_classes,
-            sizes=level_sizes(experiment.data.image_size, experiment.pyramids.levels),
-        )
+        shapes = shapes_of(experiment)
         check_and_join(experiment, experiment, shapes, root)
         if will_train:
-            gpu_memory.check_gpu_memory(experiment, shapes, lambda name: is_trained(experiment, shapes, root, name))
-    lease = Lease(storage).acquire()  # before the record is read
+            gpu_memory.check_gpu_memory(experiment, shapes, lambda: finished_model_names(experiment, shapes, root))
+    lease = Lease(storage).acquire()  # Before the record is read, since another process may still write it.
     try:
         tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
         return _opened(experiment, root, storage, tracker, lease, records_only)
@@ -157,13 +165,13 @@ def open_run(
 
 
 def check_and_join(experiment: Experiment, networks: Experiment, shapes: Shapes, root: Storage) -> None:
-    """Check networks and data, join Ray, and check what it has and that its nodes share the storage.
+    """Check networks and data, join Ray, and check its resources and the nodes' shared storage.
 
     Args:
-        networks: its models are built; a sweep's are those of its trials.
+        networks: experiment whose models are built; for a sweep, those of its trials.
 
     Raises:
-        UserError: one of its kinds, naming what, where and what to do.
+        UserError: of the kind that fits; the message names what, where and what to do.
     """
     for line in train.check_models(networks, shapes):
         say(line)
@@ -206,10 +214,10 @@ def _opened(
 
 
 def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:
-    """Refuse a stage whose predecessors have left nothing.
+    """Refuse a stage whose predecessors have not run.
 
     Raises:
-        UserError: naming the stage that is missing.
+        UserError: a stage is missing; the message names it.
     """
     if "splits" not in (record.get("data") or {}):
         raise UserError(
@@ -220,7 +228,8 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
         missing = [name for name in experiment.model_configs() if name not in made]
         if missing:
             raise UserError(
-                f"{storage.uri} has no model {missing[0]!r} yet: run `train {experiment.name}` with the same settings first"
+                f"{storage.uri} has no model {missing[0]!r} yet: "
+                f"run `train {experiment.name}` with the same settings first"
             )
 
 
@@ -239,17 +248,20 @@ def _new_record(experiment: Experiment) -> dict[str, Any]:
 
 
 def recorded(experiment: Experiment) -> dict[str, Any]:
-    """Return an experiment as records hold it: without the user and password of its tracking server."""
+    """Return an experiment as records hold it, without user and password of the tracking server."""
     config: dict[str, Any] = redacted(to_dict(experiment))
     return {**config, "tracking_uri": config["tracking_uri"].replace("***@", "")}
 
 
 def now() -> str:
+    """Return the time in UTC, to the second, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str) -> bool:
-    """Whether a model of the experiment lies finished on the storage. Reads the source's files to hash them."""
+def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage) -> set[str]:
+    """Return the names of the experiment's models that are finished on the storage.
+
+    It reads the source's files to hash them."""
 
     def address(split: base.Split, targets: pyramids.Targets) -> str:
         return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
@@ -259,10 +271,11 @@ def is_trained(experiment: Experiment, shapes: Shapes, root: Storage, name: str)
         without_levels=address("train", "none"),
         validation=address("validation", "none") if experiment.data.validation_fraction else "",
     )
-    (job,) = (job for job in train.prepare_jobs(experiment, shapes, data, root) if job.name == name)
-    return (root / job.address).exists("model.json")
+    prepared = train.prepare_jobs(experiment, shapes, data, root)
+    return {job.name for job in prepared if (root / job.address).exists("model.json")}
 
 
 def kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
+    """Return the kinds of targets that the experiment's models read from shards; ("none",) if none does."""
     kinds = dict.fromkeys(c.targets for c in experiment.model_configs().values() if stored_levels(c))
     return tuple(kinds) or ("none",)

@@ -1,9 +1,12 @@
-"""The four stages of a run."""
+"""Four stages of a run: shards, training, attacks, report."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, roles
@@ -18,7 +21,10 @@ from pipeline.training import exports, jobs, monitor, train
 
 
 def make_pyramids(run: Run) -> ShardSets:
-    """Stage 1: shard sets of every split; of the training images one for each kind of targets that a model has."""
+    """Build the shard sets of every split (stage 1).
+
+    The training images have one shard set for each kind of targets that a model reads.
+    """
     e = run.experiment
     addresses: dict[str, str] = {}
     with run.timed("pyramids"):
@@ -26,23 +32,23 @@ def make_pyramids(run: Run) -> ShardSets:
             for targets in kinds_of_targets(e) if split == "train" else ("none",):
                 title = f"pyramids: {split}" + (f", {targets} targets" if targets != "none" else "")
                 with stage(title) as bar:
-                    made = pyramids.build(
+                    shard_set = pyramids.build(
                         e.data,
                         e.pyramids,
                         run.root,
                         split,
                         targets=targets,
-                        progress=lambda done, total, b=bar: b.update(done, total, "images"),
+                        progress=functools.partial(_report_images, bar),
                     )
-                    made.verify()
-                addresses[f"train/{targets}" if split == "train" else split] = made.address
-                rows = {**(run.record["data"] or {}).get("rows", {}), split: made.num_rows}
+                    shard_set.verify()
+                addresses[f"train/{targets}" if split == "train" else split] = shard_set.address
+                rows = {**(run.record["data"] or {}).get("rows", {}), split: shard_set.num_rows}
                 run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
-    bare = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if e.trains else ""
+    without_levels = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if e.trains else ""
     run.record["data"] |= {
         "source": e.data.source,
-        "hash": content_hash(bare, addresses["test"]),
-        "bare": bare,
+        "hash": content_hash(without_levels, addresses["test"]),
+        "bare": without_levels,
         "splits": addresses,
         "levels": list(run.shapes.sizes),
     }
@@ -50,34 +56,41 @@ def make_pyramids(run: Run) -> ShardSets:
     return existing_pyramids(run, verified=True)
 
 
+def _report_images(bar: Bar, done: int, total: int) -> None:
+    bar.update(done, total, "images")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardSets:
-    """The shard sets of a run: where training data are, and the test images."""
+    """Shard sets of a run: addresses of the training data, and the test images."""
 
     training: jobs.TrainingData
     test: shards.ShardSet
 
 
 def existing_pyramids(run: Run, *, verified: bool = False) -> ShardSets:
-    """Return the shard sets that an earlier ``pyramids`` made.
+    """Return the shard sets that stage 1 has made.
+
+    Args:
+        verified: they were verified just now.
 
     Raises:
-        DataError: one is missing or damaged.
+        DataError: a shard set is missing or damaged.
     """
     data = run.record["data"]
     sets = {name: shards.load(run.root, address) for name, address in data["splits"].items()}
     if not verified:
         for shard_set in sets.values():
             shard_set.verify()
-    kinds = {name.partition("/")[2]: one.address for name, one in sets.items() if name.startswith("train/")}
+    train = {name.partition("/")[2]: s.address for name, s in sets.items() if name.startswith("train/")}
     validation = sets["validation"].address if "validation" in sets else ""
     return ShardSets(
-        training=jobs.TrainingData(train=kinds, without_levels=data["bare"], validation=validation), test=sets["test"]
+        training=jobs.TrainingData(train=train, without_levels=data["bare"], validation=validation), test=sets["test"]
     )
 
 
 def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
-    """Stage 2: every model of the experiment; as many side by side as there is room for."""
+    """Train every model of the experiment, as many side by side as there is room for (stage 2)."""
     run.publish()
     for name, config in run.experiment.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
@@ -92,11 +105,13 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
 
 
 class _TrainProgress(monitor.Progress):
-    """Keeps the run's record and MLflow up to date while models train."""
+    """Progress that keeps the run's record, MLflow and the progress bar up to date."""
 
     def __init__(self, run: Run, bar: Bar) -> None:
         self.run, self.bar = run, bar
-        self.on_live = bar.update
+
+    def on_live(self, done: int, total: int, note: str) -> None:
+        self.bar.update(done, total, note)
 
     def on_epoch(self, name: str, record: dict[str, Any]) -> None:
         if resumed := record.get("resumed"):
@@ -104,12 +119,12 @@ class _TrainProgress(monitor.Progress):
             say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
         mlflow_run.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
-        if not tracker.is_behind:  # else it is read from its file when the model is finished
+        if not tracker.is_behind:  # Otherwise the epoch is read from its file when the model is finished.
             tracker.history(f"model/{name}", record["epoch"], lambda: record)
 
-    def on_external(self, name: str, without: str) -> None:
+    def on_external(self, name: str, why_no_autoencoder: str) -> None:
         if any(AttackSpec.parse(a).name == "adaptive" for a in self.run.experiment.evaluation.attacks):
-            say(f"  {name}: the adaptive attack cannot run, it needs the model's auto-encoder: {without}")
+            say(f"  {name}: the adaptive attack cannot run, it needs the model's auto-encoder: {why_no_autoencoder}")
 
     def on_model(self, name: str, model: dict[str, Any]) -> None:
         run = self.run
@@ -133,7 +148,7 @@ class _TrainProgress(monitor.Progress):
 
 
 def trained_models(run: Run) -> list[plan.Model]:
-    """Return the models that an earlier ``train`` made."""
+    """Return the models that stage 2 has trained."""
     models = {}
     for name in run.experiment.model_configs():
         if name in run.record.get("diverged", {}):
@@ -144,27 +159,33 @@ def trained_models(run: Run) -> list[plan.Model]:
 
 
 def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[plan.Model]:
-    """Models as attacks see them: a reformer stands in front of the undefended classifier of its architecture."""
-    found: dict[str, plan.Model] = {}
+    """Return models as attacks see them, each reformer in front of the undefended classifier of its architecture.
+
+    A reformer without such a classifier, because that one diverged, is left out.
+
+    Args:
+        models: name -> model.json with "path".
+    """
+    subjects: dict[str, plan.Model] = {}
     reformers = {name for name, model in models.items() if "reformer.safetensors" in model["files"]}
-    for name in sorted(models, key=lambda n: n in reformers):  # classifiers first
+    for name in sorted(models, key=lambda n: n in reformers):  # Classifiers come first.
         model = models[name]
-        behind = found.get(experiment.transfer_source_of(name) or "") if name in reformers else None
-        if name in reformers and behind is None:  # its classifier diverged
+        classifier = subjects.get(experiment.transfer_source_of(name) or "") if name in reformers else None
+        if name in reformers and classifier is None:
             continue
         file = "reformer.safetensors" if name in reformers else "classifier.safetensors"
-        found[name] = plan.Model(
+        subjects[name] = plan.Model(
             name=name,
             path=model["path"],
             sha256=model["files"][file],
             autoencoder=model["files"].get("autoencoder.safetensors", ""),
-            classifier=behind,
+            classifier=classifier,
         )
-    return [found[name] for name in models if name in found]
+    return [subjects[name] for name in models if name in subjects]
 
 
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
-    """Stage 3: every model under every threat model; what that says together; then a few images for the plots."""
+    """Attack every model under every threat model, and derive worst cases, flags and images (stage 3)."""
     with run.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
         run.record["evaluations"] = evaluations
@@ -183,19 +204,21 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
 
 
 def make_report(run: Run) -> None:
-    """Stage 4: table, plots and HTML from the records alone."""
+    """Make table, plots and HTML from the records alone (stage 4)."""
     with run.timed("report"), stage("report"):
         report.build(run.storage, run.root)
 
 
 def register(run: Run, models: list[plan.Model]) -> None:
-    """Register each classifier in MLflow's model registry, with its signature; of several seeds the first."""
+    """Register each classifier in MLflow's model registry, with its signature.
+
+    Of several replicates the first is registered. A reformer alone is no classifier; the classifier
+    behind it is registered.
+    """
     data = run.experiment.data
     replicates = run.experiment.replicates()
     for model in models:
-        if replicates[model.name][1] > 0:
-            continue
-        if model.classifier is not None:  # a reformer alone is no classifier; what stands behind it is registered
+        if replicates[model.name][1] > 0 or model.classifier is not None:
             continue
         with run.tracker.excused(f"registration of {model.name}"):
             run.tracker.register_model(
@@ -207,14 +230,13 @@ def register(run: Run, models: list[plan.Model]) -> None:
             )
 
 
-def example_input(channels: int, size: int) -> Any:
-    import numpy as np
-
+def example_input(channels: int, size: int) -> np.ndarray:
+    """Return one black image, float32 [1,C,W,W]."""
     return np.zeros((1, channels, size, size), np.float32)
 
 
 def finish_stage(run: Run) -> None:
-    """Publish what one stage left; the next one goes on with the same MLflow run."""
+    """Publish the records of one stage; the next stage continues the same MLflow run."""
     run.publish()
     run.tracker.finish("run")
     run.tracker.conclude()

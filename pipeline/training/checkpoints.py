@@ -16,8 +16,8 @@ from components.fields import to_dict
 from pipeline.runtime.storage import Storage
 from pipeline.training.exports import SCHEMA
 
-KEPT = 2
-"""Newest checkpoints that are kept: should the last one be damaged, the one before is still there."""
+CHECKPOINTS_KEPT = 2
+"""Newest checkpoints that are kept, so that one is left if the last is damaged."""
 
 
 def save_checkpoint(
@@ -29,9 +29,12 @@ def save_checkpoint(
     config: TrainConfig,
     shapes: Shapes,
 ) -> str:
-    """Write the state after ``epoch`` epochs below a directory, whole or not at all, and delete all but it and the one before.
+    """Write the state after ``epoch`` epochs, and delete all checkpoints but it and the one before.
 
-    Random streams need no state: they follow from the step. Returns the name of the file.
+    Random streams need no state, since they follow from the step.
+
+    Returns:
+        The name of the file, which is whole or absent.
     """
     state = {
         "schema": SCHEMA,
@@ -47,36 +50,37 @@ def save_checkpoint(
     storage.write_bytes(name, buffer.getvalue())
     names = list_checkpoints(storage)
     newest = names.index(name)
-    # those of later epochs are damaged: training would not have gone back otherwise
-    for other in (*names[: max(0, newest + 1 - KEPT)], *names[newest + 1 :]):
+    # Checkpoints of later epochs are damaged: training would not have gone back otherwise.
+    for other in (*names[: max(0, newest + 1 - CHECKPOINTS_KEPT)], *names[newest + 1 :]):
         storage.delete(other)
     return name
 
 
 def list_checkpoints(storage: Storage) -> list[str]:
-    """Names of the checkpoints below a directory, oldest first."""
+    """Return the names of the checkpoints in a directory, oldest first."""
     return [name for name in storage.list() if name.startswith("epoch-") and name.endswith(".pt")]
 
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """The checkpoint from which training goes on."""
+    """Checkpoint from which training continues."""
 
     path: str
-    """Empty where training starts from the beginning."""
+    """Empty if training starts from the beginning."""
     data: bytes
     damaged: tuple[str, ...]
-    """Paths of newer checkpoints, which cannot be read."""
+    """Paths of newer checkpoints, which are damaged."""
 
 
 def newest_whole(storage: Storage) -> StoredCheckpoint:
-    """Return the newest checkpoint below a directory that is not damaged. The damaged ones are left for inspection until
-    the next checkpoint is written.
+    """Return the newest checkpoint in a directory that is not damaged.
+
+    Damaged ones are left for inspection until the next checkpoint is written.
 
     Raises:
         StorageError: the storage cannot be read.
     """
-    damaged = []
+    damaged: list[str] = []
     for name in reversed(list_checkpoints(storage)):
         data, path = storage.read_bytes(name), f"{storage.uri}/{name}"
         if _is_whole(data):
@@ -86,11 +90,11 @@ def newest_whole(storage: Storage) -> StoredCheckpoint:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Tell whether all checksums of a checkpoint's zip archive are right. (torch.load does not compare them.)"""
+    """Tell whether all checksums of a checkpoint's zip archive are right, which torch.load does not compare."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.testzip() is None
-    except Exception:  # zipfile raises half a dozen kinds, depending on which byte is wrong
+    except Exception:  # zipfile raises errors of many types, depending on which byte is wrong.
         return False
 
 
@@ -102,24 +106,27 @@ def load_checkpoint(
     config: TrainConfig,
     shapes: Shapes,
 ) -> int:
-    """Load a checkpoint into network and optimizer and return how many epochs are done.
+    """Load a checkpoint into network and optimizer.
+
+    Returns:
+        How many epochs are done.
 
     Raises:
-        DataError: a corrupt file, another schema version, or a checkpoint of another model.
+        DataError: the file is corrupt, has another schema version, or is of another model.
     """
     path = checkpoint.path
     try:
         state = torch.load(io.BytesIO(checkpoint.data), map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises whatever the unpickler met
+    except Exception as e:  # torch raises errors of many types.
         raise DataError(f"checkpoint {path} is corrupt ({type(e).__name__}: {e}); delete it to use an older one") from e
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != SCHEMA:
         raise DataError(f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}")
-    for part, mine in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
-        different = {k: (state[part].get(k), v) for k, v in mine.items() if state[part].get(k) != v}
+    for part, expected in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
+        different = {k: (state[part].get(k), v) for k, v in expected.items() if state[part].get(k) != v}
         if different:
-            told = "; ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
-            raise DataError(f"checkpoint {path} is of another model: {told}")
+            differences = "; ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
+            raise DataError(f"checkpoint {path} is of another model: {differences}")
     net.load_state_dict(state["net"], strict=True)
     optimizer.load_state_dict(state["optimizer"])
     return int(state["epoch"])

@@ -1,4 +1,4 @@
-"""Exported networks: written, verified and loaded."""
+"""Exported networks: write, verify and load them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from pipeline.training import weights_file
 from pipeline.training.jobs import source_hash
 
 SCHEMA = 1
-"""Version of checkpoints and exports. Raise it when either changes in a way that old files cannot be read."""
+"""Version of checkpoints and exports. Raise it when old files of either can no longer be read."""
 CHECK_IMAGES = 4
-"""Images of the pass in training mode before :func:`check_export`: batch norm needs more than one."""
+"""Images of :func:`check_export`'s pass in training mode. Batch norm needs more than one."""
 _trusted: set[str] = set()
 
 
 def trust(archs: Iterable[str]) -> None:
-    """Let this process import these MODULE:FUNCTIONs for files that name them: its own experiment asks for them too."""
+    """Let this process import MODULE:FUNCTION networks that its own experiment names, for files that name them."""
     _trusted.update(archs)
 
 
 def parts_of(net: nn.Module) -> dict[str, nn.Module]:
-    """What is exported of a network, by name: classifier, autoencoder (beside a classifier), or reformer."""
+    """Return the parts of a network that are exported: classifier and, if any, autoencoder; or reformer."""
     if isinstance(net, ComDefend):
         return {"reformer": net}
     parts = {"classifier": classifier_of(net)}
@@ -50,11 +50,12 @@ def parts_of(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Write classifier.safetensors (the bare classifier) and, where there is one, autoencoder.safetensors; or
-    reformer.safetensors.
+    """Write one file for each of :func:`parts_of`, e.g. classifier.safetensors.
 
-    Each file says in its metadata how to build its network, so that it can be loaded alone.
-    Returns the names of the files written.
+    A file's metadata says how to build its network, so that it can be loaded alone.
+
+    Returns:
+        The names of the files.
     """
     names = []
     for part, _, data in _exported(net, config, shapes):
@@ -64,30 +65,31 @@ def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes
 
 
 def _exported(net: nn.Module, config: TrainConfig, shapes: Shapes) -> Iterator[tuple[str, nn.Module, bytes]]:
-    """Yield name, module and file of each part, one after the other: together they may be a GB."""
-    said = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
+    """Yield name, module and file of each part. They come one at a time, since all may be a GB."""
+    description = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
     if source := source_hash(config.arch):
-        said["source"] = source  # the same weights in another forward() are another network
-    # one key alone: safetensors writes several in an order that changes from process to process, and the file's checksum,
-    # which names all that is computed from it, would change with it
-    metadata = {"defendpp": json.dumps(said)}
+        description["source"] = source  # The same weights in another forward() are another network.
+    # safetensors writes several keys in an order that changes from process to process. With a single
+    # key the file's checksum, which names everything computed from it, stays the same.
+    metadata = {"defendpp": json.dumps(description)}
     for name, part in parts_of(net).items():
         yield name, part, weights_file.to_bytes(part.state_dict(), metadata)
 
 
 def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Export a network in memory, load every part again, and compare what both give for the same images.
+    """Export a network in memory, load every part again, and compare their outputs for the same images.
 
-    A network that is to be trained makes one pass in training mode first: what that changes must be part of its state.
+    A network that will be trained makes one pass in training mode first. What that pass changes
+    must be part of the network's state.
 
     Args:
-        net: of :func:`build_net`; the pass may change its buffers.
+        net: a network from :func:`build_net`; the pass may change its buffers.
 
     Returns:
         The names of the parts.
 
     Raises:
-        ConfigError: a part cannot be exported or loaded again, or is another one then.
+        ConfigError: a part cannot be exported or loaded again, or has other outputs then.
     """
     name = type(classifier_of(net)).__name__
     size = (shapes.channels, shapes.image_size, shapes.image_size)
@@ -95,17 +97,18 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             if config.epochs:
-                given = images.clone()
-                _train_mode_pass(net, given)
-                refuse_in_place(classifier_of(net), given, images)
+                inputs = images.clone()
+                _train_mode_pass(net, inputs)
+                refuse_in_place(classifier_of(net), inputs, images)
             for part, before, data in _exported(net, config, shapes):
                 after = _rebuilt(part, safetensors_load(data), config, shapes, f"the export of {name}")
-                one, other, again = (_outputs(module, images[:1]) for module in (before, after, before))
-                # a network that draws from a stream that is not seeded here cannot be compared
-                if not _alike(one, other) and _alike(one, again):
+                first, loaded, second = (_outputs(module, images[:1]) for module in (before, after, before))
+                # A network that draws from a stream of its own differs from itself, and cannot be compared.
+                if not _alike(first, loaded) and _alike(first, second):
                     raise ConfigError(
-                        f"{name}, exported and loaded again, gives other outputs (its {part}): register every tensor that it "
-                        "computes with as a parameter or a persistent buffer, and draw fixed ones from torch's stream"
+                        f"{name}, exported and loaded again, gives other outputs (its {part}): register every tensor "
+                        "that it computes with as a parameter or a persistent buffer, and draw fixed ones from torch's "
+                        "stream"
                     )
     except (ConfigError, DataError) as e:
         raise ConfigError(f"train.arch is {config.arch!r}; {e}") from e
@@ -116,7 +119,7 @@ def _train_mode_pass(net: nn.Module, images: torch.Tensor) -> None:
     net.train()
     try:
         classifier_of(net)(images)
-    except Exception as e:  # a user's own code may raise anything
+    except Exception as e:  # A user's own code may raise errors of any type.
         raise ConfigError(f"{type(net).__name__} does not run in training mode ({type(e).__name__}: {e})") from e
 
 
@@ -139,80 +142,86 @@ def _read(
     data, text = storage.read_bytes(base), (storage / base).uri
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise DataError(
-            f"{text} does not hold the weights that its records name: it was replaced or damaged since. Run the same command "
-            "again to evaluate the weights there are"
+            f"{text} does not hold the weights that its records name: it was replaced or damaged since. "
+            "Run the same command again to evaluate the weights there are"
         )
     try:
-        found = described(data)
+        description = described(data)
         tensors = safetensors_load(data)
     except DataError as e:
         raise DataError(f"{text} {e}") from e
-    except Exception as e:  # the format's own errors are of several kinds
+    except Exception as e:  # The format has errors of several types.
         reason = weights_file.why_no_weights(data, text) or f"{type(e).__name__}: {e}; copy it again"
         raise DataError(f"{text} is not a whole safetensors file ({reason}), or train the model again") from e
-    if found is None:
+    if description is None:
         raise DataError(f"{text} was not exported by this project: its metadata does not say which network it is")
-    config, shapes = found
+    config, shapes = description
     if own.is_own(config.arch) and config.arch not in _trusted.union(
         [trusted] if isinstance(trusted, str) else trusted
     ):
         raise DataError(
-            f"{text} says that {config.arch} builds its network. A file does not decide which code is imported: if you trust "
-            f"that module, pass trusted={config.arch!r}"
+            f"{text} says that {config.arch} builds its network. A file does not decide which code is imported: "
+            f"if you trust that module, pass trusted={config.arch!r}"
         )
     check_source(data, config.arch, text)
     return tensors, config, shapes, text
 
 
 def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
-    """Which network a safetensors file is of, as its metadata says; None if this project did not write it.
+    """Return config and shapes of a safetensors file's network, or None if this project did not write it.
 
     Raises:
-        DataError: it is of another schema. ValueError: it is no safetensors file.
+        DataError: the file has another schema.
+        ValueError: it is no safetensors file.
     """
-    said = _metadata(data)
-    if said is None:
+    metadata = _metadata(data)
+    if metadata is None:
         return None
-    if said.get("schema") != SCHEMA:
-        raise DataError(f"has schema {said.get('schema')}, this version reads {SCHEMA}")
+    if metadata.get("schema") != SCHEMA:
+        raise DataError(f"has schema {metadata.get('schema')}, this version reads {SCHEMA}")
     try:
-        return from_dict(TrainConfig, said["config"]), from_dict(Shapes, said["shapes"])
+        return from_dict(TrainConfig, metadata["config"]), from_dict(Shapes, metadata["shapes"])
     except (KeyError, TypeError, AttributeError, ConfigError) as e:
         raise DataError(f"says in its metadata what this version does not know ({e})") from e
 
 
 def check_source(data: bytes, arch: str, where: str) -> None:
-    """Make sure that the module of MODULE:FUNCTION is the one that an exported file was made with, where the file says it.
+    """Check that the module of MODULE:FUNCTION is the one that an exported file was made with.
+
+    A file that names no source is not checked.
+
+    Args:
+        where: the file, for the message.
 
     Raises:
-        DataError: it has been edited since, or is another module.
+        DataError: the module has been edited since, or is another one.
     """
     source = (_metadata(data) or {}).get("source")
     if own.is_own(arch) and source and source != source_hash(arch):
         raise DataError(
-            f"{where}: these weights were made by another version of {arch}, and may compute something else in this one. Restore "
-            f"the module's file as it was. If its network is the same, take the tensors alone: "
+            f"{where}: these weights were made by another version of {arch}, and may compute something else in this "
+            "one. Restore the module's file as it was. If its network is the same, take the tensors alone: "
             f"torch.save(safetensors.torch.load_file({where!r}), 'weights.pth')"
         )
 
 
 def _metadata(data: bytes) -> dict[str, Any] | None:
-    """Return what this project wrote into a safetensors file; None if it did not write it. Raises ValueError."""
+    """Return this project's metadata of a safetensors file, or None; raise ValueError for another format."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
     text = metadata.get("defendpp") if isinstance(metadata, dict) else None
-    said = json.loads(text) if isinstance(text, str) else None
-    return said if isinstance(said, dict) else None
+    value = json.loads(text) if isinstance(text, str) else None
+    return value if isinstance(value, dict) else None
 
 
 def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, shapes: Shapes, where: str) -> nn.Module:
     """Build one of :func:`parts_of` as a file describes it, with the file's weights, in eval mode."""
-    # only an auto-encoder needs the network that it was trained with
+    # Only an auto-encoder needs the network that it was trained with.
     net = build_net(config if part != "classifier" else dataclasses.replace(config, defense="none"), shapes)
     module = parts_of(net).get(part)
     if module is None:
         raise DataError(f"{where} says that it has no {'auto-encoder' if part == 'autoencoder' else part}")
-    # an export of an earlier version may hold heads that are not built any more
+    # An export of an earlier version may hold heads that are no longer built.
     load_strictly(module, libraries.tensors_for(config.arch, tensors) if part == "classifier" else tensors, where)
     return module.eval()
 
@@ -224,16 +233,21 @@ def load_classifier(
     trusted: str | Collection[str] = (),
     sha256: str = "",
 ) -> nn.Module:
-    """The exported classifier: images [N, C, W, W] in [0,1] to logits, in eval mode, ready for any library's attacks.
+    """Load an exported classifier in eval mode, ready for any library's attacks.
 
     Args:
-        path: classifier.safetensors, or the model's directory; local or a URI.
-        trusted: MODULE:FUNCTION, one or several, that may be imported if the file says that it builds the network.
-        sha256: of the file, where another one is to be refused.
+        path: classifier.safetensors, or the model's directory; a path or a URI.
+        trusted: MODULE:FUNCTION, one or several, that may be imported if the file names it.
+        sha256: checksum that the file must have; empty for any.
+
+    Returns:
+        The network: images [N, C, W, W] in [0,1] to logits.
 
     Raises:
-        StorageError: it cannot be read. ConfigError: its module cannot be imported. DataError: it is corrupt, of another
-            architecture, of a module that is not trusted, or of another version of that module.
+        StorageError: the file cannot be read.
+        ConfigError: the network's module cannot be imported.
+        DataError: the file is corrupt, of another architecture, of a module that is not trusted, or
+            of another version of that module.
     """
     return _rebuilt("classifier", *_read(path, "classifier", trusted, sha256)).to(device)
 
@@ -245,9 +259,9 @@ def load_autoencoder(
     trusted: str | Collection[str] = (),
     sha256: str = "",
 ) -> AutoEncoder:
-    """The exported auto-encoder in eval mode: images in [0,1] to reconstructed levels, level 0 first.
+    """Load an exported auto-encoder in eval mode: images in [0,1] to levels, level 0 first.
 
-    Args and errors as of :func:`load_classifier`; a model without an auto-encoder has no such file.
+    Args, Raises: as :func:`load_classifier`. A model without an auto-encoder has no such file.
     """
     autoencoder = _rebuilt("autoencoder", *_read(path, "autoencoder", trusted, sha256))
     assert isinstance(autoencoder, AutoEncoder)
@@ -255,7 +269,10 @@ def load_autoencoder(
 
 
 def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, sha256: str = "") -> ComDefend:
-    """The exported reformer in eval mode: images in [0,1] to reformed images. Raises as :func:`load_classifier`."""
+    """Load an exported reformer in eval mode: images in [0,1] to reformed images.
+
+    Args, Raises: as :func:`load_classifier`.
+    """
     reformer = _rebuilt("reformer", *_read(path, "reformer", (), sha256))
     assert isinstance(reformer, ComDefend)
     return reformer.to(device)
@@ -269,7 +286,10 @@ def load_reformed(
     trusted: str | Collection[str] = (),
     sha256: tuple[str, str] = ("", ""),
 ) -> Reformed:
-    """Load a reformer with a classifier behind it, in eval mode: images in [0,1] to logits. As :func:`load_classifier`."""
+    """Load a reformer with a classifier behind it, in eval mode: images in [0,1] to logits.
+
+    Args, Raises: as :func:`load_classifier`.
+    """
     return Reformed(
         load_reformer(reformer, device, sha256=sha256[0]),
         load_classifier(classifier, device, trusted=trusted, sha256=sha256[1]),

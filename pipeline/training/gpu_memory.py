@@ -1,13 +1,14 @@
-"""Whether a GPU can hold what training a model takes at the least; asked before anything is computed.
+"""Check before training that each model can fit the GPU.
 
-The count is a floor, not a forecast: weights, gradients, the optimizer's state and what PyTorch keeps for the backward pass. What
-its libraries, its allocator and the images themselves take comes on top, so a model that passes here may still not fit.
+The count is a lower bound: weights, gradients, the optimizer's state and the tensors that PyTorch
+saves for the backward pass. Libraries, the allocator and the images come on top, so a model that
+passes may still not fit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ray
 import torch
@@ -23,37 +24,42 @@ from components.training.step import PhaseModule
 from pipeline.runtime.cluster import ResourceError
 
 PROBE_IMAGES = 2
-"""What is kept for the backward pass grows with the batch; so many images show by how much."""
+"""Images of the forward pass whose saved tensors are counted. Their size is proportional to the batch."""
 ANSWER_S = 60.0
-"""How long to wait until a GPU says how large it is; a GPU that is busy is no reason to refuse a run."""
+"""How long to wait for a GPU's answer. A busy GPU is no reason to refuse a run."""
 
 
 def training_bytes(config: TrainConfig, shapes: Shapes, images_per_worker: int) -> int:
-    """The least memory, in bytes, that one worker's step of a model takes; counted on the CPU, on two images.
+    """Return the least memory, in bytes, that one worker's training step of a model takes.
 
-    Of the phase that a model's training ends with, which is the one with the most parts.
+    It is counted on the CPU, on two images, in the last phase of the model's training. That phase
+    has the most parts.
     """
     net = build_net(config, shapes).train()
     parameters = list(net.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
     copies = 4 if config.optimizer == "adam" else 3 if config.momentum else 2  # weights, gradients, state
     phase = phase_at_epoch(config.epochs - 1, config)
-    kept = _kept_for_backward(PhaseModule(net, phase, config), parameters, config, shapes)
-    return copies * weights + kept * images_per_worker // PROBE_IMAGES
+    saved = _saved_for_backward(PhaseModule(net, phase, config), parameters, config, shapes)
+    return copies * weights + saved * images_per_worker // PROBE_IMAGES
 
 
-def _kept_for_backward(module: PhaseModule, parameters: list[nn.Parameter], config: TrainConfig, shapes: Shapes) -> int:
+def _saved_for_backward(
+    module: PhaseModule, parameters: list[nn.Parameter], config: TrainConfig, shapes: Shapes
+) -> int:
+    """Return the bytes of the tensors, other than parameters, that are saved for the backward pass."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    found: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage().data_ptr() not in own:
-            found[x.untyped_storage().data_ptr()] = x  # held, so that its address is not given to another
+            saved[x.untyped_storage().data_ptr()] = x  # Holding it keeps its address from another tensor.
         return x
 
     size = (PROBE_IMAGES, shapes.channels, shapes.image_size, shapes.image_size)
     images, labels = torch.zeros(size), torch.zeros(PROBE_IMAGES, dtype=torch.int64)
-    without_levels = dataclasses.replace(config, augment="crop_flip")  # computed here: there are no stored ones yet
+    # With crop_flip the levels are computed from the images, as there are no stored levels yet.
+    without_levels = dataclasses.replace(config, augment="crop_flip")
     targets = targets_of(images, Batch(images=images, labels=labels), without_levels, shapes.sizes)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
@@ -61,54 +67,61 @@ def _kept_for_backward(module: PhaseModule, parameters: list[nn.Parameter], conf
     ):
         noise = gaussian_noise(config, 0, 0, torch.device("cpu"))
         module(images, labels, targets, noise, images if module.phase == "adversarial" else None)
-    return sum(x.untyped_storage().nbytes() for x in found.values())
+    return sum(x.untyped_storage().nbytes() for x in saved.values())
 
 
 def check_gpu_memory(
-    experiment: Experiment, shapes: Shapes, is_trained: Callable[[str], bool] = lambda name: False
+    experiment: Experiment, shapes: Shapes, trained: Callable[[], Collection[str]] = lambda: ()
 ) -> None:
-    """Refuse a run that would train a model which cannot fit one of its GPUs. Needs a running Ray; does nothing for training on
-    CPUs, nor for models that are given.
+    """Refuse to train a model that cannot fit one of the run's GPUs.
+
+    Ray must be running. Without GPUs for training, and for external models, nothing is checked.
 
     Args:
-        is_trained: whether the model of that name is finished already; asked only of one that does not fit.
+        trained: returns the names of the models that are finished already. It is called at most
+            once, and only if a model does not fit.
 
     Raises:
-        ResourceError: naming the model, what it takes, what the GPU has and which settings to change.
+        ResourceError: a model does not fit; the message names it and the settings to change.
     """
     if not experiment.scaling.gpu or not experiment.trains:
         return
-    has = _gpu_bytes()
-    if has is not None:
-        refuse_what_does_not_fit(experiment, shapes, has, is_trained)
+    gpu_bytes = _gpu_bytes()
+    if gpu_bytes is not None:
+        refuse_what_does_not_fit(experiment, shapes, gpu_bytes, trained)
 
 
 def refuse_what_does_not_fit(
-    experiment: Experiment, shapes: Shapes, gpu_bytes: int, is_trained: Callable[[str], bool] = lambda name: False
+    experiment: Experiment, shapes: Shapes, gpu_bytes: int, trained: Callable[[], Collection[str]] = lambda: ()
 ) -> None:
-    """As :func:`check_gpu_memory`, for a GPU of so many bytes."""
-    takes: dict[TrainConfig, int] = {}
-    for name, given in experiment.model_configs().items():
-        if not given.epochs:
+    """Do as :func:`check_gpu_memory`, for a GPU with ``gpu_bytes`` of memory."""
+    workers = experiment.scaling.workers
+    needed: dict[TrainConfig, int] = {}
+    too_large: dict[str, TrainConfig] = {}
+    for name, config in experiment.model_configs().items():
+        if not config.epochs:
             continue
-        config = dataclasses.replace(given.canonical(), seed=0)
-        if config not in takes:
-            takes[config] = training_bytes(config, shapes, config.batch_size // experiment.scaling.workers)
-        if takes[config] > gpu_bytes and not is_trained(name):
+        config = dataclasses.replace(config.canonical(), seed=0)
+        if config not in needed:
+            needed[config] = training_bytes(config, shapes, config.batch_size // workers)
+        if needed[config] > gpu_bytes:
+            too_large[name] = config
+    finished = trained() if too_large else ()
+    for name, config in too_large.items():
+        if name not in finished:
             raise ResourceError(
-                f"model {name} does not fit the GPU: a step of {config.batch_size} images on {experiment.scaling.workers} worker(s) "
-                f"takes at least {takes[config] / 2**30:.1f} GiB, the GPU has {gpu_bytes / 2**30:.1f} GiB. Lower train.batch_size or "
-                "train.width, raise scaling.workers, or set train.precision=bfloat16"
+                f"model {name} does not fit the GPU: a step of {config.batch_size} images on {workers} worker(s) takes "
+                f"at least {needed[config] / 2**30:.1f} GiB, the GPU has {gpu_bytes / 2**30:.1f} GiB. "
+                "Lower train.batch_size or train.width, raise scaling.workers, or set train.precision=bfloat16"
             )
 
 
 def _gpu_bytes() -> int | None:
-    """Memory of the GPU on which Ray places a task; None where none answers in time."""
-    # no CPU: this must not wait for one
-    ref = ray.remote(num_gpus=1, num_cpus=0)(_total_memory).remote()
+    """Return the memory of the GPU on which Ray places a task, or None if no GPU answers in time."""
+    ref = ray.remote(num_gpus=1, num_cpus=0)(_total_memory).remote()  # It must not wait for a CPU.
     try:
-        found: int | None = ray.get(ref, timeout=ANSWER_S)
-        return found
+        total: int | None = ray.get(ref, timeout=ANSWER_S)
+        return total
     except GetTimeoutError:
         ray.cancel(ref)
         return None

@@ -1,4 +1,4 @@
-"""One rank's epochs over one model, without Ray."""
+"""Training loop: one rank's epochs over one model, without Ray."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from pipeline.training.ranks import Ranks
 
 VALIDATION_BATCH = 500
 FINITE_CHECK_STEPS = 100
-
+"""Steps between two checks that the loss is finite. Each check stops the GPU."""
 
 Live = Callable[[int, int, Callable[[], float]], None]
-"""Called by the loop with (steps done, steps in all, function that gives the last loss)."""
+"""Callback after each step: (steps done, steps in all, function that returns the last loss)."""
 
 
 class RankData:
-    """The rows of one rank, held in memory: every world-th row, so that sorted sources stay mixed.
+    """Rows of one rank, held in memory: every world-th row, so that sorted sources stay mixed.
 
-    Ranks hold equally many rows (at most world - 1 rows of the set are left out).
+    All ranks hold the same number of rows. At most world - 1 rows of the set are left out.
     """
 
     def __init__(self, shards: Any, rank: int, world: int, device: torch.device, levels: bool) -> None:
         count = shards.num_rows // world
-        wanted = ["image", "label", *(shards.level_columns if levels else ())]
+        names = ["image", "label", *(shards.level_columns if levels else ())]
         columns: dict[str, list[np.ndarray]] = {}
         row = 0
-        for shard in shards.iter_shards(wanted):
-            mine = slice((rank - row) % world, None, world)
+        for shard in shards.iter_shards(names):
+            rows = slice((rank - row) % world, None, world)
             for key, values in shard.items():
-                columns.setdefault(key, []).append(np.ascontiguousarray(values[mine]))
+                columns.setdefault(key, []).append(np.ascontiguousarray(values[rows]))
             row += len(shard["label"])
         joined = {k: torch.from_numpy(np.concatenate(v)[:count]) for k, v in columns.items()}
         self.images = joined["image"].to(device)
@@ -60,14 +60,15 @@ class RankData:
         return len(self.images)
 
     def batch(self, rows: Tensor | slice) -> Batch:
+        """Return a batch of these rows."""
         return Batch(images=self.images[rows], labels=self.labels[rows], levels=tuple(x[rows] for x in self.levels))
 
 
 class TrainingLoop:
-    """One rank's training, epoch by epoch. Needs a process group only where ``world`` > 1; knows nothing of Ray.
+    """One rank's training, epoch by epoch. It needs a process group only if ``world`` > 1.
 
     Raises:
-        DataError: fewer training images than one batch.
+        DataError: there are fewer training images than one batch.
     """
 
     def __init__(
@@ -87,24 +88,25 @@ class TrainingLoop:
         self.steps_per_epoch = len(data) // self.local_batch
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"train.batch_size={config.batch_size} is more than the {len(data) * self.world} training images there are"
+                f"train.batch_size={config.batch_size} is more than "
+                f"the {len(data) * self.world} training images there are"
             )
         self.net = build_net(config, shapes, weights).to(self.device)
         if config.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net.to(memory_format=torch.channels_last)
         self.has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
         self.optimizer = make_optimizer(self.net, config)
         self.epoch = 0
         self.resumed: dict[str, Any] = {}
-        """What the next epoch's record says about the checkpoint it went on from (docs/records.md)."""
+        """Entry of the next epoch's record on damaged checkpoints (docs/records.md)."""
         self._module: nn.Module | None = None
         self._phase: Phase | None = None
 
     def resume(self, storage: Storage) -> None:
-        """Continue from the newest whole checkpoint below a directory, if there is one.
+        """Continue from the newest whole checkpoint in a directory, if there is one.
 
-        Rank 0 reads the file and sends its bytes, so that all ranks go on from the same state whatever each node's file
-        system shows.
+        Rank 0 reads the file and sends its bytes. All ranks then continue from the same state,
+        whatever each node's file system shows.
         """
         newest = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
         if newest.path:
@@ -126,16 +128,23 @@ class TrainingLoop:
         )
 
     def module(self, phase: Phase) -> nn.Module:
-        """The phase's module, wrapped in DDP where there are several ranks; built anew only where the phase changes."""
+        """Return the phase's module, wrapped in DDP if there are several ranks.
+
+        It is built anew only if the phase changes.
+        """
         if self._phase != phase or self._module is None:
             module = PhaseModule(self.net, phase, self.config)
-            # per-rank batch norm: buffers are not broadcast before each step (docs/method.md)
+            # Batch norm is per rank: buffers are not broadcast before each step (docs/method.md).
             self._module = DistributedDataParallel(module, broadcast_buffers=False) if self.world > 1 else module
             self._phase = phase
         return self._module
 
     def run_epoch(self, live: Live | None = None) -> dict[str, Any]:
-        """Train one epoch and validate. Returns its record (docs/records.md); raises NonFiniteLoss."""
+        """Train one epoch, validate, and return the epoch's record (docs/records.md).
+
+        Raises:
+            NonFiniteLoss: the loss or a weight is not finite.
+        """
         epoch, total = self.epoch, self.config.epochs * self.steps_per_epoch
         phase = phase_at_epoch(epoch, self.config)
         module = self.module(phase)
@@ -143,14 +152,14 @@ class TrainingLoop:
         generator = torch.Generator().manual_seed(stream_seed(self.config.seed, epoch, self.rank))
         order = torch.randperm(len(self.data), generator=generator).to(self.device)
         steps: list[tuple[int, float, float, dict[str, Tensor]]] = []
-        # the first step whose loss is not finite, kept on the device: asking for it every step would stop the GPU
+        # First step whose loss is not finite. It stays on the device, since reading it stops the GPU.
         bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         begin = time.time()
         for i in range(self.steps_per_epoch):
             step = epoch * self.steps_per_epoch + i
             rows = order[i * self.local_batch : (i + 1) * self.local_batch]
             lr = learning_rate(step, self.steps_per_epoch, self.config)
-            if self.has_dropout:  # it draws from the process's global stream; a continued run draws the same
+            if self.has_dropout:  # It draws from the global stream, which a continued run must repeat.
                 torch.manual_seed(stream_seed(self.config.seed, step, self.rank, DROPOUT_STREAM))
             terms = train_step(
                 module,
@@ -192,10 +201,10 @@ class TrainingLoop:
         }
 
     def _check_finite(self, bad_step: Tensor, step: int) -> None:
-        # weights too: the last step may have spoiled them without a later loss to show it
+        # The weights are checked too: after the last step no later loss shows that they are spoiled.
         weights = torch.stack([p.detach().abs().amax() for p in self.net.parameters()]).amax()
         bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), step, bad_step)
-        if self.world > 1:  # every rank must come to the same decision
+        if self.world > 1:  # Every rank must come to the same decision.
             first = torch.where(bad_step < 0, torch.iinfo(torch.int64).max, bad_step)
             dist.all_reduce(first, dist.ReduceOp.MIN)
             bad_step = torch.where(first == torch.iinfo(torch.int64).max, -1, first)
@@ -204,10 +213,10 @@ class TrainingLoop:
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
-        """Give every rank rank 0's batch norm statistics, which are those that are saved, validated and exported.
+        """Give every rank the batch norm statistics of rank 0, which are saved, validated and exported.
 
-        Done at the end of every epoch, so that what reads them (examples of adversarial training are made in eval mode) sees
-        the same values after a restart, and with or without validation images.
+        This happens after every epoch. Adversarial training reads the statistics, since it makes its
+        examples in eval mode. It sees the same values after a restart, and without validation images.
         """
         if self.world > 1:
             for buffer in self.net.buffers():
@@ -215,7 +224,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return accuracy and reconstruction error (mean squared error per value, level 0) on the held-out images."""
+        """Return accuracy and mean squared reconstruction error per value of level 0, on the held-out images."""
         if self.validation is None:
             return {}
         self.net.eval()
@@ -225,17 +234,17 @@ class TrainingLoop:
             sums += validation_sums(self.net, batch)
         if self.world > 1:
             dist.all_reduce(sums)
-        right, count, error = sums.tolist()
-        out = {}
+        correct, count, error = sums.tolist()
+        metrics = {}
         if not isinstance(self.net, ComDefend):
-            out["accuracy"] = right / count
+            metrics["accuracy"] = correct / count
         if isinstance(self.net, (ComDefend, DefendNet)):
-            out["reconstruction"] = error / count
-        return out
+            metrics["reconstruction"] = error / count
+        return metrics
 
 
 class NonFiniteLoss(Exception):
-    """The loss or the weights are no longer finite. ``step`` is the first step at which this was seen."""
+    """The loss or the weights are not finite. ``step`` is the first step at which this was seen."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"step {step}")

@@ -1,4 +1,4 @@
-"""Weights to start from: a local file, any storage, or torchvision's; copied once to the run's storage for its workers."""
+"""Pretrained weights: read from a file, MLflow or torchvision, and copied to the run's storage for its workers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
     """Return the tensors that ``train.pretrained`` names.
 
     Args:
-        tracking_uri: the MLflow that mlflow:... is looked up in.
+        tracking_uri: MLflow server of mlflow:... addresses.
 
     Raises:
-        StorageError: the file does not exist. DataError: it holds no tensors, or torchvision's cannot be had.
-        ConfigError: torchvision has no such weights of this architecture. UserError: MLflow has no such weights.
+        StorageError: the file does not exist.
+        DataError: the file holds no tensors, or torchvision's weights cannot be downloaded.
+        ConfigError: torchvision has no such weights of this architecture.
+        UserError: MLflow has no such weights.
     """
     where = config.pretrained
     if where.startswith("torchvision:"):
@@ -36,16 +38,16 @@ def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
 
 
 def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
-    """Read a file that ``train.pretrained`` names by a path, a URI, or as MLflow's.
+    """Read a file that ``train.pretrained`` names by a path, a URI or an mlflow:... address.
 
     Returns:
-        Its whole path, its bytes, and which of several networks in it is meant (FILE#KEY), or "".
+        Its full path, its bytes, and the key of the network in it (FILE#KEY), or "".
 
     Raises:
-        As :func:`read`.
+        UserError: as :func:`read`.
     """
     if where.startswith(MLFLOW):
-        from pipeline.tracking import weights  # MLflow is imported only by who asks for it
+        from pipeline.tracking import weights  # Importing MLflow takes seconds.
 
         file, key = _split_key(where)
         return *weights.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
@@ -54,10 +56,13 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
 
 
 def locate(where: str) -> tuple[Storage, str, str]:
-    """Split FILE or FILE#KEY into the file's directory, its name, and the key; a file may have the sign in its own name.
+    """Split FILE or FILE#KEY into the file's directory, its name, and the key.
+
+    A file whose own name has the # is taken whole.
 
     Raises:
-        ConfigError: a URI with a password or key, or of an unknown protocol. StorageError: it cannot be read.
+        ConfigError: a URI has a password or key, or an unknown protocol.
+        StorageError: the storage cannot be read.
     """
     storage, name = split_uri(where)
     file, key = _split_key(where)
@@ -87,15 +92,22 @@ def _torchvision(arch: str, name: str) -> Weights:
         weights = Weights(known[name].get_state_dict(progress=False, check_hash=True))
     except OSError as e:
         raise DataError(
-            f"train.pretrained: torchvision:{name} of {arch} cannot be downloaded ({e}); where there is no internet, give the "
-            "path of the .pth file"
+            f"train.pretrained: torchvision:{name} of {arch} cannot be downloaded ({e}); "
+            "where there is no internet, give the path of the .pth file"
         ) from e
     weights.where = f"torchvision:{name}"
     return weights
 
 
 def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
-    """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, if they are not there, and return that address."""
+    """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, unless they are there.
+
+    Returns:
+        That address.
+
+    Raises:
+        UserError: as :func:`read`.
+    """
     data = weights_file.to_bytes(dict(sorted(read(config, tracking_uri).items())))
     address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not root.exists(address):
@@ -104,7 +116,12 @@ def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
 
 
 def load(root: Storage, address: str) -> dict[str, Tensor]:
-    """Return the tensors that :func:`fetch` copied. Raises StorageError or DataError."""
+    """Return the tensors that :func:`fetch` copied.
+
+    Raises:
+        StorageError: the file cannot be read.
+        DataError: the file is not the one that its name says.
+    """
     data = root.read_bytes(address)
     if not hashlib.sha256(data).hexdigest().startswith(address.rpartition("/")[2].partition(".")[0]):
         raise DataError(f"{root.uri}/{address} is not what its name says; delete it and run the same command again")

@@ -1,4 +1,4 @@
-"""Starting the process group of a training worker group on several nodes."""
+"""Process group of a training worker group on several nodes."""
 
 from __future__ import annotations
 

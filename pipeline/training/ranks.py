@@ -1,4 +1,4 @@
-"""The ranks of a training worker group, and how they come to one decision."""
+"""Ranks of a training worker group, and their common decisions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Ranks:
     """This process among the ranks that train a model together.
 
-    Only rank 0 asks the storage what is left to train and from where to go on. On a network file system that caches
-    directories, or beside another run, each rank would see something else.
+    Only rank 0 asks the storage what is left to train and where to continue. Each rank could get
+    another answer on a network file system that caches directories, or beside another run.
     """
 
     rank: int = 0
@@ -25,7 +25,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def agreed(self, ask: Callable[[], T]) -> T:
-        """Call ``ask`` on rank 0 and return its answer on every rank. What it raises is raised on every rank."""
+        """Call ``ask`` on rank 0, and return its answer or raise its error on every rank."""
         if self.world == 1:
             return ask()
         answer: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""Bytes of a file to named tensors, and back: the formats that weights come in, and what is said of a file that holds none."""
+"""Files of weights: their formats, their tensors, and messages about files that hold none."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from components.errors import DataError
 from components.models.weights import Weights, listed, standalone, why_not_saved
 from pipeline.runtime.user_files import LFS_POINTER
 
-USUAL = ("state_dict", "model", "model_state_dict", "net")
-"""Keys under which training scripts save a network. Of several in a file, the first of these is taken."""
-_DEEPEST = 5
-"""Nested dictionaries that are looked into; a dictionary may hold itself."""
+USUAL_KEYS = ("state_dict", "model", "model_state_dict", "net")
+"""Keys under which training scripts save a network. If a file has several, the first of these is taken."""
+_MAX_DEPTH = 5
+"""Largest depth of nested dictionaries that is searched. A dictionary may contain itself."""
 _ONLY_WEIGHTS = "torch.save({}.state_dict(), 'state_dict.pth')"
 
 
 def read(data: bytes, where: str, key: str = "") -> Weights:
-    """Return the tensors of a network out of a file, whose format is told by its content.
+    """Return the tensors of a network in a file. The content tells the format.
 
     Args:
         where: the file, for messages.
-        key: which of several networks in the file, as ``ema.module`` for nested dictionaries.
+        key: key of the network in the file, e.g. ``ema.module`` for nested dictionaries.
 
     Raises:
-        DataError: the file holds no weights, those of several networks, or none under that key.
+        DataError: the file holds no weights, weights of several networks, or none under that key.
     """
     top = _content(data, where)
     networks = dict(_networks(top))
-    # tensors that stand beside a network, such as an accuracy, are none themselves
+    # Only a file without a network may have a network's tensors at its top. Beside a network they are metrics.
     if not networks and isinstance(top, dict):
         tensors = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, Tensor)}
         networks = {"": tensors} if tensors else {}
     if key:
         if key not in networks:
-            there = listed(n for n in networks if n) or "none; leave the key out"
-            raise DataError(f"{where} holds no weights under {key!r}; keys of weights in it: {there}")
+            keys = listed(n for n in networks if n) or "none; leave the key out"
+            raise DataError(f"{where} holds no weights under {key!r}; keys of weights in it: {keys}")
         chosen = key
     elif not networks:
         raise DataError(_no_tensors(top, where))
     else:
-        # Every network has a matrix or a filter; statistics and metrics that stand beside one rarely have.
+        # Every network has a matrix or a filter. Statistics and metrics beside a network rarely have one.
         with_matrix = {name: tensors for name, tensors in networks.items() if any(t.ndim > 1 for t in tensors.values())}
         networks = with_matrix or networks
-        usual = [name for name in USUAL if name in networks]
+        usual = [name for name in USUAL_KEYS if name in networks]
         if len(networks) > 1 and not usual:
             ways = listed(f"{where}#{name}" for name in networks if name)
             alone = "; or save the tensors at its top alone" if "" in networks else ""
@@ -66,7 +66,8 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
                 f"{where}: {name!r} is {reason}; save ordinary tensors (dequantize(), to_dense()) in a state_dict"
             )
     tensors = networks[chosen]
-    # done here since before other prefixes were dropped: what a copy of these holds names the models that start from it
+    # The prefix is dropped here and not with the others: the hash of these tensors is part of the
+    # addresses of models that start from them, and earlier versions dropped it here.
     bare = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     weights = Weights(bare if len(bare) == len(tensors) else tensors)
     weights.where = f"{where} (the weights under {chosen!r}; at its top: {listed(top)})" if chosen else where
@@ -88,7 +89,7 @@ def to_bytes(tensors: Mapping[str, Any], metadata: dict[str, str] | None = None)
             raise DataError(f"{name!r} is {reason}, which a safetensors file cannot hold")
     try:
         return safetensors_save(copies, metadata)
-    except Exception as e:  # the format's own errors are of several kinds
+    except Exception as e:  # The format has errors of several types.
         raise DataError(f"a safetensors file cannot hold these tensors ({type(e).__name__}: {e})") from e
 
 
@@ -98,12 +99,12 @@ def is_safetensors(data: bytes) -> bool:
 
 
 def why_no_weights(data: bytes, where: str) -> str:
-    """Return what a file is, and what to do, if its first bytes show that it holds no weights; "" if it may hold some."""
+    """Return what a file is, and what to do, if it holds no weights; "" if it may hold some."""
     begin = data[:512].lstrip().lower()
     first = " ".join(data[:200].decode(errors="replace").split())[:100]
     if not data:
         return "is empty: download or copy it again"
-    if is_safetensors(data):  # first: the bytes before its header may be any
+    if is_safetensors(data):  # This comes first, since the bytes before its header can have any value.
         return _cut_short(data)
     if data.startswith(LFS_POINTER):
         size = next((line[5:] for line in data.decode(errors="replace").splitlines() if line.startswith("size ")), "?")
@@ -139,11 +140,10 @@ def _cut_short(data: bytes) -> str:
         header = json.loads(data[8:size])
         size += max((int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"), default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return ""  # not that format, or damaged: its own reader says so
+        return ""  # Another format, or damaged: the reader of the format says so.
     if len(data) < size:
-        return (
-            f"is a safetensors file that is cut short: {size - len(data)} bytes are missing; download or copy it again"
-        )
+        missing = size - len(data)
+        return f"is a safetensors file that is cut short: {missing} bytes are missing; download or copy it again"
     return ""
 
 
@@ -151,7 +151,10 @@ def _archive(data: bytes, where: str) -> str:
     try:
         names = zipfile.ZipFile(io.BytesIO(data)).namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError):
-        return "is cut short or damaged: it begins as a file of torch.save and its end is missing; download or copy it again"
+        return (
+            "is cut short or damaged: it begins as a file of torch.save and its end is missing; "
+            "download or copy it again"
+        )
     if any(name.endswith("/constants.pkl") for name in names):
         script = f"torch.jit.load({where!r}, map_location='cpu')"
         return f"is a TorchScript archive. Make a state_dict of it: {_ONLY_WEIGHTS.format(script)}"
@@ -162,13 +165,10 @@ def _archive(data: bytes, where: str) -> str:
     return f"is a zip archive of {listed(names) or 'nothing'}: unpack it first"
 
 
-# --- torch's own format
+class _NumpyPlaceholder:
+    """Placeholder of NumPy's objects, whose state is a tuple. It keeps nothing of them."""
 
-
-class _OfNumpy:
-    """Stands for NumPy's objects, whose state is a tuple; it keeps nothing of them."""
-
-    def __new__(cls, *args: object) -> _OfNumpy:
+    def __new__(cls, *args: object) -> _NumpyPlaceholder:
         return super().__new__(cls)
 
     def __init__(self, *args: object) -> None:
@@ -179,9 +179,9 @@ class _OfNumpy:
 
 
 def _placeholder(name: str) -> type:
-    """Return a class that stands for the one of that name, which is not imported: a file runs no code.
+    """Return a class in place of the named one, which is not imported: a file runs no code.
 
-    Its instances are OrderedDicts, the only type that torch's reader fills both with items and with attributes.
+    Its instances are OrderedDicts, the only type that torch's reader fills with items and attributes.
     """
 
     def new(cls: type, *args: object, **kwargs: object) -> OrderedDict[str, Any]:
@@ -189,17 +189,17 @@ def _placeholder(name: str) -> type:
         vars(instance)["_kind"] = name
         return instance
 
-    base = _OfNumpy if name.startswith("numpy.") else object
-    return type("Placeholder", (base,), {} if base is _OfNumpy else {"__new__": new})
+    base = _NumpyPlaceholder if name.startswith("numpy.") else object
+    return type("Placeholder", (base,), {} if base is _NumpyPlaceholder else {"__new__": new})
 
 
 def _kind(value: object) -> str:
-    """Return the name of the class that a value would have, or "" if it is one of PyTorch's or Python's own."""
+    """Return the class name of a placeholder's object, or "" for PyTorch's and Python's own types."""
     return str(vars(value).get("_kind", "")) if isinstance(value, OrderedDict) else ""
 
 
 def _content(data: bytes, where: str) -> Any:
-    """Return what a file holds, with placeholders for objects that are not PyTorch's."""
+    """Return the content of a file, with placeholders for objects that are not PyTorch's."""
     if reason := why_no_weights(data, where):
         raise DataError(f"{where} {reason}")
     try:
@@ -207,10 +207,10 @@ def _content(data: bytes, where: str) -> Any:
             return safetensors_load(data)
         placeholders: list[Any] = [(_placeholder(name), name) for name in sorted(set(_named_globals(data)))]
         with warnings.catch_warnings(), torch.serialization.safe_globals(placeholders):
-            warnings.simplefilter("ignore")  # of pickle protocols and storages, which no user can change
+            warnings.simplefilter("ignore")  # They concern pickle protocols, which no user can change.
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as e:  # both formats' own errors are of several kinds
-        if "persistent_load" in str(e):  # the older format's way to hold a module
+    except Exception as e:  # Both formats have errors of several types.
+        if "persistent_load" in str(e):  # The older format holds a module this way.
             raise DataError(_whole_module(where, "of an older format", "its classes")) from None
         raise DataError(
             f"{where} cannot be read as a state_dict ({_reason(e)}); copy it again. If it is whole, save the "
@@ -219,7 +219,7 @@ def _content(data: bytes, where: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Return the one line of an error of torch's that is about the file."""
+    """Return the line of a torch error that is about the file."""
     lines = [line for line in str(error).splitlines() if "weights_only" not in line and "\x1b" not in line]
     text = next((line.strip() for line in lines if line.strip()), "")
     text = text.removeprefix("WeightsUnpickler error:").partition("Please ")[0].partition(", please ")[0].strip()
@@ -227,13 +227,14 @@ def _reason(error: Exception) -> str:
 
 
 def _named_globals(data: bytes) -> Iterator[str]:
-    """Yield the full names of classes and functions that the pickles of a file name."""
+    """Yield the full names of the classes and functions in a file's pickles."""
     if data.startswith(b"PK"):
         archive = zipfile.ZipFile(io.BytesIO(data))
         pickles = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
         count = 1
     else:
-        pickles, count = io.BytesIO(data), 4  # of the older format: a magic number, a version, the system, the content
+        # The older format has four pickles: a magic number, a version, the system, the content.
+        pickles, count = io.BytesIO(data), 4
     for _ in range(count):
         for code, name, _ in pickletools.genops(pickles):
             if code.name == "GLOBAL":
@@ -241,8 +242,8 @@ def _named_globals(data: bytes) -> Iterator[str]:
 
 
 def _networks(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the dictionaries of tensors in a file with their keys; those of optimizers and of metrics are no networks."""
-    if not isinstance(value, dict) or len(path) > _DEEPEST:
+    """Yield key and tensors of each network in a file; optimizers and metrics are no networks."""
+    if not isinstance(value, dict) or len(path) > _MAX_DEPTH:
         return
     tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if any(tensor.ndim for tensor in tensors.values()):
@@ -265,6 +266,6 @@ def _no_tensors(top: Any, where: str) -> str:
 def _whole_module(where: str, kind: str, package: str, at: str = "") -> str:
     load = f"torch.load({where!r}, map_location='cpu', weights_only=False){at}"
     return (
-        f"{where} holds a whole pickled module ({kind}), no dictionary of tensors. Loading it runs code of the file. If you trust "
-        f"it, make a state_dict of it where {package} can be imported: {_ONLY_WEIGHTS.format(load)}"
+        f"{where} holds a whole pickled module ({kind}), no dictionary of tensors. Loading it runs code of the file. "
+        f"If you trust it, make a state_dict of it where {package} can be imported: {_ONLY_WEIGHTS.format(load)}"
     )

@@ -129,7 +129,7 @@ def test_a_run_is_refused_before_anything_is_computed(
 def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> None:
     experiment = replace(RECIPES["mnist-smoke"].make(), scaling=ScalingConfig(gpu=True))
     root = Storage(str(tmp_path))
-    trained = partial(run_directory.is_trained, experiment, SHAPES, root)
+    trained = partial(run_directory.finished_model_names, experiment, SHAPES, root)
     with pytest.raises(ResourceError, match="model no_defense"):
         gpu_memory.check_gpu_memory(experiment, SHAPES, trained)
     address = partial(pyramids.address_of, experiment.data, experiment.pyramids)
@@ -139,7 +139,7 @@ def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> 
         validation=address("validation", targets="none"),
     )
     for job in train.prepare_jobs(experiment, SHAPES, data, root):
-        assert not trained(job.name)
+        assert job.name not in trained()
         (root / job.address).write_json("model.json", {})
-        assert trained(job.name)
+        assert job.name in trained()
     gpu_memory.check_gpu_memory(experiment, SHAPES, trained)
