@@ -75,16 +75,6 @@ def addresses(name: str) -> dict[str, Any]:
     }
 
 
-def form(value: Any) -> Any:
-    """Return a record with the type of each value in its place; lists by the forms of their items."""
-    if isinstance(value, dict):
-        return {key: form(item) for key, item in value.items()}
-    if isinstance(value, list):
-        forms = {json.dumps(form(item), sort_keys=True) for item in value}
-        return [json.loads(text) for text in sorted(forms)]
-    return type(value).__name__
-
-
 def fake_records(storage: Path) -> dict[str, Any]:
     """Return what the report writes for the made-up run of tests/support/fake_run.py, which is the same on every machine."""
     run = fake_run.write(Storage(str(storage)))

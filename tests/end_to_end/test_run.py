@@ -22,6 +22,7 @@ import torch
 import torchvision
 from commands import MAIN, SMALL, command, files_below, record_of, run_here, run_well
 from mlflow_server import MlflowServer
+from record_form import form
 from repository import ROOT
 from safetensors.torch import load_file
 from terminal import Terminal
@@ -69,6 +70,15 @@ def test_paths_of_records_in_the_readme_exist_after_a_run(finished: tuple[Path, 
     paths = set(re.findall(r"/data/defendpp/([\w./<>-]+)", readme))
     assert paths
     assert {path for path in paths if not list(finished[0].glob(path.replace("<hash>", "*")))} == set()
+
+
+def test_records_keep_their_form(finished: tuple[Path, str]) -> None:
+    """golden_forms.json is of the revision before pipeline/ became packages; tools of users read these keys."""
+    forms = json.loads(Path(__file__).with_name("golden_forms.json").read_text())
+    assert forms
+    for pattern, expected in forms.items():
+        (file,) = finished[0].glob(pattern)
+        assert form(json.loads(file.read_text())) == expected, pattern
 
 
 def test_every_model_meets_every_threat_model(finished: tuple[Path, str]) -> None:
