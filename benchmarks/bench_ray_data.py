@@ -30,7 +30,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray  # noqa: E402
 
 from components.config import DataConfig, PyramidConfig  # noqa: E402
-from pipeline.data import pyramids  # noqa: E402
+from pipeline.data import pyramids, shard_plan  # noqa: E402
 from pipeline.runtime import cluster  # noqa: E402
 from pipeline.runtime.provenance import hardware  # noqa: E402
 from pipeline.runtime.storage import Storage  # noqa: E402
@@ -41,10 +41,10 @@ SEED = 0
 
 def plain_loop(data: DataConfig, config: PyramidConfig, storage: Storage) -> int:
     """What the stage does, with nothing of Ray; images made."""
-    plan = pyramids._plan(data, config, "train", "lowpass")
+    plan = shard_plan.plan_shard_set(data, config, "train", "lowpass")
     directory = storage / plan.address
-    entries = [pyramids._write_shard(directory, i, plan.table(i)) for i in range(plan.num_shards)]
-    pyramids._write_manifest(plan, directory, entries)
+    entries = [pyramids.write_shard(directory, i, plan.table(i)) for i in range(plan.num_shards)]
+    pyramids.write_manifest(plan, directory, entries)
     return len(plan.rows)
 
 

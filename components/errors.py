@@ -13,7 +13,7 @@ FEW_NAMES = 15
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type's name where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class UserError(Exception):

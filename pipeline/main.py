@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     from components.errors import ConfigError, UserError
     from components.fields import is_unicode
     from pipeline.cli.arguments import names_a_model
-    from pipeline.runtime.console import complain
+    from pipeline.runtime.console import print_error
 
     command, rest = arguments[0], arguments[1:]
     try:
@@ -76,12 +76,12 @@ def main(arguments: list[str]) -> int:
         run.execute("run" if command == "attack" and names_a_model(rest) else command, experiment)
         return 0
     except UserError as e:
-        complain(str(e))
+        print_error(str(e))
         return 2 if isinstance(e, ConfigError) else 1
     except (MemoryError, RuntimeError) as e:
         if not _is_shortage(e):
             raise
-        complain(
+        print_error(
             f"this machine has too little memory ({next(iter(str(e).splitlines()), 'out of memory')}): lower --train.width, --data.image-size, "
             "--data.num-classes or --train.batch-size"
         )

@@ -15,6 +15,7 @@ from components.config.train import stored_levels
 from components.errors import UserError
 from components.fields import content_hash, to_dict
 from pipeline.data import pyramids
+from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base, open
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime import cluster, provenance
@@ -263,7 +264,7 @@ def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage) 
 
     It reads the source's files to hash them."""
 
-    def address(split: base.Split, targets: pyramids.Targets) -> str:
+    def address(split: base.Split, targets: Targets) -> str:
         return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)
 
     data = jobs.TrainingData(
@@ -275,7 +276,7 @@ def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage) 
     return {job.name for job in prepared if (root / job.address).exists("model.json")}
 
 
-def kinds_of_targets(experiment: Experiment) -> tuple[pyramids.Targets, ...]:
+def kinds_of_targets(experiment: Experiment) -> tuple[Targets, ...]:
     """Return the kinds of targets that the experiment's models read from shards; ("none",) if none does."""
     kinds = dict.fromkeys(c.targets for c in experiment.model_configs().values() if stored_levels(c))
     return tuple(kinds) or ("none",)

@@ -1,9 +1,9 @@
-"""Makes the bundled sample: the first 6,000 training and 1,000 test images of MNIST, in the Hugging Face image layout.
+"""The bundled sample: the first 6,000 training and 1,000 test images of MNIST.
 
     python pipeline/data/make_sample.py ../shared/data/mnist pipeline/data/mnist-sample
 
-The input is MNIST as it is published on the Hugging Face hub (train-*.parquet, test-*.parquet). The schema's
-``huggingface`` metadata (class names) is kept; the PNG bytes are copied as they are.
+The input is MNIST as it is published on the Hugging Face hub (train-*.parquet, test-*.parquet). The
+schema's ``huggingface`` metadata (class names) is kept; the PNG bytes are copied as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ROWS = {"train": 6000, "test": 1000}
 
 
 def main(source: Path, target: Path) -> None:
+    """Write the first rows of each split as one Parquet file."""
     target.mkdir(parents=True, exist_ok=True)
     for split, rows in ROWS.items():
         tables = [pq.read_table(path) for path in sorted(source.glob(f"{split}-*.parquet"))]

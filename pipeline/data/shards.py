@@ -1,4 +1,4 @@
-"""Reading the shard sets that ``pipeline/data/pyramids.py`` makes. No Ray here: workers start faster without Ray Data."""
+"""Shard sets as readers see them. No Ray here: workers start faster without Ray Data."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from components.errors import DataError
 from pipeline.runtime.storage import Storage
 
 FORMAT_VERSION = 1
-"""Of shards and manifest, part of every address. Raised when the bytes that the same settings give change."""
+"""Version of shards and manifest, a part of each address. Raise it when the same settings give
+other bytes."""
 MANIFEST = "manifest.json"
 Columns = dict[str, np.ndarray]
-"""Columns of a shard set: index int64 [n] (row of the source), label int32 [n], image uint8 [n,C,H,W], and level_1..
-float16 or float32 [n,C,h,w] in the units of images in [0,1], unclipped."""
+"""Columns of a shard set: index int64 [n] (row of the source), label int32 [n], image uint8
+[n,C,H,W], and level_1.. float16 or float32 [n,C,h,w] in the units of images in [0,1], unclipped."""
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The stored pyramids of one split: what ``pyramids.build`` made and :func:`load` finds again. Picklable."""
+    """The stored pyramids of one split. Picklable."""
 
     storage: Storage
     """The root below which ``address`` is."""
     address: str
-    """``pyramids/<hash>``, named by all that the content follows from."""
+    """``pyramids/<hash>``, a hash of all that determines the content."""
     manifest: dict[str, Any]
 
     @property
     def num_rows(self) -> int:
+        """Number of images."""
         return int(self.manifest["num_rows"])
 
     @property
     def num_shards(self) -> int:
+        """Number of shards."""
         return len(self.manifest["shards"])
 
     @property
@@ -48,28 +51,35 @@ class ShardSet:
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
-        """Side lengths in pixels of the levels, level 0 included; one where targets are "none"."""
+        """Side lengths of the levels in pixels, level 0 included."""
         return tuple(self.manifest["level_sizes"])
 
     @property
     def level_columns(self) -> tuple[str, ...]:
-        """Names of the stored levels, "level_1" and so on; level 0 is "image"."""
+        """Names of the stored levels, "level_1" and so on. Level 0 is "image"."""
         return tuple(f"level_{m}" for m in range(1, len(self.level_sizes)))
 
     @property
     def targets(self) -> str:
+        """Kind of the levels: lowpass, linear or none."""
         return str(self.manifest["targets"])
 
     @property
     def channels(self) -> int:
+        """Channels of the images."""
         return int(self.manifest["channels"])
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Names of labels 0.. ."""
         return tuple(self.manifest["source"]["class_names"])
 
     def read_shard(self, i: int, columns: Sequence[str] | None = None) -> Columns:
-        """The columns of one shard (all, or those named), as read-only views of one buffer: copy before writing.
+        """Return columns of one shard as read-only views of one buffer.
+
+        Args:
+            i: number of the shard.
+            columns: names of the columns, all if None.
 
         Raises:
             DataError: the file is missing, or differs from its checksum.
@@ -82,12 +92,12 @@ class ShardSet:
         return {name: to_numpy(table[name]) for name in table.column_names}
 
     def iter_shards(self, columns: Sequence[str] | None = None) -> Iterator[Columns]:
-        """Every shard in order, one in memory at a time. Raises as :meth:`read_shard`."""
+        """Yield the shards in order, one in memory at a time. Raises as :meth:`read_shard`."""
         for i in range(self.num_shards):
             yield self.read_shard(i, columns)
 
     def read_rows(self, start: int, stop: int, columns: Sequence[str] | None = None) -> Columns:
-        """Rows start..stop-1 of the set, in order and across shards, as writable copies.
+        """Return rows start..stop-1 of the set, across shards, as writable copies.
 
         Raises:
             IndexError: there are no such rows.
@@ -103,12 +113,13 @@ class ShardSet:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def verify(self) -> None:
-        """Compare every file with its checksum. Raises DataError naming the file and what to do."""
+        """Compare every file with its checksum. Raises DataError."""
         with ThreadPoolExecutor(4) as pool:
             for _ in pool.map(self._checked_bytes, range(self.num_shards)):
                 pass
 
     def _checked_bytes(self, i: int) -> bytes:
+        """Return a shard's file. Raises DataError if it differs from its checksum."""
         entry = self.manifest["shards"][i]
         name = f"{self.address}/{entry['name']}"
         remedy = f"delete {self.storage.uri}/{self.address} and run the same command again to rebuild it"
@@ -121,14 +132,14 @@ class ShardSet:
 
 
 def load(storage: Storage, address: str) -> ShardSet:
-    """A finished shard set.
+    """Return the finished shard set at an address.
 
     Args:
-        storage: the root that ``pyramids.build`` wrote below.
+        storage: the root of ``pyramids.build``.
         address: ``pyramids/<hash>``.
 
     Raises:
-        DataError: there is none, or another version of this program made it.
+        DataError: there is none, or it is of another version of this program.
     """
     name = f"{address}/{MANIFEST}"
     if not storage.exists(name):
@@ -146,9 +157,10 @@ def load(storage: Storage, address: str) -> ShardSet:
 
 
 def tensor_array(values: np.ndarray) -> pa.ExtensionArray:
-    """[n, ...] as Arrow's own fixed-shape tensors, no copy.
+    """Return values [n, ...] as Arrow's fixed-shape tensors, without a copy.
 
-    Not by FixedShapeTensorArray.from_numpy_ndarray: it guesses the order of axes by strides, and so permutes axes of length 1.
+    FixedShapeTensorArray.from_numpy_ndarray guesses the order of axes from strides, and so permutes
+    axes of length 1.
     """
     flat = pa.array(values.reshape(-1))
     storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
@@ -157,6 +169,7 @@ def tensor_array(values: np.ndarray) -> pa.ExtensionArray:
 
 
 def to_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as an array [n, ...], without a copy if it is one chunk."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     values: np.ndarray = (
         array.to_numpy_ndarray() if isinstance(array, pa.FixedShapeTensorArray) else array.to_numpy(zero_copy_only=True)

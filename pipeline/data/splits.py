@@ -1,8 +1,8 @@
-"""Which rows of a source a split consists of, and the seeded order in which a part of it is drawn.
+"""The rows of a split, and the seeded order in which a part of them is drawn.
 
-Everything here works on row numbers alone: two hashes of a row's number and a seed, computed by NumPy, decide whether the row
-is held out for validation and when it is drawn. So the choice is the same for every kind of source, on every machine, and with
-every version of NumPy; 1.28 million rows take a quarter of a second.
+A row's number and a seed decide, by two hashes, whether the row is held out for validation and when
+it is drawn. The choice is the same for all kinds of sources, machines and versions of NumPy.
+1.28 million rows take a quarter of a second.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import numpy as np
 
 DRAW_VERSION = 1
-"""Part of the address of every shard set that a draw decides. Raise it when the same seed would draw other rows."""
+"""Part of the address of every shard set that depends on a draw. Raise it when the same seed draws
+other rows."""
 _DRAW_STREAM = 0xD4A3_5EED_0F_0A11
-"""Separates the draw from the validation split. Under one hash the rows drawn first would be those held out first."""
+"""Separates the draw from the validation split. With one hash, the rows drawn first would be those
+held out first."""
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of each number: a bijection whose output bits look independent (Steele, Lea, Flood 2014).
+    """Return splitmix64 of each number, a bijective hash (Steele, Lea, Flood 2014).
 
     Args:
         x: uint64, any shape.
@@ -31,11 +33,12 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def draw_order(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """Return the order in which rows are drawn. Its first N entries are a draw of N rows without replacement.
+    """Return a random order. Its first N entries are a draw of N rows without replacement.
 
-    The order sorts the rows by a hash of number and seed. Three properties follow: the draw of N rows is a prefix of the draw
-    of N+k rows; rows appended to a Parquet or torchvision source do not change the order of the others (in a folder, a new file
-    shifts them); a source sorted by class gives a mixture.
+    The order sorts the rows by a hash of number and seed. The draw of N rows is therefore a prefix
+    of the draw of N+k rows. Rows appended to a Parquet or torchvision source do not change the
+    order of the others (in a folder, a new file shifts them). A source sorted by class gives a
+    mixture.
 
     Args:
         numbers: int64 [n], distinct row numbers in the whole split.
@@ -45,12 +48,12 @@ def draw_order(numbers: np.ndarray, seed: int) -> np.ndarray:
         int64 [n]: positions in ``numbers``, the first one drawn first.
     """
     key = splitmix64(np.array([seed % 2**64], np.uint64)) ^ np.uint64(_DRAW_STREAM)
-    # the hash is a bijection, so no two rows are equal and the kind of sort does not matter
+    # The hash is a bijection, so no two rows are equal and the kind of sort does not matter.
     return np.argsort(splitmix64(numbers.astype(np.uint64) ^ splitmix64(key))).astype(np.int64)
 
 
 def held_out(numbers: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Tell which training rows are held out for validation: those whose hash of number and seed is small.
+    """Return which training rows are held out for validation, by a hash of number and seed.
 
     Args:
         numbers: int64 [n], row numbers in the whole split.
@@ -60,7 +63,8 @@ def held_out(numbers: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Returns:
         bool [n].
     """
-    # The seed is hashed itself: XOR with a small seed would only swap neighbours and not draw another split.
+    # The seed is hashed itself: XOR with a small seed would only swap neighbours and not draw
+    # another split.
     hashes = splitmix64(numbers.astype(np.uint64) ^ splitmix64(np.array([seed % 2**64], np.uint64)))
     return hashes < np.uint64(int(fraction * 2**64))
 

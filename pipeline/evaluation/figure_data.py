@@ -50,8 +50,7 @@ from components.threat_models import WHITE_BOX
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.plan import Model
-from pipeline.runtime import arrays
-from pipeline.runtime.storage import Storage
+from pipeline.runtime.storage import Storage, read_arrays
 from pipeline.training import exports
 
 FIGURES_FILE = "figures.npz"
@@ -114,7 +113,7 @@ def fig6_arrays(
 def read_earlier_figures(run: Storage) -> Arrays:
     """Read figures.npz of an earlier run; a damaged file counts as none, since it is written anew."""
     try:
-        return arrays.read_arrays(run, FIGURES_FILE)
+        return read_arrays(run, FIGURES_FILE)
     except DataError:
         return {}
 

@@ -14,8 +14,7 @@ from components.config.roles import roles_of
 from components.errors import DataError
 from components.fields import from_dict, to_dict
 from components.training.schedule import PHASES
-from pipeline.runtime.arrays import read_arrays
-from pipeline.runtime.storage import Storage
+from pipeline.runtime.storage import Storage, read_arrays
 
 SCHEMA = 1
 """Of ``run.json``, ``sweep.json`` and ``best.json``."""

@@ -18,8 +18,7 @@ from pipeline.evaluation import figure_data
 from pipeline.reporting import labels, markdown, records, results, sentences, verdicts
 from pipeline.reporting.records import experiment_of
 from pipeline.reporting.run_plots import draw_pictures
-from pipeline.runtime import arrays
-from pipeline.runtime.storage import Storage
+from pipeline.runtime.storage import Storage, read_arrays
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:
@@ -42,7 +41,7 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         for name, model in record["models"].items()
     }
     data = _data(record, root)
-    pictures = draw_pictures(record, gallery, histories, arrays.read_arrays(run, figure_data.FIGURES_FILE))
+    pictures = draw_pictures(record, gallery, histories, read_arrays(run, figure_data.FIGURES_FILE))
     paths = {
         "html": "report/report.html",
         "table_json": "report/table.json",

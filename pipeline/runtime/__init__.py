@@ -1,1 +1,1 @@
-"""What every stage stands on: storage, Ray, leases, the console."""
+"""The base of all stages: storage, Ray, leases and the console."""

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, and asking whether what a run needs is there before it starts."""
+"""Connection to a Ray cluster, and checks of its resources before a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import contextlib
 import logging
 import os
 import secrets
-import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,89 +20,94 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from components.config import ScalingConfig
 from components.errors import UserError
 from pipeline.runtime import interrupts
+from pipeline.runtime.provenance import ROOT
 from pipeline.runtime.storage import Storage, StorageError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class ResourceError(UserError):
-    """The cluster does not have what the run asks for."""
+    """The cluster lacks resources that the run needs."""
 
 
 def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (in a job it is set; ``auto`` is the one on this machine), else start one.
+    """Join the cluster at RAY_ADDRESS, or start one on this machine.
+
+    RAY_ADDRESS is set in a job. Its value ``auto`` is the cluster on this machine.
 
     Raises:
         UserError: the cluster cannot be reached or started, or its token is missing.
     """
     if ray.is_initialized():
         return
-    # workers of a local cluster inherit this, so they import the same checkout as the driver
+    # Workers of a local cluster inherit PYTHONPATH, so they import the same checkout as the driver.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     if _starts_own():
-        # nobody takes a node of this machine's own cluster away; its watcher costs each training run 7 s of CPU
+        # A local cluster is never preempted, and the watcher costs each training run 7 s of CPU.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # a sweep has more processes that only wait than a small machine has CPUs; Ray would warn of that in the middle of the table
+        # A sweep has more waiting processes than a small machine has CPUs. Ray would print a
+        # warning of that into the live table.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 1)))
-    # each of these announces a future default of Ray that does not concern a user of this tool
+    # Ray warns of future defaults that do not concern the users of this tool.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    # Tune would wait for its trials on Ctrl-C; they continue from their records anyway
+    # On Ctrl-C Tune would wait for its trials, which continue from their records anyway.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     try:
         if _starts_own():
             start_local()
         else:
-            with interrupts.kept(), _loopback_address():
+            with interrupts.keeping_handlers(), _loopback_address():
                 ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, AuthenticationError) as e:
         if _starts_own():
             raise UserError(
-                f"Ray cannot be started on this machine ({e}). It needs a writable directory for its sockets and logs (/tmp/ray, or "
-                "RAY_TMPDIR), free memory and, where RAY_AUTH_TOKEN_PATH is set, a file with a token there"
+                f"Ray cannot be started on this machine ({e}). It needs a writable directory for its sockets and logs "
+                "(/tmp/ray, or RAY_TMPDIR), free memory and, where RAY_AUTH_TOKEN_PATH is set, a file with a token "
+                "there"
             ) from e
         raise UserError(
-            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'auto')!r} cannot be joined ({e}). Start one with infra/local-cluster.sh, "
-            "export the same RAY_AUTH_MODE and token on both sides, or set RAY_ADDRESS=local for one of your own"
+            f"Ray cluster {os.environ.get('RAY_ADDRESS', 'auto')!r} cannot be joined ({e}). Start one with "
+            "infra/local-cluster.sh, export the same RAY_AUTH_MODE and token on both sides, or set RAY_ADDRESS=local "
+            "for one of your own"
         ) from e
 
 
 def start_local(**options: Any) -> None:
-    """Start a Ray node of this process's own, which only this user's processes on this machine reach.
+    """Start a Ray node for this process, which only this user's processes on this machine reach.
 
     Args:
         options: further arguments of ``ray.init``.
 
     Raises:
-        UserError: the node did not appear in the 30 s that Ray gives it, and did not at a second try either.
+        UserError: the node did not start within Ray's limit of 30 s, twice.
     """
-    # A token of this node's own: Ray would write one to the home directory, which need not be writable.
+    # Without a token, Ray would write one to the home directory, which may not be writable.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     for is_last in (False, True):
         try:
-            with interrupts.kept(), _loopback_address():
+            with interrupts.keeping_handlers(), _loopback_address():
                 ray.init("local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, **options)
             return
         except Exception as e:
-            if type(e) is not Exception:  # a bare one is what Ray raises where its node is late
+            if type(e) is not Exception:  # Ray raises a bare Exception if its node is late.
                 raise
             ray.shutdown()
             if is_last:
                 raise UserError(
-                    f"Ray cannot be started on this machine ({e}). It was tried twice; free memory and CPU, then run the "
-                    "same command again"
+                    f"Ray cannot be started on this machine ({e}). It was tried twice; free memory and CPU, then run "
+                    "the same command again"
                 ) from e
 
 
 @contextlib.contextmanager
 def _loopback_address() -> Iterator[None]:
-    """Let Ray use 127.0.0.1 as a node's address, so that the node's processes listen on no other.
+    """Let Ray use 127.0.0.1 as a node's address, so that its processes listen on no other.
 
-    Ray otherwise replaces 127.0.0.1 by an address that other machines reach, also where a cluster is joined by it.
-    It reads the switch for this from the environment when it is imported, which is before anybody calls this.
+    Otherwise Ray replaces 127.0.0.1 by an address that other machines reach, both in a cluster that
+    it starts and in one that it joins. Ray reads the switch from the environment when it is
+    imported, which is too early.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -115,46 +118,48 @@ def _loopback_address() -> Iterator[None]:
 
 
 def _starts_own() -> bool:
+    """Return whether this process starts a cluster of its own."""
     return os.environ.get("RAY_ADDRESS", "local") == "local"
 
 
 def in_job() -> bool:
-    """Whether this process was started by ``ray job submit``: its working directory is a temporary copy."""
+    """Return whether this process is a Ray job, whose working directory is a temporary copy."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
-    """Refuse what the cluster cannot give, instead of waiting for it without end.
+    """Refuse a run that the cluster has no room for, instead of waiting without end.
 
     Args:
-        wait_s: on a cluster that grows, ask its autoscaler and wait so long.
+        scaling: resources of training workers and attack tasks.
+        wait_s: how long to wait for the autoscaler of a growing cluster (seconds).
 
     Raises:
-        ResourceError: naming what is asked for, what there is and which settings to change.
+        ResourceError: the message says what is needed, what there is and which settings to change.
     """
     train = train_bundle(scaling)
     attack = attack_bundle(scaling)
     deadline = time.monotonic() + wait_s
-    asked = False
+    requested = False
     while True:
-        short = _short_of(train, scaling.workers, "scaling.workers") or _short_of(attack, 1, "an attack task")
-        if short is None:
-            if asked:  # else the request would keep the nodes up after the run
+        shortage = _shortage(train, scaling.workers, "scaling.workers") or _shortage(attack, 1, "an attack task")
+        if shortage is None:
+            if requested:  # The request would keep the nodes up after the run.
                 request_resources(bundles=[])
             return
         if time.monotonic() >= deadline:
-            raise ResourceError(short)
-        if not asked:
+            raise ResourceError(shortage)
+        if not requested:
             request_resources(bundles=[train] * scaling.workers)
-            asked = True
+            requested = True
         time.sleep(2)
 
 
 def check_shared(root: Storage) -> None:
-    """Let every node read a file of the storage and write one, before anything is computed.
+    """Let every node read and write a file of the storage, before anything is computed.
 
     Raises:
-        StorageError: a node does not see what this process wrote, or this process does not see what the node wrote.
+        StorageError: a node does not see the file of this process, or the reverse.
     """
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
     here = ray.get_runtime_context().get_node_id()
@@ -176,8 +181,9 @@ def check_shared(root: Storage) -> None:
                 reason = "what it writes there is not seen here"
             if reason:
                 raise StorageError(
-                    f"storage {root.uri} is not shared by node {node['NodeManagerAddress']} ({node['NodeManagerHostname']}): "
-                    f"{reason}. Give a directory that every node mounts, or an object store (s3://BUCKET/PATH)"
+                    f"storage {root.uri} is not shared by node {node['NodeManagerAddress']} "
+                    f"({node['NodeManagerHostname']}): {reason}. Give a directory that every node mounts, or an object "
+                    "store (s3://BUCKET/PATH)"
                 )
     finally:
         with contextlib.suppress(OSError):
@@ -185,7 +191,7 @@ def check_shared(root: Storage) -> None:
 
 
 def _touch_storage(uri: str, name: str, node: str) -> str:
-    """Read what the driver wrote and write a file beside it, in a task. Returns what went wrong, or an empty string."""
+    """Read the driver's file and write another one, in a task. Return what went wrong, or ""."""
     try:
         root = Storage(uri)
         if root.read_bytes(f"{name}/driver") != name.encode():
@@ -197,37 +203,32 @@ def _touch_storage(uri: str, name: str, node: str) -> str:
 
 
 def train_bundle(scaling: ScalingConfig) -> dict[str, float]:
-    """What Ray reserves for one training worker."""
+    """Return the resources that Ray reserves for a training worker."""
     return {"CPU": scaling.cpus_per_worker} | ({"GPU": 1.0} if scaling.gpu else {})
 
 
 def attack_bundle(scaling: ScalingConfig) -> dict[str, float]:
-    """What Ray reserves for one attack task."""
+    """Return the resources that Ray reserves for an attack task."""
     return {"CPU": scaling.cpus_per_attack} | ({"GPU": scaling.gpus_per_attack} if scaling.gpus_per_attack else {})
 
 
-def room_for(each: dict[str, float]) -> int:
-    """How many such bundles the whole cluster holds. Bundles do not span nodes, so nodes are filled one by one."""
+def room_for(bundle: dict[str, float]) -> int:
+    """Return the number of bundles that the cluster holds. A bundle does not span nodes."""
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return sum(int(min(node.get(k, 0.0) / v + 1e-9 for k, v in each.items())) for node in nodes)
+    return sum(int(min(node.get(k, 0.0) / v + 1e-9 for k, v in bundle.items())) for node in nodes)
 
 
-def _short_of(each: dict[str, float], count: int, what: str) -> str | None:
-    """What is missing for ``count`` bundles, or None."""
-    placed = room_for(each)
+def _shortage(bundle: dict[str, float], count: int, what: str) -> str | None:
+    """Return the message for a cluster without room for ``count`` bundles, or None."""
+    placed = room_for(bundle)
     if placed >= count:
         return None
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     have = {k: sum(n.get(k, 0.0) for n in nodes) for k in ("CPU", "GPU")}
-    needs = " and ".join(f"{v:g} {k}" for k, v in each.items())
+    needs = " and ".join(f"{v:g} {k}" for k, v in bundle.items())
     return (
-        f"{what}: {count} x ({needs}) asked for, room for {placed}: the cluster has {have['CPU']:g} CPU and {have['GPU']:g} GPU "
-        f"on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or scaling.cpus_per_attack, use --scaling.no-gpu "
-        "where there is none, add nodes, or give a growing cluster time with scaling.wait_s"
+        f"{what}: {count} x ({needs}) asked for, room for {placed}: the cluster has {have['CPU']:g} CPU and "
+        f"{have['GPU']:g} GPU on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or "
+        "scaling.cpus_per_attack, use --scaling.no-gpu where there is none, add nodes, or give a growing cluster time "
+        "with scaling.wait_s"
     )
-
-
-def executable(name: str) -> str:
-    """A command that was installed beside this Python, as a user would type it."""
-    path = Path(sys.executable).parent / name
-    return os.path.relpath(path) if path.exists() else name

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,47 +13,52 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL_S = 10.0
+"""Shortest time between two plain lines of a stage."""
 
 
 def say(text: str) -> None:
-    """One plain line, with the time of day, at once."""
+    """Print a line with the time of day at once."""
     console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] ", end="")
     console.print(text, markup=False)
     sys.stdout.flush()
 
 
 class Bar:
-    """How far one stage is. ``update`` may be called as often as one likes, from any one thread."""
+    """The progress of a stage. One thread may update it at any rate."""
 
     def __init__(self, title: str, live: Progress | None) -> None:
         self.title = title
         self._live = live
         self._task = live.add_task(title, total=None, note="") if live else None
         self._start = time.monotonic()
-        self._said = self._start
+        self._printed = self._start
         self._first: tuple[float, int, int] | None = None
+        """Time, number done and total of the first update with this total."""
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """``done`` of ``total`` units; ``note`` says what they are or how it goes."""
+        """Show that ``done`` of ``total`` units are done, with a note about them."""
         if self._live is not None and self._task is not None:
             self._live.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        # another total is another kind of unit with a pace of its own: reliability tests come after chunks
+        # Another total means other units with another pace: reliability tests come after chunks.
         if self._first is None or self._first[2] != total:
             self._first = now, done, total
-        if now - self._said < PLAIN_INTERVAL_S:
+        if now - self._printed < PLAIN_INTERVAL_S:
             return
-        self._said = now
-        # counted from the first sign of life: starting workers, and what an earlier run had done, is no measure of the rest
-        since, before, _ = self._first
-        left = f", about {(now - since) * (total - done) / (done - before):.0f} s left" if before < done < total else ""
+        self._printed = now
+        # The pace counts from the first update: starting workers, and the units of an earlier run,
+        # say nothing about the rest.
+        begin, done_before, _ = self._first
+        left = ""
+        if done_before < done < total:
+            left = f", about {(now - begin) * (total - done) / (done - done_before):.0f} s left"
         say(f"{self.title}: {done}/{total} {note} ({now - self._start:.0f} s{left})")
 
 
 @contextmanager
 def stage(title: str) -> Iterator[Bar]:
-    """Show a stage from its begin to its end and say how long it took."""
+    """Show the progress of a stage, and print how long it took."""
     start = time.monotonic()
     if console.is_terminal:
         columns = (
@@ -71,6 +76,6 @@ def stage(title: str) -> Iterator[Bar]:
     say(f"{title}: done in {time.monotonic() - start:.1f} s")
 
 
-def complain(text: str) -> None:
-    """One clear error, for a person."""
+def print_error(text: str) -> None:
+    """Print an error to standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(text)}")

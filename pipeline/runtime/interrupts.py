@@ -1,4 +1,4 @@
-"""How Ctrl-C and SIGTERM end a command: as one exception in the main thread, whichever library is at work."""
+"""Ctrl-C and SIGTERM, which end a command by one exception in the main thread."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED, TERMINATED = 130, 143
-"""Exit statuses that shells and schedulers know: 128 + the signal's number."""
+"""Exit statuses by the convention of shells and schedulers: 128 + the signal's number."""
 CLEAN_UP_S = 3.0
-"""How long the end of an interrupted command waits for a storage that may not answer."""
+"""How long an interrupted command waits for a storage that may not answer."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as Ctrl-C is KeyboardInterrupt."""
+    """SIGTERM, as KeyboardInterrupt is Ctrl-C."""
 
 
 def install() -> None:
-    """Make SIGTERM raise :class:`Terminated` and Ctrl-C KeyboardInterrupt in the main thread, which must call this."""
+    """Let SIGTERM raise :class:`Terminated`, and Ctrl-C KeyboardInterrupt, in the main thread.
+
+    The main thread must call this.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
 
@@ -31,8 +34,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """Put the handlers back that the body's libraries replaced: after ``ray.init`` SIGTERM would abort the process."""
+def keeping_handlers() -> Iterator[None]:
+    """Restore the signal handlers after the body. ``ray.init`` replaces them by abrupt ones."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,17 +44,17 @@ def kept() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # None: not installed from Python
+            if handler is not None:  # Handlers that are not Python's cannot be restored.
                 signal.signal(number, handler)
 
 
 _unfinished: list[Callable[[], None]] = []
-"""What threads that an interrupt cuts off would have cleaned up."""
+"""Clean-up functions of bodies that have not ended, in threads that an interrupt may cut off."""
 
 
 @contextlib.contextmanager
 def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
-    """Call ``clean`` after the body, also where the body runs in a thread that an interrupt cuts off."""
+    """Call ``clean`` after the body, even if an interrupt cuts off the thread that runs it."""
     _unfinished.append(clean)
     try:
         yield
@@ -61,25 +64,27 @@ def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """Return the exit status of a command that was interrupted."""
+    """Return the exit status of an interrupted command."""
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
 
 
 def _clean_up() -> None:
+    """Call the clean-up functions of all threads that are cut off."""
     for clean in list(_unfinished):
         with contextlib.suppress(Exception):
             clean()
 
 
 def leave(status: int) -> None:
-    """End the process with a status. Where an interrupt or an error cut off threads that use Ray, at once.
+    """End the process with a status, at once if threads that use Ray were cut off.
 
-    Ray is not shut down under them: its core would end the process with a status of its own when such a thread next calls
-    it, or the thread would start Ray anew. Of a node of this process's own, its children die with it; theirs are killed.
+    Ray is not shut down under such threads. The next call of one of them would let Ray's core end
+    the process with another status, or would start Ray anew. The child processes of a local node
+    die with this process, and their own children are killed here.
     """
     if status not in (INTERRUPTED, TERMINATED) and not _unfinished:
         sys.exit(status)
-    # a second Ctrl-C or SIGTERM has nothing more to say
+    # A second Ctrl-C or SIGTERM must not interrupt the clean-up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cleaning = threading.Thread(target=_clean_up, daemon=True)
@@ -88,7 +93,7 @@ def leave(status: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    import psutil  # not before: the command line says which package a Python lacks
+    import psutil  # This import is late, since main.py reports packages that are not installed.
 
     this = psutil.Process()
     for process in this.children(recursive=True):

@@ -1,4 +1,4 @@
-"""Leases on directories of a storage: two processes that worked on one run, sweep or model would overwrite each other's files."""
+"""Leases on directories: only one process at a time writes the files of a run, sweep or model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from pipeline.runtime.storage import Storage, StorageError
 FILE = "owner.json"
 HEARTBEAT_S = 10.0
 EXPIRY_S = 25.0
-"""A holder whose heartbeat does not change for so long, while somebody watches, is gone. Clocks are not compared."""
+"""How long the heartbeat of a dead holder stays the same, as seen by a watcher. Clocks are not
+compared."""
 STALE_S = 60.0
-"""A process of this machine that has not renewed its lease for so long counts as gone even if its number is still in use."""
+"""Age of the heartbeat at which a process of this machine counts as dead, even if its number is in
+use."""
 SETTLE_S = 1.0
-"""Where a file cannot be created atomically (object stores): how long after writing it one looks who wrote last."""
-
-
+"""Pause between writing the file and reading who wrote last, on object stores."""
 UNREADABLE: dict[str, Any] = {"host": "an unknown host", "pid": "of unknown number", "token": ""}
+"""The holder in a file that cannot be read."""
 
 
 class LeaseLost(UserError):
@@ -37,14 +38,16 @@ class LeaseLost(UserError):
 
 
 class Lease:
-    """The right to write into a directory, held in its ``owner.json`` and renewed by a heartbeat until :meth:`release`.
+    """The right to write into a directory.
 
-    A holder on this machine whose process is gone loses the lease at once; any other when its heartbeat stands still for
-    EXPIRY_S seconds of watching. A lost lease is noticed at the next heartbeat.
+    Its file ``owner.json`` names the holder, which renews it by a heartbeat. A dead process of this
+    machine loses the lease at once. Any other holder loses it once its heartbeat was seen to stand
+    still for EXPIRY_S. A holder notices the loss at its next heartbeat.
 
     Args:
-        token: names the holder. A holder that comes back under the same token (a worker group that was started again) has its
-            lease still.
+        directory: where the file is.
+        token: identifies the holder. A worker group that is started again with the same token still
+            has its lease. "": a random one.
     """
 
     def __init__(self, directory: Storage, token: str = "") -> None:
@@ -63,10 +66,11 @@ class Lease:
 
     @property
     def held(self) -> bool:
+        """Whether this process has the lease."""
         return self._thread is not None and self._new_holder is None and not self._released.is_set()
 
     def try_acquire(self) -> bool:
-        """Take the lease if it is free. Call it again and again to wait: a holder's death is seen by watching it."""
+        """Take the lease if it is free. Repeated calls watch the holder and find its death."""
         if self.held:
             return True
         holder = self._holder()
@@ -88,10 +92,10 @@ class Lease:
         return True
 
     def acquire(self) -> Lease:
-        """Take the lease, watching a holder that may be gone until that is certain.
+        """Take the lease. Watch a holder that may be dead until this is certain.
 
         Raises:
-            UserError: another process holds it and lives; names host, process and what to do.
+            UserError: another process holds the lease. The message has its host and number.
         """
         announced = False
         first: Any = None
@@ -108,25 +112,26 @@ class Lease:
         return self
 
     def check_free(self) -> None:
-        """Raise as :meth:`acquire` where that is certain at once, without taking the lease."""
+        """Raise as :meth:`acquire` if a process of this machine holds the lease."""
         holder = self._holder()
         if holder is not None and self._is_here(holder) and self._lives(holder):
             raise UserError(_refusal(self._directory, holder))
 
     def check(self) -> None:
-        """Raise LeaseLost where another process has taken the lease meanwhile."""
+        """Raise LeaseLost if another process has taken the lease."""
         if self._new_holder is not None:
             raise LeaseLost(
-                f"{self._directory.uri} was taken over by {_name(self._new_holder)}: this command ends, that one goes on"
+                f"{self._directory.uri} was taken over by {_name(self._new_holder)}: this command ends, that one goes "
+                "on"
             )
 
     def holder_name(self) -> str:
-        """Return process and host of a holder that seems to live, for messages; empty where there is none."""
+        """Return the process and host of a holder that seems to live, for messages, or ""."""
         holder = self._holder()
         return "" if holder is None or not self._lives(holder) else _name(holder)
 
     def release(self) -> None:
-        """Give the lease back, if it is held. It may be taken again."""
+        """Give the lease back, if it is held."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -134,7 +139,8 @@ class Lease:
         thread.join(HEARTBEAT_S)
         with suppress(StorageError):
             if self._new_holder is None:
-                self._directory.delete(FILE, patience_s=0.0)  # if it fails, the heartbeat that stands still frees it
+                # If this fails, the lease expires.
+                self._directory.delete(FILE, patience_s=0.0)
 
     def _text(self) -> bytes:
         self._beats += 1
@@ -145,7 +151,7 @@ class Lease:
 
     def _keep_beating(self) -> None:
         while self._new_holder is None and not self._released.wait(HEARTBEAT_S):
-            with suppress(StorageError):  # who writes records reports a storage out of reach
+            with suppress(StorageError):  # Writing records reports a storage that does not answer.
                 holder = self._holder()
                 if holder is not None and holder["token"] != self._identity["token"]:
                     self._new_holder = holder
@@ -153,7 +159,7 @@ class Lease:
                     self._beat()
 
     def _take_over(self, dead: Mapping[str, Any]) -> bool:
-        """Put this holder's file in the place of that of one who is gone. False where another process did so first.
+        """Replace the file of a dead holder. Return False if another process did so first.
 
         Raises:
             StorageError: the file cannot be opened or written.
@@ -163,14 +169,14 @@ class Lease:
             return True
         path = self._directory.path(FILE)
         try:
-            with open(path, "r+b") as file:  # for writing: NFS locks no other
+            with open(path, "r+b") as file:  # NFS locks only files that are open for writing.
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     return False
                 except OSError:
-                    pass  # a file system without locks: of two, the first sees at its next heartbeat who came later
-                # whoever was quicker has put another file there before the lock went on to this process
+                    pass  # Without locks, the first of two processes finds the other at its next heartbeat.
+                # A faster process has replaced the file before it released the lock.
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     return False
                 if (now := self._holder()) is None or _heartbeat(now) != _heartbeat(dead):
@@ -185,7 +191,7 @@ class Lease:
     def _holder(self) -> dict[str, Any] | None:
         if (holder := self._read(FILE)) is not None:
             return holder
-        # a file that nobody can read is watched as a holder is, and replaced as one that is gone
+        # An unreadable file is watched like a holder, and replaced like a dead one.
         return UNREADABLE if self._directory.exists(FILE) else None
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -196,11 +202,12 @@ class Lease:
         return None
 
     def _is_here(self, holder: Mapping[str, Any]) -> bool:
-        """Tell whether the holder's process number means something on this machine (containers may share a host's name)."""
+        """Return whether the holder's process number is one of this machine and container."""
         return all(holder.get(key) == self._identity[key] for key in ("host", "processes"))
 
     def _lives(self, holder: Mapping[str, Any]) -> bool:
-        if self._is_here(holder):  # one clock, so its reading counts; a process that nobody reaped still has its number
+        # The holder's clock is this machine's. A process that was not reaped still has its number.
+        if self._is_here(holder):
             return _runs(holder["pid"]) and time.time() - holder.get("alive", 0.0) < STALE_S
         beat = _heartbeat(holder)
         if self._last_seen is None or self._last_seen[0] != beat:
@@ -209,9 +216,10 @@ class Lease:
 
 
 class WorkingLease:
-    """The lease of the one directory that a worker group works on, while it watches those that others hold.
+    """The lease of the directory that a worker group works on. It also watches other holders.
 
     Args:
+        root: of the directories.
         token: as of :class:`Lease`.
     """
 
@@ -221,8 +229,8 @@ class WorkingLease:
         self._lease: Lease | None = None
 
     def try_take(self, address: str) -> bool:
-        """Take the lease of a directory below the root if it is free. Ask again and again to wait for one."""
-        # the same object each time: it watches whether the holder's heartbeat changes
+        """Take the lease of a directory below the root, as :meth:`Lease.try_acquire`."""
+        # The same object is kept, since it watches the holder's heartbeat.
         lease = self._watched.setdefault(address, Lease(self._root / address, self._token))
         if not lease.try_acquire():
             return False
@@ -231,11 +239,11 @@ class WorkingLease:
 
     @property
     def held(self) -> bool:
-        """Tell whether the directory that was taken is still this group's."""
+        """Whether this group still has the directory that it took."""
         return self._lease is not None and self._lease.held
 
     def release(self) -> None:
-        """Give the lease that was taken back, if there is one."""
+        """Give the lease back, if there is one."""
         if self._lease is not None:
             self._lease.release()
             self._lease = None
@@ -251,25 +259,25 @@ def _name(holder: Mapping[str, Any]) -> str:
 
 def _refusal(directory: Storage, holder: Mapping[str, Any]) -> str:
     return (
-        f"{directory.uri} is being worked on by {_name(holder)}: let it end, or end it (a job: ray job list, ray job stop ID), "
-        "then run the same command again"
+        f"{directory.uri} is being worked on by {_name(holder)}: let it end, or end it (a job: ray job list, ray job "
+        "stop ID), then run the same command again"
     )
 
 
 def _processes() -> str:
-    """Name what process numbers are unique in: a boot of a machine, and a container on it. Hosts may share a name."""
+    """Return the scope of process numbers: a boot of a machine, and a container on it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux
+    except OSError:  # This is not Linux.
         return str(uuid.getnode())
 
 
 def _runs(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # sends nothing, only asks
+        os.kill(pid, 0)  # Signal 0 only checks the number.
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # The process is another user's.
         pass
     return True

@@ -1,4 +1,4 @@
-"""The network interface over which the ranks of a worker group reach one another."""
+"""The network interface between the ranks of a worker group."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import socket
 import psutil
 
 INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
-"""What each library wants before the name. NCCL takes a bare name as a prefix: eth1 stands for eth10 too."""
+"""Prefix of the name in each library's variable. To NCCL, eth1 without it also means eth10."""
 
 
 def name_interface(address: str) -> None:
-    """Make gloo and NCCL, which have not started yet, use the network interface that bears this node's address.
+    """Let gloo and NCCL use the network interface of this node's address, before they start.
 
-    Otherwise gloo resolves the host's own name, which Debian and Ubuntu map to 127.0.1.1: no other node can connect to it.
-    A variable that the user has set is left as it is.
+    Otherwise gloo resolves the host's name, which Debian and Ubuntu map to 127.0.1.1, where no
+    other node can connect. Variables of the user stay as they are.
     """
     if interface := interface_of(address):
         for variable, prefix in INTERFACE_VARIABLES.items():
@@ -23,9 +23,9 @@ def name_interface(address: str) -> None:
 
 
 def interface_of(address: str) -> str:
-    """Return the name of the network interface that bears an IPv4 or IPv6 address; empty if none does."""
+    """Return the name of the network interface of an IPv4 or IPv6 address, or ""."""
     for interface, addresses in psutil.net_if_addrs().items():
         for a in addresses:
             if a.family in (socket.AF_INET, socket.AF_INET6) and a.address.partition("%")[0] == address:
-                return interface
+                return str(interface)
     return ""

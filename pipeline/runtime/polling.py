@@ -1,4 +1,4 @@
-"""One way to watch something while other work runs: a function called at intervals on a thread of its own."""
+"""A function that is called at intervals while other work runs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def polling(look: Callable[[], object], interval_s: float) -> Iterator[None]:
-    """Call ``look`` every ``interval_s`` seconds while the body runs, and wait for its last call at the end.
+    """Call a function at intervals while the body runs, and wait for its last call at the end.
 
-    A KeyboardInterrupt is not held up by that wait: ``look`` may hang on a server that does not answer.
+    A KeyboardInterrupt does not wait, since the function may hang on a server that does not answer.
 
     Args:
         look: handles its own errors. An error that leaves it ends the thread, not the body.
+        interval_s: between two calls (seconds).
     """
     ended = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a run was made with: source code, versions, machine and command, for its record."""
+"""Provenance of a run for its record: source code, versions, machine and command."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from pipeline.runtime.redaction import without_password
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
 ROOT = Path(__file__).resolve().parents[2]
-"""Where this project's source lies: a checkout, a Ray job's copy of one, or site-packages."""
+"""Directory of this project's source: a checkout, a Ray job's copy of one, or site-packages."""
 SOURCE_DIRECTORIES = ("components", "pipeline", "tune_spaces")
 REVISION_VARIABLE = "DEFENDPP_REVISION"
-"""Environment variable with the revision of a Ray job's copy of the source, from which Ray leaves out .git."""
+"""Environment variable with the revision of a Ray job's copy of the source, from which Ray leaves
+out .git."""
 REVISION_FILE = "REVISION"
 """File beside the source with the revision of an image's copy."""
 
 
 def environment() -> dict[str, Any]:
-    """Return ``git``, ``source``, ``versions``, ``hardware`` and ``command`` of this process as JSON types. Never raises."""
+    """Return the provenance of this process as JSON types. Raises nothing."""
     return {
         "git": revision(ROOT),
         "source": source_hash(ROOT),
@@ -40,8 +41,9 @@ def environment() -> dict[str, Any]:
 def source_hash(root: Path) -> str | None:
     """Return the first 16 hexadecimal digits of a SHA-256 over the source files below ``root``.
 
-    The hash covers the path and the bytes of each ``*.py`` and ``*.j2`` file of SOURCE_DIRECTORIES. Equal files give
-    the same hash in a checkout, in a Ray job's copy of it, in an image and in site-packages. None if a file cannot be read.
+    The hash covers the path and the bytes of each ``*.py`` and ``*.j2`` file of SOURCE_DIRECTORIES.
+    Equal files give the same hash in a checkout, in a Ray job's copy of it, in an image and in
+    site-packages. None if a file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -56,41 +58,43 @@ def source_hash(root: Path) -> str | None:
 
 
 def revision(root: Path) -> dict[str, Any]:
-    """Return ``revision`` and ``dirty`` of a checkout or, where ``root`` is none, of REVISION_FILE or REVISION_VARIABLE.
+    """Return ``revision`` and ``dirty`` of a checkout, or of a copy without .git.
 
-    ``git describe --always --abbrev=40 --dirty --exclude '*'`` writes the value of either. Without its ``-dirty``,
-    ``dirty`` is unknown (None): `git rev-parse HEAD` does not say it.
+    A copy has them in REVISION_FILE or REVISION_VARIABLE, which
+    ``git describe --always --abbrev=40 --dirty --exclude '*'`` writes. Without its ``-dirty``,
+    ``dirty`` is unknown (None), since `git rev-parse HEAD` does not say it.
     """
     checkout = git(root)
     if checkout["revision"] is not None:
         return checkout
-    # The file first: it belongs to this very copy, and the variable to whatever was submitted.
-    given = ""
+    # The file comes first, since it belongs to this copy. The variable belongs to the job.
+    text = ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        given = (root / REVISION_FILE).read_text().strip()
-    if given := given or os.environ.get(REVISION_VARIABLE, ""):
-        return {"revision": given.removesuffix("-dirty"), "dirty": given.endswith("-dirty") or None}
+        text = (root / REVISION_FILE).read_text().strip()
+    if text := text or os.environ.get(REVISION_VARIABLE, ""):
+        return {"revision": text.removesuffix("-dirty"), "dirty": text.endswith("-dirty") or None}
     return checkout
 
 
 def git(root: Path) -> dict[str, Any]:
-    """``revision`` and ``dirty`` of the checkout whose top directory is ``root``; both None where there is none.
+    """Return ``revision`` and ``dirty`` of the checkout at ``root``, both None if there is none.
 
-    A directory above that happens to be a checkout (a virtual environment inside another project) says nothing about
-    this source and is not taken for it.
+    A directory above that happens to be a checkout (a virtual environment inside another project)
+    says nothing about this source and is not taken for it.
     """
-    nothing: dict[str, Any] = {"revision": None, "dirty": None}
+    unknown: dict[str, Any] = {"revision": None, "dirty": None}
     try:
         if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
-            return nothing
+            return unknown
         return {"revision": _git(root, "rev-parse", "HEAD"), "dirty": bool(_git(root, "status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or one that belongs to another user
-        return nothing
+    except (OSError, subprocess.SubprocessError):  # No git, no checkout, or another user's checkout.
+        return unknown
 
 
 def _git(root: Path, *arguments: str) -> str:
-    # GIT_OPTIONAL_LOCKS: "status" otherwise writes to the index, which may be another process's at this moment
-    done = subprocess.run(
+    """Return the output of a git command in a directory."""
+    # Otherwise "status" writes to the index, which another process may be using.
+    result = subprocess.run(
         ["git", "-C", os.fspath(root), *arguments],
         capture_output=True,
         text=True,
@@ -98,23 +102,23 @@ def _git(root: Path, *arguments: str) -> str:
         timeout=20,
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
     )
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions by package, Python first; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed PACKAGES."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, logical CPUs, memory and GPUs of this machine (the driver's: workers may run on others)."""
-    found: dict[str, Any] = {
+    """Return the processor, CPUs, memory and GPUs of this machine. Workers may run on others."""
+    machine: dict[str, Any] = {
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
@@ -122,13 +126,13 @@ def hardware() -> dict[str, Any]:
         "memory_gib": None,
         "gpus": [],
     }
-    with contextlib.suppress(ValueError, OSError, AttributeError):  # not every system tells
-        found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # Some systems have no such value.
+        machine["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     import torch
 
     if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+        machine["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return machine
 
 
 def _cpu_name() -> str:

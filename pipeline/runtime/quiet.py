@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-_QUIET = {
-    "ray.data": logging.WARNING,  # when a plan starts and ends; its warnings (no resources, memory) stay
-    "ray.data._internal.progress": logging.ERROR,  # that bars are off
-    # a failed task with a traceback, twice: build raises the error itself
+RAY_DATA = {
+    # Ray Data logs when a plan starts and ends. Its warnings (no resources, memory) stay.
+    "ray.data": logging.WARNING,
+    # Ray Data warns that its bars are off.
+    "ray.data._internal.progress": logging.ERROR,
+    # Ray Data logs the traceback of a failed task twice. The driver raises the error itself.
     "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,
     "ray.data.exceptions": logging.CRITICAL,
 }
+"""Levels at which Ray Data repeats nothing that the driver reports itself."""
 
 
 @contextlib.contextmanager
-def quiet_ray_data() -> Iterator[None]:
-    """No lines of Ray Data's own about what :func:`build` reports: ``_QUIET`` says which."""
-    before = {name: logging.getLogger(name).level for name in _QUIET}
-    for name, level in _QUIET.items():
+def log_levels(levels: Mapping[str, int]) -> Iterator[None]:
+    """Set the levels of loggers, by name, while the body runs."""
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     try:
         yield

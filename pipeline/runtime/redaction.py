@@ -7,9 +7,10 @@ from typing import Any
 
 from components.errors import ConfigError
 
-# A password may hold any character but whitespace: the host begins behind the last "@".
+# A password may contain any character but whitespace: the host begins after the last "@".
 _PASSWORD = re.compile(r"(\w://)[^\s/:?#]*:\S*@")
-# A user without a password may be an access token, but where a scheme of storages has a container or an account's name there.
+# A user without a password may be an access token, except in schemes of storages, where it is the
+# name of a container or an account.
 _TOKEN = re.compile(
     r"\b(?!(?:abfss?|gs|gcs|s3a?|hdfs|viewfs|webhdfs|sftp|ssh|hf)://)([a-z][\w+.-]*://)[^\s/?#]*@", re.I
 )
@@ -22,16 +23,16 @@ _SECRET_OPTION = re.compile(
 
 
 def without_password(text: str) -> str:
-    """Replace the ``user:password@`` or ``token@`` of every URI in a text by ``***@``, and its secret options by ``***``.
+    """Replace ``user:password@`` and ``token@`` in the URIs of a text by ``***@``.
 
-    A text whose words could be read either way loses too much rather than too little: ``http://host:1/a@b`` is shown as
-    ``http://***@b``.
+    The values of secret options are replaced by ``***``. An ambiguous text loses too much rather
+    than too little: ``http://host:1/a@b`` becomes ``http://***@b``.
     """
     return _SECRET_OPTION.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1***@", text)))
 
 
 def redacted(value: Any) -> Any:
-    """Return a copy of plain JSON types with :func:`without_password` applied to every string in it."""
+    """Return a copy of a JSON value with :func:`without_password` applied to every string."""
     if isinstance(value, str):
         return without_password(value)
     if isinstance(value, dict):
@@ -42,15 +43,15 @@ def redacted(value: Any) -> Any:
 
 
 def check_no_secret(uri: str) -> None:
-    """Refuse a URI that holds a password or key.
+    """Refuse a URI with a password or key.
 
     Raises:
-        ConfigError: says where the secret belongs instead; does not repeat it.
+        ConfigError: the message says where the secret belongs, without repeating it.
     """
     shown = without_password(uri)
     if shown != uri:
         raise ConfigError(
-            f"the URI {shown} holds a password or key, which would stand in records and reports. Give it without: "
+            f"the URI {shown} holds a password or key, which would appear in records and reports. Give it without: "
             "object stores take theirs from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "GOOGLE_APPLICATION_CREDENTIALS) on every node"
         )

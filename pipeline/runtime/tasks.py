@@ -1,4 +1,4 @@
-"""A bounded number of Ray tasks, with retries and a note on stragglers."""
+"""Ray tasks: a bounded number at a time, with retries and a note on stragglers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ import ray
 from pipeline.runtime.cluster import room_for
 from pipeline.runtime.user_errors import unwrap
 
-TASKS_IN_FLIGHT = 64
-"""Back-pressure: so many tasks (or twice as many as there is room for) wait inside Ray, however many thousand chunks there are."""
-STRAGGLER = 3.0
-"""A task that takes so many times the median is named in the progress line ..."""
-STRAGGLER_S = 30.0
-"""... once it has taken so many seconds."""
-LOOK_S = 5.0
-"""Between two looks for such a task, whether others end meanwhile or not."""
-TASK_RETRIES = 3
-
-
 T = TypeVar("T")
+
+TASKS_IN_FLIGHT = 64
+"""Back-pressure: largest number of tasks inside Ray, or twice the number that there is room for."""
+STRAGGLER = 3.0
+"""A straggler runs for this many times the median, and for STRAGGLER_S at least."""
+STRAGGLER_S = 30.0
+LOOK_S = 5.0
+"""Shortest time between two looks for a straggler."""
+TASK_RETRIES = 3
 
 
 def run_tasks(
@@ -36,26 +34,26 @@ def run_tasks(
     on_straggler: Callable[[str], None],
     named: Callable[[T], str] = str,
 ) -> Iterator[T]:
-    """Run Ray tasks, a bounded number of them at a time, and give back what each job was tagged with as it ends.
+    """Run Ray tasks, a bounded number at a time, and yield the tag of each job when it ends.
 
     Args:
-        function: called with a job; what it returns is not looked at.
-        jobs: (job, tag); read only as far as there is room for.
-        bundle: what Ray reserves for each.
-        name: of the tasks, in Ray's own displays.
-        on_straggler: told at most every LOOK_S seconds which task takes much longer than the others; once with "" when none does
-            any more.
-        named: what a task is called there, by its tag: ", ATTACK on MODEL".
+        function: called with a job. Its result is ignored.
+        jobs: pairs of job and tag. They are read as there is room for them.
+        bundle: resources that Ray reserves for a task.
+        name: of the tasks in Ray's displays.
+        on_straggler: called with a note on the slowest task, at most every LOOK_S seconds, and with
+            "" once there is no straggler any more.
+        named: returns the words for a task in the note, by its tag: ", ATTACK on MODEL".
 
     Raises:
-        UserError: what a task raised; the others are cancelled.
+        UserError: a task raised it. The other tasks are cancelled.
     """
     task = ray.remote(function).options(
         num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_retries=TASK_RETRIES, name=name
     )
     slots = max(1, room_for(bundle))
     waiting: dict[Any, T] = {}
-    watch = _Stragglers(on_straggler)
+    watch = StragglerWatch(on_straggler)
     queue = iter(jobs)
     try:
         while True:
@@ -63,7 +61,7 @@ def run_tasks(
                 waiting[task.remote(item[0])] = item[1]
             if not waiting:
                 return
-            # Ray starts tasks in the order in which they are submitted
+            # Ray starts tasks in the order of their submission.
             watch.running({ref: named(tag) for ref, tag in itertools.islice(waiting.items(), slots)})
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
             for ref in ready:
@@ -75,47 +73,49 @@ def run_tasks(
     except Exception as e:
         for ref in waiting:
             ray.cancel(ref)
-        mine = unwrap(e)
-        if mine is not None and mine is not e:
-            raise mine from e
+        user_error = unwrap(e)
+        if user_error is not None and user_error is not e:
+            raise user_error from e
         raise
 
 
-class _Stragglers:
-    """Which task takes much longer than the others.
+class StragglerWatch:
+    """The search for tasks that take much longer than the others.
 
     Args:
-        tell: told of it, at most every LOOK_S seconds.
-        clock: seconds from any moment on.
+        report: called with a note, at most every LOOK_S seconds.
+        clock: seconds since any moment.
     """
 
-    def __init__(self, tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self.tell, self.clock = tell, clock
+    def __init__(self, report: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self.report, self.clock = report, clock
         self.started: dict[Any, tuple[float, str]] = {}
         self.seconds: list[float] = []
         self.looked = clock()
-        self.told = ""
+        self.reported = ""
 
     def running(self, tasks: Mapping[Any, str]) -> None:
-        """These tasks, each with its name, run by now."""
+        """Note the names of the tasks that are running."""
         for ref, name in tasks.items():
             self.started.setdefault(ref, (self.clock(), name))
 
     def ended(self, ref: Any) -> None:
+        """Note that a task has ended."""
         now = self.clock()
         self.seconds.append(now - self.started.pop(ref, (now, ""))[0])
 
     def look(self) -> None:
-        """Tell what there is to tell, unless that was just done."""
+        """Report the slowest task, unless the last look was less than LOOK_S ago."""
         if self.clock() - self.looked < LOOK_S:
             return
         self.looked = self.clock()
         note = self._slowest()
-        if note or self.told:
-            self.tell(note)
-        self.told = note
+        if note or self.reported:
+            self.report(note)
+        self.reported = note
 
     def _slowest(self) -> str:
+        """Return a note on the slowest task, or "" if it is no straggler."""
         if not self.started or not self.seconds:
             return ""
         begin, name = min(self.started.values())

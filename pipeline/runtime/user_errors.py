@@ -1,4 +1,4 @@
-"""A user's error on its way through Ray, which wraps every exception."""
+"""User errors on their way through Ray, which wraps every exception."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.errors import UserError
 
 
 class _CarriedError(UserCodeException):
-    """A UserError on its way out of a Ray Data task. Ray Data would add its own advice to any other exception."""
+    """A UserError raised in a Ray Data task. Ray Data adds its own advice to other exceptions."""
 
     def __init__(self, error: UserError) -> None:
         super().__init__(str(error))
@@ -32,7 +32,7 @@ def carrying_user_errors() -> Iterator[None]:
 
 
 def unwrap(error: BaseException) -> UserError | None:
-    """Return the user's error inside everything that Ray wrapped around it, or None if there is none."""
+    """Return the UserError inside Ray's wrappers, or None if there is none."""
     seen: set[int] = set()
     queue: list[Any] = [error]
     while queue:
@@ -40,7 +40,8 @@ def unwrap(error: BaseException) -> UserError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        # Ray makes classes that inherit from the user's error and from RayTaskError; their text is a traceback.
+        # Ray creates classes that inherit from the UserError and from RayTaskError. Their text is a
+        # traceback.
         if isinstance(e, UserError) and "RayTaskError" not in type(e).__name__:
             return e
         queue += [getattr(e, "error", None) if isinstance(e, _CarriedError) else None]

@@ -1,7 +1,7 @@
-"""Reading of a user's own directories and files: one clear error for whatever the file system answers.
+"""A user's directories and files, with one clear error for each answer of the file system.
 
-A file whose name is not UTF-8 reaches Python with surrogates in its name, which no report, database or terminal can hold. A pipe
-or a device never ends when it is read. So both are found in the listing, before anything is opened.
+A file name that is not UTF-8 contains surrogates in Python, which reports, databases and terminals
+refuse. A pipe or a device has no end. Both are found in the listing, before a file is opened.
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from components.errors import DataError
-from pipeline.runtime.storage import patiently
+from components.errors import DataError, first_line
+from pipeline.runtime.retries import with_retries
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""What a file begins with that `git clone` has left in the place of a file kept by Git LFS."""
+"""First bytes of the pointer that `git clone` leaves in the place of a Git LFS file."""
 
 CHECK_ACCESS = "check the connection and your access to it, then run again"
-"""The remedy for what exists, but cannot be reached."""
+"""Remedy for a file that exists, but cannot be reached."""
 
 
 @dataclass
 class Listing:
-    """Names in a directory, sorted; hidden ones are left out."""
+    """Sorted names in a directory, without hidden ones."""
 
     files: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    """What is neither a file nor a folder: a link to nothing or to itself, a pipe, a socket, a device."""
+    """Entries that are neither: a link to nothing or to itself, a pipe, a socket, a device."""
 
     @property
     def names(self) -> list[str]:
+        """All names."""
         return [*self.files, *self.folders, *self.broken]
 
 
 def list_directory(path: str) -> Listing:
-    """List a local directory; links count as what they lead to.
+    """List a local directory. A link counts as its target.
 
     Raises:
-        DataError: it cannot be listed.
+        DataError: the directory cannot be listed.
     """
 
     def look() -> Listing:
@@ -49,13 +50,13 @@ def list_directory(path: str) -> Listing:
                 if entry.name.startswith("."):
                     continue
                 kind = listing.broken
-                with contextlib.suppress(OSError):  # of a link that leads back to itself
+                with contextlib.suppress(OSError):  # A link may lead back to itself.
                     kind = listing.folders if entry.is_dir() else listing.files if entry.is_file() else kind
                 kind.append(entry.name)
         return listing
 
     try:
-        return patiently(look, printable(path))
+        return with_retries(look, printable(path))
     except OSError as e:
         raise DataError(f"{printable(path)} cannot be listed ({reason(e)}); {CHECK_ACCESS}") from e
 
@@ -64,7 +65,7 @@ def read_file(path: str) -> bytes:
     """Return the content of a local file.
 
     Raises:
-        DataError: it cannot be read, or is gone.
+        DataError: the file is gone or cannot be read.
     """
 
     def read() -> bytes:
@@ -72,7 +73,7 @@ def read_file(path: str) -> bytes:
             return file.read()
 
     try:
-        return patiently(read, printable(path))
+        return with_retries(read, printable(path))
     except OSError as e:
         raise DataError(
             f"{printable(path)} cannot be read ({reason(e)}); restore it, or remove it and run again"
@@ -80,17 +81,15 @@ def read_file(path: str) -> bytes:
 
 
 def printable(name: str) -> str:
-    """Return a name as a message shows it: line breaks and bytes that are not UTF-8 are escaped."""
+    """Return a name with its line breaks and its bytes that are not UTF-8 escaped."""
     return name if name.isprintable() else repr(name)[1:-1]
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, in one printable line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    lines = text.strip().splitlines()
-    return printable(lines[0]) if lines else type(error).__name__
+    """Return the reason of an error, in one printable line."""
+    return printable(error.strerror if isinstance(error, OSError) and error.strerror else first_line(error))
 
 
 def first_names(names: Sequence[str], count: int = 5) -> str:
-    """Return the first of some names, printable, and dots where there are more."""
+    """Return the first of some names, printable, and dots if there are more."""
     return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")

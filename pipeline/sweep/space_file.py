@@ -10,7 +10,7 @@ from typing import Any
 from components.errors import ConfigError, UserError
 from components.fields import check_name
 from components.search_space import Space
-from pipeline.runtime import cluster
+from pipeline.runtime import provenance
 from pipeline.sweep.options import SweepOptions
 
 
@@ -21,7 +21,7 @@ def load_space(options: SweepOptions) -> tuple[str, Space]:
         ConfigError: no such file, one that is not Python, has no SPACE, or whose SPACE is not possible.
     """
     path = Path(options.space).expanduser()
-    beside = cluster.ROOT / "tune_spaces" / f"{path.name.removesuffix('.py')}.py"
+    beside = provenance.ROOT / "tune_spaces" / f"{path.name.removesuffix('.py')}.py"
     if not path.is_file() and path.parent == Path() and beside.is_file():
         path = beside
     if not path.is_file():

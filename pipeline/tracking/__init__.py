@@ -1,16 +1,17 @@
-"""MLflow: the only package that imports it."""
+"""Publication to MLflow. No other package imports mlflow."""
 
 import os
 
-# mlflow reads these when it is imported or at each call. Values that the user has set stand.
+# MLflow reads these variables when it is imported or at each call. The user's own values stay.
 for _name, _value in {
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # otherwise alembic reports every table that it makes
+    # alembic otherwise reports every table that it creates.
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # The default, 7 retries with growing pauses, blocks the caller of a dead server for minutes.
+    # The default of 7 retries with growing pauses blocks the caller of a dead server for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    # An open connection would go on with a database file that was put aside.
+    # An open connection would still use a database file that was put aside.
     "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
 }.items():
     os.environ.setdefault(_name, _value)

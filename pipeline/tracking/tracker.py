@@ -1,147 +1,78 @@
-"""MLflow, published from the records of a run. The only file that imports mlflow.
+"""The MLflow runs of a run directory, published from its records.
 
-The records on storage are the truth; MLflow is a view of them. So every call here may fail without harm: what could not be
-sent waits in order and is tried again, and the same command run again sends what is still missing. ``tracking.json`` of the run
-directory remembers, for each tracking URI, which MLflow runs exist and what they already have.
+The records on storage are the truth, and MLflow is a view of them. Every call here may fail without
+harm: what could not be sent waits in the :class:`Outbox`, and the same command run again sends what
+is still missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import hashlib
 import json
-import logging
-import re
-import secrets
 import tempfile
-import threading
 import time as clock
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelOutput,
-    Metric,
-    Param,
-    RunTag,
-)
-from mlflow.exceptions import MlflowException
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-from components.errors import UserError
 from components.training import schedule
-from pipeline.runtime.redaction import without_password
-from pipeline.runtime.storage import Storage, StorageError
-from pipeline.tracking.uri import (
-    check_address,
-)
+from pipeline.runtime.storage import Storage
+from pipeline.tracking.outbox import BEHIND, Outbox
+from pipeline.tracking.registry import Registration, text_of
+from pipeline.tracking.requests import UPLOAD_TIMEOUT_SECONDS, error_within, http_limits, reason_of
+from pipeline.tracking.server import EXPERIMENT, to_stderr
+from pipeline.tracking.uri import check_address
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
-from pipeline.runtime import provenance
-from pipeline.tracking.server import (
-    EXPERIMENT,
-    artifact_root_of,
-    connect,
-    error_within,
-    experiment_of,
-    global_uri,
-    http_limits,
-    reason_of,
-    status_of,
-    to_stderr,
-)
 
-BATCH = 1000
-"""MLflow refuses more metrics than that in one request."""
-RETRY_SECONDS = 10.0
-"""How long an outage is left alone before a call tries the server again."""
-UPLOAD_TIMEOUT_SECONDS = 120
-"""A server answers an upload only when it has passed the file on to its store."""
-ATTEMPTS = 3
-"""How often an operation is tried that fails although the server answers."""
-BEHIND = 100
-"""More operations than that wait only where MLflow does not keep up or does not answer."""
+T = TypeVar("T")
+
+METRICS_AT_ONCE = 1000
+"""MLflow's limit on the metrics of one request."""
+ENTRIES_AT_ONCE = 100
+"""MLflow's limit on the tags or params of one request."""
+TAG_LENGTH, PARAM_LENGTH, DIGEST_LENGTH = 5000, 6000, 36
+"""MLflow's limits on the characters of a tag, a param and the digest of a data set."""
 ENDED = ("FINISHED", "FAILED", "KILLED")
 UNQUOTED = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
-"""Characters besides letters and digits that stand as they are in the key by which a run is found."""
-
-
-@dataclass
-class _Operation:
-    """One thing to be published. It may be sent twice (an answer was lost), so each is written to bear that."""
-
-    key: str
-    """``ALIAS|WHAT``: what is remembered as published."""
-    send: Callable[[MlflowClient], None]
-    failures: int = 0
-    """Failures while the server answered."""
+"""Characters besides letters and digits that are not quoted in the key by which a run is found."""
 
 
 class Tracker:
-    """The MLflow runs of one run directory, addressed by alias: "run", "model/defend", "evaluation/defend/white_box/fgsm".
+    """The MLflow runs of one run directory, addressed by alias.
 
-    A thread sends in the background, in order. No method waits for MLflow but :meth:`wait`, :meth:`flush` and :meth:`stop`, and
-    none raises because of it: an outage is told once, and what could not be sent is tried again. Safe to call from several threads.
+    Aliases are "run", "model/defend" or "evaluation/defend/white_box/fgsm". Only :meth:`flush`,
+    :meth:`conclude` and :meth:`stop` wait for MLflow, and no method raises because of it. Safe to
+    call from several threads.
 
     Args:
-        uri: MLflow server or database; see :func:`check_reachable`.
-        run: the run directory; ``tracking.json`` there makes a second publication add nothing.
+        uri: MLflow server or database; see :func:`pipeline.tracking.server.check_reachable`.
+        run: the run directory. Its ``tracking.json`` makes a second publication add nothing.
         experiment: name of the MLflow experiment.
-        artifact_root: where artifacts go if the experiment is new. None: beside the SQLite file, or what the server says.
-        echo: takes the few plain lines meant for a person.
+        echo: takes the few plain lines for the user.
 
     Raises:
-        ConfigError: a text that cannot be the address of an MLflow.
+        ConfigError: ``uri`` cannot be the address of an MLflow.
     """
 
     def __init__(
-        self,
-        uri: str,
-        run: Storage,
-        *,
-        experiment: str = EXPERIMENT,
-        artifact_root: str | None = None,
-        echo: Callable[[str], None] = to_stderr,
+        self, uri: str, run: Storage, *, experiment: str = EXPERIMENT, echo: Callable[[str], None] = to_stderr
     ) -> None:
         check_address(uri)
         self.uri = uri
         self.storage = run
-        self.experiment = experiment
-        self.artifact_root = artifact_root or artifact_root_of(uri)
-        self._echo = echo
-        self._changed = threading.Condition(threading.RLock())
-        """Guards everything below; nobody holds it while MLflow is asked."""
-        self._queue: deque[_Operation] = deque()
-        self._sender: threading.Thread | None = None
-        self._waiters = 0
-        self._stopped = False
-        self._sent_at = 0.0
-        """When the queue last became shorter (monotonic seconds)."""
-        self._client: MlflowClient | None = None
-        self._outage = False
-        self._rejected: dict[str, str] = {}
-        """What was refused or could not be read, by key, and why."""
-        self._saving = threading.Lock()
-        """Held while ``tracking.json`` is written; taken before ``_changed``."""
-        self._saved_at = 0.0
-        self._unsaved = False
-        self._file = self._load()
-        self._state: dict[str, Any] = self._file["uris"].setdefault(without_password(uri), _new_state())
-        self._published: set[str] = set(self._state["published"])
-        self._waiting: set[str] = set()
-        self._starts: dict[str, int] = {alias: r["start"] for alias, r in self._state["runs"].items()}
+        self.outbox = Outbox(uri, run, experiment=experiment, echo=echo)
+        self._starts = {alias: entry["start"] for alias, entry in self.outbox.state["runs"].items()}
 
-    # -- what a user of this class calls ---------------------------------------------------------------------------------
+    # -- content of runs --------------------------------------------------------------------------
 
     def start(
         self,
@@ -153,253 +84,172 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         time: float | None = None,
     ) -> None:
-        """Have an MLflow run of that alias: made once, continued ever after. Tags and params may be added by a later call.
+        """Create the MLflow run of an alias, or continue it. A later call may add tags and params.
 
         Args:
-            parent: alias of the run it belongs to, started before.
-            time: when it began (unix seconds); now if None. The first one stands.
+            alias: of the run.
+            name: shown in MLflow's UI.
+            parent: alias of the run that this one belongs to. It was started before.
+            tags: values that are not texts are sent as JSON. None is left out.
+            params: MLflow refuses another value for a param that a run has.
+            time: when the run began (unix seconds), now if None. The first call decides.
         """
-        with self._changed:
-            self._starts.setdefault(alias, _milliseconds(time))
+        with self.outbox.lock:  # Another thread must not queue an operation of the run before its creation.
             if parent is not None:
                 self._require(parent)
-
-            def create(client: MlflowClient) -> None:
-                self._create(client, alias, name, parent)
-
-            self._put(alias, "create", create)
-            if self._state["status"].get(alias) in ("FAILED", "KILLED"):
-                self._put(alias, "status/RUNNING", lambda client: self._set_status(client, alias, "RUNNING", None))
-            self._tags(alias, tags or {})
-            self._params(alias, params or {})
+            start = self._starts.setdefault(alias, _milliseconds(time))
+            self.outbox.put(alias, "create", lambda client: self._create(client, alias, name, parent, start))
+            if self.outbox.state["status"].get(alias) in ("FAILED", "KILLED"):
+                self.outbox.put(
+                    alias, "status/RUNNING", lambda client: self._set_status(client, alias, "RUNNING", None)
+                )
+        entries = [RunTag(k, text_of(v)[:TAG_LENGTH]) for k, v in sorted((tags or {}).items()) if v is not None]
+        for tag_slice in _slices(entries, ENTRIES_AT_ONCE):
+            self._put_batch(alias, f"tags/{_digest([[t.key, t.value] for t in tag_slice])}", tags=tag_slice)
+        values = [Param(k, text_of(v)[:PARAM_LENGTH]) for k, v in sorted((params or {}).items())]
+        for param_slice in _slices(values, ENTRIES_AT_ONCE):
+            self._put_batch(alias, f"params/{_digest([[p.key, p.value] for p in param_slice])}", params=param_slice)
 
     def history(self, alias: str, epoch: int, read: Callable[[], Mapping[str, Any]]) -> None:
         """Publish the steps of one epoch as metrics ``train/...``, and its ``validation/...``.
 
         Args:
-            read: returns the record of the epoch (a ``history/epoch-*.json``). It is called when the epoch is sent, so that
-                epochs that wait take no memory.
+            alias: of the run.
+            epoch: number of the epoch.
+            read: returns the record of the epoch (a ``history/epoch-*.json``). It is called when
+                the epoch is sent, so that epochs that wait take no memory.
         """
-        with self._changed:
-            self._require(alias)
-
-            def send(client: MlflowClient) -> None:
-                self._log_metrics(client, alias, _epoch_metrics(read()))
-
-            self._put(alias, f"history/{epoch}", send)
+        self._require(alias)
+        self.outbox.put(
+            alias, f"history/{epoch}", lambda client: self._log_metrics(client, alias, _epoch_metrics(read()))
+        )
 
     def metrics(
         self, alias: str, values: Mapping[str, float | None], *, step: int = 0, time: float | None = None
     ) -> None:
-        """Metrics at one step; None is left out. ``time``: unix seconds; when the run began if None, which repeats."""
-        with self._changed:
-            self._require(alias)
-            at = self._starts[alias] if time is None else _milliseconds(time)
-            metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
-            self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics)
+        """Publish metrics at one step.
+
+        Args:
+            alias: of the run.
+            values: None is left out.
+            step: of all these metrics.
+            time: unix seconds. None: when the run began, so that the same metrics sent again add
+                nothing.
+        """
+        self._require(alias)
+        at = self._starts[alias] if time is None else _milliseconds(time)
+        metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
+        self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics)
 
     def curve(self, alias: str, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
-        """One metric over many steps."""
-        with self._changed:
-            self._require(alias)
-            at = self._starts[alias]
-            metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
-            self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
+        """Publish one metric over many steps."""
+        self._require(alias)
+        at = self._starts[alias]
+        metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
+        self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
 
     def dataset(
         self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int | None = None
     ) -> None:
-        """A data set that the run read, with its hash. ``context``: training, validation or test."""
-        with self._changed:
-            self._require(alias)
-            data = Dataset(
-                name=name,
-                digest=digest[:36],  # mlflow's limit
-                source_type="storage",
-                source=json.dumps({"uri": source}),
-                profile=None if rows is None else json.dumps({"num_rows": rows}),
-            )
-            entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+        """Publish a data set that the run read.
 
-            def send(client: MlflowClient) -> None:
-                client.log_inputs(self._id(alias), datasets=[entry])
-
-            self._put(alias, f"dataset/{context}/{_digest([name, digest, source, rows])}", send)
+        Args:
+            alias: of the run.
+            name: of the data set.
+            digest: hash of its content.
+            source: URI that it was read from.
+            context: training, validation or test.
+            rows: number of images, if known.
+        """
+        self._require(alias)
+        data = Dataset(
+            name=name,
+            digest=digest[:DIGEST_LENGTH],
+            source_type="storage",
+            source=json.dumps({"uri": source}),
+            profile=None if rows is None else json.dumps({"num_rows": rows}),
+        )
+        entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+        self.outbox.put(
+            alias,
+            f"dataset/{context}/{_digest([name, digest, source, rows])}",
+            lambda client: client.log_inputs(self.outbox.run_id(alias), datasets=[entry]),
+        )
 
     def artifact(self, alias: str, storage: Storage, name: str, artifact_path: str = "") -> None:
-        """A file of a storage as an artifact, under its own name in the artifact directory ``artifact_path``.
+        """Publish a file under its own name in the artifact directory ``artifact_path``.
 
         Raises:
             StorageError: there is no such file.
         """
-        with self._changed:
-            self._require(alias)
-            digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
+        self._require(alias)
+        digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
 
-            def send(client: MlflowClient) -> None:
-                if storage.is_local:
-                    self._upload(client, alias, Path(storage.path(name)), artifact_path)
-                else:
-                    self._upload_bytes(client, alias, Path(name).name, storage.read_bytes(name), artifact_path)
+        def send(client: MlflowClient) -> None:
+            with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
+                path = Path(storage.path(name)) if storage.is_local else Path(directory) / Path(name).name
+                if not storage.is_local:
+                    path.write_bytes(storage.read_bytes(name))
+                with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+                    client.log_artifact(self.outbox.run_id(alias), str(path), artifact_path or None)
 
-            self._put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
+        self.outbox.put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
 
     def register_model(
-        self,
-        alias: str,
-        module: nn.Module,
-        example_input: np.ndarray,
-        name: str,
-        *,
-        metadata: Mapping[str, Any] | None = None,
-        version_alias: str = "newest",
-        own_alias: str = "",
-        concluded: float | None = None,
-        tags: Mapping[str, Any] | None = None,
+        self, alias: str, module: nn.Module, example_input: np.ndarray, name: str, **options: Any
     ) -> None:
-        """A network as a logged model of the run and as a version of the registered model ``name``.
-
-        ``mlflow.pytorch.load_model("models:/NAME@newest")`` gives the module back, with ``eval()`` and gradients. That takes
-        MLflow's pickle format (and so trust in who wrote it): its pt2 format comes back as a graph on which ``eval()`` raises.
-        Attacks do not use either; they rebuild the network from ``classifier.safetensors`` and ``model.json``, which
-        :func:`publish_run` logs beside it.
+        """Publish a network as a logged model of the run and as a version of a registered model.
 
         Args:
-            example_input: a batch of images, float32 [B,C,H,W]; gives the signature.
-            metadata: JSON types, kept in the model's MLmodel file.
-            version_alias: registry alias that is moved to this version.
-            own_alias: another one, which nothing else moves.
-            concluded: when it was found to be the best (unix seconds). ``version_alias`` stays where it is if it stands for what
-                was concluded later; without, it is moved whenever other weights are registered.
-            tags: of the version.
+            alias: of the run.
+            module: the network.
+            example_input: a batch of images, float32 [B,C,H,W], for the signature.
+            name: of the registered model.
+            options: further fields of :class:`Registration`.
         """
-        with self._changed:
-            self._require(alias)
-            weights = _weights_digest(module)
-            name = re.sub("[/:]", "_", name)  # no name of a registered model holds them
-            said = {**(tags or {}), **({} if concluded is None else {"concluded": concluded})}
-            done: dict[str, str] = {}  # what a first try already made, so that a second one does not make it again
+        self._require(alias)
+        registration = Registration(module, example_input, name, **options)
+        self.outbox.put(alias, registration.key, lambda client: registration.send(client, self.outbox, alias))
 
-            def send(client: MlflowClient) -> None:
-                run_id = self._id(alias)
-                # no filter by name: MLflow's filters have no escape for quotes
-                made = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.name == name]
-                version = next((v.version for v in made if v.tags.get("weights") == weights), None)
-                if version is None:
-                    model_id = self._log_model(client, run_id, module, example_input, name, dict(metadata or {}), done)
-                    with contextlib.suppress(MlflowException):  # it is there
-                        client.create_registered_model(name)
-                    own = {"weights": weights, "alias": alias}
-                    source = f"models:/{model_id}"
-                    with global_uri(self.uri):  # with a database the logged model is looked up by that
-                        version = client.create_model_version(name, source, run_id, own, model_id=model_id).version
-                for key, value in said.items():
-                    client.set_model_version_tag(name, version, key, _text(value))
-                if own_alias:
-                    client.set_registered_model_alias(name, own_alias, version)
-                self._point(client, name, version_alias, str(version), concluded)
-
-            # a later conclusion may be the same weights again
-            self._put(
-                alias,
-                f"register/{name}/{version_alias}/{weights}" + ("" if concluded is None else f"/{concluded}"),
-                send,
-            )
+    # -- end of runs ------------------------------------------------------------------------------
 
     def finish(self, alias: str, status: str = "FINISHED", *, time: float | None = None) -> None:
-        """End a run: FINISHED, FAILED or KILLED. A later :meth:`start` continues one that did not end well."""
-        with self._changed:
-            self._require(alias)
-            if self.has_ended(alias, status) and not self._queued(alias, "status/"):
-                return
-            end = _milliseconds(time)
+        """End a run as FINISHED, FAILED or KILLED. A later :meth:`start` continues the last two."""
+        self._require(alias)
+        end = _milliseconds(time)
 
-            def send(client: MlflowClient) -> None:
-                # The first connection forgets the status of a run that MLflow no longer has.
-                if self._state["status"].get(alias) != status:
-                    self._set_status(client, alias, status, end)
+        def send(client: MlflowClient) -> None:
+            # The first connection forgets the status of a run that MLflow no longer has.
+            if self.outbox.state["status"].get(alias) != status:
+                self._set_status(client, alias, status, end)
 
-            self._put(alias, f"status/{status}", send)
+        with self.outbox.lock:
+            if not self.has_ended(alias, status) or self.outbox.is_waiting(f"{alias}|status/"):
+                self.outbox.put(alias, f"status/{status}", send)
 
     def has_ended(self, alias: str, status: str) -> bool:
-        """Whether a run is published as ended like that, so that nothing of it need be read again."""
-        with self._changed:
-            return self._client is not None and self._state["status"].get(alias) == status
-
-    def run_id(self, alias: str = "run") -> str | None:
-        """MLflow's id of a run; None while it could not be made."""
-        run = self._state["runs"].get(alias)
-        return run["id"] if run else None
-
-    @property
-    def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None before the first answer of the server."""
-        experiment_id: str | None = self._state["experiment"]
-        return experiment_id
-
-    @property
-    def pending(self) -> int:
-        """How many operations wait for the server."""
-        return len(self._queue)
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether so much waits that a caller had better leave out what can be read from records later."""
-        return len(self._queue) > BEHIND
-
-    @contextlib.contextmanager
-    def excused(self, what: str) -> Iterator[None]:
-        """Go on where a part of the records cannot be read. It counts as not published until it could be."""
-        try:
-            yield
-        except Exception as e:  # publication never ends a run that took hours
-            with self._changed:
-                self._reject(what, f"MLflow: {what} not published", e)
-        else:
-            with self._changed:
-                self._rejected.pop(what, None)
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until all is sent, or nothing could be sent for ``timeout_s``. Return whether all is sent."""
-        begin = clock.monotonic()
-        with self._changed:
-            self._waiters += 1
-            self._changed.notify_all()  # an outage is not waited out now
-            try:
-                while self._queue and (left := max(begin, self._sent_at) + timeout_s - clock.monotonic()) > 0:
-                    self._changed.wait_for(lambda: not self._queue, left)
-            finally:
-                self._waiters -= 1
-            done = not self._queue
-        self._save(force=True)
-        return done
-
-    def flush(self, timeout_s: float = 30.0) -> bool:
-        """Send what waits until nothing could be sent for ``timeout_s``, and say how it ended. Return whether all is published."""
-        self.wait(timeout_s)
-        with self._changed:
-            missing = len({operation.key for operation in self._queue} | set(self._rejected))
-        if not missing:
-            self._echo(f"MLflow: all published to {without_password(self.uri)}")
-            return True
-        self._echo(
-            f"MLflow: {missing} operations not published to {without_password(self.uri)}; records are safe under "
-            f"{self.storage.uri}; run the same command or `report` again to publish"
-        )
-        return False
+        """Return whether a run is published with this status, and its records need not be read."""
+        with self.outbox.lock:
+            return self.outbox.is_connected and self.outbox.state["status"].get(alias) == status
 
     def conclude(self, timeout_s: float = 30.0) -> bool:
-        """Send what waits at the end of a run; see :meth:`flush`. Its runs end as FINISHED even if the rest has to wait."""
+        """Flush at the end of a run. Its MLflow runs are FINISHED even if the rest has to wait.
+
+        Returns:
+            Whether all is published.
+        """
         published = self.flush(timeout_s)
         if not published:
             self.stop("FINISHED")
         return published
 
     def stop_for(self, error: BaseException, *, complete: bool) -> None:
-        """End the run for what stopped it: KILLED at once by an interruption, FAILED after the rest is sent.
+        """End the run as KILLED at once after an interruption, else as FAILED after a flush.
 
         Args:
-            complete: all records are written, so that only their publication was stopped. The run is FINISHED then.
+            error: what stopped the run.
+            complete: all records are written, so that only their publication was stopped. The run
+                is FINISHED then.
         """
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         if not interrupted:
@@ -407,316 +257,105 @@ class Tracker:
         self.stop("FINISHED" if complete else "KILLED" if interrupted else "FAILED")
 
     def stop(self, status: str, timeout_s: float = 2.0) -> None:
-        """End the run and its open children, in about ``timeout_s`` even where MLflow hangs.
+        """End the run and its open children, in about ``timeout_s`` even if MLflow hangs.
 
-        Nothing else is sent from then on; a later command publishes it, and continues these runs.
+        Nothing else is sent from then on. A later command publishes it and continues these runs.
 
         Args:
-            status: FINISHED, FAILED or KILLED. Children of a run that did not finish are KILLED.
+            status: FINISHED, FAILED or KILLED. Children of a run that failed are KILLED.
+            timeout_s: seconds.
         """
         deadline = clock.monotonic() + timeout_s
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-            # the run that is being made now would stay open
-            self._changed.wait_for(lambda: self._sender is None, timeout_s / 2)
+        self.outbox.halt(timeout_s / 2)  # A run that is being created now would stay open.
+        state = self.outbox.state
 
         def close() -> None:
-            client, end = self._connect(), _milliseconds(None)
-            for alias in sorted(self._state["runs"], key=lambda alias: alias != "run"):
-                if self._state["status"].get(alias) not in ENDED:
-                    self._set_status(client, alias, "KILLED" if status == "FAILED" and alias != "run" else status, end)
-            self._unsaved = True
-            self._save(force=True)
+            client, end = self.outbox.connect(), _milliseconds(None)
+            for alias in sorted(state["runs"], key=lambda alias: alias != "run"):
+                if state["status"].get(alias) not in ENDED:
+                    child_failed = status == "FAILED" and alias != "run"
+                    self._set_status(client, alias, "KILLED" if child_failed else status, end)
+            self.outbox.save()
 
-        if not self._state["runs"]:
+        if not state["runs"]:
             return
         with http_limits(timeout=1, retries=0):
             error = error_within(max(0.5, deadline - clock.monotonic()), close)
         if error is not None:
-            self._echo(
-                f"MLflow at {without_password(self.uri)} could not be told that the run is {status} ({reason_of(error)})"
+            self.outbox.echo(
+                f"MLflow at {self.outbox.shown_uri} did not learn that the run is {status} ({reason_of(error)})"
             )
 
-    # -- queue -----------------------------------------------------------------------------------------------------------
+    # -- outbox -----------------------------------------------------------------------------------
+
+    def run_id(self, alias: str = "run") -> str | None:
+        """Return MLflow's id of a run, or None while it could not be created."""
+        run = self.outbox.state["runs"].get(alias)
+        return run["id"] if run else None
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment, or None before the first answer of the server."""
+        return self.outbox.state["experiment"]
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether many operations wait, so that a caller should omit what records hold anyway."""
+        return self.outbox.pending > BEHIND
+
+    def excused(self, what: str) -> AbstractContextManager[None]:
+        """Go on if the body fails to read records; see :meth:`Outbox.excused`."""
+        return self.outbox.excused(what)
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Send the rest until nothing moves for ``timeout_s``. Return whether all is published."""
+        return self.outbox.flush(timeout_s)
+
+    # -- requests ---------------------------------------------------------------------------------
 
     def _require(self, alias: str) -> None:
         if alias not in self._starts:
             raise ValueError(f"start({alias!r}, ...) comes first")
 
-    def _queued(self, alias: str, what: str) -> bool:
-        return any(key.startswith(f"{alias}|{what}") for key in self._waiting)
-
-    def _put(self, alias: str, what: str, send: Callable[[MlflowClient], None]) -> None:
-        key = f"{alias}|{what}"
-        if what.startswith("status/"):  # a status may come back; whether it is due is known to the caller
-            self._published.discard(key)
-        # before the first answer nobody knows whether the server still has what was published
-        if self._stopped or key in self._waiting or (self._client is not None and key in self._published):
-            return
-        self._waiting.add(key)
-        self._queue.append(_Operation(key, send))
-        if self._sender is None:
-            self._sender = threading.Thread(target=self._send_all, name="MLflow", daemon=True)
-            self._sender.start()
-        self._changed.notify_all()
-
-    def _send_all(self) -> None:
-        """Send what waits, in order. An operation stays in the queue until it is sent or refused."""
-        while True:
-            with self._changed:
-                if self._stopped or not self._queue:
-                    self._sender = None
-                    self._changed.notify_all()
-                    return
-                operation = self._queue[0]
-            failure = self._error_of(operation)
-            given_up = failure is not None and self._give_up(operation, failure)
-            with self._changed:
-                if failure is not None and not given_up:
-                    self._changed.wait_for(lambda: self._stopped or self._waiters, RETRY_SECONDS)
-                    self._changed.wait_for(lambda: self._stopped, 0.5)
-                    continue
-                if failure is None:
-                    self._published.add(operation.key)
-                    self._rejected.pop(operation.key, None)
-                    self._unsaved = True
-                else:
-                    self._reject(operation.key, f"MLflow refused {operation.key.replace('|', ': ')}", failure)
-                self._queue.popleft()
-                self._sent_at = clock.monotonic()
-                self._waiting.discard(operation.key)
-                if self._outage:
-                    self._outage = False
-                    self._echo(f"MLflow at {without_password(self.uri)} answers again")
-                if not self._queue:
-                    self._changed.notify_all()
-            self._save()
-
-    def _error_of(self, operation: _Operation) -> Exception | None:
-        try:
-            client = self._connect()
-            if operation.key not in self._published:
-                operation.send(client)
-        except Exception as e:  # tracking never ends a run that took hours
-            return e
-        return None
-
-    def _reject(self, key: str, what: str, error: Exception) -> None:
-        """Remember what is not published. One reason is said once, for whatever files it names."""
-        reason = reason_of(error)
-        kind = re.sub(r"\S*/\S*", "", reason)
-        if kind not in self._rejected.values():
-            self._echo(f"{what}: {reason}")
-        self._rejected[key] = kind
-
-    def _give_up(self, operation: _Operation, error: Exception) -> bool:
-        """Whether the operation itself is at fault, so that it must not hold up those behind it."""
-        if isinstance(error, UserError | KeyError | ImportError):
-            return (
-                True  # its file cannot be read, the run it belongs to was refused, or the library of a store is missing
-            )
-        status = status_of(error)
-        if status in (400, 404, 405, 409, 413, 422):
-            return True
-        # 503 is also what mlflow makes of a locked database; a password may be mended while the run goes on
-        if status not in (401, 403, 408, 429, 502, 503, 504) and self._answers():
-            operation.failures += 1
-            return operation.failures >= ATTEMPTS
-        if not self._outage:
-            self._outage = True
-            self._echo(
-                f"MLflow at {without_password(self.uri)} cannot be used ({reason_of(error)}); the run goes on, "
-                "its records are kept and published when it answers again"
-            )
-        return False
-
-    def _answers(self) -> bool:
-        try:
-            with http_limits(timeout=4, retries=0):
-                (self._client or MlflowClient(tracking_uri=self.uri)).search_experiments(max_results=1)
-        except Exception:
-            return False
-        return True
-
-    def _connect(self) -> MlflowClient:
-        if self._client is not None:
-            return self._client
-        client = connect(self.uri)
-        experiment_id = experiment_of(client, self.experiment, self.artifact_root).experiment_id
-        if self._state["runs"] and not _all_there(client, self._state, experiment_id):
-            self._echo(
-                f"MLflow at {without_password(self.uri)}, experiment {self.experiment}, no longer has what was published "
-                "there; publishing it again"
-            )
-            with self._changed:
-                self._state.update(_new_state())
-                self._published.clear()
-        with self._changed:
-            self._state["experiment"] = experiment_id
-            self._client = client
-        return client
-
-    # -- sending ---------------------------------------------------------------------------------------------------------
-
-    def _id(self, alias: str) -> str:
-        run_id: str = self._state["runs"][alias]["id"]
-        return run_id
-
-    def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None) -> None:
-        # the answer to an earlier try may have been lost: such a run is found by its key
-        key = f"{self._file['token']}/{quote(alias, safe=UNQUOTED)}"  # MLflow's filters have no escape for quotes
-        experiment_id = self._state["experiment"]
-        found = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
-        if found:
-            run_id = found[0].info.run_id
+    def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None, start: int) -> None:
+        # The answer to an earlier try may have been lost, so a run has a key by which it is found
+        # again.
+        key = f"{self.outbox.token}/{quote(alias, safe=UNQUOTED)}"  # MLflow's filters have no escape for quotes.
+        experiment_id = str(self.outbox.state["experiment"])
+        runs = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
+        if runs:
+            run_id = runs[0].info.run_id
         else:
-            if not self._saved_at:  # the key must outlive this process before a run carries it
-                self._unsaved = True
-                self._save(force=True)
+            if not self.outbox.is_saved:
+                # Persist the key before creating the run, so that a restarted process can find the
+                # run by it.
+                self.outbox.save()
             tags = {"defendpp_key": key, "mlflow.user": _user(), "mlflow.source.name": "pipeline/main.py"}
             if parent is not None:
-                tags["mlflow.parentRunId"] = self._id(parent)
-            run_id = client.create_run(experiment_id, self._starts[alias], tags, name).info.run_id
-        with self._changed:
-            self._state["runs"][alias] = {"id": run_id, "start": self._starts[alias]}
+                tags["mlflow.parentRunId"] = self.outbox.run_id(parent)
+            run_id = client.create_run(experiment_id, start, tags, name).info.run_id
+        with self.outbox.lock:
+            self.outbox.state["runs"][alias] = {"id": run_id, "start": start}
 
-    def _tags(self, alias: str, tags: Mapping[str, Any]) -> None:
-        entries = [RunTag(k, _text(v)[:5000]) for k, v in sorted(tags.items()) if v is not None]
-        for part in _slices(entries, 100):
-
-            def send(client: MlflowClient, part: list[RunTag] = part) -> None:
-                client.log_batch(self._id(alias), tags=part)
-
-            self._put(alias, f"tags/{_digest([[t.key, t.value] for t in part])}", send)
-
-    def _params(self, alias: str, params: Mapping[str, Any]) -> None:
-        entries = [Param(k, _text(v)[:6000]) for k, v in sorted(params.items())]
-        for part in _slices(entries, 100):
-
-            def send(client: MlflowClient, part: list[Param] = part) -> None:
-                client.log_batch(self._id(alias), params=part)
-
-            self._put(alias, f"params/{_digest([[p.key, p.value] for p in part])}", send)
+    def _put_batch(self, alias: str, what: str, **entries: Any) -> None:
+        self.outbox.put(alias, what, lambda client: client.log_batch(self.outbox.run_id(alias), **entries))
 
     def _put_metrics(self, alias: str, what: str, metrics: list[Metric]) -> None:
-        self._put(alias, what, lambda client: self._log_metrics(client, alias, metrics))
+        self.outbox.put(alias, what, lambda client: self._log_metrics(client, alias, metrics))
 
     def _log_metrics(self, client: MlflowClient, alias: str, metrics: list[Metric]) -> None:
-        # the same metric at the same step and time is one row in MLflow: sending it again changes nothing
-        for part in _slices(metrics, BATCH):
-            client.log_batch(self._id(alias), metrics=part)
-
-    def _upload(self, client: MlflowClient, alias: str, path: Path, artifact_path: str) -> None:
-        with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-            client.log_artifact(self._id(alias), str(path), artifact_path or None)
-
-    def _upload_bytes(self, client: MlflowClient, alias: str, name: str, data: bytes, artifact_path: str) -> None:
-        with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
-            path = Path(directory) / name
-            path.write_bytes(data)
-            self._upload(client, alias, path, artifact_path)
+        # The same metric at the same step and time is one row in MLflow, so sending it again
+        # changes nothing.
+        for part in _slices(metrics, METRICS_AT_ONCE):
+            client.log_batch(self.outbox.run_id(alias), metrics=part)
 
     def _set_status(self, client: MlflowClient, alias: str, status: str, end: int | None) -> None:
         if status == "RUNNING":
-            client.update_run(self._id(alias), status=status)
+            client.update_run(self.outbox.run_id(alias), status=status)
         else:
-            client.set_terminated(self._id(alias), status, end)
-        with self._changed:
-            self._state["status"][alias] = status
-
-    def _point(self, client: MlflowClient, name: str, alias: str, version: str, concluded: float | None) -> None:
-        """Move a registry alias to a version, unless it stands for what was concluded later."""
-        held = client.get_registered_model(name).aliases.get(alias)
-        if concluded is not None and held is not None and str(held) != version:
-            holder = client.get_model_version(name, str(held)).tags
-            whose = f"version {held}, which {holder.get('sweep') or holder.get('alias', 'another run')} chose"
-            if float(holder.get("concluded", "-inf")) > concluded:
-                self._echo(f"MLflow: {name}@{alias} stays with {whose} later")
-                return
-            self._echo(f"MLflow: {name}@{alias} is now version {version}; before, {whose}")
-        client.set_registered_model_alias(name, alias, version)
-
-    def _log_model(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        module: nn.Module,
-        example_input: np.ndarray,
-        name: str,
-        metadata: dict[str, Any],
-        done: dict[str, str],
-    ) -> str:
-        import copy
-
-        import mlflow.pytorch
-        import torch
-        from mlflow.models import Model, infer_signature
-
-        if "id" not in done:
-            plain = re.sub("""[/:.%"']""", "_", name)  # a logged model's name may hold less than a registered one's
-            logged = client.create_logged_model(self._state["experiment"], plain, run_id, model_type="classifier")
-            done.update(id=logged.model_id, location=logged.artifact_location)
-        model_id = done["id"]
-        if "uploaded" not in done:
-            module = copy.deepcopy(module).cpu().eval()
-            with torch.no_grad():
-                output = module(torch.from_numpy(example_input)).numpy()
-            card = Model(done["location"], run_id, model_uuid=model_id, metadata=metadata or None, model_id=model_id)
-            with tempfile.TemporaryDirectory(prefix="defendpp-") as directory, _quiet("mlflow.pytorch"):
-                mlflow.pytorch.save_model(
-                    module,
-                    f"{directory}/model",
-                    mlflow_model=card,
-                    signature=infer_signature(example_input, output),
-                    serialization_format="pickle",  # _quiet is for the warning that mlflow logs of it
-                    code_paths=[str(provenance.ROOT / "components")],
-                    # given, since mlflow would otherwise find them out by loading the model in another process
-                    pip_requirements=[
-                        f"torch=={torch.__version__.split('+')[0]}",
-                        "torchvision",
-                        "numpy",
-                        "cloudpickle",
-                    ],
-                )
-                with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-                    client.log_model_artifacts(model_id, f"{directory}/model")
-            done["uploaded"] = "yes"
-        client.finalize_logged_model(model_id, "READY")
-        if "output" not in done:
-            client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
-            done["output"] = "yes"
-        return model_id
-
-    # -- tracking.json ---------------------------------------------------------------------------------------------------
-
-    def _load(self) -> dict[str, Any]:
-        try:
-            if not self.storage.exists("tracking.json"):
-                return _new_file()
-            found = self.storage.read_json("tracking.json")
-            if isinstance(found, dict) and found.get("schema") == 1:
-                return found
-            reason = "its schema is another one"
-        except (StorageError, OSError) as e:
-            reason = str(e)
-        self._echo(f"{self.storage.uri}/tracking.json cannot be used ({reason}); publishing into new MLflow runs")
-        return _new_file()
-
-    def _save(self, *, force: bool = False) -> None:
-        # One at a time: an older text never replaces a newer one, and a caller returns when its state is on storage.
-        with self._saving:
-            with self._changed:
-                if not (self._unsaved and (force or clock.monotonic() - self._saved_at > 2.0)):
-                    return
-                self._state["published"] = sorted(self._published)
-                text = json.dumps(self._file, indent=1, sort_keys=True)
-                self._unsaved, self._saved_at = False, clock.monotonic()
-            try:
-                self.storage.write_bytes("tracking.json", text.encode())
-            except (StorageError, OSError) as e:
-                self._unsaved = True
-                self._echo(f"MLflow's bookkeeping could not be kept: {e}")
+            client.set_terminated(self.outbox.run_id(alias), status, end)
+        with self.outbox.lock:
+            self.outbox.state["status"][alias] = status
 
 
 def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
@@ -736,37 +375,6 @@ def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
     return metrics
 
 
-def _new_file() -> dict[str, Any]:
-    return {"schema": 1, "token": secrets.token_hex(8), "uris": {}}
-
-
-def _new_state() -> dict[str, Any]:
-    return {"experiment": None, "runs": {}, "published": [], "status": {}}
-
-
-def _all_there(client: MlflowClient, state: Mapping[str, Any], experiment_id: str) -> bool:
-    """Whether the runs remembered are those of this server: it may have been emptied, or its runs deleted."""
-    run = state["runs"].get("run") or next(iter(state["runs"].values()))
-    try:
-        info = client.get_run(run["id"]).info
-    except MlflowException as e:
-        if status_of(e) == 404:
-            return False
-        raise
-    return bool(info.lifecycle_stage == "active" and info.experiment_id == experiment_id)
-
-
-def _weights_digest(module: nn.Module) -> str:
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        # NumPy has no bfloat16 and no float8, so the bytes are read as integers.
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _milliseconds(time: float | None) -> int:
     return round(1000 * (clock.time() if time is None else time))
 
@@ -775,28 +383,13 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _slices(entries: list[Any], size: int) -> Iterator[list[Any]]:
+def _slices(entries: Sequence[T], size: int) -> Iterator[list[T]]:
     for begin in range(0, len(entries), size):
-        yield entries[begin : begin + size]
+        yield list(entries[begin : begin + size])
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # A container's user may have no name.
         return "unknown"
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    log = logging.getLogger(logger)
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(before)

@@ -1,4 +1,4 @@
-"""Which MLflow a run is published to: its address, and the file of an SQLite database. Imports no mlflow."""
+"""The address of a run's MLflow, and the file of an SQLite database. Imports no mlflow."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from urllib.parse import unquote, urlsplit
 
 from components.errors import ConfigError, UserError
 from pipeline.runtime.redaction import without_password
-from pipeline.runtime.storage import Storage
+from pipeline.runtime.storage import Storage, link_anew
 
 OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 60.0
-"""How long another process may hold the lock of a database file before this one goes on without it."""
-FILLED = {"alembic_version", "experiments", "workspaces"}
-"""Tables that hold something in a new database. Its only experiment is number 0, the default."""
+"""How long to wait for another process's lock of a database file before going on without it."""
+TABLES_WITH_ROWS = {"alembic_version", "experiments", "workspaces"}
+"""Tables that are not empty in a new database. Its only experiment is number 0, the default."""
 
 
 def resolve(option: str, storage: Storage) -> tuple[str, str]:
-    """Return the tracking URI of a run and what names it: the option, MLflow's variable, or "" for the storage's database.
+    """Return the tracking URI of a run, and the option or variable that it comes from.
+
+    Args:
+        option: value of ``--tracking-uri``, or "".
+        storage: its ``mlflow.db`` is the default.
+
+    Returns:
+        The URI, and :data:`OPTION`, :data:`VARIABLE` or "" for the default.
 
     Raises:
-        UserError: nothing names one, and the storage is not on this machine, where SQLite cannot go.
+        UserError: neither names a URI, and the storage is not on this machine, as SQLite requires.
     """
     if option:
         return option, OPTION
@@ -40,31 +47,33 @@ def resolve(option: str, storage: Storage) -> tuple[str, str]:
     if not storage.is_local:
         raise UserError(
             f"storage {storage.uri} is not on this machine, so MLflow cannot keep its database there: "
-            "give a server with --tracking-uri http://HOST:PORT, or a local file with --tracking-uri sqlite:////absolute/path/mlflow.db"
+            "give a server with --tracking-uri http://HOST:PORT, or a local file with "
+            "--tracking-uri sqlite:////absolute/path/mlflow.db"
         )
     return sqlite_uri(storage.local_root / "mlflow.db"), ""
 
 
 def default_uri(storage: Storage) -> str:
-    """Return the tracking URI where no option names one; see :func:`resolve`."""
+    """Return the tracking URI of a run without ``--tracking-uri``; see :func:`resolve`."""
     return resolve("", storage)[0]
 
 
 def sqlite_uri(path: Path) -> str:
-    """Return the URI of a database file. Only the characters with a meaning in SQLAlchemy's URLs are quoted."""
+    """Return the URI of a database file, with the characters quoted that SQLAlchemy interprets."""
     return "sqlite:///" + str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def sqlite_path(uri: str) -> Path:
-    """Return the file that an SQLite URI names."""
+    """Return the database file of an SQLite URI."""
     return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 def check_address(uri: str, named_by: str = "") -> None:
-    """Refuse a text that cannot be the address of an MLflow, without asking anybody.
+    """Refuse a text that cannot be the address of an MLflow. No server is asked.
 
     Args:
-        named_by: the option or the variable that holds ``uri``.
+        uri: the text.
+        named_by: the option or the variable that it comes from, for the message.
 
     Raises:
         ConfigError: the message says what is wrong with the text.
@@ -104,17 +113,17 @@ def check_address(uri: str, named_by: str = "") -> None:
 
 
 def _host(uri: str) -> str | None:
-    """Host of an HTTP address; None where the address cannot be read."""
+    """Return the host of an HTTP address, or None if the address is malformed."""
     try:
         parts = urlsplit(uri)
         return parts.hostname if parts.port != 0 else None
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # The port is no number, or half of an IPv6 address is missing.
         return None
 
 
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
-    """Return one line for a shell that opens the UI, on the page of this run where its id is known."""
-    # without the last part the UI opens on its pages for language models
+    """Return a line for a shell that opens the UI, on the page of a run if its id is known."""
+    # Without workflowType the UI opens its pages for language models.
     page = (
         f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if experiment_id and run_id else ""
     )
@@ -126,30 +135,34 @@ def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     if mlflow.startswith("../"):
         mlflow = str(beside)
     database = shlex.quote(without_password(uri))
-    # without job execution and with one worker: two processes instead of a dozen
+    # Job execution and more workers would start a dozen processes instead of two.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
         f"   # then open http://127.0.0.1:5000/{page}"
     )
 
 
-# -- the file of an SQLite database ------------------------------------------------------------------------------------------
+# -- the file of an SQLite database --------------------------------------------------------------
 
 
 def is_absent(path: Path) -> bool:
-    """Whether a database has to be made: there is no file, or an empty one that was opened and never written."""
+    """Return whether a database has to be created: its file is missing or empty."""
     return not path.exists() or path.stat().st_size == 0
 
 
 def place(path: Path, database: bytes) -> None:
-    """Give a new database its name, whole or not at all. A database that another process was quicker to make stays.
+    """Write a new database, whole or not at all, unless another process has written one.
+
+    Args:
+        path: of the database.
+        database: content of the file.
 
     Raises:
         OSError: the directory cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as alone:
-        if alone:
+    with _locked(path) as locked:
+        if locked:
             for half_written in path.parent.glob(f".{path.name}.*.tmp"):
                 half_written.unlink(missing_ok=True)
         if not is_absent(path):
@@ -162,23 +175,16 @@ def place(path: Path, database: bytes) -> None:
                 os.fsync(file.fileno())
             if path.exists() and is_absent(path):
                 path.unlink()
-            _link(temporary, path)
+            # Unlike a rename, a link never replaces another process's database, even if files
+            # cannot be locked.
+            with contextlib.suppress(FileExistsError):
+                link_anew(str(temporary), str(path))
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _link(temporary: Path, path: Path) -> None:
-    try:
-        # unlike a renaming, a link never replaces what another process made, also where files cannot be locked
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path)
-
-
 def put_aside(path: Path, inode: int) -> Path | None:
-    """Rename a broken database, unless another process has put a new one in its place. Returns the new name."""
+    """Rename a broken database and return its new name, or None if it was replaced meanwhile."""
     aside = path.with_name(f"{path.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     with _locked(path):
         if path.stat().st_ino != inode:
@@ -188,15 +194,15 @@ def put_aside(path: Path, inode: int) -> Path | None:
 
 
 def holds_nothing(path: Path) -> bool:
-    """Whether a file is a database of MLflow, whole or not, into which nobody has written anything."""
+    """Return whether a file is an MLflow database, whole or not, without runs and experiments."""
     try:
         with contextlib.closing(
             sqlite3.connect(f"file:{path.as_uri()[7:]}?mode=ro", uri=True, timeout=5)
         ) as connection:
             query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
             tables = {name for (name,) in connection.execute(query)}
-            full = {t for t in tables if connection.execute(f'SELECT 1 FROM "{t}" LIMIT 1').fetchone()}
-            if not ({"experiments", "runs"} <= tables and full <= FILLED):
+            filled = {t for t in tables if connection.execute(f'SELECT 1 FROM "{t}" LIMIT 1').fetchone()}
+            if not ({"experiments", "runs"} <= tables and filled <= TABLES_WITH_ROWS):
                 return False
             return connection.execute("SELECT 1 FROM experiments WHERE experiment_id <> 0").fetchone() is None
     except sqlite3.Error:
@@ -205,7 +211,7 @@ def holds_nothing(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock file of a database. Yields False where the file system has no locks, or its owner does not let go."""
+    """Hold the lock file of a database. Yield whether it could be locked within LOCK_SECONDS."""
     deadline = time.monotonic() + LOCK_SECONDS
     with path.with_name(f".{path.name}.lock").open("a") as file:
         while True:

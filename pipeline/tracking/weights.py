@@ -1,4 +1,4 @@
-"""Weights out of MLflow."""
+"""Weights from MLflow, by the name of a registered model or the path of a run's file."""
 
 from __future__ import annotations
 
@@ -14,38 +14,45 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from components.errors import UserError
 from pipeline.runtime.redaction import without_password
-from pipeline.tracking.server import connect, reason_of
-from pipeline.tracking.uri import (
-    check_address,
-)
+from pipeline.tracking.requests import reason_of
+from pipeline.tracking.server import connect
+from pipeline.tracking.uri import check_address
 
 
 def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
-    """A file of weights that MLflow keeps: its name there, and its bytes.
+    """Return a file of weights from MLflow.
 
     Args:
-        uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``, a registered model whose run holds one file of weights (as runs of
-            this project do); ``runs:/RUN_ID/PATH``, one file of a run.
+        tracking_uri: the MLflow server or database.
+        uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``, a registered model whose run has
+            one file of weights (as the runs of this project do); or ``runs:/RUN_ID/PATH``, a file
+            of a run.
+
+    Returns:
+        Its name, ``mlflow:runs:/RUN_ID/PATH``, and its content.
 
     Raises:
-        UserError: no such model or file, several files of weights to choose from, or MLflow cannot be reached.
+        UserError: there is no such model or file, the run has several files of weights, or MLflow
+            cannot be reached.
     """
     check_address(tracking_uri)
-    said = f"mlflow:{uri} at {without_password(tracking_uri)}"
     try:
         client = connect(tracking_uri)
-        run_id, path = _where(client, uri)
+        run_id, path = _locate(client, uri)
         with tempfile.TemporaryDirectory() as directory:
             file = mlflow.artifacts.download_artifacts(
                 run_id=run_id, artifact_path=path, dst_path=directory, tracking_uri=tracking_uri
             )
             return f"mlflow:runs:/{run_id}/{path}", Path(file).read_bytes()
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as e:
-        raise UserError(f"{said} cannot be had: {reason_of(e)}; check the name and --tracking-uri") from None
+        raise UserError(
+            f"mlflow:{uri} at {without_password(tracking_uri)} cannot be had: {reason_of(e)}; "
+            "check the name and --tracking-uri"
+        ) from None
 
 
-def _where(client: MlflowClient, uri: str) -> tuple[str, str]:
-    """Run and path of the file that ``uri`` names."""
+def _locate(client: MlflowClient, uri: str) -> tuple[str, str]:
+    """Return the run and the path of the file that ``uri`` names."""
     kind, _, rest = uri.partition(":/")
     if kind == "runs":
         run_id, _, path = rest.strip("/").partition("/")
@@ -56,20 +63,23 @@ def _where(client: MlflowClient, uri: str) -> tuple[str, str]:
         name, _, number = (name, "", "") if at else name.partition("/")
         if name and (alias or number):
             version = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
-            files = list(_weight_files(client, version.run_id))
-            bare = [f for f in files if f.endswith("classifier.safetensors")] or files
-            if len(bare) == 1:
-                return version.run_id, bare[0]
+            run_id = str(version.run_id)
+            files = list(_weight_files(client, run_id))
+            weights = [f for f in files if f.endswith("classifier.safetensors")] or files
+            if len(weights) == 1:
+                return run_id, weights[0]
             raise UserError(
-                f"mlflow:{uri}: run {version.run_id} holds {len(bare)} files of weights ({', '.join(bare) or 'no .safetensors, .pth or .pt'}); "
-                f"name one as mlflow:runs:/{version.run_id}/PATH"
+                f"mlflow:{uri}: run {run_id} holds {len(weights)} files of weights "
+                f"({', '.join(weights) or 'no .safetensors, .pth or .pt'}); name one as mlflow:runs:/{run_id}/PATH"
             )
     raise UserError(
-        f"mlflow:{uri} names no weights: give mlflow:models:/NAME@ALIAS, mlflow:models:/NAME/VERSION or mlflow:runs:/RUN_ID/PATH"
+        f"mlflow:{uri} names no weights: give mlflow:models:/NAME@ALIAS, mlflow:models:/NAME/VERSION "
+        "or mlflow:runs:/RUN_ID/PATH"
     )
 
 
 def _weight_files(client: MlflowClient, run_id: str, path: str | None = None) -> Iterator[str]:
+    """Yield the paths of a run's files of weights, those in folders included."""
     for entry in client.list_artifacts(run_id, path):
         if entry.is_dir:
             yield from _weight_files(client, run_id, entry.path)

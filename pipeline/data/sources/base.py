@@ -1,7 +1,8 @@
-"""Where images come from: the bundled sample, Hugging Face Parquet, an image folder, torchvision.
+"""What all sources of images have in common.
 
-A :class:`Source` is a small picklable description of the training or the test images of one data set. Nothing is decoded
-before :meth:`Source.read` asks for certain rows, so that every Ray task reads just the rows of its own shard.
+A :class:`Source` is a small picklable description of the training or the test images of a data set.
+:meth:`Source.read` decodes the rows that are asked for, so that a Ray task reads those of its
+shard.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from pipeline.data.splits import draw_order, split_indices
 from pipeline.runtime.user_files import first_names
 
 Split = Literal["train", "validation", "test"]
-"""The logical splits; train and validation are both taken out of the source's training images."""
+"""The logical splits. Train and validation are parts of the source's training images."""
 Batch = tuple[np.ndarray, np.ndarray]
 
 
 def split_rows(source: Source, split: Split) -> np.ndarray:
-    """Return the rows of an opened source that a logical split consists of, in the order in which they are stored.
+    """Return the rows of a split, in the order in which they are stored.
 
-    The training and the validation split keep the source's order, limited or not: training shuffles them anyway, and shards of
-    neighbouring rows read a large source once. The test split is in the order of the draw, limited or not: an evaluation of N
-    images takes the first N rows of the stored test set, so these must be a draw over the whole split. Its first chunks of
-    examples then are the same for every N.
+    The training and the validation split keep the source's order, limited or not: training shuffles
+    them anyway, and shards of neighbouring rows read a large source once. The test split is in the
+    order of the draw, limited or not: an evaluation of N images takes the first N rows of the
+    stored test set, so these must be a draw over the whole split. Its first chunks of examples then
+    are the same for every N.
 
     Args:
         source: the training images (for train and validation) or the test images.
@@ -57,8 +59,8 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
     return rows
 
 
-def _absolute(where: str, setting: str = "data.source") -> str:
-    """Ray's workers have another working directory: a relative path is resolved once, by whoever opens the source."""
+def absolute_path(where: str, setting: str = "data.source") -> str:
+    """Return a URI as it is, and a path as an absolute one, since Ray's workers run elsewhere."""
     path = where if "://" in where else os.path.abspath(os.path.expanduser(where))
     if not is_text(path):
         raise ConfigError.of(setting, path, "a path in UTF-8; rename the directory of the data, or link to it")
@@ -67,7 +69,7 @@ def _absolute(where: str, setting: str = "data.source") -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The training or the test images of a data set. Picklable; what it holds grows with files, not with pixels."""
+    """The training or the test images of a data set. Picklable, small: no pixels."""
 
     data: DataConfig
     split: SourceSplit
@@ -76,19 +78,20 @@ class Source:
     class_names: tuple[str, ...]
     """Names of labels 0..; the numbers themselves where the source has no names."""
     drawn: np.ndarray | None = field(default=None, compare=False, repr=False)
-    """Sorted int64 [num_rows]: numbers, in the whole split, of the rows that a limit has kept. None: no limit, all rows."""
+    """Sorted int64 [num_rows]: numbers, in the whole split, of the rows that a limit has kept.
+    None: no limit, all rows."""
 
     left_out: str = field(default="", compare=False)
     """Files of the split that are no images, in words; empty: none."""
 
     @property
     def place(self) -> str:
-        """What a message calls this source."""
+        """Name of this source in messages."""
         return f"{self.data.source} ({self.split})"
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) that changes when the source's images or labels may have changed; see each kind. Reads all files."""
+        """SHA-256 (hex) that changes if images or labels may have changed. Reads all files."""
         raise NotImplementedError
 
     @property
@@ -97,12 +100,12 @@ class Source:
         return np.arange(self.num_rows, dtype=np.int64) if self.drawn is None else self.drawn
 
     def limited(self, rows: int) -> Self:
-        """Return the same source with only ``rows`` of its images, drawn over all of them by ``data.subset_seed``."""
+        """Return this source with ``rows`` of its images, drawn by ``data.subset_seed``."""
         first = draw_order(self.numbers, self.data.subset_seed)[:rows]
         return dataclasses.replace(self, num_rows=rows, drawn=self.numbers[np.sort(first)])
 
     def describe(self) -> dict[str, Any]:
-        """JSON for a manifest or a report."""
+        """Return the source as JSON types, for a manifest or a report."""
         return {
             "source": self.data.source,
             "split": self.split,
@@ -111,17 +114,18 @@ class Source:
         }
 
     def labels(self) -> np.ndarray:
-        """Return the label of every row, int64 [num_rows], reading no image. Raises DataError where one is missing."""
+        """Return all labels, int64 [num_rows], without reading images. Raises DataError."""
         raise NotImplementedError
 
     def check_labels(self) -> np.ndarray:
-        """Check the number of classes and every label, reading no image.
+        """Check the number of classes and every label, without reading images.
 
         Returns:
             The labels, int64 [num_rows].
 
         Raises:
-            DataError: a label is missing or out of range (names file and row), or the source has names for more or fewer classes.
+            DataError: a label is missing or out of range (names file and row), or the source has
+                names for more or fewer classes.
         """
         self._check_class_count()
         labels = self.labels()
@@ -131,30 +135,36 @@ class Source:
         return labels
 
     def _unlabelled(self) -> str:
-        """Say that the split has no labels, as the test splits of some public data sets, and which other ones have some."""
-        return f"{self.place}: all {self.num_rows} labels are negative, which marks images without a label. Give labelled ones"
+        """Return the message for a split without labels, as some public test splits are."""
+        return (
+            f"{self.place}: all {self.num_rows} labels are negative, which marks images without a label. "
+            "Give labelled ones"
+        )
 
     def check_files(self) -> None:
-        """Check that every file can be read, where a look at its entry in the directory tells. Raises DataError."""
+        """Check every file by its entry in the directory, if it has one. Raises DataError."""
 
     def _row_place(self, position: int) -> str:
-        """Return what a message calls a row: its file and number."""
+        """Return the name of a row in messages: its file and number."""
         return f"{self.place} row {self.numbers[position]}"
 
     def _check_class_count(self) -> None:
-        """Refuse fewer classes, too: a label is a position, so with weights of more classes each would mean another class."""
+        """Refuse a wrong number of classes, also a smaller one.
+
+        A label is a position: with weights of more classes it would mean another class.
+        """
         named = len(self.class_names)
         if named != self.data.num_classes:
             raise DataError(
-                f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is {self.data.num_classes}; set "
-                f"data.num_classes={named} (weights of another number of classes then need train.replace_head), or give images of "
-                f"all {self.data.num_classes} classes: a label is a position in the list of classes, which is "
-                + first_names(self.class_names)
+                f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is "
+                f"{self.data.num_classes}; set data.num_classes={named} (weights of another number of classes then "
+                f"need train.replace_head), or give images of all {self.data.num_classes} classes: a label is a "
+                "position in the list of classes, which is " + first_names(self.class_names)
             )
 
     @property
     def _classes_place(self) -> str:
-        """Return what a message calls the place that names the classes."""
+        """Name, in messages, of the place that names the classes."""
         return self.place
 
     _classes_kind: ClassVar[str] = "named classes"
@@ -169,7 +179,8 @@ class Source:
             images uint8 [n,C,H,W] in 0..255 and labels int64 [n], in the order of ``indices``.
 
         Raises:
-            DataError: an image is truncated, of another size or cannot be decoded, or a label is out of range; names file and row.
+            DataError: an image is truncated, of another size or cannot be decoded, or a label is
+                out of range; names file and row.
         """
         indices = np.asarray(indices, np.int64)
         if len(indices) and (indices[0] < 0 or indices[-1] >= self.num_rows or (np.diff(indices) < 0).any()):
@@ -181,16 +192,19 @@ class Source:
         return images, labels
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        """Fill ``images`` and ``labels`` with the rows at sorted positions ``indices`` (of :attr:`numbers`)."""
+        """Fill ``images`` and ``labels`` with the rows at the sorted positions ``indices``."""
         raise NotImplementedError
 
     def _check_label_range(self, labels: np.ndarray, where: Callable[[int], str]) -> None:
-        """``where(i)`` says in which file and row ``labels[i]`` is."""
+        """Refuse a label out of range. ``where(i)`` returns the file and row of ``labels[i]``."""
         bad = np.flatnonzero((labels < 0) | (labels >= self.data.num_classes))
         if not len(bad):
             return
         label = labels[bad[0]]
         remedy = "set data.num_classes to this data set's number of classes, or repair the label"
         if label < 0:
-            remedy = f"{(labels < 0).sum()} of {len(labels)} labels are negative, which marks images without a label; give labelled ones"
+            remedy = (
+                f"{(labels < 0).sum()} of {len(labels)} labels are negative, which marks images without a label; "
+                "give labelled ones"
+            )
         raise DataError(f"{where(int(bad[0]))}: label {label} is not in 0..{self.data.num_classes - 1}; {remedy}")

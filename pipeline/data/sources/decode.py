@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -13,35 +12,39 @@ from components.errors import DataError
 from pipeline.runtime.user_files import LFS_POINTER, reason
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-"""PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so they are refused."""
+"""PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so
+they are refused."""
 _MAX_PIXELS = 1 << 28
-"""Pixels of a resized image before its centre is cut out. A strip of 1x60000 would take gigabytes."""
+"""Pixels of a resized image before its centre is cut out. A strip of 1x60000 would take
+gigabytes."""
 
 
-def decode(data: DataConfig, encoded: bytes, where: Callable[[], str], out: np.ndarray) -> None:
+def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> None:
     """Decode an image file into ``out`` uint8 [C,H,W], converted to 1 or 3 channels.
 
-    As torchvision's folders do: transparency is dropped, an animation is its first frame, and EXIF's orientation is ignored.
+    As torchvision's folders do: transparency is dropped, an animation is its first frame, and
+    EXIF's orientation is ignored.
 
     Args:
         data: says the size, the channels and whether the image may be resized.
         encoded: the content of the file.
-        where: returns what a message calls the image.
+        where: the image's name in messages.
 
     Raises:
-        DataError: the image cannot be decoded, or is of another size or of more than 8 bits per channel.
+        DataError: the image cannot be decoded, or is of another size or of more than 8 bits per
+            channel.
     """
     size = data.image_size
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.mode not in _MODES:
                 raise DataError(
-                    f"{where()}: images of PIL mode {image.mode} (more than 8 bits per channel, or a colour space that PIL does "
-                    "not convert) are not supported; convert the data set to 8 bits, grey or RGB"
+                    f"{where}: images of PIL mode {image.mode} (more than 8 bits per channel, or a colour space that "
+                    "PIL does not convert) are not supported; convert the data set to 8 bits, grey or RGB"
                 )
             if image.size != (size, size) and data.resize == "none":
                 raise DataError(
-                    f"{where()}: the image is {image.size[0]}x{image.size[1]} pixels, but data.image_size is {size}; "
+                    f"{where}: the image is {image.size[0]}x{image.size[1]} pixels, but data.image_size is {size}; "
                     "set data.image_size, or data.resize=crop"
                 )
             mode = "L" if data.channels == 1 else "RGB"
@@ -49,10 +52,10 @@ def decode(data: DataConfig, encoded: bytes, where: Callable[[], str], out: np.n
             array = np.asarray(fitted(converted, size))
     except DataError:
         raise
-    # The decoders have no common base for what a broken file makes them raise: TypeError, RuntimeError and NotImplementedError
-    # have been seen beside OSError and ValueError.
+    # The decoders have no common base for what a broken file makes them raise: TypeError,
+    # RuntimeError and NotImplementedError have been seen beside OSError and ValueError.
     except Exception as e:
-        raise DataError(f"{where()}: the image cannot be decoded ({_cause(encoded, e)}") from e
+        raise DataError(f"{where}: the image cannot be decoded ({_cause(encoded, e)}") from e
     out[:] = array[None] if data.channels == 1 else array.transpose(2, 0, 1)
 
 
@@ -69,12 +72,12 @@ def _cause(encoded: bytes, error: Exception) -> str:
 
 
 def fitted(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to ``size`` pixels (bicubic, antialiased), then cut out the centre."""
+    """Resize the shorter side to ``size`` pixels (bicubic, antialiased), and crop the centre."""
     width, height = image.size
     if (width, height) == (size, size):
         return image
     shorter = min(width, height)
-    # at least size: rounding must not leave a side one pixel short
+    # Rounding must not leave a side one pixel short.
     scaled = max(size, round(width * size / shorter)), max(size, round(height * size / shorter))
     if scaled[0] * scaled[1] > _MAX_PIXELS:
         raise ValueError(f"{width}x{height} pixels are too long a strip to resize to {size} pixels")

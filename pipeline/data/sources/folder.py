@@ -27,12 +27,13 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".p
 
 @dataclass(frozen=True, kw_only=True)
 class FolderSource(Source):
-    """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, ``validation``, or ``data.test_split``).
+    """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, or ``data.test_split``).
 
-    Images of a class may lie in folders below its own, at any depth, as torchvision and timm read them. Labels are the positions
-    of the class folders of ``train``, or of the test split where there is no ``train``, in the order of ``data.class_order``. Rows
-    are ordered by a hash of ``CLASS/file``, so that every shard holds a mixture of the classes. Files that are not images by their
-    suffix are left out, as is all that is hidden.
+    Images of a class may lie in folders below its own, at any depth, as torchvision and timm read
+    them. Labels are the positions of the class folders of ``train``, or of the test split where
+    there is no ``train``, in the order of ``data.class_order``. Rows are ordered by a hash of
+    ``CLASS/file``, so that every shard holds a mixture of the classes. Files that are not images by
+    their suffix are left out, as is all that is hidden.
     """
 
     directory: str
@@ -45,26 +46,28 @@ class FolderSource(Source):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over path, size and mtime of each file: hashing the content would read a large data set twice.
+        """SHA-256 over path, size and mtime of each file. Their content would take too long.
 
         So touching a file changes it, and an edit that keeps size and mtime goes unseen.
         """
         digest = hashlib.sha256()
-        # a label is the position of a training folder, in which there may be no image of this split
+        # A label is the position of a training folder, which may have no image of this split.
         if self.split == "test" or self.data.allow_empty_classes:
             digest.update("\0".join(self.class_names).encode())
         for name in self.names:
-            found = self._stat(name)
-            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+            status = self._stat(name)
+            digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def check_files(self) -> None:
+        """Check that no file is empty or locked. Raises DataError."""
         empty, locked = [], []
         for name in self.names:
             status = self._stat(name)
             if status.st_size == 0:
                 empty.append(name)
-            # On a network's file system each call takes its time, so only files that are not open to everybody are asked about.
+            # On a network's file system each call takes its time, so only files that are not open
+            # to everybody are asked about.
             if not status.st_mode & stat.S_IROTH and not os.access(f"{self.directory}/{name}", os.R_OK):
                 locked.append(name)
         for names, fault in ((empty, "is empty"), (locked, "cannot be read by this user")):
@@ -72,21 +75,24 @@ class FolderSource(Source):
                 raise DataError(_first_of(self.directory, names, f"{fault}; get the file again or remove it"))
 
     def _stat(self, name: str) -> os.stat_result:
+        """Return the size and times of a file. Raises DataError."""
         try:
             return os.stat(f"{self.directory}/{name}")
         except OSError as e:
             raise DataError(
-                f"{printable(f'{self.directory}/{name}')} was listed, but cannot be looked at now ({reason(e)}); restore it, or run "
-                "again when nothing changes the data set"
+                f"{printable(f'{self.directory}/{name}')} was listed, but cannot be looked at now ({reason(e)}); "
+                "restore it, or run again when nothing changes the data set"
             ) from e
 
     def limited(self, rows: int) -> Self:
+        """Return this source with ``rows`` of its images, without the names of the others."""
         limited = super().limited(rows)
         # The names of the other files would only travel with every task.
-        kept = np.searchsorted(self.numbers, limited.numbers)
-        return dataclasses.replace(limited, names=tuple(self.names[i] for i in kept))
+        positions = np.searchsorted(self.numbers, limited.numbers)
+        return dataclasses.replace(limited, names=tuple(self.names[i] for i in positions))
 
     def labels(self) -> np.ndarray:
+        """Return all labels, the positions of the class folders, int64 [num_rows]."""
         numbers = {name: i for i, name in enumerate(self.class_names)}
         return np.array([numbers[name.partition("/")[0]] for name in self.names], np.int64)
 
@@ -100,9 +106,9 @@ class FolderSource(Source):
             empty = [label for label in self.class_names if not _holds_image(self.classes_directory, label)]
             if empty:
                 raise DataError(
-                    f"{self._classes_place} has {len(self.class_names)} folders, and {len(empty)} of them hold no image "
-                    f"({first_names(empty)}), but data.num_classes is {self.data.num_classes}; each folder there must be a class, "
-                    "with its images below it"
+                    f"{self._classes_place} has {len(self.class_names)} folders, and {len(empty)} of them hold no "
+                    f"image ({first_names(empty)}), but data.num_classes is {self.data.num_classes}; each folder there "
+                    "must be a class, with its images below it"
                 )
         super()._check_class_count()
 
@@ -114,10 +120,11 @@ class FolderSource(Source):
             labels[position] = numbers[name.partition("/")[0]]
             path = f"{self.directory}/{name}"
             where = f"{printable(path)} (row {index})"
-            decode(self.data, read_file(path), lambda where=where: where, images[position])
+            decode(self.data, read_file(path), where, images[position])
 
 
 def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource:
+    """Open the images of a split below a directory. Raises DataError, ConfigError."""
     if "://" in root:
         raise ConfigError.of("data.source", data.source, "a local directory for folder:; use parquet: for a URI")
     if not os.path.isdir(root):
@@ -128,7 +135,8 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
     directory = _split_directory(root, top, split, data.test_split if split == "test" else "")
     listing = list_directory(directory)
     classes_directory, folders = directory, listing.folders
-    # The labels of a network follow the training folders. Where nothing is trained there may be none.
+    # The labels of a network follow the training folders. Where nothing is trained there may be
+    # none.
     if split == "test" and choose_word(root, "train", [*top.folders, *top.broken]):
         train = _split_directory(root, top, "train")
         if training_folders := list_directory(train).folders:
@@ -158,13 +166,14 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
 
 
 def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split: str = "") -> str:
-    """Return the folder of a split. ``listing`` is of ``root``, ``test_split`` as of :func:`choose_word`.
+    """Return the folder of a split in ``root``, of which ``listing`` is.
 
     Raises:
         DataError: there is none, or two, or it is a broken link.
     """
     folders = listing.folders
-    # Without the broken ones another split would silently take the place of one whose link is broken.
+    # Without the broken ones another split would silently take the place of one whose link is
+    # broken.
     word = choose_word(root, split, [*folders, *listing.broken], test_split)
     if word in listing.broken:
         raise DataError(f"{printable(f'{root}/{word}')} is no folder but a broken link; replace or remove it")
@@ -180,7 +189,9 @@ def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split
 
 
 def _check_class_folders(directory: str, listing: Listing, classes_directory: str, folders: Sequence[str]) -> None:
-    """Refuse folders of a split that are no classes: its own are unknown in the training split, or there is but one in all.
+    """Refuse folders of a split that are no classes.
+
+    They are unknown in the training split, or there is only one.
 
     Args:
         directory: the split's.
@@ -192,8 +203,8 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
     if unknown and len(unknown) < len(listing.folders):
         number = f"{len(unknown)} class folders are" if len(unknown) > 1 else "1 class folder is"
         raise DataError(
-            f"{printable(directory)}: {number} not in {printable(os.path.basename(classes_directory))} ({first_names(unknown)}); "
-            "remove them or add training images"
+            f"{printable(directory)}: {number} not in {printable(os.path.basename(classes_directory))} "
+            f"({first_names(unknown)}); remove them or add training images"
         )
     if unknown or len(folders) == 1:
         root = os.path.dirname(directory)
@@ -214,7 +225,7 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
 
 
 def _no_image(directory: str, listing: Listing) -> str:
-    """Say that a split has no image in a class folder, and where images or Parquet files are instead."""
+    """Return the message for a split without images in class folders."""
     text = f"{printable(directory)}: no image in {printable(directory)}/CLASS/ ({', '.join(sorted(_IMAGE_SUFFIXES))})"
     beside = [name for name in listing.files if _suffix(name) in _IMAGE_SUFFIXES]
     if beside:
@@ -225,7 +236,7 @@ def _no_image(directory: str, listing: Listing) -> str:
 
 
 def _first_of(directory: str, names: Sequence[str], fault: str) -> str:
-    """Return a message about the first of some files that have the same fault, and how many there are."""
+    """Return a message about the first of some files with the same fault, and their number."""
     more = f" (the first of {len(names)})" if len(names) > 1 else ""
     return f"{printable(f'{directory}/{names[0]}')}{more} {fault}"
 
@@ -235,7 +246,9 @@ def _suffix(name: str) -> str:
 
 
 def _left_out(listing: Listing, suffixes: Sequence[str]) -> str:
-    """Say which files of a split are no images by their suffix, or lie beside the class folders; empty if there are none.
+    """Return which files of a split are left out, in words, or "".
+
+    They have the suffix of no image, or lie beside the class folders.
 
     Args:
         listing: of the split's directory.
@@ -250,13 +263,14 @@ def _left_out(listing: Listing, suffixes: Sequence[str]) -> str:
 
 
 def _files_below(directory: str, folders: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files in ``folders`` and in all folders below them, and what is neither, as paths from ``directory``.
+    """Return the files below ``folders``, and the entries that are neither files nor folders.
 
     Raises:
         DataError: a folder cannot be listed, or a link leads back to a folder that it lies in.
     """
     files, broken = [], []
-    # Each with its path, free of links, and those of the folders on the way to it. Only a link needs the slow os.path.realpath.
+    # Each with its path, free of links, and those of the folders on the way to it. Only a link
+    # needs the slow os.path.realpath.
     pending = [(f, os.path.realpath(f"{directory}/{f}"), frozenset[str]()) for f in reversed(folders)]
     while pending:
         folder, path, above = pending.pop()
@@ -273,4 +287,5 @@ def _files_below(directory: str, folders: Sequence[str]) -> tuple[list[str], lis
 
 
 def _holds_image(directory: str, folder: str) -> bool:
+    """Return whether there is an image in a folder or below it."""
     return any(_suffix(name) in _IMAGE_SUFFIXES for name in _files_below(directory, [folder])[0])

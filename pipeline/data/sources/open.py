@@ -8,7 +8,7 @@ import numpy as np
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
-from pipeline.data.sources.base import Source, Split, _absolute, split_rows
+from pipeline.data.sources.base import Source, Split, absolute_path, split_rows
 from pipeline.data.sources.folder import open_folder
 from pipeline.data.sources.parquet import SAMPLES, open_parquet
 from pipeline.data.sources.split_names import WORDS, SourceSplit
@@ -17,13 +17,15 @@ from pipeline.runtime.user_files import first_names, printable
 
 
 def open_source(data: DataConfig, split: SourceSplit) -> Source:
-    """Open the images of ``data.source`` without reading them, and apply ``train_limit`` or ``test_limit``.
+    """Open the images of ``data.source`` without reading them, and apply the split's limit.
 
-    A limit of N keeps the first N rows of :func:`pipeline.data.splits.draw_order` over the whole split, whatever kind the source is.
-    The rows that are left keep the source's order and their numbers in the whole split (:attr:`Source.numbers`).
+    A limit of N keeps the first N rows of :func:`pipeline.data.splits.draw_order` over the whole
+    split, whatever kind the source is. The rows that are left keep the source's order and their
+    numbers in the whole split (:attr:`Source.numbers`).
 
     Raises:
-        DataError: the directory, the split's files or a column is missing, a Parquet file is corrupt, or no image is left.
+        DataError: the directory, the split's files or a column is missing, a Parquet file is
+            corrupt, or no image is left.
         ConfigError: there is no such sample or torchvision data set, or its path is not UTF-8.
     """
     kind, _, where = data.source.partition(":")
@@ -33,9 +35,9 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
             raise ConfigError.of("data.source", data.source, "sample:" + ", sample:".join(SAMPLES))
         source = open_parquet(data, split, "", SAMPLES[where])
     elif kind == "parquet":
-        source = open_parquet(data, split, _absolute(where), "")
+        source = open_parquet(data, split, absolute_path(where), "")
     elif kind == "folder":
-        source = open_folder(data, split, _absolute(where))
+        source = open_folder(data, split, absolute_path(where))
     else:
         source = open_torchvision(data, split, where)
     limit = data.train_limit if split == "train" else data.test_limit
@@ -54,16 +56,19 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, wo
     Args:
         trains: False where nothing is trained: the test images are enough.
         attacked: ``evaluation.test_images``.
-        workers: ``scaling.workers``, each of which needs an image of the training and the validation split.
+        workers: ``scaling.workers``, each of which needs an image of the training and the
+            validation split.
 
     Returns:
-        A line per split, and one for the test images that are attacked where these are only a part: images, classes present,
+        A line per split, and one for the test images that are attacked where these are only a part:
+            images, classes present,
         smallest and largest class.
 
     Raises:
-        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a file cannot be read; or a class has no image in
-            the whole test split, or in a training split without limit, and ``data.allow_empty_classes`` does not allow it; or the
-            splits' class names differ; or the test images are those that are trained on.
+        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a file cannot be
+            read; or a class has no image in the whole test split, or in a training split without
+            limit, and ``data.allow_empty_classes`` does not allow it; or the splits' class names
+            differ; or the test images are those that are trained on.
     """
     if trains and data.test_split.lower() in WORDS["train"]:
         raise ConfigError.of(
@@ -86,8 +91,8 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, wo
             rows = split_rows(source, part)
             if part != "test" and len(rows) < workers:
                 raise DataError(
-                    f"{source.place}: the {part} split has {len(rows)} images for {workers} training workers, which need one each: "
-                    "lower --scaling.workers or change --data.validation-fraction (0: no validation)"
+                    f"{source.place}: the {part} split has {len(rows)} images for {workers} training workers, which "
+                    "need one each: lower --scaling.workers or change --data.validation-fraction (0: no validation)"
                 )
             left_out = f"; {source.left_out}" if source.left_out and part == split else ""
             lines.append(f"{part}: {_describe_classes(source, labels[rows])}{left_out}")
@@ -97,14 +102,14 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, wo
     if len(set(class_names.values()) - {unnamed}) > 1:
         differ = [pair for pair in zip(class_names["train"], class_names["test"], strict=True) if pair[0] != pair[1]]
         raise DataError(
-            f"{data.source}: the training and the test images name their classes differently: one label is {differ[0][0]!r} in "
-            f"train and {differ[0][1]!r} in test; they are not splits of one data set"
+            f"{data.source}: the training and the test images name their classes differently: one label is "
+            f"{differ[0][0]!r} in train and {differ[0][1]!r} in test; they are not splits of one data set"
         )
     return lines
 
 
 def _check_every_class(source: Source, labels: np.ndarray) -> None:
-    """Refuse a split in which a class has no image. A limit may leave a class out; the split that it is drawn from may not."""
+    """Refuse a split in which a class has no image, although a limit may leave classes out."""
     data = source.data
     if source.drawn is not None:
         if source.split == "train":
@@ -115,13 +120,14 @@ def _check_every_class(source: Source, labels: np.ndarray) -> None:
     if empty:
         named = first_names([repr(source.class_names[i]) for i in empty])
         raise DataError(
-            f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split ({named}). Add "
-            "their images, correct data.num_classes, or set data.allow_empty_classes=true if they are meant to have none"
+            f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split "
+            f"({named}). Add their images, correct data.num_classes, or set data.allow_empty_classes=true if they are "
+            "meant to have none"
         )
 
 
 def _describe_classes(source: Source, labels: np.ndarray) -> str:
-    """Describe some images by their labels: how many, classes present, smallest and largest class."""
+    """Return the number of images, of classes, and the smallest and largest class, in words."""
     classes = source.data.num_classes
     counts = np.bincount(labels, minlength=classes)
     present = np.flatnonzero(counts)
@@ -129,6 +135,7 @@ def _describe_classes(source: Source, labels: np.ndarray) -> str:
     absent = np.flatnonzero(counts == 0)
     none = f", none of {first_names([source.class_names[i] for i in absent])}" if len(absent) else ""
     return (
-        f"{len(labels)} images, {len(present)} of {classes} classes, smallest {printable(source.class_names[smallest])} "
-        f"({counts[smallest]}), largest {printable(source.class_names[largest])} ({counts[largest]}){none}"
+        f"{len(labels)} images, {len(present)} of {classes} classes, smallest "
+        f"{printable(source.class_names[smallest])} ({counts[smallest]}), largest "
+        f"{printable(source.class_names[largest])} ({counts[largest]}){none}"
     )

@@ -18,7 +18,7 @@ from components.errors import DataError
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.decode import decode
 from pipeline.data.sources.parquet_files import (
-    asked,
+    access,
     class_names_of,
     columns_of,
     file_digest,
@@ -47,14 +47,16 @@ class _ParquetFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetSource(Source):
-    """Files of the Hugging Face image layout: a struct column of ``bytes`` and ``path``, and a column of integer labels.
+    """Files of the Hugging Face image layout.
 
-    Its rows are those of the files in the order of their names. A read decompresses the row groups that it touches, so the
-    memory it takes is that of one row group (of encoded images).
+    They have a struct column of ``bytes`` and ``path``, and a column of integer labels.
+    Its rows are those of the files in the order of their names. A read decompresses the row groups
+    that it touches, so the memory it takes is that of one row group (of encoded images).
     """
 
     uri: str
-    """Directory or URI; empty for a bundled sample, which is found again beside this file on whatever node reads."""
+    """Directory or URI; empty for a bundled sample, which is found again beside this file on
+    whatever node reads."""
     sample: str
     files: tuple[_ParquetFile, ...]
     image_column: str
@@ -62,11 +64,12 @@ class ParquetSource(Source):
 
     @property
     def storage(self) -> Storage:
+        """The directory of the files."""
         return _opened(self.uri or str(Path(__file__).resolve().parents[1] / self.sample))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over each file's SHA-256, in order: it changes with any byte, not with names or places."""
+        """SHA-256 over each file's SHA-256, in order. It does not depend on names and places."""
         whole = hashlib.sha256()
         # Without these settings the columns follow from the files.
         chosen = f"{self.data.image_column}\0{self.data.label_column}"
@@ -77,6 +80,7 @@ class ParquetSource(Source):
         return whole.hexdigest()
 
     def labels(self) -> np.ndarray:
+        """Return all labels, int64 [num_rows], from the label column alone."""
         parts = [np.empty(0, np.int64)]
         for file, rows, _ in self._by_file(self.numbers):
             with self._open(file) as parquet:
@@ -92,7 +96,7 @@ class ParquetSource(Source):
         return f"{text}: set data.test_split to a split that has labels ({first_names(others)})" if others else text
 
     def _has_labels(self, split: str) -> bool:
-        """Tell whether another split of the same directory has labels."""
+        """Return whether another split of the same directory has labels."""
         try:
             other = open_parquet(
                 dataclasses.replace(self.data, test_split=split, test_limit=0), "test", self.uri, self.sample
@@ -106,7 +110,7 @@ class ParquetSource(Source):
         return f"{self._path(file)} row {rows[0]}"
 
     def _by_file(self, numbers: np.ndarray) -> Iterator[tuple[_ParquetFile, np.ndarray, slice]]:
-        """Yield each file that sorted row numbers touch, with the rows of that file and which part of ``numbers`` they are."""
+        """Yield each file of sorted row numbers, with its rows and their part of ``numbers``."""
         starts = np.cumsum([0, *(f.num_rows for f in self.files)])
         for number, file in enumerate(self.files):
             low, high = np.searchsorted(numbers, starts[number : number + 2])
@@ -134,7 +138,7 @@ class ParquetSource(Source):
             return table
 
         part = "" if group is None else f" (row group {group}, from row {sum(file.row_group_rows[:group])} on)"
-        return asked(self.storage, f"{self._path(file)}{part}", read)
+        return access(self.storage, f"{self._path(file)}{part}", read)
 
     def _labels(self, table: pa.Table, file: _ParquetFile, first_row: int, rows: np.ndarray) -> np.ndarray:
         """Return the labels of some rows of the file, int64; ``table`` begins at ``first_row``."""
@@ -142,7 +146,8 @@ class ParquetSource(Source):
         if column.null_count:
             row = rows[column.is_null().to_pylist().index(True)]
             raise DataError(f"{self._path(file)} row {row}: the label is missing; repair or remove this row")
-        return column.to_numpy().astype(np.int64)
+        labels: np.ndarray = column.to_numpy().astype(np.int64)
+        return labels
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         self._check_class_count()
@@ -150,39 +155,39 @@ class ParquetSource(Source):
             self._read_file(file, rows, images[part], labels[part])
 
     def _read_file(self, file: _ParquetFile, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        starts = np.cumsum([0, *file.row_group_rows])
+        starts, path = np.cumsum([0, *file.row_group_rows]), self._path(file)
         with self._open(file) as parquet:
             for group in range(len(file.row_group_rows)):
                 low, high = np.searchsorted(rows, starts[group : group + 2])
                 if low == high:
                     continue
                 table = self._columns(parquet, file, [self.image_column, self.label_column], group)
-                wanted = rows[low:high]
-                labels[low:high] = self._labels(table, file, int(starts[group]), wanted)
-                self._check_label_range(
-                    labels[low:high], lambda i, wanted=wanted: f"{self._path(file)} row {wanted[i]}"
-                )
+                group_rows = rows[low:high]
+                places = [f"{path} row {row}" for row in group_rows]
+                labels[low:high] = self._labels(table, file, int(starts[group]), group_rows)
+                self._check_label_range(labels[low:high], places.__getitem__)
                 column = table[self.image_column]
-                for row, out in zip(wanted, images[low:high], strict=True):
+                for row, place, out in zip(group_rows, places, images[low:high], strict=True):
                     encoded = column[int(row - starts[group])]
-                    self._decode_row(encoded["bytes"].as_py() if encoded.is_valid else None, file, int(row), out)
+                    self._decode_row(encoded["bytes"].as_py() if encoded.is_valid else None, place, out)
 
-    def _decode_row(self, value: bytes | None, file: _ParquetFile, row: int, out: np.ndarray) -> None:
+    def _decode_row(self, value: bytes | None, where: str, out: np.ndarray) -> None:
         if not value:
             raise DataError(
-                f"{self._path(file)} row {row}: there is no image (no bytes; images outside of the Parquet file are not "
+                f"{where}: there is no image (no bytes; images outside of the Parquet file are not "
                 "read); embed the image or remove this row"
             )
-        decode(self.data, value, lambda: f"{self._path(file)} row {row}", out)
+        decode(self.data, value, where, out)
 
 
 @functools.lru_cache(maxsize=8)
 def _opened(uri: str) -> Storage:
-    """Open a storage once in each process: it is asked for at every row group."""
+    """Open a storage once in each process, since every row group needs it."""
     return Storage(uri)
 
 
 def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
+    """Open a split of the directory ``uri``, or of a bundled sample. Raises DataError."""
     empty = ParquetSource(
         data=data,
         split=split,
@@ -197,7 +202,8 @@ def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) ->
     storage = empty.storage
     if not storage.exists():
         raise DataError(
-            f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, test-*.parquet"
+            f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, "
+            "test-*.parquet"
         )
     names = find_parquet(storage, split, data.test_split)
     files: list[_ParquetFile] = []
@@ -207,10 +213,10 @@ def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) ->
         where = printable(f"{storage.uri}/{name}")
         with open_parquet_file(storage, name) as parquet:
             files.append(_ParquetFile(name, row_counts(parquet)))
-            found = columns_of(parquet.schema_arrow, data, where)
-            if len(files) > 1 and found != columns:
-                raise DataError(f"{where}: its columns of images and labels are {found}, those of {names[0]} {columns}")
-            columns = found
+            pair = columns_of(parquet.schema_arrow, data, where)
+            if len(files) > 1 and pair != columns:
+                raise DataError(f"{where}: its columns of images and labels are {pair}, those of {names[0]} {columns}")
+            columns = pair
             named = class_names_of(parquet.schema_arrow, columns[1])
             if class_names and named and named != class_names:
                 raise DataError(f"{where}: its classes are not those of {names[0]}; they are of two data sets")

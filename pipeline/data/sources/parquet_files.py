@@ -1,4 +1,4 @@
-"""Parquet files of images in the Hugging Face layout: finding and opening them, their digests, and what their schemas say."""
+"""Parquet files of images in the Hugging Face layout: search, opening, digests and schemas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from components.config import DataConfig
 from components.errors import DataError
 from components.fields import is_text
 from pipeline.data.sources.split_names import SourceSplit, names_split, parquet_files, split_of, split_words
-from pipeline.runtime.storage import Storage, is_access
+from pipeline.runtime.retries import is_access_error
+from pipeline.runtime.storage import Storage
 from pipeline.runtime.user_files import (
     CHECK_ACCESS,
     LFS_POINTER,
@@ -30,9 +31,11 @@ from pipeline.runtime.user_files import (
 T = TypeVar("T")
 
 _LEVELS = 3
-"""Levels of folders searched for Parquet files: the directory itself, ``data/`` or ``CONFIG/`` in it, and one level more."""
+"""Levels of folders searched for Parquet files: the directory itself, ``data/`` or ``CONFIG/`` in
+it, and one level more."""
 _MAX_FOLDERS = 1000
-"""Folders of one level that are looked into. A directory of more is not of the Hub's layout but, say, one of class folders."""
+"""Folders of one level that are looked into. A directory of more is not of the Hub's layout but,
+say, one of class folders."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class _Place:
     """Path from the directory that the user gave; empty for that itself."""
     listing: Listing
     splits: dict[str, Listing]
-    """Name of each folder in it that is called as a split and has Parquet files -> what that holds."""
+    """Name of each folder in it that is called as a split and has Parquet files -> what that
+    holds."""
     others: list[str]
     """Names of its other folders."""
 
@@ -62,11 +66,13 @@ def _parquet(names: Sequence[str]) -> list[str]:
 def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[str]:
     """Return the paths of a split's Parquet files, from the directory ``storage``.
 
-    The files are in the directory itself, or in the only folder that has splits, one or two levels below (``data``, or a
-    configuration's name). See :func:`pipeline.data.sources.split_names.parquet_files` for their names.
+    The files are in the directory itself, or in the only folder that has splits, one or two levels
+    below (``data``, or a configuration's name). See
+    :func:`pipeline.data.sources.split_names.parquet_files` for their names.
 
     Raises:
-        DataError: there are none, several folders have splits, or the files found are not one complete split.
+        DataError: there are none, several folders have splits, or the files found are not one
+            complete split.
     """
     place = _find_place(storage, test_split)
     at = _joined(storage.uri, place.folder)
@@ -93,8 +99,8 @@ def _find_place(storage: Storage, test_split: str) -> _Place:
         if len(places) > 1:
             names = [place.folder for place in places]
             raise DataError(
-                f"{printable(storage.uri)} has splits in {len(names)} folders, which are data sets or configurations of their own: "
-                f"{first_names(names)}. Give the one that you mean as data.source, for example "
+                f"{printable(storage.uri)} has splits in {len(names)} folders, which are data sets or configurations "
+                f"of their own: {first_names(names)}. Give the one that you mean as data.source, for example "
                 f"parquet:{printable(f'{storage.uri}/{names[0]}')}"
             )
         if places:
@@ -114,7 +120,7 @@ def _look(storage: Storage, folder: str, test_split: str) -> _Place:
     except DataError:
         if not folder:
             raise
-        listing = Listing()  # a folder beside the splits is nobody's concern
+        listing = Listing()  # A folder beside the splits does not matter.
     inner = {name: _listing(storage, _joined(folder, name)) for name in listing.folders if name.lower() in words}
     return _Place(
         folder=folder,
@@ -131,7 +137,7 @@ def _joined(folder: str, name: str) -> str:
 def _refuse_broken(place: str, listing: Listing, test_split: str) -> None:
     """Refuse what is called as a Parquet file and is none, or has a name that Arrow cannot open.
 
-    Left out, it would be a part of a split that nobody misses.
+    A part of a split would be missing without notice if it were left out.
     """
     broken = [name for name in listing.broken if split_of(name) or name.lower() in split_words(test_split)]
     folders = [name for name in _parquet(listing.folders) if names_split(name, test_split)]
@@ -152,7 +158,7 @@ def _listing(storage: Storage, folder: str) -> Listing:
         # Arrow's own listing leaves out broken links, and fails at a name that is not UTF-8.
         return list_directory(storage.path(folder))
     selector = pafs.FileSelector(storage.path(folder))
-    infos = asked(storage, _joined(storage.uri, folder), lambda: storage.fs.get_file_info(selector), "listed")
+    infos = access(storage, _joined(storage.uri, folder), lambda: storage.fs.get_file_info(selector), "listed")
     visible = sorted((info.base_name, info.type) for info in infos if not info.base_name.startswith("."))
     return Listing(
         files=[name for name, kind in visible if kind == pafs.FileType.File],
@@ -171,21 +177,21 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
         file = storage.fs.open_input_file(storage.path(name))
         try:
             parquet = pq.ParquetFile(file)
-            _ = parquet.schema_arrow  # a schema that Arrow cannot represent fails here
+            _ = parquet.schema_arrow  # A schema that Arrow cannot represent fails here.
             rows = row_counts(parquet)
             # An image takes a byte at least, so a damaged number must not make arrays of its size.
             if min(rows, default=0) < 0 or sum(rows) > file.size():
                 raise pa.ArrowInvalid(f"its footer says {sum(rows)} rows")
             return parquet
         except (pa.ArrowException, OSError) as e:
-            if not is_access(e) and file.read_at(len(LFS_POINTER), 0) == LFS_POINTER:
+            if not is_access_error(e) and file.read_at(len(LFS_POINTER), 0) == LFS_POINTER:
                 raise DataError(
-                    f"{printable(f'{storage.uri}/{name}')} is a Git LFS pointer, not the file itself; run `git lfs pull` where the "
-                    "data set was cloned"
+                    f"{printable(f'{storage.uri}/{name}')} is a Git LFS pointer, not the file itself; run `git lfs "
+                    "pull` where the data set was cloned"
                 ) from None
             raise
 
-    return asked(storage, f"{storage.uri}/{name}", opened)
+    return access(storage, f"{storage.uri}/{name}", opened)
 
 
 def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
@@ -194,22 +200,24 @@ def row_counts(parquet: pq.ParquetFile) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
 
 
-def asked(storage: Storage, place: str, action: Callable[[], T], done: str = "read") -> T:
-    """Return what ``action`` returns, which is repeated while the storage does not answer.
+def access(storage: Storage, place: str, action: Callable[[], T], done: str = "read") -> T:
+    """Return what ``action`` returns, and repeat it while the storage does not answer.
 
     Args:
-        place: the file or folder that it reads, for messages.
-        done: what is done to it: "read" or "listed".
+        storage: of the place.
+        place: the file or folder that ``action`` reads, for messages.
+        action: reads it.
+        done: "read" or "listed", for messages.
 
     Raises:
         DataError: the place is gone or cannot be reached, or what Arrow found in it is no Parquet.
     """
     try:
-        return storage.patiently(action)
+        return storage.with_retries(action)
     except FileNotFoundError:
         raise DataError(f"{printable(place)} does not exist on this machine; every node must reach the data") from None
     except (pa.ArrowException, OSError, UnicodeError) as e:
-        if done != "read" or is_access(e):
+        if done != "read" or is_access_error(e):
             raise DataError(f"{printable(place)} cannot be {done} ({reason(e)}); {CHECK_ACCESS}") from e
         raise DataError(
             f"{printable(place)} is not a readable Parquet file ({reason(e)}); it is truncated or corrupt: get it again"
@@ -217,8 +225,8 @@ def asked(storage: Storage, place: str, action: Callable[[], T], done: str = "re
 
 
 _DIGESTS: dict[tuple[str, int, Any], bytes] = {}
-"""SHA-256 of each file read by this process, by path, size and time: a run opens its source once for every split and kind of
-targets, and gigabytes need not be read as often."""
+"""SHA-256 of each file read by this process, by path, size and time: a run opens its source once
+for every split and kind of targets, and gigabytes need not be read as often."""
 
 
 def file_digest(storage: Storage, name: str) -> bytes:
@@ -236,13 +244,14 @@ def file_digest(storage: Storage, name: str) -> bytes:
             _DIGESTS[key] = sha256.digest()
         return _DIGESTS[key]
 
-    return asked(storage, f"{storage.uri}/{name}", digest)
+    return access(storage, f"{storage.uri}/{name}", digest)
 
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("label", "labels")
 _LABEL_LIKE = ("fine_label", "coarse_label", "class", "class_id", "class_label", "cls", "category", "target")
-"""Names of label columns on the Hub. Those of the second line count where none of the first is there, and only one of them is."""
+"""Names of label columns on the Hub. Those of the second line count where none of the first is
+there, and only one of them is."""
 
 
 def columns_of(schema: pa.Schema, data: DataConfig, where: str) -> tuple[str, str]:
@@ -264,7 +273,7 @@ def columns_of(schema: pa.Schema, data: DataConfig, where: str) -> tuple[str, st
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Tell whether a column's type is the Hub's for images: a struct with the encoded file in ``bytes``."""
+    """Return whether a type is the Hub's for images, a struct with the file in ``bytes``."""
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         return False
     content = kind.field("bytes").type
@@ -290,8 +299,8 @@ def _column(
             raise DataError(f"{where}: {count} {name!r}; it has {columns}")
         if name not in fitting:
             raise DataError(
-                f"{where}: column {name!r} is {_shown(schema.field(name).type)}, not {_TYPES[what]}; {setting}, or convert it. "
-                f"It has {columns}"
+                f"{where}: column {name!r} is {_shown(schema.field(name).type)}, not {_TYPES[what]}; {setting}, or "
+                f"convert it. It has {columns}"
             )
         return name
     if len(candidates) != 1:
@@ -302,7 +311,7 @@ def _column(
 
 
 def class_names_of(schema: pa.Schema, label: str) -> tuple[str, ...]:
-    """Return the class names in the schema's ``huggingface`` metadata; empty where there are none."""
+    """Return the class names in the schema's ``huggingface`` metadata, or ()."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         # JSON may escape half a surrogate pair, which no report can hold.

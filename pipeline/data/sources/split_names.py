@@ -1,6 +1,7 @@
-"""Which files, folders and class folders of a data set's directory are a split's, by name alone.
+"""The names of a split's files and folders, and of class folders, in a data set's directory.
 
-A name that only resembles a split's name is never taken for it: merged with the split's own images, it would be another test.
+A name that only resembles a split's name is never taken for it: merged with the split's own images,
+it would be another test.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pipeline.runtime.user_files import first_names, printable
 SourceSplit = Literal["train", "test"]
 
 WORDS: dict[SourceSplit, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
-"""What a split's files or folder may be called, in any case. ``test`` counts before the names of a validation split."""
+"""What a split's files or folder may be called, in any case. ``test`` counts before the names of a
+validation split."""
 _FILE = re.compile(
     r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<total>\d+)(?:-[0-9a-z]+)?)?\.parquet", re.IGNORECASE | re.DOTALL
 )
-"""Name of a split's Parquet file: SPLIT.parquet, SPLIT-NNNNN-of-NNNNN.parquet, or the latter with a hash at its end, as older
-uploads to the Hugging Face Hub have it."""
+"""Name of a split's Parquet file: SPLIT.parquet, SPLIT-NNNNN-of-NNNNN.parquet, or the latter with a
+hash at its end, as older uploads to the Hugging Face Hub have it."""
 
 
 def split_words(test_split: str = "") -> set[str]:
@@ -30,7 +32,7 @@ def split_words(test_split: str = "") -> set[str]:
 
 
 def names_split(file: str, test_split: str = "") -> bool:
-    """Tell whether the name of a Parquet file is, or begins as, that of a split."""
+    """Return whether the name of a Parquet file is, or begins as, that of a split."""
     return bool({_beginning(file).lower(), split_of(file).lower()} & split_words(test_split))
 
 
@@ -51,8 +53,8 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     Args:
         place: for the message.
         words: names in the directory that may be a split's.
-        test_split: ``data.test_split``, the name that is meant for the test images; empty where the user did not say, and for
-            every other split.
+        test_split: ``data.test_split``, the name that is meant for the test images; empty where the
+            user did not say, and for every other split.
 
     Returns:
         None if there is none.
@@ -68,8 +70,8 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     if len(tests) > 1:
         remedy = ", or name it in data.test_split" if split == "test" else ""
         raise DataError(
-            f"{printable(place)} has {' and '.join(map(repr, tests))}, and each may be the {split} split; keep the one that you "
-            f"mean and move the other to another directory{remedy}"
+            f"{printable(place)} has {' and '.join(map(repr, tests))}, and each may be the {split} split; keep the one "
+            f"that you mean and move the other to another directory{remedy}"
         )
     return tests[0] if tests else None
 
@@ -79,8 +81,8 @@ def parquet_files(
 ) -> list[str]:
     """Return the Parquet files of a split in a directory.
 
-    They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, there or in a folder called SPLIT, which
-    may also have NNNN.parquet, as the Hub's own conversion writes them.
+    They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, there or in a
+    folder called SPLIT, which may also have NNNN.parquet, as the Hub's own conversion writes them.
 
     Args:
         place: the directory, for messages.
@@ -92,10 +94,12 @@ def parquet_files(
         Paths of the split's files from the directory, sorted.
 
     Raises:
-        DataError: there is none, one of a numbered set is missing or there twice, or a file whose name begins like the split's is
-            not one of its files (test_hard.parquet beside test.parquet).
+        DataError: there is none, one of a numbered set is missing or there twice, or a file whose
+            name begins like the split's is not one of its files (test_hard.parquet beside
+            test.parquet).
     """
-    # A name that the user gave means itself alone. One that is guessed must not be the beginning of others.
+    # A name that the user gave means itself alone. One that is guessed must not be the beginning of
+    # others.
     word_of = {name: split_of(name) if test_split else _beginning(name) for name in names}
     word = choose_word(place, split, [*word_of.values(), *folders], test_split)
     if word is None:
@@ -103,8 +107,8 @@ def parquet_files(
     files = sorted(name for name, of in word_of.items() if of == word)
     if files and word in folders:
         raise DataError(
-            f"{printable(place)} has the split {word!r} twice: {first_names(files)}, and the folder {word!r}; move one of them to "
-            "another directory"
+            f"{printable(place)} has the split {word!r} twice: {first_names(files)}, and the folder {word!r}; move one "
+            "of them to another directory"
         )
     if not files:
         return [f"{word}/{name}" for name in _checked(f"{place}/{word}", word, sorted(folders[word]), numbered=True)]
@@ -115,8 +119,8 @@ def _no_split(
     place: str, split: SourceSplit, names: Sequence[str], folders: Mapping[str, Sequence[str]], test_split: str
 ) -> str:
     words = (test_split,) if test_split else WORDS[split][:2]
-    wanted = " or ".join(f"{word}.parquet, {word}-NNNNN-of-NNNNN.parquet" for word in words)
-    text = f"{printable(place)}: no file for the {split} split ({printable(wanted)}, or these in a folder); "
+    forms = " or ".join(f"{word}.parquet, {word}-NNNNN-of-NNNNN.parquet" for word in words)
+    text = f"{printable(place)}: no file for the {split} split ({printable(forms)}, or these in a folder); "
     if not names and not folders:
         return (
             text + "the directory has no .parquet file at all, nor have the folders that are one or two levels below it"
@@ -133,8 +137,8 @@ def _checked(place: str, word: str, files: list[str], numbered: bool = False) ->
         indices = [int(name.partition(".")[0]) for name in files]
         if indices not in (list(range(len(files))), list(range(1, len(files) + 1))):
             raise DataError(
-                f"{printable(place)}: the numbers of its files have a gap ({first_names(files)}); get the missing ones, and keep "
-                "each once"
+                f"{printable(place)}: the numbers of its files have a gap ({first_names(files)}); get the missing "
+                "ones, and keep each once"
             )
         return files
     if strange := [name for name in files if split_of(name) != word]:
@@ -143,21 +147,21 @@ def _checked(place: str, word: str, files: list[str], numbered: bool = False) ->
             remedy = f", or name one in data.test_split: {first_names(sorted({split_of(name) for name in files}))}"
         forms = f"{word}.parquet or {word}-NNNNN-of-NNNNN.parquet" + (" or NNNN.parquet" if numbered else "")
         raise DataError(
-            f"{printable(place)}: {first_names(strange)} {'is not a file' if len(strange) == 1 else 'are not files'} of the split "
-            f"{word!r}, which is {printable(forms)}. Move the files of another split to another directory, and rename those that "
-            f"belong to this one{remedy}"
+            f"{printable(place)}: {first_names(strange)} {'is not a file' if len(strange) == 1 else 'are not files'} "
+            f"of the split {word!r}, which is {printable(forms)}. Move the files of another split to another "
+            f"directory, and rename those that belong to this one{remedy}"
         )
     _check_complete(place, word, {name: match for name in files if (match := _FILE.fullmatch(name))})
     return files
 
 
 def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) -> None:
-    """Check that the files are one whole: a file lost in a download would silently be a smaller data set."""
+    """Refuse an incomplete set of files, which would silently be a smaller data set."""
     totals = sorted({int(match["total"]) if match["total"] else 0 for match in matches.values()})
     if len(totals) > 1 or (totals == [0] and len(matches) > 1):
         raise DataError(
-            f"{printable(place)}: {first_names(list(matches))} are not one set of files; keep the one that is the split {word!r} "
-            "and move the others to another directory"
+            f"{printable(place)}: {first_names(list(matches))} are not one set of files; keep the one that is the "
+            f"split {word!r} and move the others to another directory"
         )
     total = totals[0]
     if not total:
@@ -167,10 +171,10 @@ def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) ->
         twice = next(i for i in indices if indices.count(i) > 1)
         same = [name for name, match in matches.items() if int(match["index"]) == twice]
         raise DataError(
-            f"{printable(place)}: {' and '.join(map(printable, same))} are the same part of the split {word!r}; keep one of them "
-            "and move the other to another directory"
+            f"{printable(place)}: {' and '.join(map(printable, same))} are the same part of the split {word!r}; keep "
+            "one of them and move the other to another directory"
         )
-    # some writers count from 1
+    # Some writers count from 1.
     if len(matches) != total or indices not in (list(range(total)), list(range(1, total + 1))):
         raise DataError(
             f"{printable(place)}: {len(matches)} of {total} {printable(word)}-*-of-*.parquet files are there "
@@ -181,8 +185,9 @@ def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) ->
 def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text", "number"]) -> tuple[str, ...]:
     """Return class folders in the order of their labels.
 
-    torchvision sorts the names as text, timm by the numbers in them. Where the two differ (2 and 10, class2 and class10), a
-    network whose weights come from elsewhere may have been trained on either, and the wrong one permutes all labels.
+    torchvision sorts the names as text, timm by the numbers in them. Where the two differ (2 and
+    10, class2 and class10), a network whose weights come from elsewhere may have been trained on
+    either, and the wrong one permutes all labels.
 
     Args:
         place: the directory, for the message.
@@ -190,8 +195,8 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
         order: ``data.class_order``; empty where the user did not say.
 
     Raises:
-        DataError: the orders differ and ``order`` does not say which is meant, or the order by number does not tell two names
-            apart (1 and 01).
+        DataError: the orders differ and ``order`` does not say which is meant, or the order by
+            number does not tell two names apart (1 and 01).
     """
     as_text = tuple(sorted(names))
     by_number = tuple(sorted(as_text, key=_natural_key))
@@ -199,20 +204,21 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
         for first, second in itertools.pairwise(by_number):
             if _natural_key(first) == _natural_key(second):
                 raise DataError(
-                    f"{printable(place)}: class folders {first!r} and {second!r} are the same number; rename one of them"
+                    f"{printable(place)}: class folders {first!r} and {second!r} are the same number; rename one of "
+                    "them"
                 )
         return by_number
     if not order and as_text != by_number:
         i = next(i for i, (a, b) in enumerate(zip(as_text, by_number, strict=True)) if a != b)
         raise DataError(
-            f"{printable(place)}: the class folders' names have numbers, and their labels depend on how they are sorted: label {i} is "
-            f"{as_text[i]!r} as text (torchvision's order) and {by_number[i]!r} by number (timm's). Set data.class_order to text or "
-            "number, whichever the network's classes follow"
+            f"{printable(place)}: the class folders' names have numbers, and their labels depend on how they are "
+            f"sorted: label {i} is {as_text[i]!r} as text (torchvision's order) and {by_number[i]!r} by number "
+            "(timm's). Set data.class_order to text or number, whichever the network's classes follow"
         )
     return as_text
 
 
 def _natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a key that compares the whole numbers within a name as numbers and the rest as text."""
+    """Return a key that compares the numbers within a name as numbers, and the rest as text."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts)]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
-from pipeline.data.sources.base import Batch, Source, _absolute
+from pipeline.data.sources.base import Batch, Source, absolute_path
 from pipeline.data.sources.decode import fitted
 from pipeline.data.sources.split_names import SourceSplit
 from pipeline.runtime.user_files import printable, reason
@@ -22,7 +22,7 @@ _TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10"}
 
 @dataclass(frozen=True, kw_only=True)
 class TorchvisionSource(Source):
-    """MNIST or CIFAR-10 by torchvision. A process that reads holds the whole split in memory (at most 150 MB)."""
+    """MNIST or CIFAR-10 by torchvision. A reader holds the split in memory (at most 150 MB)."""
 
     name: str
     root: str
@@ -32,15 +32,16 @@ class TorchvisionSource(Source):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over all pixels and labels of the split."""
-        images, labels = _torchvision_arrays(self.name, self.root, self.train)
+        images, labels = load_arrays(self.name, self.root, self.train)
         return hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
 
     def labels(self) -> np.ndarray:
-        labels = _torchvision_arrays(self.name, self.root, self.train)[1]
-        return labels[self.numbers]
+        """Return all labels, int64 [num_rows]."""
+        labels: np.ndarray = load_arrays(self.name, self.root, self.train)[1][self.numbers]
+        return labels
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        all_images, all_labels = _torchvision_arrays(self.name, self.root, self.train)
+        all_images, all_labels = load_arrays(self.name, self.root, self.train)
         rows = self.numbers[indices]
         labels[:] = all_labels[rows]
         self._check_label_range(labels, lambda i: f"{self.place} row {rows[i]}")
@@ -58,13 +59,14 @@ class TorchvisionSource(Source):
 
 
 def open_torchvision(data: DataConfig, split: SourceSplit, name: str) -> TorchvisionSource:
+    """Open the images of a split of a torchvision data set. Raises DataError, ConfigError."""
     if name not in _TORCHVISION:
         raise ConfigError.of("data.source", data.source, "torchvision:" + " or torchvision:".join(_TORCHVISION))
     if data.test_split not in ("", "train", "test"):
         raise ConfigError.of("data.test_split", data.test_split, f"train or test, the splits of torchvision:{name}")
-    root = _absolute(data.root or "~/.cache/defendpp", "data.root")
+    root = absolute_path(data.root or "~/.cache/defendpp", "data.root")
     train = "train" in (split, data.test_split)
-    dataset = _torchvision_dataset(name, root, train, data.download)
+    dataset = open_dataset(name, root, train, data.download)
     return TorchvisionSource(
         data=data,
         split=split,
@@ -76,21 +78,25 @@ def open_torchvision(data: DataConfig, split: SourceSplit, name: str) -> Torchvi
     )
 
 
-def _torchvision_dataset(name: str, root: str, train: bool, download: bool) -> Any:
-    import torchvision.datasets  # takes 2.4 s, so only who needs it pays
+def open_dataset(name: str, root: str, train: bool, download: bool) -> Any:
+    """Return torchvision's data set. Raises DataError."""
+    import torchvision.datasets  # This import takes 2.4 s.
 
     try:
         return getattr(torchvision.datasets, _TORCHVISION[name])(root, train=train, download=download)
-    # torchvision checks MNIST's files by assertions and lookups
+    # torchvision checks MNIST's files by assertions and lookups.
     except (RuntimeError, OSError, EOFError, ValueError, AssertionError, LookupError) as e:
         raise DataError(
-            f"torchvision:{name} is not usable in {printable(root)} ({reason(e)}); set data.download=true, or data.root to "
-            "where torchvision's files are"
+            f"torchvision:{name} is not usable in {printable(root)} ({reason(e)}); set data.download=true, or "
+            "data.root to where torchvision's files are"
         ) from e
 
 
 @functools.lru_cache(maxsize=2)
-def _torchvision_arrays(name: str, root: str, train: bool) -> Batch:
-    """All images uint8 [n,H,W] or [n,H,W,3] and labels int64 [n]; kept, since a worker reads many shards of one set."""
-    dataset = _torchvision_dataset(name, root, train, download=False)
+def load_arrays(name: str, root: str, train: bool) -> Batch:
+    """Return all images uint8 [n,H,W] or [n,H,W,3] and labels int64 [n].
+
+    They are cached, since a worker reads many shards of a set.
+    """
+    dataset = open_dataset(name, root, train, download=False)
     return np.asarray(dataset.data), np.asarray(dataset.targets, np.int64)

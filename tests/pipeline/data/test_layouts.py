@@ -31,7 +31,7 @@ def files_of(source: Source) -> list[str]:
     return [file.name for file in source.files]  # type: ignore[attr-defined]
 
 
-# --- the Hub's layouts ----------------------------------------------------------------------------------------------------
+# -- the Hub's layouts ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_git_lfs_pointer_is_called_so(tmp_path: Path) -> None:
         check_source(data)
 
 
-# --- columns --------------------------------------------------------------------------------------------------------------
+# -- columns -------------------------------------------------------------------------------------
 
 
 def columns(directory: Path, names: Sequence[str], class_labels: Sequence[str] = (), **options: str) -> DataConfig:
@@ -194,7 +194,7 @@ def test_files_of_a_split_have_the_same_columns(tmp_path: Path) -> None:
         open_source(data, "train")
 
 
-# --- data.test_split ------------------------------------------------------------------------------------------------------
+# -- data.test_split -----------------------------------------------------------------------------
 
 
 def test_the_split_of_test_images_is_chosen_by_name(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_images_without_class_folders_are_counted(tmp_path: Path) -> None:
         check_source(data, trains=False)
 
 
-# --- settings and addresses -----------------------------------------------------------------------------------------------
+# -- settings and addresses ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mnist-smoke", "table2-fast"])
@@ -337,7 +337,7 @@ def test_defaults_leave_the_addresses_of_runs_as_they_were(name: str) -> None:
     assert run_directory.run_address(changed) != run_directory.run_address(experiment)
 
 
-# --- any names and labels -------------------------------------------------------------------------------------------------
+# -- any names and labels ------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=40).filter(
     lambda name: name not in (".", "..") and len(name.encode()) < 240

@@ -29,10 +29,10 @@ from components.errors import ConfigError, DataError, UserError
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.decode import decode, fitted
 from pipeline.data.sources.open import check_source, open_source
-from pipeline.runtime import storage
+from pipeline.runtime import retries
 from pipeline.runtime.user_files import reason
 
-# --- what is no file ------------------------------------------------------------------------------------------------------
+# -- what is no file ------------------------------------------------------------------------------
 
 
 def link(to: str) -> Callable[[Path], None]:
@@ -204,7 +204,7 @@ class Remote(Flaky):
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Parquet files on a file system whose connection is lost where a test sets ``Remote.failures``."""
     fsspec.register_implementation("remote", Remote, clobber=True)
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Remote, "failures", 0)
     data = hub(tmp_path, "train.parquet", "test.parquet")
     return replace(data, source=data.source.replace("parquet:", "parquet:remote://"))
@@ -244,7 +244,7 @@ def test_a_data_set_that_cannot_be_reached_is_not_called_corrupt(
     act: str, error: OSError, remote: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(remote, "test")
-    monkeypatch.setattr(storage, "RETRY_S", 0.02)
+    monkeypatch.setattr(retries, "RETRY_S", 0.02)
     monkeypatch.setattr(Remote, "error", error)
     monkeypatch.setattr(Remote, "failures", 1000)
     with pytest.raises(UserError, match=reason(error)) as caught:
@@ -257,7 +257,7 @@ def test_a_data_set_that_cannot_be_reached_is_not_called_corrupt(
 def test_local_files_on_a_disk_that_fails_for_a_moment_are_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     data = folders(tmp_path, "val/a/0.png", "val/b/0.png")
     scandir, errors = os.scandir, [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
 
@@ -305,7 +305,7 @@ def test_a_source_that_is_no_directory(tmp_path: Path, source: str) -> None:
         open_source(DataConfig(source=source.format(tmp_path)), "test")
 
 
-# --- names ----------------------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a b", "línea\nnueva", "\U0001f98b", "%20", "n" * 250, "'\"$(x)", "\x7f", "\xa0"])
@@ -342,7 +342,7 @@ def test_names_that_are_not_utf8_are_named(tmp_path: Path) -> None:
             open_source(DataConfig(source=f"{kind}:/data/a\0b"), "test")
 
 
-# --- images ---------------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
 
@@ -403,7 +403,7 @@ def test_images_are_read_as_torchvision_reads_them(tmp_path: Path, name: str) ->
     (tmp_path / "image").write_bytes(READABLE[name])
     expected = np.asarray(pil_loader(str(tmp_path / "image"))).transpose(2, 0, 1)
     out = np.empty((3, 28, 28), np.uint8)
-    decode(at(), READABLE[name], lambda: name, out)
+    decode(at(), READABLE[name], name, out)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -447,18 +447,18 @@ BAD: dict[str, tuple[bytes, str]] = {
 def test_images_that_cannot_be_read_are_named(name: str, channels: int) -> None:
     encoded, message = BAD[name]
     with pytest.raises(DataError, match=r"^x\.png row 3: .*" + message) as refused:
-        decode(at(channels), encoded, lambda: "x.png row 3", np.empty((channels, 28, 28), np.uint8))
+        decode(at(channels), encoded, "x.png row 3", np.empty((channels, 28, 28), np.uint8))
     assert "0x" not in str(refused.value), "an address of this process's memory"
     assert "\n" not in str(refused.value)
 
 
 def test_small_and_long_images_are_resized_or_refused() -> None:
     out = np.empty((3, 224, 224), np.uint8)
-    decode(at(image_size=224, resize="crop"), BAD["1x1"][0], lambda: "x", out)
+    decode(at(image_size=224, resize="crop"), BAD["1x1"][0], "x", out)
     assert (out == out[:, :1, :1]).all()
     strip = encode(Image.new("L", (60_000, 1)))
     with pytest.raises(DataError, match=r"60000x1 pixels are too long a strip to resize to 224 pixels"):
-        decode(at(image_size=224, resize="crop"), strip, lambda: "x", out)
+        decode(at(image_size=224, resize="crop"), strip, "x", out)
     assert fitted(Image.new("L", (3000, 28)), 28).size == (28, 28)
 
 
@@ -476,12 +476,12 @@ def test_damaged_images_are_read_or_named(name: str, edits: list[tuple[float, in
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            decode(at(), bytes(damaged[: int(kept * len(damaged))]), lambda: "x", np.empty((3, 28, 28), np.uint8))
+            decode(at(), bytes(damaged[: int(kept * len(damaged))]), "x", np.empty((3, 28, 28), np.uint8))
         except DataError as e:
             assert str(e).startswith("x: ")  # noqa: PT017
 
 
-# --- Parquet --------------------------------------------------------------------------------------------------------------
+# -- Parquet -------------------------------------------------------------------------------------
 
 STRUCTS: dict[str, pa.DataType] = {
     "text": pa.struct([("bytes", pa.string()), ("path", pa.string())]),

@@ -31,6 +31,7 @@ from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import DataError
 from pipeline.data import pyramids, shards
 from pipeline.data.pyramids import address_of, build
+from pipeline.data.shard_plan import Targets, plan_shard_set
 from pipeline.data.shards import MANIFEST, ShardSet, load
 from pipeline.data.sources import base, open
 from pipeline.runtime.storage import Storage, StorageError
@@ -58,7 +59,7 @@ def files(storage: Storage, address: str) -> dict[str, bytes]:
     return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
 
 
-# --- content ----------------------------------------------------------------------------------------------------------------
+# -- content -------------------------------------------------------------------------------------
 
 
 @pytest.mark.cluster
@@ -172,7 +173,7 @@ def test_shared_data_sets(
         torch.testing.assert_close(torch.from_numpy(columns[f"level_{m}"]).float(), level, rtol=0, atol=5e-4)
 
 
-# --- address, reuse, manifest -----------------------------------------------------------------------------------------------
+# -- address, reuse, manifest --------------------------------------------------------------------
 
 
 def test_address_follows_all_that_the_content_follows_from(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_damaged_missing_and_foreign_sets(copy: ShardSet) -> None:
         load(copy.storage, copy.address)
 
 
-# --- kill and continue ------------------------------------------------------------------------------------------------------
+# -- kill and continue ---------------------------------------------------------------------------
 
 KILLED = """
 import os, sys, time
@@ -348,24 +349,24 @@ def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.Monke
 
 
 def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
-    plan = pyramids._plan(DATA, SMALL, "train", "lowpass")
-    other = pyramids._plan(dataclasses.replace(DATA, split_seed=1), SMALL, "train", "lowpass")
+    plan = plan_shard_set(DATA, SMALL, "train", "lowpass")
+    other = plan_shard_set(dataclasses.replace(DATA, split_seed=1), SMALL, "train", "lowpass")
     directory = Storage(tmp_path)
     for shard in (0, 1):
-        pyramids._write_shard(directory, shard, (plan if shard else other).table(shard))
+        pyramids.write_shard(directory, shard, (plan if shard else other).table(shard))
     assert plan.missing(directory) == [0, *range(2, plan.num_shards)]
-    pyramids._write_shard(directory, 1, plan.table(1).slice(0, 50))
+    pyramids.write_shard(directory, 1, plan.table(1).slice(0, 50))
     assert 1 in plan.missing(directory)
 
 
-# --- comparison with torch-dct ----------------------------------------------------------------------------------------------
+# -- comparison with torch-dct -------------------------------------------------------------------
 
 
-def write_shards(storage: Storage, config: PyramidConfig, targets: pyramids.Targets = "lowpass") -> str:
+def write_shards(storage: Storage, config: PyramidConfig, targets: Targets = "lowpass") -> str:
     """Write the shards of the test split without Ray; build then has only the manifest left to write."""
-    plan = pyramids._plan(DATA, config, "test", targets)
+    plan = plan_shard_set(DATA, config, "test", targets)
     for shard in range(plan.num_shards):
-        pyramids._write_shard(storage / plan.address, shard, plan.table(shard))
+        pyramids.write_shard(storage / plan.address, shard, plan.table(shard))
     return plan.address
 
 
@@ -385,7 +386,7 @@ def test_levels_equal_those_of_torch_dct(tmp_path: Path, dtype: Any, largest: fl
 
 
 @pytest.mark.parametrize("targets", ["linear", "none"])
-def test_only_low_pass_levels_are_compared(tmp_path: Path, targets: pyramids.Targets) -> None:
+def test_only_low_pass_levels_are_compared(tmp_path: Path, targets: Targets) -> None:
     write_shards(Storage(tmp_path), SMALL, targets)
     made = build(DATA, SMALL, Storage(tmp_path), "test", targets=targets)
     assert not any(key.startswith("torch_dct") for key in made.manifest)
@@ -433,7 +434,7 @@ def test_a_difference_from_torch_dct_is_one_error_of_a_whole_build(
     assert not list(tmp_path.glob(f"pyramids/*/{MANIFEST}"))
 
 
-# --- other storages, errors, memory -----------------------------------------------------------------------------------------
+# -- other storages, errors, memory --------------------------------------------------------------
 
 
 class DefectiveStorage(Storage):
@@ -521,7 +522,7 @@ def test_memory_follows_the_shard_not_the_data_set(tmp_path: Path) -> None:
         write_parquet(directory / "train.parquet", encoded * (rows // 50), [0] * rows, group=500)
         data = DataConfig(source=f"parquet:{directory}", validation_fraction=0)
         tracemalloc.start()
-        plan = pyramids._plan(data, SMALL, "train", "lowpass")
+        plan = plan_shard_set(data, SMALL, "train", "lowpass")
         task = pickle.loads(pickle.dumps(plan))
         arrow = pa.total_allocated_bytes()
         for shard in (0, plan.num_shards - 1):

@@ -46,7 +46,7 @@ def of(directory: Path, **changes: Any) -> DataConfig:
     return DataConfig(source=f"parquet:{directory}", **changes)
 
 
-# --- what is read -----------------------------------------------------------------------------------------------------------
+# -- what is read --------------------------------------------------------------------------------
 
 
 def test_bundled_sample() -> None:
@@ -217,7 +217,7 @@ def test_fingerprint_follows_the_bytes_not_the_place(directory: Path, tmp_path_f
     assert open_source(of(copy), "train").fingerprint != before
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------------
+# -- splits --------------------------------------------------------------------------------------
 
 
 def test_split_is_a_partition_and_stable() -> None:
@@ -267,7 +267,7 @@ def test_empty_split(directory: Path) -> None:
         check_source(of(directory, train_limit=1, validation_fraction=0.5))
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 def test_missing_places(tmp_path: Path, directory: Path) -> None:

@@ -42,7 +42,7 @@ def images(directory: Path, *names: str) -> DataConfig:
     return DataConfig(source=f"folder:{directory}", num_classes=classes, validation_fraction=0.0)
 
 
-# --- Parquet files --------------------------------------------------------------------------------------------------------
+# -- Parquet files -------------------------------------------------------------------------------
 
 
 def test_a_shard_with_a_hash_in_its_name_is_missed(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_files_that_name_their_classes_differently_are_refused(tmp_path: Path) -
         open_source(data, "test")
 
 
-# --- classes without images -----------------------------------------------------------------------------------------------
+# -- classes without images ----------------------------------------------------------------------
 
 
 def test_a_class_without_a_test_image_is_refused_unless_allowed(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_label_that_moves_changes_the_test_images(tmp_path: Path) -> None:
     assert before.fingerprint != after.fingerprint
 
 
-# --- class folders --------------------------------------------------------------------------------------------------------
+# -- class folders -------------------------------------------------------------------------------
 
 
 def test_images_below_a_class_folder_count(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_equal_numbers_have_no_order(tmp_path: Path) -> None:
         open_source(replace(data, class_order="number"), "test")
 
 
-# --- what is printed ------------------------------------------------------------------------------------------------------
+# -- what is printed -----------------------------------------------------------------------------
 
 
 def test_a_line_describes_each_split() -> None:

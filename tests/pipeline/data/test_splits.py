@@ -11,7 +11,8 @@ import pytest
 from image_files import encode, write_parquet
 
 from components.config import DataConfig, PyramidConfig
-from pipeline.data.pyramids import _plan, address_of
+from pipeline.data.pyramids import address_of
+from pipeline.data.shard_plan import plan_shard_set
 from pipeline.data.sources import base
 from pipeline.data.sources import torchvision as sources_torchvision
 from pipeline.data.sources.open import open_source
@@ -60,8 +61,8 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> DataConfig:
         def __len__(self) -> int:
             return ROWS
 
-    monkeypatch.setattr(sources_torchvision, "_torchvision_dataset", lambda *a, **k: Dataset())
-    sources_torchvision._torchvision_arrays.cache_clear()
+    monkeypatch.setattr(sources_torchvision, "open_dataset", lambda *a, **k: Dataset())
+    sources_torchvision.load_arrays.cache_clear()
     return DataConfig(source="torchvision:mnist", image_size=SIZE)
 
 
@@ -74,7 +75,7 @@ def data(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 def stored_test_set(data: DataConfig) -> dict[str, np.ndarray]:
     """The test set as attacks see it: shard after shard, each row with its image's first pixel, which names it."""
-    plan = _plan(data, PyramidConfig(rows_per_shard=70), "test", "none")
+    plan = plan_shard_set(data, PyramidConfig(rows_per_shard=70), "test", "none")
     tables = [plan.table(i) for i in range(plan.num_shards)]
     return {
         "index": np.concatenate([t["index"].to_numpy() for t in tables]),
@@ -117,7 +118,7 @@ def test_more_test_images_go_on_from_fewer(data: DataConfig) -> None:
 def test_an_unlimited_training_split_keeps_its_order_and_address(tmp_path: Path) -> None:
     data = parquet(tmp_path)
     pyramids = PyramidConfig()
-    rows = _plan(data, pyramids, "train", "none").rows
+    rows = plan_shard_set(data, pyramids, "train", "none").rows
     assert (np.diff(rows) > 0).all()
     assert address_of(data, pyramids, "train") == address_of(replace(data, subset_seed=1), pyramids, "train")
     for split, changes in (("test", {}), ("train", {"train_limit": 60}), ("validation", {"train_limit": 60})):
@@ -129,7 +130,7 @@ def test_a_limit_moves_no_image_between_training_and_validation(tmp_path: Path) 
     data = replace(parquet(tmp_path), validation_fraction=0.3)
 
     def numbers(split: base.Split, **changes: int) -> set[int]:
-        plan = _plan(replace(data, **changes), PyramidConfig(), split, "none")
+        plan = plan_shard_set(replace(data, **changes), PyramidConfig(), split, "none")
         return set(plan.source.numbers[plan.rows].tolist())
 
     for split in ("train", "validation"):

@@ -50,7 +50,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.now, self.notes = 1000.0, list[str]()
-        self.watch = tasks._Stragglers(self.notes.append, clock=lambda: self.now)
+        self.watch = tasks.StragglerWatch(self.notes.append, clock=lambda: self.now)
 
     def at(self, seconds: float) -> list[str]:
         """What is told ``seconds`` from now on."""

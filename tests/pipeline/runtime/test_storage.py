@@ -14,7 +14,7 @@ import pytest
 from storages import Flaky, FsspecStorage
 
 from components.errors import ConfigError, UserError
-from pipeline.runtime import storage as runtime_storage
+from pipeline.runtime import retries
 from pipeline.runtime.storage import Storage, StorageError, split_uri
 
 
@@ -88,7 +88,7 @@ def test_read_errors(storage: Storage) -> None:
 def test_a_storage_that_fails_for_a_moment_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], operation: str, error: OSError
 ) -> None:
-    monkeypatch.setattr(runtime_storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Flaky, "error", error)
     one = Storage(tmp_path)
     one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
@@ -98,7 +98,7 @@ def test_a_storage_that_fails_for_a_moment_is_asked_again(
     getattr(one, operation)(*arguments)
     assert Flaky.failures == 0
     assert capsys.readouterr().out.count("does not answer") == 1, "said once"
-    monkeypatch.setattr(runtime_storage, "RETRY_S", 0.05)
+    monkeypatch.setattr(retries, "RETRY_S", 0.05)
     monkeypatch.setattr(Flaky, "failures", 1000)
     with pytest.raises(StorageError, match=f"{tmp_path}.*{re.escape(str(error))}"):
         getattr(one, operation)(*arguments)

@@ -74,7 +74,7 @@ def _break(database: Path) -> None:
         connection.commit()
 
 
-# -- the database ----------------------------------------------------------------------------------------------------------
+# -- the database --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.drill)])
@@ -126,7 +126,7 @@ def test_two_commands_may_begin_on_a_new_storage_at_once(forked: Callable[[str],
 
 def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracking_server._prepare(tmp_path / "mlflow.db")
+    tracking_server.prepare(tmp_path / "mlflow.db")
     _break(tmp_path / "mlflow.db")
     old = (tmp_path / "mlflow.db").stat().st_ino
     tracking_server.check_reachable(uri)
@@ -140,7 +140,7 @@ def test_a_broken_database_without_runs_is_put_aside(tmp_path: Path, capsys: pyt
 
 def test_a_whole_database_without_runs_is_never_put_aside(tmp_path: Path) -> None:
     uri, database = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "mlflow.db"
-    tracking_server._prepare(database)
+    tracking_server.prepare(database)
     inode = database.stat().st_ino
     with pytest.raises(UserError, match=r"refuses the experiment 'x.*500.*--experiment-name"):
         tracking_server.check_reachable(uri, "x" * 501)
@@ -218,7 +218,7 @@ def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
     assert (storage / "runs/x").read_json("tracking.json")["uris"][uri]["experiment"] == tracker.experiment_id
 
 
-# -- addresses that cannot be ----------------------------------------------------------------------------------------------
+# -- addresses that cannot be --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
     assert said.isprintable()
 
 
-# -- what answers ----------------------------------------------------------------------------------------------------------
+# -- what answers --------------------------------------------------------------------------------
 
 
 THERE = {"experiment": {"experiment_id": "1", "name": "defendpp", "artifact_location": tempfile.gettempdir()}}
@@ -403,7 +403,7 @@ def test_credentials_come_from_mlflows_variables(
     assert set(seen) == {header}
 
 
-# -- where artifacts go ----------------------------------------------------------------------------------------------------
+# -- where artifacts go --------------------------------------------------------------------------
 
 
 def test_artifacts_that_cannot_be_written_are_found_out_before_the_run(tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_server_that_passes_no_artifacts_on_is_found_out_before_the_run(tmp_pa
         server.kill()
 
 
-# -- which MLflow ------------------------------------------------------------------------------------------------------------
+# -- which MLflow --------------------------------------------------------------------------------
 
 
 def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +453,7 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
         uri, name = tracking_server.choose(option, experiment, root, required=True, echo=said.append)
         tracker = Tracker(uri, root / "runs/x", experiment=name, echo=said.append)
         tracker.start("run", "x")
-        assert tracker.wait(60)
+        assert tracker.outbox.wait(60)
         info = MlflowClient(tracker.uri).get_run(tracker.run_id() or "").info
         return MlflowClient(tracker.uri).get_experiment(info.experiment_id).name
 

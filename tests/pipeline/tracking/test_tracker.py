@@ -30,9 +30,11 @@ from pipeline.reporting import mlflow_run, records, report
 from pipeline.runtime.console import Bar
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import mlflow_sweep
-from pipeline.tracking import tracker as tracking_tracker
 from pipeline.tracking import uri
-from pipeline.tracking.server import check_reachable, http_limits
+from pipeline.tracking.registry import weights_digest
+from pipeline.tracking.requests import http_limits
+from pipeline.tracking.server import check_reachable
+from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -182,7 +184,7 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
     said: list[str] = []
 
     def publish_all() -> str | None:
-        tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
+        tracker = Tracker(uri, run, echo=said.append)
         mlflow_run.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
@@ -202,7 +204,7 @@ def test_a_known_publication_is_not_sent(root: Storage, database: DatabaseMaker,
     run, uri = root / "runs/x", database(tmp_path)
 
     def publish() -> None:
-        tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
+        tracker = Tracker(uri, run, echo=lambda line: None)
         tracker.start("run", "x", time=1e9)
         tracker.metrics("run", {"a": 1.0, "b": None})
         assert tracker.flush()
@@ -223,24 +225,24 @@ def test_live_training_and_the_final_publication_meet(
     uri = database(tmp_path)
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
-    tracker = tracking_tracker.Tracker(uri, run, echo=_silent)
+    tracker = Tracker(uri, run, echo=_silent)
     mlflow_run.start_run(tracker, records.read_run(run))
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     files = records.history_files(root, record["models"]["defend"])
     for epoch, file in enumerate(files[:2]):
         tracker.history("model/defend", epoch, partial(records.read_epoch, root, file))
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     client = MlflowClient(uri)
     runs = _runs(client)
     assert set(runs) == {"fake-mnist", "fake-mnist/defend"}
     assert {r.info.status for r in runs.values()} == {"RUNNING"}
     assert runs["fake-mnist/defend"].data.metrics["train/epoch"] == 1
     tracker.finish("model/defend", "FAILED")
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     assert _runs(client)["fake-mnist/defend"].info.status == "FAILED"
 
     run.write_json("run.json", record)
-    again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
+    again = Tracker(uri, run, echo=lambda line: None)
     mlflow_run.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
@@ -249,11 +251,11 @@ def test_live_training_and_the_final_publication_meet(
 
 def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
-    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=_silent)
+    tracker = Tracker(uri, root / "runs/x", echo=_silent)
     tracker.start("model/m", "m")
     steps = [{"step": i, "time": 1e9 + i, "loss": 1.0 / (1 + i), "lr": None} for i in range(450)]
     tracker.history("model/m", 3, lambda: {"epoch": 3, "phase": "autoencoder", "steps": steps, "validation": {}})
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     found = MlflowClient(uri).get_metric_history(tracker.run_id("model/m") or "", "train/loss")
     assert [(m.step, m.timestamp, m.value) for m in found] == [(s["step"], 1000 * s["time"], s["loss"]) for s in steps]
 
@@ -261,13 +263,13 @@ def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tm
 def test_artifacts_of_a_remote_storage(database: DatabaseMaker, tmp_path: Path) -> None:
     away = Storage("memory://away")
     away.write_bytes("models/m/classifier.safetensors", b"weights")
-    tracker = tracking_tracker.Tracker(database(tmp_path), away / "runs/x", echo=_silent)
+    tracker = Tracker(database(tmp_path), away / "runs/x", echo=_silent)
     tracker.start("model/m", "m")
     tracker.artifact("model/m", away, "models/m/classifier.safetensors", "weights")
     for text in (b"first", b"second"):
         away.write_bytes("note.txt", text)
         tracker.artifact("model/m", away, "note.txt")
-        assert tracker.wait(60)
+        assert tracker.outbox.wait(60)
     client, run_id = MlflowClient(tracker.uri), tracker.run_id("model/m") or ""
     assert _artifacts(client, run_id) == {"weights/classifier.safetensors", "note.txt"}
     assert Path(client.download_artifacts(run_id, "note.txt")).read_bytes() == b"second"
@@ -282,7 +284,7 @@ def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMak
     said: list[str] = []
 
     def publish() -> str | None:
-        tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
+        tracker = Tracker(uri, run, echo=said.append)
         tracker.start("run", "x", time=1e9, params={"lr": 0.1})
         tracker.finish("run", time=2e9)
         assert tracker.flush()
@@ -305,11 +307,11 @@ def test_a_refused_operation_does_not_hold_up_the_others(
 ) -> None:
     uri = database(tmp_path)
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=said.append)
+    tracker = Tracker(uri, root / "runs/x", echo=said.append)
     tracker.start("run", "x", params={"lr": 0.1})
     tracker.start("run", "x", params={"lr": 0.2})  # MLflow's params cannot change
     tracker.metrics("run", {"a": 1.0})
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     assert len(said) == 1
     assert "refused" in said[0]
     assert _runs(MlflowClient(uri))["x"].data.metrics == {"a": 1.0}
@@ -323,7 +325,7 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
     run = root / "runs/x"
     run.write_bytes("tracking.json", b"{")
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(database(tmp_path), run, echo=said.append)
+    tracker = Tracker(database(tmp_path), run, echo=said.append)
     tracker.start("run", "x")
     assert tracker.flush()
     assert "tracking.json cannot be used" in said[0]
@@ -333,7 +335,7 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     said: list[str] = []
     run = root / "runs/x"
-    tracker = tracking_tracker.Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
+    tracker = Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
     tracker.start("run", "x")
     _until(lambda: bool(said))
     assert not tracker.flush(timeout_s=0)
@@ -349,7 +351,7 @@ def test_registered_model_is_a_module_with_gradients(
     network = build_classifier("resnet18", num_classes=10, channels=1, image_size=28, width=2, seed=3).eval()
     images = np.random.default_rng(0).random((3, 1, 28, 28), dtype=np.float32)
     for _ in range(2):  # the second time nothing is made
-        tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
+        tracker = Tracker(uri, root / "runs/x", echo=lambda line: None)
         tracker.start("model/m", "m")
         tracker.register_model("model/m", network, images, "defendpp-m", metadata={"address": "models/m-1"})
         assert tracker.flush()
@@ -376,20 +378,20 @@ def test_registered_model_is_a_module_with_gradients(
 
 def test_weights_that_numpy_cannot_hold_have_a_digest() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(4, 2))
-    before = tracking_tracker._weights_digest(network)
+    before = weights_digest(network)
     network.register_buffer("scale", torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
     network.register_buffer("empty", torch.zeros(0, dtype=torch.float8_e4m3fn))
     network.register_buffer("steps", torch.tensor(3))
-    first = tracking_tracker._weights_digest(network)
+    first = weights_digest(network)
     network.register_buffer("scale", torch.tensor([1.0, 2.5], dtype=torch.bfloat16))
-    assert len({before, first, tracking_tracker._weights_digest(network)}) == 3
+    assert len({before, first, weights_digest(network)}) == 3
 
 
 def test_a_registration_that_fails_ends_no_run(
     run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(database(tmp_path), run, echo=said.append)
+    tracker = Tracker(database(tmp_path), run, echo=said.append)
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     mlflow_run.start_model(tracker, record, "defend")
@@ -400,7 +402,7 @@ def test_a_registration_that_fails_ends_no_run(
     assert any("registration of defend not published" in line for line in said), said
 
 
-# -- sweeps ----------------------------------------------------------------------------------------------------------------
+# -- sweeps --------------------------------------------------------------------------------------
 
 
 def _trial(number: int, root: Storage, *models: str, state: str = "finished", **more: Any) -> dict[str, Any]:
@@ -458,7 +460,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
 ) -> None:
     """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
     run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
-    tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
+    tracker = Tracker(uri, run, echo=lambda line: None)
     mlflow_run.publish_run(tracker, run, root)
     tracker.flush()
     trials = [_trial(1, root, "defend"), _trial(2, root, "no_defense", "control")]
@@ -466,7 +468,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
     sweep.write_json("sweep.json", record)
     sweep.write_json("best.json", {})
     for _ in range(2):  # the second time nothing is added
-        tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
+        tracker = Tracker(uri, sweep, echo=lambda line: None)
         mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
     client = MlflowClient(uri)
@@ -509,7 +511,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
     for told in tries:
         models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
         record = _sweep(run, [_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
-        tracker = tracking_tracker.Tracker(uri, sweep, echo=lambda line: None)
+        tracker = Tracker(uri, sweep, echo=lambda line: None)
         mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
         found = _runs(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
@@ -521,7 +523,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
 def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -> None:
     run = fake_run.write(root, evaluations=False)
     record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
-    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     mlflow_run.start_run(tracker, record)
     mlflow_sweep.start_sweep(tracker, _sweep(run, [_trial(1, root)], seeds=1) | {"data": record["data"]})
 
@@ -543,7 +545,7 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
         record, sweep = _sweep(run, trials, seeds=1), root / f"sweeps/fake-mnist-lam-{name}"
         record["choice"]["trial"] = chosen + 1
         said: list[str] = []
-        tracker = tracking_tracker.Tracker(uri, sweep, echo=said.append)
+        tracker = Tracker(uri, sweep, echo=said.append)
         mlflow_sweep.start_sweep(tracker, record)
         alias = mlflow_sweep.trial_alias(trials[chosen])
         tracker.start(alias, alias, parent="run")
@@ -569,7 +571,7 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
     assert conclude("aa", 4, 0)[0] == "aa 1", "still more, and the choice is the first again"
 
 
-# -- before a run ----------------------------------------------------------------------------------------------------------
+# -- before a run --------------------------------------------------------------------------------
 
 
 def test_a_dead_server_is_refused_quickly() -> None:
@@ -649,37 +651,32 @@ class _SlowStorage(Storage):
 def test_an_older_bookkeeping_never_replaces_a_newer_one(tmp_path: Path) -> None:
     run = _SlowStorage(tmp_path / "x")
     run.begun, run.released = threading.Event(), threading.Event()
-    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=_silent)
-
-    def save() -> None:
-        tracker._unsaved = True
-        tracker._save(force=True)
-
-    older = threading.Thread(target=save)
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", run, echo=_silent)
+    older = threading.Thread(target=tracker.outbox.save)
     older.start()
     assert run.begun.wait(60)
-    tracker._published.add("run|create")
-    newer = threading.Thread(target=save)
+    tracker.outbox.state["status"]["run"] = "FINISHED"
+    newer = threading.Thread(target=tracker.outbox.save)
     newer.start()
     newer.join(0.3)
     run.released.set()
     older.join()
     newer.join()
-    assert run.read_json("tracking.json")["uris"][tracker.uri]["published"] == ["run|create"]
+    assert run.read_json("tracking.json")["uris"][tracker.uri]["status"] == {"run": "FINISHED"}
 
 
-# -- outages ---------------------------------------------------------------------------------------------------------------
+# -- outages -------------------------------------------------------------------------------------
 
 
 def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
     begin = time.monotonic()
     tracker.start("run", "x")
     for step in range(200):
         tracker.metrics("run", {"a": step}, step=step)
     assert time.monotonic() - begin < 5
-    assert tracker.pending == 201
+    assert tracker.outbox.pending == 201
     assert tracker.is_behind
     _until(lambda: bool(said))
     assert len(said) == 1
@@ -705,12 +702,12 @@ def test_a_server_killed_on_the_way_gets_everything(
     record = run.read_json("run.json")
     check_reachable(server.uri)
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(server.uri, run, echo=said.append)
+    tracker = Tracker(server.uri, run, echo=said.append)
     mlflow_run.start_run(tracker, records.read_run(run))
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = records.history_files(root, record["models"]["defend"])
     tracker.history("model/defend", 0, partial(records.read_epoch, root, first))
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     assert not said
 
     server.kill()
@@ -718,7 +715,7 @@ def test_a_server_killed_on_the_way_gets_everything(
     mlflow_run.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 20
     _until(lambda: bool(said))
-    assert tracker.pending > 50
+    assert tracker.outbox.pending > 50
     assert len(said) == 1
     assert "cannot be used" in said[0]
 
@@ -728,7 +725,7 @@ def test_a_server_killed_on_the_way_gets_everything(
     client = MlflowClient(server.uri)
     _expect_fake_run(client, run)
     before = _everything(client)
-    again = tracking_tracker.Tracker(server.uri, run, echo=said.append)
+    again = Tracker(server.uri, run, echo=said.append)
     mlflow_run.publish_run(again, run, root)
     assert again.flush()
     assert _everything(client) == before
@@ -744,17 +741,17 @@ def test_a_server_killed_on_the_way_gets_everything(
 
     # stopped by a person while the server hangs
     again.start("model/open", "open", parent="run")
-    assert again.wait(60)
+    assert again.outbox.wait(60)
     server.pause()
     begin = time.monotonic()
     again.stop_for(KeyboardInterrupt(), complete=False)
     assert time.monotonic() - begin < 5
-    assert "could not be told that the run is KILLED" in said[-1]
+    assert "did not learn that the run is KILLED" in said[-1]
 
 
 def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Storage, mute: str) -> None:
     said: list[str] = []
-    tracker = tracking_tracker.Tracker(mute, run, echo=said.append)
+    tracker = Tracker(mute, run, echo=said.append)
     begin = time.monotonic()
     for _ in range(3):
         mlflow_run.publish_run(tracker, run, root)
@@ -768,13 +765,13 @@ def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Stora
 
 def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
-    tracker = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
+    tracker = Tracker(uri, run, echo=lambda line: None)
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     for name in fake_run.MODELS:
         mlflow_run.start_model(tracker, record, name)
     tracker.finish("model/control")
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     begin = time.monotonic()
     tracker.stop_for(KeyboardInterrupt(), complete=False)
     assert time.monotonic() - begin < 5
@@ -784,16 +781,16 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     assert found.pop("fake-mnist/control") == "FINISHED"
     assert found == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
 
-    again = tracking_tracker.Tracker(uri, run, echo=lambda line: None)
+    again = Tracker(uri, run, echo=lambda line: None)
     mlflow_run.publish_run(again, run, root)
     assert again.flush()
     _expect_fake_run(client, run)
 
 
 def test_the_end_of_a_run_waits_while_something_is_sent(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    tracker = tracking_tracker.Tracker(database(tmp_path), root / "runs/x", echo=lambda line: None)
+    tracker = Tracker(database(tmp_path), root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
 
     def read() -> dict[str, Any]:
         time.sleep(0.2)
@@ -808,10 +805,10 @@ def test_a_run_is_finished_though_its_rest_cannot_be_sent(
     root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
     uri, released = database(tmp_path), threading.Event()
-    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker = Tracker(uri, root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     tracker.start("model/m", "m", parent="run")
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
 
     def read() -> dict[str, Any]:
         released.wait(60)
@@ -846,10 +843,10 @@ def test_a_run_ends_as_what_stopped_it(
     tmp_path: Path,
 ) -> None:
     uri = database(tmp_path)
-    tracker = tracking_tracker.Tracker(uri, root / "runs/x", echo=lambda line: None)
+    tracker = Tracker(uri, root / "runs/x", echo=lambda line: None)
     tracker.start("run", "x")
     tracker.start("model/m", "m", parent="run")
-    assert tracker.wait(60)
+    assert tracker.outbox.wait(60)
     tracker.stop_for(error, complete=complete)
     assert {path: r.info.status for path, r in _runs(MlflowClient(uri)).items()} == {"x": status, "x/m": child}
 
@@ -865,7 +862,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     (root.local_root / home / "model.json").mkdir()  # there, and cannot be read
     for name in epochs:
         root.write_bytes(name, b"{")
-    tracker = tracking_tracker.Tracker(uri, run, echo=said.append)
+    tracker = Tracker(uri, run, echo=said.append)
     mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     client = MlflowClient(uri)
@@ -892,7 +889,7 @@ class _Epoch(dict[str, Any]):
 
 
 def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
-    tracker = tracking_tracker.Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     progress = stages._TrainProgress(
@@ -906,7 +903,7 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
         progress.on_epoch("defend", epoch)
         del epoch
     assert sum(one() is not None for one in alive) < 150
-    reads = tracker.pending
+    reads = tracker.outbox.pending
     too_early: list[str] = []
 
     def read() -> dict[str, Any]:
@@ -914,8 +911,8 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
         return {}
 
     tracker.history("model/defend", 900, read)
-    assert tracker.pending == reads + 1
-    assert not tracker.wait(0.5)
+    assert tracker.outbox.pending == reads + 1
+    assert not tracker.outbox.wait(0.5)
     assert not too_early
 
 
@@ -926,7 +923,7 @@ def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tm
     uri, said = database(tmp_path), list[str]()
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
     for _ in range(2):
-        tracker = tracking_tracker.Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
+        tracker = Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
         tracker.start("run", NAME)
         tracker.start(f"model/{NAME}", NAME, parent="run", tags={"model": NAME})
         tracker.register_model(
@@ -946,7 +943,7 @@ def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tm
 def test_one_reason_is_said_once(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri, said = database(tmp_path), list[str]()
     MlflowClient(uri).create_experiment("bucket", "s3://bucket/artifacts")
-    tracker = tracking_tracker.Tracker(uri, run, experiment="bucket", echo=said.append)
+    tracker = Tracker(uri, run, experiment="bucket", echo=said.append)
     mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     assert len(said) == 2, said
