@@ -96,7 +96,7 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
     with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
-        models = train.train(run.experiment, run.shapes, sets.training, run.root, _TrainProgress(run, bar))
+        models = train.train(run.experiment, run.shapes, sets.training, run.root, TrainProgress(run, bar))
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
         say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
@@ -104,7 +104,7 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     return as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
 
 
-class _TrainProgress(monitor.Progress):
+class TrainProgress(monitor.Progress):
     """Progress that keeps the run's record, MLflow and the progress bar up to date."""
 
     def __init__(self, run: Run, bar: Bar) -> None:

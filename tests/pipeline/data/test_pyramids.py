@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import DataError
 from pipeline.data import pyramids, shards
 from pipeline.data.pyramids import address_of, build
-from pipeline.data.shard_plan import Targets, plan_shard_set
 from pipeline.data.shards import MANIFEST, ShardSet, load
 from pipeline.data.sources import base, open
 from pipeline.runtime.storage import Storage, StorageError
@@ -348,79 +346,6 @@ def test_only_the_manifest_was_missing(copy: ShardSet, monkeypatch: pytest.Monke
     assert files(copy.storage, copy.address) == before
 
 
-def test_a_shard_of_other_content_is_not_taken(tmp_path: Path) -> None:
-    plan = plan_shard_set(DATA, SMALL, "train", "lowpass")
-    other = plan_shard_set(dataclasses.replace(DATA, split_seed=1), SMALL, "train", "lowpass")
-    directory = Storage(tmp_path)
-    for shard in (0, 1):
-        pyramids.write_shard(directory, shard, (plan if shard else other).table(shard))
-    assert plan.missing(directory) == [0, *range(2, plan.num_shards)]
-    pyramids.write_shard(directory, 1, plan.table(1).slice(0, 50))
-    assert 1 in plan.missing(directory)
-
-
-# -- comparison with torch-dct -------------------------------------------------------------------
-
-
-def write_shards(storage: Storage, config: PyramidConfig, targets: Targets = "lowpass") -> str:
-    """Write the shards of the test split without Ray; build then has only the manifest left to write."""
-    plan = plan_shard_set(DATA, config, "test", targets)
-    for shard in range(plan.num_shards):
-        pyramids.write_shard(storage / plan.address, shard, plan.table(shard))
-    return plan.address
-
-
-@pytest.mark.parametrize(("dtype", "largest"), [("float16", 5e-4), ("float32", 2e-6)])
-def test_levels_equal_those_of_torch_dct(tmp_path: Path, dtype: Any, largest: float) -> None:
-    config = dataclasses.replace(SMALL, dtype=dtype)
-    address = write_shards(Storage(tmp_path), config)
-    made = build(DATA, config, Storage(tmp_path), "test")
-    assert made.address == address
-    assert 0 < made.manifest["torch_dct_difference"] < largest
-    assert made.manifest["torch_dct_images"] == pyramids.COMPARED_IMAGES
-    # manifests of earlier versions have neither key
-    earlier = {key: value for key, value in made.manifest.items() if not key.startswith("torch_dct")}
-    (tmp_path / address / MANIFEST).write_text(json.dumps(earlier))
-    assert load(Storage(tmp_path), address).manifest == earlier
-    assert build(DATA, config, Storage(tmp_path), "test").manifest == earlier
-
-
-@pytest.mark.parametrize("targets", ["linear", "none"])
-def test_only_low_pass_levels_are_compared(tmp_path: Path, targets: Targets) -> None:
-    write_shards(Storage(tmp_path), SMALL, targets)
-    made = build(DATA, SMALL, Storage(tmp_path), "test", targets=targets)
-    assert not any(key.startswith("torch_dct") for key in made.manifest)
-
-
-DEFECTS: dict[str, Any] = {
-    "scaled": lambda image, level: level * 1.002,
-    "shifted by a pixel": lambda image, level: level.roll(1, dims=-1),
-    "transposed": lambda image, level: level.mT.contiguous(),
-    "averaged": lambda image, level: torch.nn.functional.adaptive_avg_pool2d(image, level.shape[-1]),
-    "not a number": lambda image, level: torch.full_like(level, torch.nan),
-}
-
-
-@pytest.mark.parametrize("changed", [1, 2])
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_levels_unlike_those_of_torch_dct_stop_the_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: str, changed: int
-) -> None:
-    def defective(images: torch.Tensor, sizes: tuple[int, ...], targets: str) -> list[torch.Tensor]:
-        levels = lowpass_pyramid(images, sizes)
-        levels[changed] = DEFECTS[defect](images, levels[changed])
-        return levels
-
-    monkeypatch.setattr("components.dct.target_levels", defective)
-    address = write_shards(Storage(tmp_path), SMALL)
-    with pytest.raises(
-        DataError, match=rf"shard-00000\.parquet: level_{changed} differs from torch-dct's result by"
-    ) as caught:
-        build(DATA, SMALL, Storage(tmp_path), "test")
-    assert f"Delete {tmp_path}/{address} and run the same command again" in str(caught.value)
-    assert sorted(os.listdir(tmp_path / address)) == ["shard-00000.parquet", "shard-00001.parquet"]
-
-
 @pytest.mark.cluster
 def test_a_difference_from_torch_dct_is_one_error_of_a_whole_build(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -504,32 +429,3 @@ def test_truncated_image_names_file_and_row(
 def test_a_defect_of_ours_keeps_its_traceback(ray_cluster: str, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError, match="in write_bytes"):
         build(DATA, SMALL, DefectiveStorage(tmp_path), "test")
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_empty_split(tmp_path: Path, split: Any) -> None:
-    data = DataConfig(train_limit=1, validation_fraction=0.0 if split == "validation" else 0.999999)
-    with pytest.raises(DataError, match=f"the {split} split is empty"):
-        build(data, SMALL, Storage(tmp_path), split)
-
-
-def test_memory_follows_the_shard_not_the_data_set(tmp_path: Path) -> None:
-    """A task holds one shard and a row group of the source, and the driver some bytes per image."""
-    encoded = [encode(i) for i in grey(50)]
-    peaks = {}
-    for rows in (2000, 16_000):
-        directory = tmp_path / str(rows)
-        write_parquet(directory / "train.parquet", encoded * (rows // 50), [0] * rows, group=500)
-        data = DataConfig(source=f"parquet:{directory}", validation_fraction=0)
-        tracemalloc.start()
-        plan = plan_shard_set(data, SMALL, "train", "lowpass")
-        task = pickle.loads(pickle.dumps(plan))
-        arrow = pa.total_allocated_bytes()
-        for shard in (0, plan.num_shards - 1):
-            table = task.table(shard)
-            arrow = max(arrow, pa.total_allocated_bytes())
-            del table
-        peaks[rows] = tracemalloc.get_traced_memory()[1] + arrow
-        tracemalloc.stop()
-    # 14,000 more images of 784 bytes would be 11 MB as pixels alone; 8 bytes of row number each are 0.1 MB, thrice
-    assert peaks[16_000] - peaks[2000] < 1_000_000

@@ -1,0 +1,90 @@
+"""The MLflow runs of a sweep: trials, seeds and means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fake_run
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow_view import DatabaseMaker, a_sweep, a_trial, runs_by_path
+
+from pipeline.reporting import mlflow_run
+from pipeline.runtime.storage import Storage
+from pipeline.sweep.report import mlflow_sweep
+from pipeline.tracking.tracker import Tracker
+
+pytestmark = pytest.mark.slow
+
+
+def histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
+    """Of all metrics but those of a sweep alone: step and value."""
+    names = set(run.data.metrics) - {"validation/robust", "epochs"}
+    found = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    return {name: [(m.step, m.value) for m in points] for name, points in found.items()}
+
+
+def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
+    run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
+    tracker = Tracker(uri, run, echo=lambda line: None)
+    mlflow_run.publish_run(tracker, run, root)
+    tracker.flush()
+    trials = [a_trial(1, root, "defend"), a_trial(2, root, "no_defense", "control")]
+    record, sweep = a_sweep(run, trials, seeds=2), root / "sweeps/fake-mnist-lam-0123456789abcdef"
+    sweep.write_json("sweep.json", record)
+    sweep.write_json("best.json", {})
+    for _ in range(2):  # the second time nothing is added
+        tracker = Tracker(uri, sweep, echo=lambda line: None)
+        mlflow_sweep.publish_sweep(tracker, record, sweep, root)
+        assert tracker.flush()
+    client = MlflowClient(uri)
+    runs = runs_by_path(client)
+    parent = "sweep fake-mnist lam"
+    assert len(runs) == 4 + 1 + 2 + 2
+
+    one, alone = runs[f"{parent}/trial 1: lam=0.1"], runs["fake-mnist/defend"]
+    assert histories(client, one) == histories(client, alone)
+    assert one.data.metrics["train/total_seconds"] == 120
+    assert set(one.data.metrics) - set(alone.data.metrics) == {"validation/robust", "epochs"}
+    robust = client.get_metric_history(one.info.run_id, "validation/robust")
+    last = fake_run.STEPS_PER_EPOCH - 1
+    assert [(m.step, m.value) for m in robust] == [
+        (e * fake_run.STEPS_PER_EPOCH + last, pytest.approx(0.1 * (e + 1))) for e in range(fake_run.EPOCHS)
+    ]
+
+    two = histories(client, runs[f"{parent}/trial 2: lam=0.2"])
+    seeds = [histories(client, runs[f"fake-mnist/{name}"]) for name in ("no_defense", "control")]
+    assert [histories(client, runs[f"{parent}/trial 2: lam=0.2/seed {i}"]) for i in range(2)] == seeds
+    assert set(two) == set(seeds[0]) == set(seeds[1])
+    for name, points in two.items():
+        of_seeds = list(zip(*(s[name] for s in seeds), strict=True))
+        assert points == [(a[0], pytest.approx((a[1] + b[1]) / 2)) for a, b in of_seeds], name
+    for path in (parent, f"{parent}/trial 1: lam=0.1", f"{parent}/trial 2: lam=0.2/seed 1"):
+        assert {i.tags[0].value for i in runs[path].inputs.dataset_inputs} == {"training", "validation"}, path
+
+
+def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
+    run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
+    sweep = root / "sweeps/s"
+    tries = [
+        {"state": "running", "reason": ""},
+        {"state": "failed", "reason": "out of memory"},
+        {"state": "running", "reason": "", "started": "2026-05-28T21:10:00+00:00"},
+        {"state": "failed", "reason": "out of memory", "started": "2026-05-28T21:10:00+00:00"},
+        {"state": "running", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
+        {"state": "finished", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
+    ]
+    for told in tries:
+        models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
+        record = a_sweep(run, [a_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
+        tracker = Tracker(uri, sweep, echo=lambda line: None)
+        mlflow_sweep.publish_sweep(tracker, record, sweep, root)
+        assert tracker.flush()
+        found = runs_by_path(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
+        assert {k: found.data.tags[k] for k in ("state", "reason")} == {k: told[k] for k in ("state", "reason")}
+        assert found.info.status == {"failed": "FAILED"}.get(told["state"], told["state"].upper())
+    assert found.data.metrics["epochs"] == fake_run.EPOCHS
