@@ -153,9 +153,9 @@ def open_run(
     )
     if not records_only:
         shapes = shapes_of(experiment)
-        check_and_join(experiment, experiment, shapes, root)
+        check_and_join(experiment, experiment, shapes, root, uri)
         if will_train:
-            gpu_memory.check_gpu_memory(experiment, shapes, lambda: finished_model_names(experiment, shapes, root))
+            gpu_memory.check_gpu_memory(experiment, shapes, lambda: finished_model_names(experiment, shapes, root, uri))
     lease = Lease(storage).acquire()  # Before the record is read, since another process may still write it.
     try:
         tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
@@ -165,16 +165,19 @@ def open_run(
         raise
 
 
-def check_and_join(experiment: Experiment, networks: Experiment, shapes: Shapes, root: Storage) -> None:
+def check_and_join(
+    experiment: Experiment, networks: Experiment, shapes: Shapes, root: Storage, tracking_uri: str
+) -> None:
     """Check networks and data, join Ray, and check its resources and the nodes' shared storage.
 
     Args:
         networks: experiment whose models are built; for a sweep, those of its trials.
+        tracking_uri: MLflow server of mlflow:... weights.
 
     Raises:
         UserError: of the kind that fits; the message names what, where and what to do.
     """
-    for line in train.check_models(networks, shapes):
+    for line in train.check_models(networks, shapes, tracking_uri):
         say(line)
     scaling, attacked = experiment.scaling, experiment.evaluation.test_images
     for line in open.check_source(experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers):
@@ -259,7 +262,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage) -> set[str]:
+def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage, tracking_uri: str) -> set[str]:
     """Return the names of the experiment's models that are finished on the storage.
 
     It reads the source's files to hash them."""
@@ -272,7 +275,7 @@ def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage) 
         without_levels=address("train", "none"),
         validation=address("validation", "none") if experiment.data.validation_fraction else "",
     )
-    prepared = train.prepare_jobs(experiment, shapes, data, root)
+    prepared = train.prepare_jobs(experiment, shapes, data, root, tracking_uri)
     return {job.name for job in prepared if (root / job.address).exists("model.json")}
 
 

@@ -96,7 +96,9 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
     with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
-        models = train.train(run.experiment, run.shapes, sets.training, run.root, TrainProgress(run, bar))
+        models = train.train(
+            run.experiment, run.shapes, sets.training, run.root, TrainProgress(run, bar), run.tracker.uri
+        )
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
         say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")

@@ -27,7 +27,7 @@ from pipeline.sweep.sweep_directory import Sweep, open_sweep
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.states import DIVERGED, ENDED, FINISHED
 from pipeline.sweep.trials.trial import new_entry
-from pipeline.tracking.uri import default_uri, ui_command
+from pipeline.tracking.uri import ui_command
 from pipeline.training import exports, pretrained, train
 
 
@@ -44,7 +44,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         # one set of pyramids serves all trials: as many kinds of targets as the trials have
         sets = stages.make_pyramids(replace(sweep, experiment=probed))
         plan = make_plan(sweep, sets)
-        jobs = train.prepare_jobs(beside, sweep.shapes, sets.training, sweep.root)
+        jobs = train.prepare_jobs(beside, sweep.shapes, sets.training, sweep.root, sweep.tracker.uri)
         references = [job for job in jobs if job.name in missing]
         if pending or references:
             with sweep.timed("trials"):
@@ -71,8 +71,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
 def make_plan(sweep: Sweep, sets: stages.ShardSets) -> SweepPlan:
     """What all trials have in common. Pretrained weights are copied to the storage, where every worker reaches them."""
     experiment = sweep.experiment
-    uri = experiment.tracking_uri or default_uri(sweep.root)
-    weights = pretrained.fetch(sweep.base, sweep.root, uri) if sweep.base.pretrained else ""
+    weights = pretrained.fetch(sweep.base, sweep.root, sweep.tracker.uri) if sweep.base.pretrained else ""
     return SweepPlan(
         root=sweep.root.full_uri,
         experiment=experiment,

@@ -109,7 +109,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     )
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
-    run_directory.check_and_join(experiment, probed, sweep.shapes, root)
+    run_directory.check_and_join(experiment, probed, sweep.shapes, root, uri)
     gpu_memory.check_gpu_memory(probed, sweep.shapes)
     sweep.lease = Lease(storage).acquire()  # before its record is read
     try:

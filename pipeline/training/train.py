@@ -35,12 +35,16 @@ VISIBLE_S = 90.0
 """How long a network file system may hide a new file. NFS caches directory entries for up to a minute."""
 
 
-def prepare_jobs(experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage) -> list[TrainingJob]:
+def prepare_jobs(
+    experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage, tracking_uri: str = ""
+) -> list[TrainingJob]:
     """Fetch the pretrained weights of an experiment and list its models as jobs."""
-    return list_jobs(experiment, shapes, data, fetch_weights(experiment, shapes, root))
+    return list_jobs(experiment, shapes, data, fetch_weights(experiment, shapes, root, tracking_uri))
 
 
-def fetch_weights(experiment: Experiment, shapes: Shapes, root: Storage) -> dict[str, StartingWeights]:
+def fetch_weights(
+    experiment: Experiment, shapes: Shapes, root: Storage, tracking_uri: str = ""
+) -> dict[str, StartingWeights]:
     """Copy the weights of each model to the storage, where every worker reaches them.
 
     Returns:
@@ -49,25 +53,16 @@ def fetch_weights(experiment: Experiment, shapes: Shapes, root: Storage) -> dict
     weights = {}
     for name, config in experiment.model_configs().items():
         config = config.canonical()
-        address = pretrained.fetch(config, root, _tracking_uri(experiment)) if config.pretrained else ""
+        address = pretrained.fetch(config, root, tracking_uri) if config.pretrained else ""
         autoencoder, reason = "", ""
         if not config.epochs:
             tensors = pretrained.load(root, address)
-            autoencoder, reason = copy_autoencoder(config, shapes, tensors, root, _tracking_uri(experiment))
+            autoencoder, reason = copy_autoencoder(config, shapes, tensors, root, tracking_uri)
         weights[name] = StartingWeights(address=address, autoencoder=autoencoder, why_no_autoencoder=reason)
     return weights
 
 
-def _tracking_uri(experiment: Experiment) -> str:
-    """Where mlflow:... is looked up: the tracking server of the run, or the database in its storage."""
-    if experiment.tracking_uri:
-        return experiment.tracking_uri
-    from pipeline.tracking import uri
-
-    return uri.default_uri(Storage(experiment.storage))
-
-
-def check_models(experiment: Experiment, shapes: Shapes) -> list[str]:
+def check_models(experiment: Experiment, shapes: Shapes, tracking_uri: str = "") -> list[str]:
     """Build every network once, without data, to refuse what cannot be built or exported before compute is spent.
 
     Returns:
@@ -82,7 +77,7 @@ def check_models(experiment: Experiment, shapes: Shapes) -> list[str]:
         config = dataclasses.replace(config.canonical(), seed=0)
         if config not in checked:
             checked.add(config)
-            weights = pretrained.read(config, _tracking_uri(experiment)) if config.pretrained else None
+            weights = pretrained.read(config, tracking_uri) if config.pretrained else None
             if weights is not None and weights.note:
                 notes[weights.note] = None
             net = build_net(config, shapes, weights)
@@ -97,6 +92,7 @@ def train(
     data: TrainingData,
     root: Storage,
     progress: Progress | None = None,
+    tracking_uri: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Train every model of an experiment, take finished models as they are, and continue the others.
 
@@ -110,7 +106,7 @@ def train(
         UserError: a worker found data or storage wrong.
     """
     progress = progress or Progress()
-    jobs = prepare_jobs(experiment, shapes, data, root)
+    jobs = prepare_jobs(experiment, shapes, data, root, tracking_uri)
     monitor = TrainingMonitor(root, jobs, progress)
     for job in jobs:
         if job.why_no_autoencoder:

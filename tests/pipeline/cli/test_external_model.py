@@ -26,6 +26,7 @@ from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 from pipeline.stages import as_subjects
+from pipeline.tracking.uri import default_uri
 from pipeline.training import exports, monitor, pretrained, train
 from pipeline.training.external import AUTOENCODER
 from pipeline.training.jobs import TrainingData
@@ -273,7 +274,8 @@ def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
     data = experiment.data
     sizes = level_sizes(data.image_size, experiment.pyramids.levels)
     shapes = Shapes(image_size=data.image_size, channels=data.channels, num_classes=data.num_classes, sizes=sizes)
-    models = train.train(experiment, shapes, TrainingData(train={}, without_levels=""), Storage(str(storage)), told)
+    root = Storage(str(storage))
+    models = train.train(experiment, shapes, TrainingData(train={}, without_levels=""), root, told, default_uri(root))
     (model,) = as_subjects(experiment, models)
     return model, told.without
 

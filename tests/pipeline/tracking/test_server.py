@@ -28,12 +28,10 @@ from mlflow_server import MlflowServer, free_port
 from components.config import Experiment
 from components.errors import ConfigError, UserError
 from pipeline import run_directory
-from pipeline.cli import external_model
 from pipeline.runtime.storage import Storage
 from pipeline.tracking import server as tracking_server
 from pipeline.tracking.tracker import Tracker
 from pipeline.tracking.uri import check_address, default_uri, ui_command
-from pipeline.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -468,8 +466,7 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
         f"MLflow: {variable} (from MLFLOW_TRACKING_URI), experiment of the variable",
         f"MLflow: {option}, experiment of the option",
     ]
-    assert train._tracking_uri(Experiment(name="x", storage=root.uri)) == variable, "mlflow:... is looked up there, too"
-    assert external_model._tracking_uri([]) == variable
+    assert default_uri(root) == variable, "mlflow:... of --model is looked up there, too"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI to another one"):
         publish()
