@@ -1,22 +1,39 @@
-"""Checks, text, JSON and hashes of frozen dataclasses whose fields are settings."""
+"""Fields of frozen dataclasses that are settings: checks, text, JSON and hashes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 from components.errors import ConfigError
 
 MAX_NAME_BYTES = 100
-"""Longest name of an experiment or a model. A file system allows 255 bytes, and names are combined and given suffixes."""
+"""Longest name of an experiment or a model.
+
+A file system allows 255 bytes, and names are combined and given suffixes."""
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Predicate of a field's value, and the values that it allows, in words.
+
+The predicate must be False for NaN, as comparisons with NaN are."""
+AT_LEAST_1: Rule = (lambda v: v >= 1, "at least 1")
+POSITIVE: Rule = (lambda v: 0 < v < math.inf, "a finite number above 0")
+NOT_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
-    # not(ok) also catches comparisons with NaN, which are False
+    """Raise ConfigError unless ``ok``.
+
+    Args:
+        name: the setting, for the message.
+        allowed: the values that it may have, in words.
+    """
     if not ok:
         raise ConfigError.of(name, value, allowed)
 
@@ -27,15 +44,15 @@ def is_name(name: str) -> bool:
 
 
 def check_name(where: str, name: str) -> None:
-    """Refuse a name that could leave the storage's directories or that one of them does not take.
+    """Refuse a name that could leave the storage's directories or that some storage does not take.
 
-    Every name that becomes part of a path comes through here: of experiments, models and search spaces.
+    Every name that becomes part of a path is checked here: of experiments, models and search spaces.
 
     Args:
-        where: what has the name, as the user knows it.
+        where: the setting that holds the name, for the message.
 
     Raises:
-        ConfigError: an empty or a long name, or one with other characters.
+        ConfigError: the name is empty, too long, or has other characters.
     """
     allowed = (
         f"1 to {MAX_NAME_BYTES} bytes of letters, digits, _ - + and ., beginning with a letter, a digit or _: "
@@ -48,7 +65,7 @@ _HINTS: dict[Any, dict[str, Any]] = {}
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Types of a dataclass's fields; finding them out parses their text, so once is enough."""
+    """Return the types of a dataclass's fields. They are cached, since each look-up parses their text."""
     if cls not in _HINTS:
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]
@@ -59,8 +76,17 @@ def is_int64(value: float) -> bool:
     return -(2**63) <= value < 2**63
 
 
-def check_values(config: Any, prefix: str) -> None:
-    """Refuse a value outside a field's Literal, which dataclasses do not, and a whole number of more than 64 bits."""
+def check_values(config: Any, prefix: str, rules: Mapping[str, Rule]) -> None:
+    """Check the fields of a config one by one.
+
+    Args:
+        prefix: name of the config, for messages.
+        rules: field -> its rule. Any field with a Literal type must have one of its values, and any
+            whole number at most 64 bits.
+
+    Raises:
+        ConfigError: a value is not allowed; the message names the field.
+    """
     hints = hints_of(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -70,6 +96,9 @@ def check_values(config: Any, prefix: str) -> None:
             check(value in allowed, where, value, "one of " + ", ".join(map(repr, allowed)))
         elif isinstance(value, int):
             check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
+    for name, (holds, allowed) in rules.items():
+        value = getattr(config, name)
+        check(holds(value), f"{prefix}.{name}".removeprefix("."), value, allowed)
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
@@ -96,23 +125,28 @@ ConfigT = TypeVar("ConfigT")
 
 
 def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> ConfigT:
-    """A copy of a config dataclass with some fields replaced by values given as text, each converted to its field's type.
+    """Return a copy of a config with some fields replaced by values given as text.
 
     Raises:
-        ConfigError: unknown field, or text that is not a value of the field's type.
+        ConfigError: a field is unknown, or a text is no value of the field's type.
     """
     hints = hints_of(type(config))
     values: dict[str, Any] = {}
     for name, text in overrides.items():
         if name not in hints:
             raise ConfigError.unknown(f"field of {where}:", name, hints)
-        values[name] = _convert(text, hints[name], f"{where}.{name}")
+        values[name] = convert(text, hints[name], f"{where}.{name}")
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
-def _convert(text: str, hint: Any, where: str) -> Any:
+def convert(text: str, hint: Any, where: str) -> Any:
+    """Convert text to a field's type. A Literal's text stays, since the dataclass checks it itself.
+
+    Raises:
+        ConfigError: the text is no value of the type.
+    """
     if typing.get_origin(hint) is Literal:
-        return text  # checked against the literals by the dataclass itself
+        return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ConfigError.of(where, text, "true or false")
@@ -126,7 +160,7 @@ def _convert(text: str, hint: Any, where: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON types (tuples become lists), enough to repeat the run."""
+    """Return a config as plain JSON types (tuples become lists), enough to repeat the run."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
@@ -135,10 +169,10 @@ def from_dict(cls: type[ConfigT], values: Any) -> ConfigT:
     """Return the config whose :func:`to_dict` is ``values``.
 
     Args:
-        values: parsed JSON, which may come out of anybody's file.
+        values: parsed JSON, possibly from a file of another program.
 
     Raises:
-        ConfigError: an unknown or missing field, a value of another type, or one that the class itself refuses.
+        ConfigError: a field is unknown or missing, or a value is of another type or not allowed.
     """
     check(isinstance(values, dict), cls.__name__, values, "a JSON object with the fields of this version")
     hints = hints_of(cls)
@@ -155,7 +189,7 @@ def from_dict(cls: type[ConfigT], values: Any) -> ConfigT:
 
 
 def _from_json(value: Any, hint: Any, where: str) -> Any:
-    """Return a value of JSON as what a field of type ``hint`` holds."""
+    """Return a JSON value as a value of type ``hint``."""
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(Any, hint), value)
     if typing.get_origin(hint) is tuple:
@@ -163,7 +197,7 @@ def _from_json(value: Any, hint: Any, where: str) -> Any:
         return tuple(_from_json(item, typing.get_args(hint)[0], where) for item in value)
     kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
     accepted = {*kinds, int} if float in kinds else set(kinds)
-    # exactly of the type: True is an int to Python
+    # The type must be exact: True is an int to Python.
     check(type(value) in accepted, where, value, f"a value of type {' or '.join(k.__name__ for k in kinds)}")
     if isinstance(value, int):
         check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
@@ -183,6 +217,6 @@ def is_text(text: str) -> bool:
 
 
 def content_hash(*parts: Any) -> str:
-    """16 hex digits that name a result by all that it follows from. Parts must be JSON types."""
+    """Return 16 hex digits that name a result by everything it follows from. Parts must be JSON types."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

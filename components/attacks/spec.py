@@ -6,14 +6,12 @@ config can be checked without loading it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from components.errors import ConfigError
-from components.fields import is_int64, parse_spec, replace_typed
+from components.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Rule, check, convert, hints_of, is_int64, parse_spec
 
 Setting = str | int | float
 
@@ -72,46 +70,21 @@ _ATTACKS: dict[str, _Attack] = {
 ATTACK_NAMES = tuple(_ATTACKS)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parsed:
-    """Types of the fields that text may set; the values are never used."""
-
-    norm: str = ""
-    eps: float = 0.0
-    steps: int = 0
-    step_size: float = 0.0
-    binary_search_steps: int = 0
-    lr: float = 0.0
-    initial_const: float = 0.0
-    confidence: float = 0.0
-    gamma: float = 0.0
-    initial_norm: float = 0.0
-    quantization_levels: int = 0
-    restarts: int = 0
-    targets: int = 0
-    queries: int = 0
-    loss: str = ""
-    objective: str = ""
-    weight: float = 0.0
-    target: str = ""
-
-
-_FIELD_TYPES: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(_Parsed)}
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_RULES: dict[str, Rule] = {
     "eps": (lambda v: 0 < v < math.inf, "a finite number above 0, in units of [0,1] pixels"),
-    "steps": (lambda v: v >= 1, "at least 1"),
+    "steps": AT_LEAST_1,
     "step_size": (lambda v: 0 <= v < math.inf, "a finite number, 0 (2.5 * eps / steps) or more"),
-    "binary_search_steps": (lambda v: v >= 1, "at least 1"),
-    "lr": (lambda v: 0 < v < math.inf, "a finite number above 0"),
-    "initial_const": (lambda v: 0 < v < math.inf, "a finite number above 0"),
-    "confidence": (lambda v: 0 <= v < math.inf, "a finite number, 0 or more"),
+    "binary_search_steps": AT_LEAST_1,
+    "lr": POSITIVE,
+    "initial_const": POSITIVE,
+    "confidence": NOT_NEGATIVE,
     "gamma": (lambda v: 0 < v < 1, "in (0, 1)"),
-    "initial_norm": (lambda v: 0 < v < math.inf, "a finite number above 0"),
+    "initial_norm": POSITIVE,
     "quantization_levels": (lambda v: v == 0 or v >= 2, "0 (none) or at least 2 (256 for 8-bit images)"),
-    "restarts": (lambda v: v >= 1, "at least 1"),
-    "targets": (lambda v: v >= 1, "at least 1"),
-    "queries": (lambda v: v >= 1, "at least 1"),
-    "weight": (lambda v: 0 <= v < math.inf, "a finite number, 0 or more"),
+    "restarts": AT_LEAST_1,
+    "targets": AT_LEAST_1,
+    "queries": AT_LEAST_1,
+    "weight": NOT_NEGATIVE,
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("ce", "dlr"),
@@ -244,9 +217,8 @@ class AttackSpec:
             raise ConfigError.of(where, value, f"a value of type {field_type.__name__}")
         if isinstance(value, int) and not is_int64(value):
             raise ConfigError.of(where, value, "at most 2**63 - 1")
-        in_range, allowed = _RANGES[name]
-        if not in_range(value):
-            raise ConfigError.of(where, value, allowed)
+        holds, allowed = _RULES[name]
+        check(holds(value), where, value, allowed)
         typed: Setting = field_type(value)
         return typed
 
@@ -263,13 +235,13 @@ class AttackSpec:
         if name not in _ATTACKS:
             raise ConfigError.unknown("attack", name, _ATTACKS)
         known = _defaults(name)
+        values: dict[str, Any] = {}
         for field, value in fields.items():
             if field not in known:
                 raise _no_such_field(name, field)
-            if _FIELD_TYPES[field] is float:
-                fields[field] = _fraction(value)
-        parsed = replace_typed(_Parsed(), fields, name)
-        return cls(name=name, **{field: getattr(parsed, field) for field in fields})
+            field_type = _FIELD_TYPES[field]
+            values[field] = convert(_fraction(value) if field_type is float else value, field_type, f"{name}.{field}")
+        return cls(name=name, **values)
 
     def __str__(self) -> str:
         """Return the canonical text.
@@ -350,6 +322,14 @@ class AttackSpec:
         """
         omitted = {*_FOR_THE_CALLER, *(["norm"] if len(_ATTACKS[self.name].norms) == 1 else [])}
         return {name: getattr(self, name) for name in _defaults(self.name) if name not in omitted}
+
+
+_FIELD_TYPES: dict[str, type] = {
+    name: next(t for t in get_args(hint) if t is not type(None))
+    for name, hint in hints_of(AttackSpec).items()
+    if name != "name"
+}
+"""Type of each field that text may set, in the order of :class:`AttackSpec`."""
 
 
 def _fraction(text: str) -> str:

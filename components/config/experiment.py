@@ -1,4 +1,4 @@
-"""Settings of a whole experiment: its models, attacks, scaling and storage."""
+"""Settings of an experiment: models, attacks, scaling and storage."""
 
 from __future__ import annotations
 
@@ -8,21 +8,31 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from components.attacks.spec import AttackSpec
 from components.config.data import DataConfig, PyramidConfig, level_sizes
 from components.config.train import TrainConfig
 from components.errors import ConfigError
-from components.fields import check, check_name, check_values, parse_spec, replace_typed
+from components.fields import AT_LEAST_1, Rule, check, check_name, check_values, parse_spec, replace_typed
+from components.threat_models import BLACK_BOX, TRANSFER, WHITE_BOX, split_threat_model
 
 FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
 PRINTED_IN = (*(f"table{i}" for i in range(1, 9)), "sec4.2", "sec4.3", "sec4.5")
-"""Where the paper prints numbers: its tables and three sections of its text."""
+"""Tables and sections of the paper that print numbers."""
 SEED_STRIDE = 1000
-"""Between the seeds of two replicates of a model: far more than a recipe has models."""
+"""Distance between the seeds of two replicates of a model: far more than a recipe has models."""
+
+_EVALUATION_RULES: dict[str, Rule] = {
+    "attacks": (bool, "at least one attack, e.g. pgd:eps=0.2"),
+    "threat_models": (lambda v: len(set(v)) == len(v) > 0, "at least one threat model, and each of them once"),
+    "test_images": (lambda v: v >= 0, "0 (all) or more"),
+    "chunk_size": AT_LEAST_1,
+    "reliability_images": (lambda v: v >= 0, "0 (no such test) or more"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What attacks what. No accuracy leaves this project without its threat model."""
+    """Settings of the attacks. Every accuracy that this project reports names its threat model."""
 
     attacks: tuple[str, ...] = (
         "noise:eps=0.2",
@@ -33,30 +43,30 @@ class EvaluationConfig:
         "ddn:steps=100",
     )
     """Attack specs, NAME or NAME:FIELD=VALUE,... (see components/attacks/spec.py)."""
-    threat_models: tuple[str, ...] = ("white_box", "transfer")
-    """white_box: examples made on the very model under test. black_box: the same from its scores alone (the attacks that need no
-    gradients). transfer: made on transfer_source (for a model behind a reformer whose classifier that is, it is called
-    grey_box). transfer:NAME: made on the model NAME; transfer:*: on each of them in turn, but for what transfer has already."""
+    threat_models: tuple[str, ...] = (WHITE_BOX, TRANSFER)
+    """white_box: examples made on the model under test itself. black_box: the same from its scores alone
+    (attacks that need no gradients). transfer: made on transfer_source; called grey_box for a model
+    with a reformer in front of that source. transfer:NAME: made on the model NAME. transfer:*: made
+    on each model in turn, without the sources that transfer has already."""
     transfer_source: str = ""
-    """The undefended model on which transferred examples are made. Empty: for each model, the first undefended one of the same
-    architecture and width."""
+    """Undefended model on which transferred examples are made. Empty: for each model, the first
+    undefended one of the same architecture and width."""
     test_images: int = 0
-    """Attack so many test images, drawn over the whole test split by data.subset_seed. 0: all."""
+    """Number of attacked test images, drawn from the whole test split by data.subset_seed. 0: all."""
     chunk_size: int = 50
-    """Images per chunk: the unit of random stream, record and resumption. Another value is another result."""
+    """Images per chunk, the unit of random stream, record and resumption. It changes the results."""
     seed: int = 0
     """Seed of the attacks' random streams."""
     search_precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: BIM, PGD and adaptive search on a bfloat16 copy of the network, in less time where the hardware has such
-    arithmetic. Every verdict is float32 either way. Another value is another result (docs/evaluation.md)."""
+    """bfloat16: BIM, PGD and adaptive search on a bfloat16 copy of the network, which is faster on
+    hardware with such arithmetic. Every verdict is float32. It changes the results
+    (docs/evaluation.md)."""
     reliability_images: int = 32
-    """How many of the attacked images the reliability probe and the active test of each attack use (docs/reliability.md). 0: neither
-    is done."""
+    """Attacked images that the reliability probe and the active tests use (docs/reliability.md). 0: none
+    of them is run."""
 
     def __post_init__(self) -> None:
-        from components.attacks.spec import AttackSpec
-
-        check_values(self, "evaluation")
+        check_values(self, "evaluation", _EVALUATION_RULES)
         texts: dict[str, str] = {}
         for attack in self.attacks:
             canonical = str(AttackSpec.parse(attack))
@@ -66,30 +76,35 @@ class EvaluationConfig:
                     "leave one out"
                 )
             texts[canonical] = attack
-        check(bool(self.attacks), "evaluation.attacks", self.attacks, "at least one attack, e.g. pgd:eps=0.2")
-        check(
-            len(set(self.threat_models)) == len(self.threat_models) > 0,
-            "evaluation.threat_models",
-            self.threat_models,
-            "at least one threat model, and each of them once",
-        )
-        for threat in self.threat_models:
+        for threat_model in self.threat_models:
+            kind, source = split_threat_model(threat_model)
             check(
-                threat in ("white_box", "black_box", "transfer")
-                or (threat.startswith("transfer:") and len(threat) > 9),
+                threat_model in (WHITE_BOX, BLACK_BOX, TRANSFER) or (kind == TRANSFER and source != ""),
                 "evaluation.threat_models",
-                threat,
+                threat_model,
                 "one of white_box, black_box, transfer, transfer:NAME and transfer:*",
             )
-        check(self.test_images >= 0, "evaluation.test_images", self.test_images, "0 (all) or more")
-        check(self.chunk_size >= 1, "evaluation.chunk_size", self.chunk_size, "at least 1")
-        images = self.reliability_images
-        check(images >= 0, "evaluation.reliability_images", images, "0 (no such test) or more")
+
+
+_SCALING_RULES: dict[str, Rule] = {
+    "workers": AT_LEAST_1,
+    "cpus_per_worker": (lambda v: 0 < v < math.inf, "above 0"),
+    "threads_per_worker": AT_LEAST_1,
+    "cpus_per_attack": (lambda v: 0 < v < math.inf, "above 0"),
+    "gpus_per_attack": (lambda v: 0 <= v < math.inf, "0 or more"),
+    "chunks_per_attack": AT_LEAST_1,
+    "parallel_models": (lambda v: v >= 0, "0 (room decides) or more"),
+    "wait_s": (lambda v: 0 <= v < math.inf, "0 or more seconds"),
+    "max_failures": (lambda v: v >= 0, "0 or more"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """What the run may use of the cluster. Only ``workers`` changes a result (batch norm is per worker)."""
+    """Resources of the cluster that a run may use.
+
+    Only ``workers`` changes a result, since batch norm is per worker.
+    """
 
     workers: int = 1
     """Data-parallel training workers (DDP ranks)."""
@@ -102,127 +117,126 @@ class ScalingConfig:
     cpus_per_attack: float = 1.0
     """Logical CPUs that Ray reserves for an attack task."""
     gpus_per_attack: float = 0.0
-    """GPUs (a fraction is allowed) that Ray reserves for an attack task; 0: CPU."""
+    """GPUs, or a fraction of one, that Ray reserves for an attack task. 0: attacks run on the CPU."""
     chunks_per_attack: int = 1
-    """Chunks that one attack task computes one after the other; more of them spare a GPU the start of so many tasks."""
+    """Chunks that one attack task computes one after the other. More chunks mean fewer task starts."""
     parallel_models: int = 0
-    """Models trained side by side, each on its own workers. 0: as many as there is room for."""
+    """Models trained side by side, each on its own workers. 0: as many as the cluster has room for."""
     wait_s: float = 0.0
-    """On a cluster that grows: seconds to wait for nodes that the run needs and that are not there yet."""
+    """Seconds to wait for nodes that the run needs, on a cluster that grows."""
     max_failures: int = 3
-    """How often a training run is started again from its last checkpoint after a worker or node died."""
+    """How often a training run restarts from its last checkpoint after a worker or node died."""
 
     def __post_init__(self) -> None:
-        check_values(self, "scaling")
-        check(self.workers >= 1, "scaling.workers", self.workers, "at least 1")
-        check(self.chunks_per_attack >= 1, "scaling.chunks_per_attack", self.chunks_per_attack, "at least 1")
-        check(self.threads_per_worker >= 1, "scaling.threads_per_worker", self.threads_per_worker, "at least 1")
-        for name in ("cpus_per_worker", "cpus_per_attack"):
-            check(0 < getattr(self, name) < math.inf, f"scaling.{name}", getattr(self, name), "above 0")
-        check(0 <= self.gpus_per_attack < math.inf, "scaling.gpus_per_attack", self.gpus_per_attack, "0 or more")
-        check(0 <= self.wait_s < math.inf, "scaling.wait_s", self.wait_s, "0 or more seconds")
-        check(self.parallel_models >= 0, "scaling.parallel_models", self.parallel_models, "0 (room decides) or more")
-        check(self.max_failures >= 0, "scaling.max_failures", self.max_failures, "0 or more")
+        check_values(self, "scaling", _SCALING_RULES)
+
+
+_EXPERIMENT_RULES: dict[str, Rule] = {
+    "models": (bool, "at least one model, e.g. --models undefended:defense=none"),
+    "seeds": AT_LEAST_1,
+    "paper": (lambda v: v in ("", *PRINTED_IN), f"empty or one of {', '.join(PRINTED_IN)}"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A complete run: data, targets, models, attacks, resources and where everything is kept."""
+    """Settings of a complete run: data, targets, models, attacks, resources and storage."""
 
     name: str
-    """Name of the recipe; also names the MLflow parent run."""
+    """Name of the recipe and of the MLflow parent run."""
     description: str = ""
-    """One line: what it shows."""
+    """One line that says what the experiment shows."""
     data: DataConfig = field(default_factory=DataConfig)
     pyramids: PyramidConfig = field(default_factory=PyramidConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    """What all models have in common."""
+    """Settings that all models have in common."""
     models: tuple[str, ...] = (
         "no_defense:defense=none,seed=0",
         "control:defense=none,seed=1",
         "defend:defense=defend++,seed=1",
     )
-    """The models compared, NAME or NAME:FIELD=VALUE,... where FIELD is one of train's."""
+    """The models, NAME or NAME:FIELD=VALUE,... with fields of train."""
     seeds: int = 1
-    """How many replicates of each model, from seeds that are SEED_STRIDE apart; above 1, the report gives mean and spread."""
+    """Number of replicates of each model, with seeds that are SEED_STRIDE apart. With several, the report
+    gives mean and spread."""
     allow_diverged: bool = False
-    """Go on without a model whose loss was not finite, and say so in the report, instead of stopping before the attacks."""
+    """Continue without a model whose loss was not finite, which the report says, instead of stopping
+    before the attacks."""
     paper: str = ""
-    """The table of the paper (table1 ... table8) whose values the report prints beside; model names are its rows'."""
+    """Table of the paper (table1 ... table8) whose values the report shows beside the run's. Its rows are
+    the names of the models."""
     figures: tuple[str, ...] = ()
     """Figures of the paper that the report draws from this run: fig2, fig5, fig6, fig7, fig8."""
     scale: str = ""
-    """smoke, fast or paper, where the recipe is one of a table's; stands beside its numbers."""
+    """Scale of a table's recipe: smoke, fast or paper. The report shows it beside the numbers."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     storage: str = "~/defendpp"
-    """Where shards, models and records are kept: an absolute path or a URI (s3://bucket/path) that every node reaches."""
+    """Storage of shards, models and records: an absolute path or a URI (s3://bucket/path) that every node
+    reaches."""
     tracking_uri: str = ""
-    """MLflow server (http://...) or database (sqlite:///...). Empty: $MLFLOW_TRACKING_URI, or mlflow.db in a local storage."""
+    """MLflow server (http://...) or database (sqlite:///...). Empty: $MLFLOW_TRACKING_URI, or mlflow.db
+    in a local storage."""
     experiment_name: str = ""
     """MLflow experiment that the run is published in. Empty: $MLFLOW_EXPERIMENT_NAME, or defendpp."""
 
     def __post_init__(self) -> None:
-        from components.attacks.spec import AttackSpec
-
         check_name("name", self.name)
-        check_values(self, "")
-        check(bool(self.models), "models", self.models, "at least one model, e.g. --models undefended:defense=none")
-        check(self.seeds >= 1, "seeds", self.seeds, "at least 1")
-        check(self.paper in ("", *PRINTED_IN), "paper", self.paper, f"empty or one of {', '.join(PRINTED_IN)}")
+        check_values(self, "", _EXPERIMENT_RULES)
         for figure in self.figures:
             check(figure in FIGURES, "figures", figure, f"one of {', '.join(FIGURES)}")
         for attack in self.evaluation.attacks:
             AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
-        sizes = level_sizes(self.data.image_size, self.pyramids.levels)
-        variants = self.model_configs()
+        for name, config in self.model_configs().items():
+            self._check_model(name, config)
+        self._check_seeds()
+        self._check_sources()
+        self._check_threat_models()
+
+    def _check_model(self, name: str, config: TrainConfig) -> None:
+        """Check the fields of one model against data and scaling."""
         longest = math.sqrt(self.data.channels) * self.data.image_size
-        for name, config in variants.items():
-            check(
+        # PyTorch 2.14.1 on an AVX2 processor writes outside its memory in this format: in the weight
+        # gradient of a stride-2 1x1 convolution, which every ResNet has. bfloat16, the plain format
+        # and GPUs do not.
+        corrupts_memory = config.channels_last and config.precision == "float32" and not self.scaling.gpu
+        channels = self.data.channels
+        rules: dict[str, tuple[bool, str]] = {
+            "adversarial_max_norm": (
                 config.adversarial_max_norm <= longest,
-                f"models[{name}].adversarial_max_norm",
-                config.adversarial_max_norm,
                 f"at most {longest:.4g}, the longest L2 perturbation of these images in [0,1]",
-            )
-            if config.normalize_mean:
-                check(
-                    len(config.normalize_mean) == self.data.channels,
-                    f"models[{name}].normalize_mean",
-                    config.normalize_mean,
-                    f"one value per channel ({self.data.channels})",
-                )
-            if config.defense == "defend++" and len(sizes) < 2:
-                if self.pyramids.levels == 1:
-                    raise ConfigError.of("pyramids.levels", 1, "0 or at least 2 for Defend++")
-                raise ConfigError.of(
-                    "data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)"
-                )
-            # PyTorch 2.14.1 on an AVX2 processor: the weight gradient of a stride-2 1x1 convolution (every ResNet's
-            # downsampling) writes outside its memory in this format; bfloat16, plain format and GPU do not
-            check(
-                not config.channels_last or config.precision != "float32" or self.scaling.gpu,
-                f"models[{name}].channels_last",
-                config.channels_last,
+            ),
+            "normalize_mean": (
+                len(config.normalize_mean) in (0, channels),
+                f"one value per channel ({channels})",
+            ),
+            "channels_last": (
+                not corrupts_memory,
                 "False in float32 on a CPU, where PyTorch's channels-last gradients corrupt memory: "
                 "use --train.precision bfloat16 or --scaling.gpu",
-            )
-            check(
+            ),
+            "batch_size": (
                 config.batch_size % self.scaling.workers == 0,
-                f"models[{name}].batch_size",
-                config.batch_size,
                 f"a multiple of scaling.workers ({self.scaling.workers})",
-            )
-        for name, config in variants.items():
-            check(
+            ),
+            "epochs": (
                 config.epochs > 0 or self.seeds == 1,
-                f"models[{name}].epochs",
-                0,
                 "at least 1 where seeds is above 1: weights that are given have no other seed",
+            ),
+        }
+        for setting, (ok, allowed) in rules.items():
+            check(ok, f"models[{name}].{setting}", getattr(config, setting), allowed)
+        if config.defense == "defend++" and len(level_sizes(self.data.image_size, self.pyramids.levels)) < 2:
+            if self.pyramids.levels == 1:
+                raise ConfigError.of("pyramids.levels", 1, "0 or at least 2 for Defend++")
+            raise ConfigError.of(
+                "data.image_size", self.data.image_size, "at least 14 pixels for Defend++ (two levels)"
             )
-        self._check_seeds()
-        bases = set(self.base_names().values())
-        explicit = self.evaluation.transfer_source
-        if explicit and "transfer" in self.evaluation.threat_models:
+
+    def _check_sources(self) -> None:
+        """Check that every model which needs a source of transferred examples, or a classifier, has one."""
+        threat_models, explicit = self.evaluation.threat_models, self.evaluation.transfer_source
+        if explicit and TRANSFER in threat_models:
             undefended = {base for base, config in self.first_replicates().items() if config.defense == "none"}
             check(
                 explicit in undefended,
@@ -230,49 +244,47 @@ class Experiment:
                 explicit,
                 f"the name of an undefended model out of models ({', '.join(sorted(undefended)) or 'there is none'})",
             )
-        for threat in self.evaluation.threat_models:
-            _, _, named = threat.partition(":")
+        bases = set(self.base_names().values())
+        for threat_model in threat_models:
+            _, base = split_threat_model(threat_model)
             check(
-                not named or named == "*" or named in bases,
+                base in ("", "*") or base in bases,
                 "evaluation.threat_models",
-                threat,
+                threat_model,
                 f"transfer: and one of the models {', '.join(sorted(bases))}",
             )
-        for name, config in variants.items():
-            needs = "transfer" in self.evaluation.threat_models or config.defense == "comdefend"
-            if needs and config.defense != "none" and self.transfer_source_of(name) is None:
+        for name, config in self.model_configs().items():
+            needs_source = TRANSFER in threat_models or config.defense == "comdefend"
+            if needs_source and config.defense != "none" and self.transfer_source_of(name) is None:
                 raise ConfigError(
                     f"models: {name} needs an undefended model beside it, "
                     + ("which stands behind the reformer" if config.defense == "comdefend" else "for transfer")
                     + f": add one, e.g. undefended:defense=none,arch={config.arch},width={config.width}"
                 )
-        self._check_threat_models()
 
     def _check_threat_models(self) -> None:
-        """Refuse threat models under none of which a model would be attacked."""
-        remedies = [self._idle(threat) for threat in self.evaluation.threat_models]
+        """Refuse threat models if none of them attacks any model."""
+        remedies = [self._remedy(threat_model) for threat_model in self.evaluation.threat_models]
         if all(remedies):
             raise ConfigError.of("evaluation.threat_models", ", ".join(self.evaluation.threat_models), remedies[0])
 
-    def _idle(self, threat: str) -> str:
-        """Return what a threat model lacks to attack any model; empty where it does."""
-        from components.attacks.spec import AttackSpec
-
-        kind, _, base = threat.partition(":")
-        if kind == "black_box":
+    def _remedy(self, threat_model: str) -> str:
+        """Return what would let a threat model attack any model; empty if it attacks one already."""
+        kind, base = split_threat_model(threat_model)
+        if kind == BLACK_BOX:
             specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
             if not any(not spec.needs_gradients and spec.name != "noise" for spec in specs):
                 return (
                     "left out, or --evaluation.attacks must have an attack that needs no gradients, e.g. square:eps=0.2"
                 )
-        elif kind == "transfer":
+        elif kind == TRANSFER:
             sources = set(self.base_names().values()) if base == "*" else {base}
             if not any(self.transfer_source_of(name, source) for name in self.model_configs() for source in sources):
                 return "left out, or --models must have a second model to make the examples on"
         return ""
 
     def _check_seeds(self) -> None:
-        """Refuse a control that is its own source, replicates that are one network, and a seed without influence."""
+        """Refuse a control that is its own source, equal replicates, and a seed without influence."""
         _check_twins(self.models, self.train, self.seeds)
         named = all("seed" in parse_spec(text)[1] for text in self.models)
         check(
@@ -287,35 +299,40 @@ class Experiment:
         return _expand(self.models, self.train, self.seeds)
 
     def model_configs(self) -> dict[str, TrainConfig]:
-        """The complete training config of each model, by name, in the order of ``models``; replicates end in -s0, -s1, ...
+        """Return the training config of each model by name, in the order of ``models``.
+
+        Names of replicates end in -s0, -s1, ...
 
         Raises:
-            ConfigError: a model is named twice, or names a field or value that ``train`` does not have.
+            ConfigError: two models have one name, or a model has a field or value that ``train`` lacks.
         """
         return {name: config for name, (_, _, config) in self._expanded().items()}
 
     def replicates(self) -> dict[str, tuple[str, int]]:
-        """Name of each model -> its name in ``models``, and which replicate of it this is."""
+        """Return name of each model -> its name in ``models`` and the number of the replicate."""
         return {name: (base, replicate) for name, (base, replicate, _) in self._expanded().items()}
 
     def base_names(self) -> dict[str, str]:
-        """Name of each model -> its name in ``models``."""
+        """Return name of each model -> its name in ``models``."""
         return {name: base for name, (base, _, _) in self._expanded().items()}
 
     @property
     def trains(self) -> bool:
-        """Tell whether any model is trained; those that are given need the test images alone."""
+        """Whether any model is trained. External models need only the test images."""
         return any(config.epochs for config in self.model_configs().values())
 
     def first_replicates(self) -> dict[str, TrainConfig]:
-        """Each name in ``models`` -> the config of its first replicate."""
+        """Return each name in ``models`` -> the config of its first replicate."""
         return {base: config for base, replicate, config in self._expanded().values() if replicate == 0}
 
     def transfer_source_of(self, name: str, base: str = "") -> str | None:
-        """The model on which examples are made that are then shown to ``name``; of the same replicate. None: itself or none.
+        """Return the model of the same replicate whose examples are transferred to the model ``name``.
 
         Args:
-            base: a name out of ``models`` (of ``transfer:NAME``). Empty: as ``evaluation.transfer_source`` says.
+            base: a name in ``models``, as in ``transfer:NAME``. Empty: as ``evaluation.transfer_source``.
+
+        Returns:
+            The name of the source, or None if it is the model itself or there is none.
         """
         models = self._expanded()
         _, replicate, config = models[name]
@@ -331,26 +348,32 @@ class Experiment:
 
 @functools.lru_cache(maxsize=64)
 def _expand(models: tuple[str, ...], train: TrainConfig, seeds: int) -> dict[str, tuple[str, int, TrainConfig]]:
-    """Name of each model -> its name in ``models``, which replicate of it this is, and its config. Not to be changed."""
-    out: dict[str, tuple[str, int, TrainConfig]] = {}
+    """Return name of each model -> its name in ``models``, number of the replicate, and config.
+
+    The dictionary is cached, so callers must not change it.
+    """
+    expanded: dict[str, tuple[str, int, TrainConfig]] = {}
     for text in models:
         base, overrides = parse_spec(text)
         config = replace_typed(train, overrides, f"models[{base}]")
         for replicate in range(seeds):
             name = base if seeds == 1 else f"{base}-s{replicate}"
-            if name in out:
+            if name in expanded:
                 raise ConfigError(f"models: two models have the name {name!r}: give each a name of its own")
-            out[name] = base, replicate, dataclasses.replace(config, seed=config.seed + SEED_STRIDE * replicate)
-    return out
+            expanded[name] = base, replicate, dataclasses.replace(config, seed=config.seed + SEED_STRIDE * replicate)
+    return expanded
 
 
-@functools.lru_cache(maxsize=64)  # a report makes its experiment out of the record again and again
+@functools.lru_cache(maxsize=64)  # A report builds its experiment from the record many times.
 def _check_twins(models: tuple[str, ...], train: TrainConfig, seeds: int) -> None:
-    """Refuse one network under two names, unless both are defended and of one replicate: then it is merely trained once."""
+    """Refuse one network under two names, which would count as two independent models.
+
+    Two defended models of one replicate may be one network, which is then trained once.
+    """
     seen: dict[TrainConfig, tuple[str, int]] = {}
     for name, (base, replicate, config) in _expand(models, train, seeds).items():
-        twin, of = seen.setdefault(config.canonical(), (name, replicate))
-        if twin != name and (config.defense == "none" or replicate != of):
+        twin, twin_replicate = seen.setdefault(config.canonical(), (name, replicate))
+        if twin != name and (config.defense == "none" or replicate != twin_replicate):
             raise ConfigError(
                 f"models: {name} is the same network as {twin}, which would count as an independent one; "
                 + (

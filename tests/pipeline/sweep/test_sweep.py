@@ -273,7 +273,7 @@ def test_more_trials_are_the_same_sweep_another_search_is_not() -> None:
         (recipe(), replace(BLOCKS, parameters={"shared_blocks": IntRange(1, 5)}), "1 to 4"),
         (recipe(), replace(BLOCKS, parameters={"batch_size": Choice([0])}), "batch_size"),
         (recipe(), replace(BLOCKS, parameters={"defense": Choice(["comdefend", "defend++"])}), "reformer"),
-        (recipe(), replace(BLOCKS, parameters={"width": Choice([4, 0])}), "at least 1 channel"),
+        (recipe(), replace(BLOCKS, parameters={"width": Choice([4, 0])}), "1 to 4096 channels"),
         (
             recipe(train=replace(recipe().train, pretrained="/weights.pth")),
             replace(BLOCKS, parameters={"epochs": Choice([1, 0])}, model="no_defense"),
