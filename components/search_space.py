@@ -1,6 +1,6 @@
-"""Search spaces and what is made of a search's outcome: declarative, without Ray and without torch.
+"""Search spaces, the Pareto front and the choice. Imports neither Ray nor torch.
 
-A file of ``tune_spaces/`` holds one :class:`Space`; a user copies it and edits it.
+A file of ``tune_spaces/`` holds one :class:`Space`. A user copies it and edits it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NOT_SWEPT = {
     "pretrained": "a sweep for each file of weights",
 }
 DRAWS_PER_TRIAL = 100
-"""How often a point is drawn anew that was drawn before, until random search counts a space of few points as exhausted and TPE
-takes the next of the grid."""
+"""Draws per trial. If all of them repeat earlier points, random search ends, and TPE takes the next
+point of the grid."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values."""
+    """A list of values."""
 
     values: Sequence[Value]
 
@@ -48,7 +48,7 @@ class Choice:
         check(len(set(self.values)) == len(self.values), "Choice", self.values, "a list with each value once")
 
     def at(self, share: float) -> Value:
-        """The value so far along the domain; share in [0, 1)."""
+        """Return the value at a share of the domain, which is in [0, 1)."""
         return self.values[int(share * len(self.values))]
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Any number from low to high."""
+    """All real numbers from low to high, equally likely."""
 
     low: float
     high: float
@@ -71,7 +71,7 @@ class Uniform:
         )
 
     def at(self, share: float) -> Value:
-        """The value so far along the domain; share in [0, 1)."""
+        """Return the value at a share of the domain, which is in [0, 1)."""
         return self.low + share * (self.high - self.low)
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """Any number from low to high, each order of magnitude as likely as another."""
+    """All real numbers from low to high, with each order of magnitude equally likely."""
 
     low: float
     high: float
@@ -94,7 +94,7 @@ class LogUniform:
         )
 
     def at(self, share: float) -> Value:
-        """The value so far along the domain; share in [0, 1)."""
+        """Return the value at a share of the domain, which is in [0, 1)."""
         return float(min(self.low * (self.high / self.low) ** share, self.high))
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class IntRange:
-    """Any whole number from low to high, both included."""
+    """All whole numbers from low to high, both included."""
 
     low: int
     high: int
@@ -118,7 +118,7 @@ class IntRange:
         )
 
     def at(self, share: float) -> Value:
-        """The value so far along the domain; share in [0, 1)."""
+        """Return the value at a share of the domain, which is in [0, 1)."""
         return self.low + int(share * (self.high - self.low + 1))
 
     def __str__(self) -> str:
@@ -129,21 +129,24 @@ Domain = Choice | Uniform | LogUniform | IntRange
 
 
 def listed(domain: Domain) -> tuple[Value, ...] | None:
-    """All values of a domain, in order; None where there are infinitely many."""
+    """Return all values of a domain in order, or None if there are infinitely many."""
     if isinstance(domain, Choice):
         return tuple(domain.values)
     return tuple(range(domain.low, domain.high + 1)) if isinstance(domain, IntRange) else None
 
 
 def ends(domain: Domain) -> tuple[Value, ...]:
-    """The values that a domain can be checked by: all of a list, the ends of a range."""
+    """Return the values that stand for a domain in checks: all of a list, the ends of a range."""
     return tuple(domain.values) if isinstance(domain, Choice) else (domain.low, domain.high)
 
 
 @dataclass(frozen=True)
 class Asha:
-    """Early stopping by asynchronous successive halving (Li et al. 2020), on robust accuracy: after ``grace_epochs``, and then at
-    each ``reduction`` times as many epochs, only the best 1/``reduction`` of the trials that came so far go on."""
+    """Early stopping by asynchronous successive halving (Li et al. 2020), on robust accuracy.
+
+    After ``grace_epochs``, and then at each ``reduction`` times as many epochs, only the best
+    1/``reduction`` of the trials that came so far go on.
+    """
 
     grace_epochs: int = 1
     reduction: float = 3.0
@@ -155,7 +158,7 @@ class Asha:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What a sweep varies, how it searches and what it measures.
+    """Settings of a sweep: what it varies, how it searches and what it measures.
 
     Raises:
         ConfigError: naming the field, its value and what is allowed.
@@ -164,20 +167,24 @@ class Space:
     parameters: Mapping[str, Domain]
     """Fields of TrainConfig, each with its domain."""
     search: Literal["grid", "random", "tpe"] = "random"
-    """grid: every combination. random: draws that spread evenly from the first on. tpe: Optuna's multi-objective TPE, which learns from the trials before."""
+    """grid: every combination. random: draws that are evenly spread from the first on. tpe:
+    Optuna's multi-objective TPE, which learns from earlier trials."""
     trials: int = 24
-    """Configurations in all, none of them twice: no more than the space has points. 0, of a grid: all of them."""
+    """Number of different configurations, at most as many as the space has points. For a grid, 0
+    means all of them."""
     asha: Asha | None = None
-    """Early stopping; None: every trial is trained to its end."""
+    """Early stopping. None: every trial is trained to its end."""
     attack: str = "pgd:eps=0.1,steps=10"
-    """White-box attack that measures robust accuracy after every epoch. Cheap, and weak enough that models differ under it: one
-    that leaves nothing of any model says nothing (docs/evaluation.md)."""
+    """White-box attack that measures robust accuracy after every epoch. It should be cheap, and
+    weak enough that models differ: under an attack that is too strong all fail
+    (docs/evaluation.md)."""
     images: int = 200
-    """Validation images that it attacks, spread evenly over the split."""
+    """Number of validation images that it attacks, drawn from the whole split."""
     clean_tolerance: float = 0.01
-    """The choice is the most robust configuration whose clean accuracy is at most so much (0.01: one point) below the best."""
+    """The choice is the most robust configuration whose clean accuracy is at most this far below
+    the best (0.01: one point)."""
     model: str = ""
-    """Which of the recipe's models is varied, by its name there. Empty: its first Defend++ model, else its first defended one."""
+    """Name of the recipe's model to vary. Empty: the first Defend++ or, failing that, defended one."""
 
     def __post_init__(self) -> None:
         check(bool(self.parameters), "space.parameters", dict(self.parameters), "at least one field of TrainConfig")
@@ -195,7 +202,7 @@ class Space:
                 "Choice([...]), Uniform(low, high), LogUniform(low, high) or IntRange(low, high)",
             )
             for value in ends(domain):
-                check(_is_of(value, hints[name]), where, value, f"a value of type {_named(hints[name])}")
+                check(_has_type(value, hints[name]), where, value, f"a value of type {_type_text(hints[name])}")
             if listed(domain) is None:
                 check(hints[name] is float, where, str(domain), "IntRange or Choice, since the field has whole numbers")
         check(self.search in ("grid", "random", "tpe"), "space.search", self.search, "one of 'grid', 'random', 'tpe'")
@@ -227,32 +234,33 @@ class Space:
 
     @property
     def size(self) -> int | None:
-        """How many points it has; None with a range of real numbers, which has no end of them."""
+        """Number of points; None with a range of real numbers, which has infinitely many."""
         sizes = [len(values) for domain in self.parameters.values() if (values := listed(domain)) is not None]
         return math.prod(sizes) if len(sizes) == len(self.parameters) else None
 
     @property
     def count(self) -> int:
-        """How many configurations there will be: none is tried twice."""
+        """Number of configurations that a sweep tries."""
         size = self.size
         return self.trials if size is None else min(size, self.trials or size)
 
     def grid(self) -> Iterator[Point]:
-        """Every combination, in order; with a range of real numbers none can be listed."""
+        """Yield every combination in order. With a range of real numbers there is none."""
         axes = [listed(domain) or () for domain in self.parameters.values()]
         for values in itertools.product(*axes):
             yield dict(zip(self.parameters, values, strict=True))
 
     def points(self, seed: int) -> list[Point]:
-        """The points of a grid, or the first ``trials`` draws that differ (fewer where the space has no more).
+        """Return the points of a grid, or the first ``trials`` different draws.
 
-        More trials of the same seed begin with the same points. TPE's follow from results: there are none to list.
+        There are fewer draws if the space has no more points. More trials of the same seed begin
+        with the same points. TPE's points follow from results, so the list is empty.
         """
         if self.search == "tpe":
             return []
         if self.search == "grid":
             return list(itertools.islice(self.grid(), self.count))
-        draws = spread(len(self.parameters), seed)
+        draws = evenly_spread(len(self.parameters), seed)
         points: dict[tuple[Value, ...], Point] = {}
         for _ in range(self.trials * DRAWS_PER_TRIAL):
             shares = zip(self.parameters.items(), next(draws), strict=True)
@@ -263,7 +271,7 @@ class Space:
         return list(points.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types, domains by their name."""
+        """Return the space as plain JSON types, with the name of each domain."""
         plain = {k: v for k, v in asdict(self).items() if k != "parameters"}
         plain["parameters"] = {
             name: {"domain": type(d).__name__, **{k: _plain(v) for k, v in asdict(d).items()}}
@@ -272,13 +280,14 @@ class Space:
         return plain
 
 
-def spread(dimensions: int, seed: int) -> Iterator[tuple[float, ...]]:
-    """Points of the unit cube without end, evenly spread from the first on: two dozen independent draws leave holes and heaps.
+def evenly_spread(dimensions: int, seed: int) -> Iterator[tuple[float, ...]]:
+    """Yield points of the unit cube without end, evenly spread from the first on.
 
-    An additive sequence (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences") from a random start.
+    Two dozen independent draws would leave holes and heaps. This is an additive sequence from a
+    random start (Roberts 2018, "The unreasonable effectiveness of quasirandom sequences").
     """
     root = 1.0
-    for _ in range(64):  # of x^(d+1) = x + 1: the golden ratio, and what takes its place in more dimensions
+    for _ in range(64):  # Solve x^(d+1) = x + 1 by iteration. In one dimension it is the golden ratio.
         root = (1 + root) ** (1 / (dimensions + 1))
     rng = random.Random(seed)
     start = [rng.random() for _ in range(dimensions)]
@@ -290,7 +299,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _is_of(value: Value, hint: Any) -> bool:
+def _has_type(value: Value, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if hint is float:
@@ -300,31 +309,34 @@ def _is_of(value: Value, hint: Any) -> bool:
     return hint in (bool, str) and isinstance(value, hint)
 
 
-def _named(hint: Any) -> str:
+def _type_text(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     return str(getattr(hint, "__name__", hint))
 
 
 def pareto_front(scores: Sequence[tuple[float, ...]]) -> list[int]:
-    """Which scores (more is better, in each place) no other score reaches in all places and exceeds in one; in their order."""
-    return [
-        i
-        for i, mine in enumerate(scores)
-        if not any(
-            other != mine and all(theirs >= own for theirs, own in zip(other, mine, strict=True)) for other in scores
-        )
-    ]
+    """Return the indices of the scores that no other score dominates (more is better)."""
+
+    def dominates(other: tuple[float, ...], score: tuple[float, ...]) -> bool:
+        return other != score and all(a >= b for a, b in zip(other, score, strict=True))
+
+    return [i for i, score in enumerate(scores) if not any(dominates(other, score) for other in scores)]
 
 
 def choose(scores: Sequence[tuple[float, float]], clean_tolerance: float) -> int:
-    """Which (clean, robust) is chosen: the most robust of those at most ``clean_tolerance`` below the best clean accuracy; of equally
-    robust ones the one with the better clean accuracy, then the first.
+    """Return the index of the most robust score whose clean accuracy is near the best.
+
+    Of equally robust scores it is the one with the better clean accuracy, then the first.
+
+    Args:
+        scores: clean and robust accuracy.
+        clean_tolerance: how far the clean accuracy may be below the best.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no scores.
     """
     best = max(clean for clean, _ in scores)
-    # a hair more, so that 0.99 - 0.98 is not above 0.01
-    able = [i for i, (clean, _) in enumerate(scores) if clean >= best - clean_tolerance - 1e-9]
-    return max(able, key=lambda i: (scores[i][1], scores[i][0], -i))
+    # The 1e-9 makes up for rounding: 0.99 - 0.98 is above 0.01.
+    candidates = [i for i, (clean, _) in enumerate(scores) if clean >= best - clean_tolerance - 1e-9]
+    return max(candidates, key=lambda i: (scores[i][1], scores[i][0], -i))

@@ -1,4 +1,7 @@
-"""How much the lower levels weigh (lambda of eq. 3) by how many encoder blocks are shared: the paper takes 0.01 and 4."""
+"""Weight of the lower levels (lambda of eq. 3) by number of shared encoder blocks.
+
+The paper's values are 0.01 and 4.
+"""
 
 from components.search_space import IntRange, LogUniform, Space
 

@@ -1,4 +1,4 @@
-"""lambda_blocks as a grid: every decade of lambda with every number of shared blocks, so that each can be averaged over the other."""
+"""lambda_blocks as a grid, so that each parameter can be averaged over the other."""
 
 from components.search_space import Choice, Space
 

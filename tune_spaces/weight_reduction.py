@@ -1,4 +1,4 @@
-"""The readings of the loss: weight w of the reconstruction, and its squared norm as a mean or a sum over pixels."""
+"""Readings of the loss: weight w of the reconstruction, as a mean or a sum over pixels."""
 
 from components.search_space import Choice, LogUniform, Space
 

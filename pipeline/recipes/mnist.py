@@ -1,4 +1,4 @@
-"""Recipes on MNIST that are no table of the paper."""
+"""Recipes on MNIST that belong to no table of the paper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.recipes.suites import attacks
 
 
 def mnist_demo() -> Experiment:
-    """The main job on the bundled sample: undefended, control and Defend++; white-box and transferred attacks."""
+    """Return the main job on the bundled sample: undefended, control and Defend++ under attack."""
     return Experiment(
         name="mnist-demo",
         description="Defend++ against an undefended network and its control, on the bundled MNIST sample",
@@ -40,7 +40,7 @@ def mnist_demo() -> Experiment:
 
 
 def mnist_smoke() -> Experiment:
-    """Every stage in about a minute: for tests and for a first look at a new machine. Its numbers mean nothing."""
+    """Return every stage on a few images, to test a machine. Its numbers mean nothing."""
     base = mnist_demo()
     return replace(
         base,
@@ -60,7 +60,7 @@ def mnist_smoke() -> Experiment:
 
 
 def mnist_slim() -> Experiment:
-    """The setting of the design's prototype: 10,000 training images, width 16. Hours on a CPU, minutes on a GPU."""
+    """Return the prototype's setting: 10,000 training images, width 16."""
     base = mnist_demo()
     return replace(
         base,
@@ -68,17 +68,18 @@ def mnist_slim() -> Experiment:
         description="10,000 images of full MNIST, width 16, 300 attacked images",
         data=DataConfig(source="torchvision:mnist", download=True, train_limit=10_000),
         train=replace(base.train, epochs=4, batch_size=128, lr=0.1),
-        # the prototype's steps (docs/evaluation.md); the paper's 100 would be half as much again for the same column
+        # These are the prototype's steps (docs/evaluation.md). The paper's 100 would cost half as
+        # much again for the same result.
         evaluation=EvaluationConfig(
             attacks=attacks(0.2, steps=40, ddn_steps=60), test_images=300, reliability_images=16
         ),
-        # two models at once on two cores, as in the tables, with which it shares them
+        # Two models train at once on two cores, as in the tables, which share these models.
         scaling=ScalingConfig(workers=1),
     )
 
 
 def mnist() -> Experiment:
-    """Full MNIST at the paper's width in a tenth of its epochs (one-cycle), for one GPU."""
+    """Return full MNIST at the paper's width in a tenth of its epochs (one-cycle), for one GPU."""
     base = mnist_demo()
     return replace(
         base,

@@ -1,7 +1,8 @@
-"""Complete named experiments. Each is a function, derived from another where it can be; the command line overrides any field.
+"""Recipes of the paper's tables and figures, and of the questions that it leaves.
 
-The tables and figures of the paper come at the scales of :data:`SCALES`, ``table1-smoke`` and so on: the same models, threat models
-and attacks, at sizes for another purpose. ``table1`` alone is ``table1-fast``.
+Each comes at some of the scales of :data:`SCALES`, as ``table1-smoke`` and so on: the same models,
+threat models and attacks, at sizes for another purpose. The first line of a function's docstring is
+the recipe's description.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ ABLATIONS = (
     "hourglass_concat:seed=1,decoder=hourglass_concat",
     "hourglass_add:seed=1,decoder=hourglass_add",
 )
-# Goodfellow et al. 2015 train on both halves; Madry et al. and Rony et al. on examples alone
+# Goodfellow et al. 2015 train on clean images and examples alike, Madry et al. and Rony et al. on
+# examples alone.
 ADV_FGSM = "adv_fgsm:defense=adversarial,seed=1,adversarial_attack=fgsm,adversarial_share=0.5"
 ADV_PGD = "adv_pgd:defense=adversarial,seed=1,adversarial_attack=pgd"
 COMDEFEND = "comdefend:defense=comdefend,seed=1,optimizer=adam,lr=0.001,weight_decay=0"
@@ -33,11 +35,15 @@ GN = "defend_gn:seed=1,noise_location=latent"
 
 
 def _adv_ddn(scale: str, max_norm: float, epochs: int = 0) -> str:
-    """Rony et al. 2019: the perturbation shortened; on CIFAR-10 only the last 30 epochs are adversarial."""
-    said = f"adversarial_attack=ddn,adversarial_max_norm={max_norm},adversarial_epochs={epochs}"
-    # the steps of their own training; at the other scales those of PGD, a tenth of the cost
+    """Return the model of Rony et al. 2019, which shortens the perturbation.
+
+    On CIFAR-10 only the last 30 epochs are adversarial.
+    """
+    fields = f"adversarial_attack=ddn,adversarial_max_norm={max_norm},adversarial_epochs={epochs}"
+    # At scale "paper" the steps are those of the authors' training. Elsewhere they are PGD's, at a
+    # tenth of the cost.
     steps = ",adversarial_steps=100" if scale == "paper" else ""
-    return f"adv_ddn:defense=adversarial,seed=1,{said}{steps}"
+    return f"adv_ddn:defense=adversarial,seed=1,{fields}{steps}"
 
 
 def _last_tenth(base: Experiment) -> int:
@@ -45,18 +51,18 @@ def _last_tenth(base: Experiment) -> int:
 
 
 def table1(scale: str) -> Experiment:
-    """Ablations on MNIST: shared blocks, targets, decoders."""
+    """Compare ablations on MNIST: shared blocks, targets, decoders."""
     return replace(mnist_scale("table1", scale), models=(*UNDEFENDED, *ABLATIONS), paper="table1")
 
 
 def table2(scale: str) -> Experiment:
-    """Defenses on MNIST."""
+    """Compare defenses on MNIST."""
     models = (*UNDEFENDED, ADV_FGSM, _adv_ddn(scale, 2.4), COMDEFEND, "defend:seed=1", GN)
     return replace(mnist_scale("table2", scale), models=models, paper="table2")
 
 
 def table2_pgd(scale: str) -> Experiment:
-    """The PGD figures that stand in the text of sec. 4.2 alone, with Adv. PGD's row."""
+    """Compare defenses under PGD, as in the text of sec. 4.2, with a row for Adv. PGD."""
     base = mnist_scale("table2-pgd", scale)
     models = (*UNDEFENDED, ADV_FGSM, ADV_PGD, _adv_ddn(scale, 2.4), COMDEFEND, "defend:seed=1", GN)
     bim = next(a for a in base.evaluation.attacks if a.startswith("bim"))
@@ -67,19 +73,22 @@ def table2_pgd(scale: str) -> Experiment:
 
 
 def table3(scale: str) -> Experiment:
-    """Defenses on CIFAR-10."""
+    """Compare defenses on CIFAR-10."""
     base = cifar10("table3", scale)
     models = (*UNDEFENDED, ADV_FGSM, _adv_ddn(scale, 1.0, _last_tenth(base)), COMDEFEND, "defend:seed=1", GN)
     return replace(base, models=models, paper="table3")
 
 
 def table4(scale: str) -> Experiment:
-    """Defenses on ImageNet; give your images with --data.source. On Imagenette and the like, not comparable with the paper."""
+    """Compare defenses on ImageNet: name your images with --data.source.
+
+    Results on Imagenette and the like cannot be compared with the paper's.
+    """
     return replace(imagenet("table4", scale), models=(*UNDEFENDED, ADV_FGSM, "defend:seed=1"), paper="table4")
 
 
-# sec. 4.5: two shared blocks of VGG16's five, four of ResNet-50's. With batch norm, without which VGG16 does not train from
-# scratch at these learning rates (docs/networks.md)
+# Sec. 4.5: two of VGG16's five blocks are shared, and four of ResNet-50's. Without batch norm VGG16
+# does not train from scratch at these learning rates (docs/networks.md).
 NETWORKS = {"vgg16": ("vgg16_bn", 2), "resnet50": ("resnet50", 4)}
 
 
@@ -95,17 +104,17 @@ def _networks(base: Experiment, table: str) -> Experiment:
 
 
 def table5(scale: str) -> Experiment:
-    """VGG16 and ResNet-50 on MNIST."""
+    """Compare VGG16 and ResNet-50 on MNIST."""
     return _networks(mnist_scale("table5", scale), "table5")
 
 
 def table6(scale: str) -> Experiment:
-    """VGG16 and ResNet-50 on CIFAR-10."""
+    """Compare VGG16 and ResNet-50 on CIFAR-10."""
     return _networks(cifar10("table6", scale), "table6")
 
 
-def _across(base: Experiment, table: str, shared: int) -> Experiment:
-    """FGSM examples made on one network, judged on another; made on the undefended and on the defended one."""
+def _across_networks(base: Experiment, table: str, shared: int) -> Experiment:
+    """Return an experiment with FGSM examples of some networks, judged on others."""
     base = _networks(base, table)
     models = (
         *base.models,
@@ -120,17 +129,17 @@ def _across(base: Experiment, table: str, shared: int) -> Experiment:
 
 
 def table7(scale: str) -> Experiment:
-    """FGSM from one network to another, on MNIST."""
-    return _across(mnist_scale("table7", scale), "table7", 4)
+    """Transfer FGSM examples from one network to another, on MNIST."""
+    return _across_networks(mnist_scale("table7", scale), "table7", 4)
 
 
 def table8(scale: str) -> Experiment:
-    """FGSM from one network to another, on CIFAR-10."""
-    return _across(cifar10("table8", scale), "table8", 3)
+    """Transfer FGSM examples from one network to another, on CIFAR-10."""
+    return _across_networks(cifar10("table8", scale), "table8", 3)
 
 
 def fig2(scale: str) -> Experiment:
-    """Low-pass and pyramid images with their frequency maps; of the images alone."""
+    """Show low-pass and pyramid images with their frequency maps."""
     base = mnist_scale("fig2", scale)
     evaluation = replace(base.evaluation, attacks=("noise:eps=0.2",), threat_models=("white_box",))
     train = replace(base.train, epochs=1)
@@ -138,7 +147,7 @@ def fig2(scale: str) -> Experiment:
 
 
 def fig5(scale: str) -> Experiment:
-    """Adversarial examples of each attack, on ImageNet."""
+    """Show adversarial examples of each attack, on ImageNet."""
     base = imagenet("fig5", scale)
     evaluation = replace(base.evaluation, threat_models=("white_box",), test_images=8, chunk_size=8)
     return replace(base, models=UNDEFENDED[:1], figures=("fig5",), evaluation=evaluation)
@@ -151,22 +160,22 @@ def _mnist_fgsm(name: str, scale: str, *eps: float) -> Experiment:
 
 
 def fig6(scale: str) -> Experiment:
-    """Clean and adversarial MNIST images, and what the auto-encoder makes of them."""
+    """Show clean and adversarial MNIST images and their reconstructions by the auto-encoder."""
     return replace(_mnist_fgsm("fig6", scale, 0.2), figures=("fig6",), seeds=1)
 
 
 def fig7(scale: str) -> Experiment:
-    """Accuracy against FGSM's eps from 0.1 to 1."""
+    """Plot accuracy over FGSM's eps from 0.1 to 1."""
     return replace(_mnist_fgsm("fig7", scale, *(i / 10 for i in range(1, 11))), figures=("fig7",))
 
 
 def fig8(scale: str) -> Experiment:
-    """Histogram of R = D_rc / D_ra: is a reconstruction nearer to the clean image than to the attacked one?"""
+    """Plot R = D_rc / D_ra: is a reconstruction nearer to the clean or to the attacked image?"""
     return replace(_mnist_fgsm("fig8", scale, 0.2), figures=("fig8",), seeds=1)
 
 
 def eq3(scale: str) -> Experiment:
-    """The readings of eq. 3: mean or sum over pixels, w = 1, 10, 100; what diverges is told, and the rest goes on."""
+    """Compare readings of eq. 3: mean or sum over pixels, w = 1, 10, 100. Models may diverge."""
     base = mnist_scale("eq3", scale)
     models = [
         f"{r}{w}:seed=1,reconstruction_reduction={r},reconstruction_weight={w}"
@@ -177,7 +186,7 @@ def eq3(scale: str) -> Experiment:
 
 
 def robustness(scale: str) -> Experiment:
-    """What the defense is worth: no defense, control, Defend++ and adversarial training under every threat model, with flags."""
+    """Compare Defend++ with adversarial training and no defense under every threat model."""
     base = mnist_scale("robustness", scale)
     models = (*UNDEFENDED, "defend:seed=1", ADV_FGSM, ADV_PGD)
     if scale == "smoke":
@@ -194,7 +203,7 @@ def robustness(scale: str) -> Experiment:
         )
         images, reliability_images, chunk_size = 8, 2, 8
     else:
-        # sec. 4.1's eps, and half of it, where BIM leaves something to compare
+        # The eps of sec. 4.1, and half of it, under which BIM leaves differences to compare.
         attacks = (*full_suite("0.2"), "bim:eps=0.1,steps=40")
         images, reliability_images, chunk_size = 1000, 32, 100
     evaluation = replace(
@@ -226,4 +235,4 @@ PAPER: dict[str, tuple[Callable[[str], Experiment], tuple[str, ...]]] = {
     "eq3": (eq3, ("smoke", "slim", "fast", "paper")),
     "robustness": (robustness, ("smoke", "slim", "fast", "paper")),
 }
-"""The paper's tables and figures and the questions that it leaves, and the scales they come at."""
+"""Name -> function of the scale, and the scales that the recipe comes at."""

@@ -1,4 +1,4 @@
-"""Every recipe by its name, with what it costs."""
+"""Every recipe by its name, with its cost."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from pipeline.recipes.paper import PAPER
 from pipeline.recipes.scales import SCALES
 
 
+def summary_of(make: Callable[[str], Experiment]) -> str:
+    """Return the first line of a recipe function's docstring."""
+    return (make.__doc__ or "").partition("\n")[0]
+
+
 def _described(make: Callable[[str], Experiment], name: str, scale: str) -> Experiment:
-    """The recipe with its function's docstring as its description."""
-    said = (make.__doc__ or "").partition("\n")[0]
-    return replace(make(scale), name=f"{name}-{scale}", description=f"{said} Scale {scale}: {SCALES[scale]}.")
+    """Make a recipe at a scale, with a description."""
+    description = f"{summary_of(make)} Scale {scale}: {SCALES[scale]}."
+    return replace(make(scale), name=f"{name}-{scale}", description=description)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe and what it costs, as measured or, where it was not run, as counted."""
+    """A recipe and its cost, which was measured or, if the recipe was not run, estimated."""
 
     make: Callable[[], Experiment]
     cost: str

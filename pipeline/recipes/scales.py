@@ -9,7 +9,7 @@ from pipeline.recipes.mnist import mnist, mnist_slim
 from pipeline.recipes.suites import attacks
 
 SCALES = {
-    "smoke": "a minute or two on 2 cores, on the bundled sample whatever the table's data set: to see that it runs; its numbers mean nothing",
+    "smoke": "a minute or two on 2 cores, on the bundled sample whatever the table's data set; its numbers mean nothing",
     "slim": "10,000 images of MNIST, width 16, on a CPU: hours",
     "fast": "about the paper's clean accuracy in a tenth of its epochs, for one GPU",
     "paper": "the paper's own hyper-parameters (sec. 4.1) and, where it has none, ours (docs/method.md), for one GPU",
@@ -19,6 +19,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def smoke(name: str, scale: str) -> Experiment:
+    """Return a tiny experiment on the bundled sample."""
     return Experiment(
         name=f"{name}-{scale}",
         scale=scale,
@@ -30,13 +31,13 @@ def smoke(name: str, scale: str) -> Experiment:
         evaluation=EvaluationConfig(
             attacks=attacks(0.2, steps=2, ddn_steps=3), test_images=8, chunk_size=8, reliability_images=0
         ),
-        # the start of a Ray Train run costs more than all models of this size
+        # Starting a Ray Train run costs more than training all models of this size.
         scaling=ScalingConfig(parallel_models=1),
     )
 
 
 def mnist_scale(name: str, scale: str) -> Experiment:
-    """MNIST at one scale; joint training, all four blocks shared (sec. 4.2)."""
+    """Return MNIST at a scale: joint training, all four blocks shared (sec. 4.2)."""
     base = smoke(name, scale)
     if scale == "smoke":
         return base
@@ -58,7 +59,7 @@ def mnist_scale(name: str, scale: str) -> Experiment:
 
 
 def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig:
-    """CIFAR-10's and ImageNet's training at one scale: the paper's steps of the learning rate, or a tenth of it in one cycle."""
+    """Return the training at a scale: the paper's, or one cycle in a tenth of its epochs."""
     if scale == "paper":
         return replace(train, lr=0.1, lr_schedule="step")
     return replace(
@@ -74,7 +75,7 @@ def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig
 
 
 def cifar10(name: str, scale: str) -> Experiment:
-    """CIFAR-10 at one scale; alternating, then joint training, three blocks shared (sec. 3.4, 4.2)."""
+    """Return CIFAR-10 at a scale: alternating training, three shared blocks (sec. 3.4, 4.2)."""
     if scale == "smoke":
         base = smoke(name, scale)
         return replace(
@@ -126,12 +127,17 @@ def cifar10(name: str, scale: str) -> Experiment:
 
 
 def imagenet(name: str, scale: str) -> Experiment:
-    """ImageNet-like images at 224x224 from pretrained weights (the paper's clean accuracy out of 10,000 images implies them)."""
+    """Return ImageNet-like images at 224x224, trained from pretrained weights.
+
+    The paper does not name the weights, but its clean accuracy from 10,000 training images implies
+    them.
+    """
     if scale == "smoke":
         base = cifar10(name, scale)
         return replace(
             base,
-            # 64 pixels: torchvision's own stem and four levels, as at 224, at a tenth of the cost
+            # At 64 pixels networks have torchvision's stem and four levels as at 224, for a tenth
+            # of the cost.
             data=replace(base.data, image_size=64, train_limit=64, test_limit=8),
             train=replace(base.train, augment="flip", batch_size=16),
             evaluation=replace(base.evaluation, attacks=attacks(0.01, steps=2, ddn_steps=3, channels=3), chunk_size=4),
@@ -156,7 +162,7 @@ def imagenet(name: str, scale: str) -> Experiment:
             image_size=224,
             channels=3,
             num_classes=1000,
-            allow_empty_classes=True,  # the 1,000 test images of NIPS 2017 are not of every class
+            allow_empty_classes=True,  # The 1,000 test images of NIPS 2017 lack some classes.
             resize="crop",
             train_limit=10_000,
             validation_fraction=0.1 if scale == "fast" else 0.0,

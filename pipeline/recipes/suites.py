@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def cw(channels: int) -> str:
-    """C&W of 5 x 20 steps (sec. 4.1); its step size goes by the images (docs/LOG.md)."""
+    """Return C&W of 5 x 20 steps (sec. 4.1), with a step size for the images (docs/LOG.md)."""
     return "cw:steps=20,binary_search_steps=5" + (",lr=0.01" if channels == 3 else "")
 
 
 def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1, pgd: bool = False) -> tuple[str, ...]:
-    """Sec. 4.1: FGSM, BIM and PGD of one eps, C&W of 5 x 20 steps, DDN; and noise of the same size as a floor."""
+    """Return the attacks of sec. 4.1, and noise of the same eps as a floor."""
     return (
         f"noise:eps={eps}",
         f"fgsm:eps={eps}",
@@ -21,8 +21,17 @@ def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1, pgd: b
 
 
 def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ...]:
-    """All that says how robust a model is within a budget: from noise and one step to AutoAttack, without gradients, and with
-    what the attacker knows of the auto-encoder; and the minimal norms, L2 always, and Linf where that is the budget's."""
+    """Return the attacks that together say how robust a model is within a budget.
+
+    They reach from noise and a single step to AutoAttack, with and without gradients, and with
+    knowledge of the auto-encoder. Attacks of minimal norm are part of it: in L2 always, in Linf if
+    that is the budget's norm.
+
+    Args:
+        eps: the budget.
+        norm: ``linf`` or ``l2``.
+        channels: of the images; C&W's step size depends on them.
+    """
     budget = f"eps={eps}" if norm == "linf" else f"eps={eps},norm={norm}"
     return (
         f"noise:{budget}",
@@ -31,13 +40,15 @@ def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ..
         f"pgd:{budget},steps=40,restarts=3",
         f"autoattack:{budget}",
         f"square:{budget}",
-        # as strong as PGD above, so that a difference is owed to what this attacker knows. With all blocks shared the latent is
-        # the classifier's own last map: only the reconstruction goes through the decoder
+        # These have the steps of PGD above, so a difference is due to the knowledge of the
+        # auto-encoder. With all blocks shared the latent is the classifier's own last map: only the
+        # reconstruction passes through the decoder.
         f"adaptive:{budget},steps=40,restarts=3",
         f"adaptive:{budget},objective=reconstruction,steps=40,restarts=3",
         cw(channels),
         "ddn:steps=100",
-        # 20 steps fail the active test on a network trained against PGD (docs/LOG.md). Every sample, 9 targets x 40 steps: 360
-        # passes forward and backward, and as many forward
+        # With 20 steps it fails the active test on a network trained against PGD (docs/LOG.md). 9
+        # targets x 40 steps cost 360 passes forward and backward for each sample, and as many
+        # forward.
         *(("fab-t:norm=linf,steps=40",) if norm == "linf" else ()),
     )
