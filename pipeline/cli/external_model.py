@@ -1,9 +1,10 @@
-"""A classifier that was not trained here, as an experiment: ``main.py attack --model FILE --arch ARCH --data SOURCE``."""
+"""An external model as an experiment: ``main.py attack --model FILE --arch ARCH --data SOURCE``."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -14,77 +15,86 @@ from components.errors import ConfigError, DataError
 from components.evaluation.metrics import usual_eps
 from components.fields import MAX_NAME_BYTES
 from components.models import libraries, own
-from pipeline.cli.arguments import Parser
+from components.threat_models import BLACK_BOX, WHITE_BOX
+from pipeline.cli.arguments import Parser, has_option, parse_overrides
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
+from pipeline.tracking.uri import default_uri
 from pipeline.training import exports, pretrained, weights_file
 
-LONGEST_NAME = MAX_NAME_BYTES - len("attack-")
-"""Bytes that are left for a model's name in that of its experiment."""
+MAX_MODEL_NAME_BYTES = MAX_NAME_BYTES - len("attack-")
 USAGE = """\
 main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
 
-  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH, torchvision:WEIGHTS;
-           FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
-  --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module (docs/networks.md).
-           torchvision:googlenet and :inception_v3 transform their images as torchvision's own weights want it; for others:
-           torchvision:googlenet,transform_input=false
-           A file that this project exported knows its own, but does not decide which code is imported: MODULE:FUNCTION must be
-           given. The adaptive attack takes the autoencoder.safetensors beside it
+  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH,
+           torchvision:WEIGHTS; FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
+  --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module
+           (docs/networks.md). torchvision:googlenet and :inception_v3 transform their images as torchvision's own
+           weights need it; for other weights: torchvision:googlenet,transform_input=false
+           A file that this project exported knows its network. But it does not decide which code is imported:
+           MODULE:FUNCTION must be given. The adaptive attack uses the autoencoder.safetensors beside the file
   --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
-  --eps    budget of the attacks; without it the field's usual one: 0.3 for grey images, 8/255 up to 64 pixels, 4/255 above
-  --norm   of that budget
-  --name   of the model in the report
+  --eps    budget of the attacks (default: the field's standard, which is 0.3 for grey images, 8/255 for colour images
+           up to 64 pixels, 4/255 above)
+  --norm   norm of that budget (default: linf)
+  --name   the model's name in the report
 
-The network takes images in [0,1]; what it normalises with goes into --train.normalize-mean and --train.normalize-std.
-Image size, channels and classes: --data.image-size, --data.channels, --data.num-classes. How many images: --evaluation.test-images.
+The network takes images in [0,1]. If it normalises them, set --train.normalize-mean and --train.normalize-std.
+Image size, channels and classes: --data.image-size, --data.channels, --data.num-classes.
+Number of attacked images: --evaluation.test-images.
 """
 
 
-def parse(arguments: list[str]) -> tuple[Experiment, list[str]]:
-    """The experiment that the arguments ask for, and those that are left: fields of it to be set otherwise.
+def parse_external_model(arguments: Sequence[str]) -> Experiment:
+    """Return the experiment that attacks an external model.
 
     Raises:
-        ConfigError: a file that does not say what it is, without --arch. DataError, StorageError, UserError: the file cannot
-            be read.
+        ConfigError: --arch is missing and the file does not say what it is, or a value is wrong.
+        DataError, StorageError, UserError: the file cannot be read.
     """
-    parser = Parser("attack")
-    for name in ("--model", "--arch", "--data", "--name", "--norm"):
-        parser.add_argument(name, default="")
-    parser.add_argument("--eps", default="")
-    # an option of tyro's with the same beginning, such as --data.source, is not one of these
-    known, rest = parser.parse_known_args(arguments)
-    base = _described(known.model, known.arch, _tracking_uri(rest))
-    experiment = _experiment(known, base)
-    norm = known.norm or "linf"
+    options, rest = _parser().parse_known_args(list(arguments))
+    norm = options.norm or "linf"
+    tracking_uri = options.tracking_uri or default_uri(Storage(options.storage))
+    described = _described(options.model, options.arch, tracking_uri)
+    experiment = parse_overrides(_experiment(options, described), rest, "main.py attack --model ...")
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
-    # The budget and the step sizes follow from the images, which options among the rest may describe.
-    data = _with(experiment, rest).data
-    eps = known.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
+    # The budget and the step sizes follow from the images, which the overrides may describe.
+    data = experiment.data
+    eps = options.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
     try:
         AttackSpec.parse(f"noise:eps={eps},norm={norm}").check_fits(data.channels, data.image_size)
     except ConfigError as e:
         raise ConfigError(str(e).replace("noise.eps", "--eps", 1)) from None
-    evaluation = replace(experiment.evaluation, attacks=full_suite(eps, norm, data.channels))
-    return replace(experiment, evaluation=evaluation), rest
+    if has_option(rest, "--evaluation.attacks"):
+        return experiment
+    attacks = full_suite(eps, norm, data.channels)
+    return replace(experiment, evaluation=replace(experiment.evaluation, attacks=attacks))
 
 
-def _with(experiment: Experiment, rest: list[str]) -> Experiment:
-    import tyro
+def _parser() -> Parser:
+    """Return the parser of the options from which the experiment's defaults follow."""
+    parser = Parser("attack")
+    for option in ("--model", "--arch", "--data", "--name", "--norm", "--eps", "--tracking-uri"):
+        parser.add_argument(option, default="")
+    parser.add_argument("--storage", default=Experiment.storage)
+    return parser
 
-    return tyro.cli(type(experiment), default=experiment, args=rest, prog="main.py attack --model ...")
 
+def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shapes] | None) -> Experiment:
+    """Return the experiment before the overrides of its fields.
 
-def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | None) -> Experiment:
-    if base is None and not known.arch:
+    Args:
+        described: what the file says of its own network.
+    """
+    if described is None and not options.arch:
         raise ConfigError(
             "--arch is missing: name the network that the weights are of, since the file, which this project did not export, "
             "does not say (main.py attack --help)"
         )
     train, data, pyramids = TrainConfig(), DataConfig(), PyramidConfig()
-    if base is not None:
-        config, shapes = base
+    if described is not None:
+        config, shapes = described
         train = replace(
             train,
             arch=libraries.explicit(config.arch, bool(config.pretrained)),
@@ -96,60 +106,48 @@ def _experiment(known: argparse.Namespace, base: tuple[TrainConfig, Shapes] | No
             data, image_size=shapes.image_size, channels=shapes.channels, num_classes=shapes.num_classes, resize="none"
         )
         if shapes.sizes != level_sizes(shapes.image_size):
-            pyramids = replace(pyramids, levels=len(shapes.sizes))  # those that its auto-encoder reconstructs
-    name = known.name or _name(known.model)
-    train = replace(
-        train,
-        arch=known.arch or train.arch,
-        # a network of one's own may have no blocks to share, and none are asked for
-        shared_blocks=1,
-        defense="none",
-        pretrained=known.model,
-        epochs=0,
-    )
+            pyramids = replace(pyramids, levels=len(shapes.sizes))  # The auto-encoder reconstructs these levels.
+    name = options.name or default_name(options.model)
     return Experiment(
         name=f"attack-{name}",
-        description=f"{known.model}, not trained here, under attack",
-        data=replace(data, source=known.data or data.source, download=known.data.startswith("torchvision:")),
+        description=f"{options.model}, not trained here, under attack",
+        data=replace(data, source=options.data or data.source, download=options.data.startswith("torchvision:")),
         pyramids=pyramids,
-        train=train,
-        models=(name,),
-        # A suite of any budget has the attacks that each threat model needs. The right budget is known later.
-        evaluation=EvaluationConfig(
-            attacks=full_suite("0.1"), threat_models=("white_box", "black_box"), test_images=1000
+        train=replace(
+            train,
+            arch=options.arch or train.arch,
+            shared_blocks=1,  # A network of the user's own may have no blocks to share, and none are needed.
+            defense="none",
+            pretrained=options.model,
+            epochs=0,
         ),
+        models=(name,),
+        # A suite of any budget has the attacks that each threat model needs. The right budget is
+        # known later.
+        evaluation=EvaluationConfig(attacks=full_suite("0.1"), threat_models=(WHITE_BOX, BLACK_BOX), test_images=1000),
+        storage=options.storage,
+        tracking_uri=options.tracking_uri,
     )
 
 
-def _name(model: str) -> str:
-    """Return the name in the report of a model without --name: that of its file, as far as it can be one."""
+def default_name(model: str) -> str:
+    """Return the name of a model without --name: that of its file, if necessary changed."""
     text = model.partition("?")[0] if "://" in model else model
     path = PurePosixPath(text.rstrip("/").replace("@", "-"))
     stem = path.parent.name if path.stem == "classifier" and path.parent.name else path.stem
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).lstrip("-.").rstrip("-")
-    if len(name.encode()) > LONGEST_NAME:  # its beginning, and what tells it from others that begin so
-        begin = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    if len(name.encode()) > MAX_MODEL_NAME_BYTES:  # Keep its beginning, and add a hash that tells it from others.
+        begin = name.encode()[: MAX_MODEL_NAME_BYTES - 9].decode(errors="ignore")
         name = f"{begin}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name or "model"
 
 
-def _tracking_uri(rest: list[str]) -> str:
-    """--tracking-uri out of the arguments that are left; without it the database in --storage."""
-    from pipeline.tracking import uri
-
-    options = Parser("attack")
-    options.add_argument("--tracking-uri", default="")
-    options.add_argument("--storage", default=Experiment(name="x").storage)
-    known, _ = options.parse_known_args(rest)
-    return known.tracking_uri or uri.default_uri(Storage(known.storage))
-
-
 def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, Shapes] | None:
-    """Return what a file of weights says of its own network, or None where it says nothing.
+    """Return config and shapes that a file of weights gives for its network, or None.
 
     Raises:
-        DataError: it is no file of weights, or its weights were made by another version of ``arch``. ConfigError: it names a
-            module, which ``arch`` does not.
+        DataError: it is no file of weights, or another version of ``arch`` made its weights.
+        ConfigError: it names a module, and ``arch`` does not.
     """
     if model.startswith("torchvision:"):
         return None
@@ -163,14 +161,14 @@ def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, S
     except DataError as e:
         raise DataError(f"{text} {e}") from e
     except ValueError as e:
-        reason = weights_file.why_no_weights(data, text) or e
+        reason = weights_file.why_no_weights(data, text) or str(e)
         raise DataError(f"{text} is not a whole safetensors file ({reason}); copy it again") from e
     if arch:
         exports.check_source(data, arch, text)
     elif described is not None and own.is_own(described[0].arch):
-        asked = described[0].arch
+        named = described[0].arch
         raise ConfigError(
-            f"{text} says that {asked} builds its network. A file does not decide which code is imported: if you trust that "
-            f"module, add --arch {asked}"
+            f"{text} says that {named} builds its network. A file does not decide which code is imported: if you trust that "
+            f"module, add --arch {named}"
         )
     return described

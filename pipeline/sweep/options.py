@@ -1,21 +1,28 @@
-"""The options of a sweep beside its recipe's fields. Imports nothing heavy, so that a typo is answered at once."""
+"""Options of a sweep on the command line. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+Evaluate = Literal["full", "recipe", "none"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """What the command line says of a sweep beside the recipe's fields."""
+    """Options of a sweep beside the recipe's fields."""
 
     space: str
+    """A file, or the name of one in ``tune_spaces/``."""
     trials: int | None = None
+    """Instead of the space's."""
     search: str | None = None
+    """Instead of the space's."""
     seed: int = 0
+    """Seed of the search."""
     max_concurrent: int = 0
-    """0: as many models at once as there is room for."""
+    """How many models are trained at once. 0: as many as there is room for."""
     resume: bool = False
-    evaluate: Literal["full", "recipe", "none"] = "full"
-    """Under which attacks the choice is tested, if it is."""
+    """Refuse to begin a new sweep."""
+    evaluate: Evaluate = "full"
+    """Attacks under which the choice is tested on test images."""

@@ -81,7 +81,7 @@ def test_rayjob_and_raycluster_describe_the_same_nodes() -> None:
 
 
 def test_rayjob_entrypoint_is_a_command_that_the_command_line_accepts() -> None:
-    from pipeline.main import parse
+    from pipeline.cli.recipe_arguments import parse_experiment
 
     job = load("kuberay/rayjob.yaml")["spec"]
     assert job["submissionMode"] == "HTTPMode"  # the others expand the variables in a pod that lacks them
@@ -90,7 +90,7 @@ def test_rayjob_entrypoint_is_a_command_that_the_command_line_accepts() -> None:
     python, script, command, *arguments = shlex.split(text)
     assert python == "python"
     assert (ROOT / script).is_file()
-    experiment = parse(command, arguments)
+    experiment = parse_experiment(command, arguments)
     assert (experiment.storage, experiment.tracking_uri) == tuple(settings.values())
     assert experiment.scaling.gpu is True
     assert experiment.scaling.gpus_per_attack > 0

@@ -110,7 +110,7 @@ def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> No
             config.arch, num_classes=10, channels=3, image_size=80, needs_adapter=False, pretrained=True
         )
         exports.export(Storage(str(tmp_path)), net, config, replace(SHAPES, num_classes=10))
-        experiment, _ = external_model.parse(
+        experiment = external_model.parse_external_model(
             ["--model", str(tmp_path / "classifier.safetensors"), "--tracking-uri", "x"]
         )
         spelt = libraries.explicit(config.arch, bool(config.pretrained))

@@ -20,7 +20,7 @@ from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.models.classifiers import build_classifier
 from components.network import build_net
-from pipeline.main import parse
+from pipeline.cli.recipe_arguments import parse_experiment
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports, jobs
 from pipeline.training.external import AUTOENCODER
@@ -126,7 +126,7 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
     file = exported(tmp_path / "model", "theirs:build")
     del sys.modules["theirs"]
     for load in (
-        lambda: parse("attack", ["--model", str(file)]),
+        lambda: parse_experiment("attack", ["--model", str(file)]),
         lambda: exports.load_classifier(file),
         lambda: exports.load_classifier(file.parent, trusted="other:build"),
         lambda: exports.load_classifier(file, trusted=["theirs", "theirs:build2"]),
@@ -134,7 +134,7 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
         with pytest.raises((ConfigError, DataError), match=r"theirs:build.*(--arch|trusted=)"):
             load()
     assert "theirs" not in sys.modules
-    (config,) = parse("attack", ["--model", str(file), "--arch", "theirs:build"]).model_configs().values()
+    (config,) = parse_experiment("attack", ["--model", str(file), "--arch", "theirs:build"]).model_configs().values()
     assert config.arch == "theirs:build"
     assert type(exports.load_classifier(file, trusted="theirs:build")).__name__ == "Net"
 
@@ -145,7 +145,7 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
 def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, said: str) -> None:
     file = tmp_path / "classifier.safetensors"
     save_file(Net(1, 10).state_dict(), file, {"defendpp": said})
-    for load in (lambda: parse("attack", ["--model", str(file)]), lambda: exports.load_classifier(file)):
+    for load in (lambda: parse_experiment("attack", ["--model", str(file)]), lambda: exports.load_classifier(file)):
         with pytest.raises((ConfigError, DataError)) as caught:
             load()
         assert "--arch" in str(caught.value) or str(file) in str(caught.value)
@@ -171,7 +171,7 @@ def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_pa
     file = exported(tmp_path / "model", "edited:build")
     source.write_text(source.read_text() + "# another forward()\n")
     for load in (
-        lambda: parse("attack", ["--model", str(file), "--arch", "edited:build"]),
+        lambda: parse_experiment("attack", ["--model", str(file), "--arch", "edited:build"]),
         lambda: exports.load_classifier(file, trusted="edited:build"),
     ):
         with pytest.raises(
@@ -179,7 +179,7 @@ def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_pa
         ):
             load()
     # networks that are not modules of a user's have no version
-    parse("attack", ["--model", str(file), "--arch", "resnet18"])
+    parse_experiment("attack", ["--model", str(file), "--arch", "resnet18"])
 
 
 def test_the_auto_encoder_beside_a_file_imports_nothing_either(write: Any, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import torch
 from repository import ROOT
 
 from components.config import DataConfig, Experiment
-from pipeline.main import _is_shortage, main, parse
+from pipeline.cli.recipe_arguments import parse_experiment
+from pipeline.main import is_memory_shortage, main
 from pipeline.recipes.registry import RECIPES
 from pipeline.run_directory import run_address
 
@@ -80,7 +81,7 @@ def test_a_script_needs_no_installation() -> None:
 
 def test_fields_are_documented_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("run", ["mnist-demo", "--help"])
+        parse_experiment("run", ["mnist-demo", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--train.lam FLOAT lambda of eq. 3" in text
@@ -88,7 +89,7 @@ def test_fields_are_documented_in_help(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_an_override_reaches_its_field_with_its_type() -> None:
-    experiment = parse(
+    experiment = parse_experiment(
         "run",
         ["mnist-demo", "--train.epochs", "7", "--train.lam", "1e-3", "--evaluation.attacks", "ddn", "--scaling.gpu"],
     )
@@ -101,10 +102,13 @@ def test_an_override_reaches_its_field_with_its_type() -> None:
 
 
 def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
-    base = run_address(parse("run", ["mnist-demo"]))
-    assert run_address(parse("run", ["mnist-demo", "--storage", "/elsewhere", "--scaling.max-failures", "9"])) == base
-    assert run_address(parse("run", ["mnist-demo", "--train.lam", "0.02"])) != base
-    assert run_address(parse("run", ["mnist-demo", "--scaling.workers", "1"])) != base
+    base = run_address(parse_experiment("run", ["mnist-demo"]))
+    assert (
+        run_address(parse_experiment("run", ["mnist-demo", "--storage", "/elsewhere", "--scaling.max-failures", "9"]))
+        == base
+    )
+    assert run_address(parse_experiment("run", ["mnist-demo", "--train.lam", "0.02"])) != base
+    assert run_address(parse_experiment("run", ["mnist-demo", "--scaling.workers", "1"])) != base
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_an_unknown_field_or_type_ends_with_status_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("run", ["mnist-demo", *arguments])
+        parse_experiment("run", ["mnist-demo", *arguments])
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
 
@@ -350,5 +354,5 @@ def test_a_typo_is_answered_without_loading_the_libraries() -> None:
 def test_too_little_memory_is_told_from_other_errors(allocate: Callable[[], object]) -> None:
     with pytest.raises((MemoryError, RuntimeError)) as caught:
         allocate()
-    assert _is_shortage(caught.value)
-    assert not _is_shortage(RuntimeError("another error"))
+    assert is_memory_shortage(caught.value)
+    assert not is_memory_shortage(RuntimeError("another error"))

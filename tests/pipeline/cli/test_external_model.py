@@ -18,10 +18,11 @@ from components.config import EvaluationConfig, Experiment, TrainConfig, level_s
 from components.config.data import Shapes
 from components.errors import ConfigError, DataError
 from components.network import build_net
-from pipeline.cli.external_model import _name
+from pipeline.cli.external_model import default_name
+from pipeline.cli.recipe_arguments import parse_experiment
 from pipeline.evaluation import chunks, plan
 from pipeline.evaluation.worst_case import budgets
-from pipeline.main import main, parse
+from pipeline.main import main
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
@@ -52,7 +53,7 @@ def exported(tmp_path: Path) -> Path:
 
 
 def asked(*arguments: str) -> Experiment:
-    experiment: Experiment = parse("attack", list(arguments))
+    experiment: Experiment = parse_experiment("attack", list(arguments))
     return experiment
 
 
@@ -161,7 +162,7 @@ def test_a_files_uri_has_options_and_a_key(stranger: Path) -> None:
         storage, name, key = pretrained.locate(uri)
         assert (storage.full_uri, name) == (where.replace("/x.v1.pth", ""), "x.v1.pth")
         assert key == uri.removeprefix(where).removeprefix("#")
-        assert _name(uri) == "x.v1"
+        assert default_name(uri) == "x.v1"
     memory = Storage("memory://test-given/nets")
     memory.write_bytes("a#1.pth", stranger.read_bytes())
     for uri, name, key in (

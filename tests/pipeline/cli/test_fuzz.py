@@ -20,7 +20,8 @@ from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.config import Experiment, TrainConfig
 from components.errors import UserError
 from components.fields import from_dict, parse_spec, replace_typed, to_dict
-from pipeline.main import COMMANDS, parse, recorded
+from pipeline.cli.recipe_arguments import parse_experiment, recorded_experiment
+from pipeline.main import COMMANDS
 from pipeline.recipes.registry import RECIPES
 
 VALID = to_dict(RECIPES["mnist-smoke"].make())
@@ -83,7 +84,7 @@ def test_any_file_is_a_record_or_is_refused(tmp_path_factory: pytest.TempPathFac
     file = tmp_path_factory.getbasetemp() / "fuzzed.json"
     file.write_bytes(content)
     with contextlib.suppress(UserError):
-        recorded(str(file))
+        recorded_experiment(str(file))
 
 
 fields = st.sampled_from([f.name for f in dataclasses.fields(AttackSpec)] + ["x", ""])
@@ -133,7 +134,7 @@ def accepted_or_refused(command: str, arguments: list[str]) -> None:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(UserError, SystemExit),  # tyro ends the process by itself
     ):
-        parse(command, arguments)
+        parse_experiment(command, arguments)
 
 
 @settings(max_examples=25, suppress_health_check=[*HealthCheck])

@@ -269,7 +269,7 @@ def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_pat
 
     file = tmp_path / "net.pth"
     file.write_bytes(b"weights")
-    parsed, _ = external_model.parse(
+    parsed = external_model.parse_external_model(
         ["--model", str(file), "--arch", "own_network:make", "--evaluation.attacks", "pgd:eps=0.3"]
     )
     assert "full suite" not in parsed.description

@@ -29,7 +29,7 @@ from components.errors import ConfigError, DataError, UserError
 from components.models import libraries
 from components.models.weights import load_strictly, renamed
 from components.network import build_net
-from pipeline.main import parse
+from pipeline.cli.recipe_arguments import parse_experiment
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports, pretrained, train
 
@@ -326,7 +326,7 @@ def test_a_file_that_holds_no_weights_says_what_it_is(tmp_path: Path, name: str,
 def test_what_a_file_is_comes_before_what_its_network_is(tmp_path: Path) -> None:
     (tmp_path / "net.safetensors").write_bytes(POINTER)
     with pytest.raises(DataError, match="Git LFS pointer"):
-        parse("attack", ["--model", str(tmp_path / "net.safetensors")])
+        parse_experiment("attack", ["--model", str(tmp_path / "net.safetensors")])
 
 
 def test_code_in_a_file_does_not_run(tmp_path: Path) -> None:
