@@ -28,7 +28,7 @@ from components.fields import to_dict
 from components.search_space import Asha, Choice, IntRange, LogUniform, Space, Uniform
 from pipeline import run, run_directory
 from pipeline.cli.arguments import parse_sweep
-from pipeline.cli.recipe_arguments import parse
+from pipeline.cli.recipe_arguments import parse_experiment as parse
 from pipeline.main import main
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.suites import full_suite
