@@ -230,7 +230,7 @@ class RunRecord(Record):
     @cached_property
     def bases(self) -> dict[str, str]:
         """Model -> its name in the recipe."""
-        return self.experiment.bases()
+        return self.experiment.base_names()
 
     @property
     def first_replicates(self) -> list[str]:
@@ -240,7 +240,7 @@ class RunRecord(Record):
     def model_config(self, name: str) -> Json:
         """Return the complete training config of a model, also before the model is trained."""
         trained = self.models[name].train if name in self.models else {}
-        return trained or to_dict(self.experiment.variants()[name].canonical())
+        return trained or to_dict(self.experiment.model_configs()[name].canonical())
 
 
 def in_order(values: Mapping[str, Value], first: Sequence[str]) -> dict[str, Value]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from components.config import Experiment
+from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, terminal
 from pipeline.run_directory import Run, now, open_run
 from pipeline.runtime.console import say
@@ -49,7 +50,7 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         will_train=command in ("run", "train"),
         needs_tracking=needs_tracking,
     )
-    mlflow_run.start_run(run.tracker, run.record)
+    mlflow_run.start_run(run.tracker, RunRecord.from_json(run.record))
     complete = False
     try:
         if command == "report":

@@ -17,6 +17,7 @@ from components.fields import content_hash, to_dict
 from pipeline.data import pyramids
 from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base, open
+from pipeline.records import SCHEMA
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
@@ -239,7 +240,7 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
 
 def _new_record(experiment: Experiment) -> dict[str, Any]:
     return {
-        "schema": records.SCHEMA,
+        "schema": SCHEMA,
         "name": experiment.name,
         "experiment": recorded(experiment),
         "created": now(),

@@ -14,6 +14,7 @@ from components.fields import content_hash
 from components.models import libraries
 from pipeline.data import pyramids, shards
 from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
+from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, report, results
 from pipeline.run_directory import Run, kinds_of_targets
 from pipeline.runtime.console import Bar, say, stage
@@ -120,7 +121,7 @@ class TrainProgress(monitor.Progress):
             since = f"from {resumed['from']}" if resumed["from"] else "from the beginning"
             say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
-        mlflow_run.start_model(tracker, self.run.record, name, record["steps"][0]["time"])
+        mlflow_run.start_model(tracker, RunRecord.from_json(self.run.record), name, record["steps"][0]["time"])
         if not tracker.is_behind:  # Otherwise the epoch is read from its file when the model is finished.
             tracker.history(f"model/{name}", record["epoch"], lambda: record)
 

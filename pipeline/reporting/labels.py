@@ -2,99 +2,113 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
 from components.attacks.spec import AttackSpec
-from components.config.roles import roles_of
 from components.errors import ConfigError
 from components.fields import parse_spec
-from pipeline.reporting.records import experiment_of
+from components.threat_models import BLACK_BOX, CLEAN, GREY_BOX, RANDOM, WHITE_BOX
+from pipeline.records import EvaluationEntry, RunRecord
 
+TRANSFER = "transfer"
 THREATS = {
-    "clean": "clean",
-    "random": "random (control)",
-    "white_box": "white-box",
-    "black_box": "black-box",
-    "grey_box": "grey-box",
-    "transfer": "transfer",
+    CLEAN: "clean",
+    RANDOM: "random (control)",
+    WHITE_BOX: "white-box",
+    BLACK_BOX: "black-box",
+    GREY_BOX: "grey-box",
+    TRANSFER: "transfer",
 }
-"""Threat models in the order of a table, as they are written for people; ``transfer:NAME`` comes after them."""
+"""Titles of the threat models, in the order of a table. ``transfer:NAME`` comes after them."""
 ROLES = {
     "source": "undefended, source of transfer",
     "control": "control: undefended, another seed",
     "defended": "defended",
-    "given": "given, not trained here",
+    "given": "external, not trained here",
 }
+"""Titles of the roles."""
 
 UNTRUSTED = "†"
-"""Behind a number of an attack that failed its active test."""
+"""Mark behind a number of an attack that failed its active test."""
+
+
+def parsed_attack(attack: str) -> AttackSpec | None:
+    """Return the attack that a text names; None for "none" and for an attack of another version."""
+    try:
+        return AttackSpec.parse(attack)
+    except ConfigError:
+        return None
 
 
 def threat_title(threat: str) -> str:
-    """A threat model as it is written for people."""
+    """Return the title of a threat model."""
     base, _, source = threat.partition(":")
-    return f"{THREATS.get(base, base)} from {source}" if source else THREATS.get(threat, threat)
+    title = THREATS.get(base, base)
+    return f"{title} from {source}" if source else title
 
 
-def attack_labels(record: Mapping[str, Any]) -> dict[str, str]:
-    """Attack spec -> a short name, ``bim``, with settings only where the run has several of that name: ``bim_eps0.1``."""
-    specs = dict.fromkeys(["none", *(e["attack"] for e in record.get("evaluations", []))])
-    short = {spec: short_name(spec) for spec in specs}
-    out = {}
-    for spec, name in short.items():
-        rivals = [s for s, n in short.items() if n == name]
-        fields = {s: parse_spec(s)[1] for s in rivals}
-        differing = [k for k in fields[spec] if len({fields[s].get(k) for s in rivals}) > 1]
-        out[spec] = "_".join([name, *(f"{k}{_decimal(fields[spec][k])}" for k in differing)])
-    return out
+def attack_labels(attacks: Iterable[str]) -> dict[str, str]:
+    """Return a short, unique label for each attack: ``bim``, or ``bim_eps0.1`` beside other BIMs."""
+    short = {attack: short_name(attack) for attack in dict.fromkeys(["none", *attacks])}
+    labels = {}
+    for attack, name in short.items():
+        settings = {a: parse_spec(a)[1] for a, n in short.items() if n == name}
+        own = settings[attack]
+        differing = [key for key in own if len({other.get(key) for other in settings.values()}) > 1]
+        labels[attack] = "_".join([name, *(f"{key}{_decimal(own[key])}" for key in differing)])
+    return labels
 
 
-def short_name(spec: str) -> str:
-    try:
-        return AttackSpec.parse(spec).short_name
-    except ConfigError:  # "none", or an attack of another version
-        return parse_spec(spec)[0]
+def short_name(attack: str) -> str:
+    """Return the name of an attack without its settings, as in ``bim-l2``."""
+    spec = parsed_attack(attack)
+    return parse_spec(attack)[0] if spec is None else spec.short_name
 
 
-def attack_title(spec: str) -> tuple[str, str]:
-    """Name and settings for people: ``bim:eps=0.2,steps=100`` is ("BIM", "eps 0.2, 100 steps")."""
-    if spec == "none":
+def attack_title(attack: str) -> tuple[str, str]:
+    """Return the title and the settings of an attack, as in ("BIM", "eps 0.2, 100 steps")."""
+    if attack == "none":
         return "no attack", ""
-    fields = parse_spec(spec)[1]
-    said = []
-    try:
-        parsed = AttackSpec.parse(spec)
-        if parsed.kind == "minimal_norm":
-            said.append(f"any {norm_text(parsed.norm)} norm")
-        elif parsed.norm == "l2":
-            said.append("L2")
-    except ConfigError:
-        pass  # an attack of another version: its text says all we know
+    name, fields = parse_spec(attack)
+    spec = parsed_attack(attack)
+    settings = []
+    if spec is not None and spec.kind == "minimal_norm":
+        settings.append(f"any {norm_text(spec.norm)} norm")
+    elif spec is not None and spec.norm == "l2":
+        settings.append("L2")
     for key, value in fields.items():
         if key == "steps":
-            said.append(f"{value} steps")
+            settings.append(f"{value} steps")
         elif key != "norm":
-            said.append(f"{key.replace('_', ' ')} {_decimal(value)}")
-    return parse_spec(spec)[0].upper() if spec.partition(":")[0] != "noise" else "random noise", ", ".join(said)
+            settings.append(f"{key.replace('_', ' ')} {_decimal(value)}")
+    return "random noise" if name == "noise" else name.upper(), ", ".join(settings)
 
 
-def median_norm(cell: Mapping[str, Any]) -> str:
-    """Return ``L2 1.23 of 197``, the median norm and the number of broken images that it is over.
+def attack_text(attack: str) -> str:
+    """Return the title and the settings of an attack in one text."""
+    return ", ".join(filter(None, attack_title(attack)))
+
+
+def median_norm(metrics: Mapping[str, Any]) -> str:
+    """Return the median norm and the number of broken images behind it, as in ``L2 1.23 of 197``.
 
     Args:
-        cell: a cell of :func:`table`, or what comparison.shown_metrics returned.
+        metrics: the result of over_seeds.shown_metrics, or a cell of results.table.
 
     Returns:
-        Without a median ``4 broken``, ``none broken`` or ``nothing to break``; empty for an attack within a budget.
+        Without a median ``4 broken``, ``none broken`` or ``nothing to break``. Empty for an attack
+        within a budget.
     """
-    if cell["norm"] and cell.get("clean_accuracy") == 0:
+    norm = metrics["norm"]
+    if norm and metrics.get("clean_accuracy") == 0:
         return "nothing to break"
-    return norm_summary(cell["norm"], cell.get(f"{cell['norm']}_median"), cell["broken"], cell["broken"])
+    return norm_summary(norm, metrics.get(f"{norm}_median"), metrics["broken"], metrics["broken"])
 
 
 def norm_summary(norm: str | None, median: float | None, fewest: int | None, most: int | None) -> str:
+    """Return a median norm and how many broken images it is over: from ``fewest`` to ``most``."""
     if norm is None or fewest is None or most is None:
         return ""
     if most == 0:
@@ -105,8 +119,9 @@ def norm_summary(norm: str | None, median: float | None, fewest: int | None, mos
     return f"{norm_text(norm)} {median:.{3 if norm == 'linf' else 2}f} of {count}"
 
 
-def norm_text(name: str | None) -> str:
-    return {"l2": "L2", "linf": "Linf"}.get(name or "", name or "")
+def norm_text(norm: str | None) -> str:
+    """Return the title of a norm."""
+    return {"l2": "L2", "linf": "Linf"}.get(norm or "", norm or "")
 
 
 def _decimal(text: str) -> str:
@@ -116,54 +131,59 @@ def _decimal(text: str) -> str:
         return text
 
 
-def role_titles(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return model -> its role as it is written for people."""
-    made_on = {e.get("source") for e in record["evaluations"] if e.get("source") != e["model"]}
+def role_titles(record: RunRecord) -> dict[str, str]:
+    """Return model -> title of its role."""
+    sources = {e.source for e in record.evaluations if e.source != e.model}
     return {
-        name: "undefended" if role == "source" and name not in made_on else ROLES[role]
-        for name, role in roles_of(experiment_of(record)).items()
+        name: "undefended" if role == "source" and name not in sources else ROLES[role]
+        for name, role in record.roles.items()
     }
 
 
-def is_untrusted(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> bool:
-    """Whether the attack failed its active test on the model that the examples were made on: what withstands them is no sign of
-    robustness, nor do they show anything where they are transferred."""
-    tested = (record.get("reliability") or {}).get(evaluation.get("source") or "", {}).get("active", {})
-    return evaluation["attack"] in tested and tested[evaluation["attack"]]["passed"] is False
+def is_untrusted(record: RunRecord, evaluation: EvaluationEntry) -> bool:
+    """Whether the attack failed its active test on the model that its examples were made on.
+
+    Accuracy under such an attack is no sign of robustness. The same holds where its examples are
+    transferred to other models.
+    """
+    tested = (record.reliability or {}).get(evaluation.source or "")
+    test = tested.active.get(evaluation.attack) if tested else None
+    return test is not None and test["passed"] is False
 
 
 def mark(row: Mapping[str, Any]) -> str:
-    """What stands behind the number of a row or cell."""
+    """Return the mark behind the number of a row or cell."""
     return UNTRUSTED if row.get("untrusted") else ""
 
 
-def counted(record: Mapping[str, Any]) -> str:
-    """``n = 1,000 test images``, or the range where evaluations differ."""
-    sizes = sorted({e["n"] for e in record["evaluations"]})
-    if not sizes:
-        return "no evaluations yet"
-    return f"n = {sizes[0]:,} test images" if len(sizes) == 1 else f"n = {sizes[0]:,} to {sizes[-1]:,} test images"
+def counted(record: RunRecord) -> str:
+    """Return ``n = 1,000 test images``, or the range if evaluations differ."""
+    sizes = sorted({e.n for e in record.evaluations})
+    return f"{count_text(sizes)} test images" if sizes else "no evaluations yet"
 
 
-def attack_text(attack: str) -> str:
-    name, settings = attack_title(attack)
-    return f"{name}, {settings}" if settings else name
+def count_text(sizes: list[int]) -> str:
+    """Return ``n = 1,000`` or ``n = 100 to 1,000`` for sorted sizes."""
+    return f"n = {sizes[0]:,}" if len(sizes) == 1 else f"n = {sizes[0]:,} to {sizes[-1]:,}"
 
 
 def percent(fraction: float) -> str:
+    """Return a fraction in %, with one decimal."""
     return f"{100 * fraction:.1f}"
 
 
 def p_value(p: float) -> str:
+    """Return a p-value with four decimals, or that it is smaller."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def mean_and_sd(mean: float, sd: float | None) -> str:
-    """Fractions as percentages: ``98.3`` or ``98.3 ± 0.4``."""
+    """Return fractions in %: ``98.3``, or ``98.3 ± 0.4`` with a standard deviation."""
     return percent(mean) if sd is None else f"{percent(mean)} ± {100 * sd:.1f}"
 
 
 def duration(seconds: float) -> str:
+    """Return seconds as ``12.3 s``, ``3 min 05 s`` or ``2 h 07 min``."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -172,7 +192,7 @@ def duration(seconds: float) -> str:
 
 
 def when(iso: str | None) -> str:
-    """An ISO time as ``2026-01-31 12:00 UTC``; what is none, as it is."""
+    """Return an ISO time as ``2026-01-31 12:00 UTC``, and any other text unchanged."""
     try:
         return datetime.fromisoformat(iso or "").strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:

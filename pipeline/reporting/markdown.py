@@ -1,222 +1,220 @@
-"""The tables of a run for people: on a terminal, as Markdown, as CSV."""
+"""The tables of a run as Markdown and as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from components.config.roles import roles_of
+from components.threat_models import CLEAN
+from pipeline.records import Record, RunRecord
 from pipeline.reporting import labels, over_seeds, results, sentences, verdicts
 from pipeline.reporting.cells import beside_title, cell, our_value, range_text, row_head, worst_value
-from pipeline.reporting.records import Row, experiment_of
+from pipeline.reporting.records import Row
 
 
-def markdown(record: Mapping[str, Any]) -> str:
-    """Description and table for places that show Markdown, such as MLflow's page of a run."""
+def markdown(record: RunRecord) -> str:
+    """Return the description and the tables for places that show Markdown, as MLflow's page of a run."""
     data = results.table(record)
-    lines = [record["experiment"].get("description", ""), ""]
-    lines += [f"**{row['sentence']}**\n" for row in verdicts.near_chance(record)]
     heads = [
         " ".join(
-            filter(None, (c["threat_title"], c["attack_title"] if c["threat_model"] != "clean" else "", c["settings"]))
+            filter(None, (c["threat_title"], "" if c["threat_model"] == CLEAN else c["attack_title"], c["settings"]))
         )
         for c in data["columns"]
     ]
-    lines += markdown_table(
-        ["model", *heads],
-        [
-            [f"{row['model']} ({row_head(row)[1]})", *(_in_one_line(cell(c, row)) for c in data["columns"])]
-            for row in data["rows"]
-        ],
-    )
-    lines += [
+    rows = [
+        [f"{row['model']} ({row_head(row)[1]})", *(_in_one_line(cell(c, row)) for c in data["columns"])]
+        for row in data["rows"]
+    ]
+    notes = filter(None, [sentences.norms_note(record), sentences.untrusted_note(record)])
+    lines = [
+        record.experiment.description,
+        "",
+        *(f"**{row['sentence']}**\n" for row in verdicts.near_chance(record)),
+        *markdown_table(["model", *heads], rows),
         "",
         f"Accuracy in % (95 % Wilson interval), {labels.counted(record)}.",
         "",
-        *(f"{note}\n" for note in filter(None, [sentences.norms_note(record), sentences.untrusted_note(record)])),
+        *(f"{note}\n" for note in notes),
         *sentences.explanation(record),
+        *_worst_cases(record),
+        *_reliability(record),
+        *_across(record),
+        *_models(record),
+        *made_with_section(made_with(record, results.stage_times(record))),
     ]
-    together = _markdown_across(record)
-    return "\n".join([*lines, *_markdown_verdict(record), *together, *_markdown_models(record)]).strip()
+    return "\n".join(lines).strip()
 
 
-def _markdown_models(record: Mapping[str, Any]) -> list[str]:
-    """What was trained, and what all of it was made with, as Markdown: a table out of its run must still say so."""
-    lines: list[str] = []
-    if record["models"]:
-        heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
-        rows = []
-        for name, m in record["models"].items():
-            error, seconds, speed = (m.get(k) for k in ("reconstruction_validation", "seconds", "images_per_second"))
-            cells = (
-                name,
-                "–" if m.get("clean_validation") is None else labels.percent(m["clean_validation"]),
-                "–" if error is None else f"{error:.3g}",
-                f"{seconds:.0f}" if seconds else "–",  # 0: not trained here
-                f"{speed:.0f}" if speed else "–",
-            )
-            rows.append(cells)
-        lines += ["", "### Models", "", *markdown_table(heads, rows)]
-        if any(m.get("reconstruction_validation") is not None for m in record["models"].values()):
-            lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
-    return [*lines, *markdown_made_with(record)]
+def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["", f"### {title}", "", *markdown_table(heads, rows)]
 
 
-def markdown_made_with(record: Mapping[str, Any]) -> list[str]:
-    """:func:`made_with` as a section in Markdown; the command as code."""
-    said = {what: f"`{text}`" if what == "Command" else text for what, text in made_with(record).items()}
-    return ["", "### Made with", "", *(f"- {what}: {text}" for what, text in said.items())]
-
-
-def made_with(record: Mapping[str, Any]) -> dict[str, str]:
-    """Command, revision, hardware, versions and seconds of run.json or sweep.json; what is not known is left out."""
-    machine = record["hardware"]
-    stages = results.stage_times(record) if "models" in record else record["stages"]  # sweep.json holds no models
-    gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
-    made = {
-        "Command": record["command"],
-        "Source": source(record),
-        "Finished": labels.when(record["finished"]),
-        "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
-        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
-        "Seconds": ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in stages.items()),
-    }
-    return {what: text for what, text in made.items() if text}
-
-
-def source(record: Mapping[str, Any]) -> str:
-    """Name the code that made run.json or sweep.json: its revision and its source hash, as far as they are known."""
-    revision = record["git"].get("revision") or ""
-    if revision and record["git"].get("dirty"):
-        revision += " with uncommitted changes"
-    source_hash = f"source hash {record['source']}" if record.get("source") else ""
-    return ", ".join(part for part in (revision, source_hash) if part)
-
-
-def _markdown_verdict(record: Mapping[str, Any]) -> list[str]:
-    """Worst cases and flags as Markdown."""
-    lines = []
-    seeds = verdicts.worst_over_seeds(record)
-    if rows := seeds or verdicts.worst_cases(record):
-        what = "mean ± standard deviation over the seeds" if seeds else "accuracy"
-        heads = ("model", "budget", "examples", what, "least to greatest" if seeds else "95 % interval")
-        lines += ["", "### Worst case per sample over all attacks, accuracy in %", ""]
-        lines += markdown_table(heads, [(w["model"], w["budget"], w["threat_title"], *worst_value(w)) for w in rows])
-    # with several seeds what counts is whether a difference exceeds theirs
-    if (paired := verdicts.worst_case_pairs(record)) and not seeds:
-        heads = ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)")
-        lines += ["", "### Worst case in pairs: images that one model withstands and the other does not", ""]
-        lines += markdown_table(
-            heads,
-            [
-                (
-                    w["model"],
-                    w["against"],
-                    w["budget"],
-                    w["threat_title"],
-                    *(str(w[k]) for k in ("only_model", "only_against", "n")),
-                    labels.p_value(w["p"]),
-                )
-                for w in paired
-            ],
+def _models(record: RunRecord) -> list[str]:
+    """Return the table of the models."""
+    if not record.models:
+        return []
+    heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
+    rows = [
+        (
+            name,
+            "–" if model.clean_validation is None else labels.percent(model.clean_validation),
+            "–" if model.reconstruction_validation is None else f"{model.reconstruction_validation:.3g}",
+            f"{model.seconds:.0f}" if model.seconds else "–",
+            f"{model.images_per_second:.0f}" if model.images_per_second else "–",
         )
-    if said := sentences.reliability_in_short(record):
-        lines += ["", said]
-        lines += [
-            f"- **{f['model']}: {f['name'].replace('_', ' ')}.** {f['measured']} {f['remedy']}"
-            for f in verdicts.raised_flags(record)
-        ]
+        for name, model in record.models.items()
+    ]
+    lines = _section("Models", heads, rows)
+    if any(model.reconstruction_validation is not None for model in record.models.values()):
+        lines += ["", "Reconstruction error: mean squared error per pixel of the whole image, in (0..1)²."]
     return lines
 
 
-def _markdown_across(record: Mapping[str, Any]) -> list[str]:
-    """What several evaluations say together, as Markdown tables; none where there is nothing to say."""
+def made_with_section(made: Mapping[str, str]) -> list[str]:
+    """Return :func:`made_with` as a section in Markdown. A table without its run must still say it."""
+    lines = (f"- {key}: `{text}`" if key == "Command" else f"- {key}: {text}" for key, text in made.items())
+    return ["", "### Made with", "", *lines]
+
+
+def made_with(record: Record, stages: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Return command, code, hardware, versions and seconds of a run or a sweep, as far as they are known.
+
+    Args:
+        record: the run or the sweep.
+        stages: title of each stage -> seconds; default: the stages of the record.
+    """
+    machine = record.hardware
+    gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
+    seconds = record.stages if stages is None else stages
+    made = {
+        "Command": record.command,
+        "Source": source(record),
+        "Finished": labels.when(record.finished),
+        "Hardware": f"{machine['cpu']}, {machine['cpus']} CPUs, {gpus}" if machine else "",
+        "Versions": ", ".join(f"{name} {version}" for name, version in sorted(record.versions.items())),
+        "Seconds": ", ".join(f"{stage} {value:.0f}" for stage, value in seconds.items()),
+    }
+    return {key: text for key, text in made.items() if text}
+
+
+def source(record: Record) -> str:
+    """Return the revision and the source hash of the code, as far as they are known."""
+    revision = record.git.get("revision") or ""
+    if revision and record.git.get("dirty"):
+        revision += " with uncommitted changes"
+    return ", ".join(filter(None, (revision, f"source hash {record.source}" if record.source else "")))
+
+
+def _worst_cases(record: RunRecord) -> list[str]:
+    """Return the tables of the worst cases, over the seeds if there are several."""
+    seeds = verdicts.worst_over_seeds(record)
+    rows = seeds or verdicts.worst_cases(record)
+    if not rows:
+        return []
+    value = "mean ± standard deviation over the seeds" if seeds else "accuracy"
+    lines = _section(
+        "Worst case per sample over all attacks, accuracy in %",
+        ("model", "budget", "examples", value, "lowest to highest" if seeds else "95 % interval"),
+        [(w["model"], w["budget"], w["threat_title"], *worst_value(w)) for w in rows],
+    )
+    # With several seeds, the question is whether a difference exceeds their spread.
+    if (pairs := verdicts.worst_case_pairs(record)) and not seeds:
+        keys = ("model", "against", "budget", "threat_title", "only_model", "only_against", "n")
+        lines += _section(
+            "Worst case in pairs: images that only one of two models withstands",
+            ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)"),
+            [(*(str(w[key]) for key in keys), labels.p_value(w["p"])) for w in pairs],
+        )
+    return lines
+
+
+def _reliability(record: RunRecord) -> list[str]:
+    if not (summary := sentences.reliability_in_short(record)):
+        return []
+    flags = (verdicts.flag_text(flag) for flag in verdicts.raised_flags(record))
+    return ["", summary, *(f"- **{title}** {text}" for title, text in flags)]
+
+
+def _across(record: RunRecord) -> list[str]:
+    """Return the tables over several evaluations: over the seeds, differences, and the paper's values."""
     together = results.across(record)
     lines: list[str] = []
-
-    def add(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        lines.extend(["", f"### {title}", "", *markdown_table(heads, rows)])
-
-    def attack(row: Row) -> str:
-        return "" if row["threat_model"] == "clean" else row["attack_title"]
-
     if seeds := together["over_seeds"]:
-        add(
+        lines += _section(
             "Over the seeds: accuracy in %, mean ± standard deviation",
-            ("model", "threat model", "attack", "seeds", "accuracy", "least to greatest"),
+            ("model", "threat model", "attack", "seeds", "accuracy", "lowest to highest"),
             [
                 (
-                    r["model"],
-                    r["threat_title"],
-                    attack(r),
-                    str(r["seeds"]),
-                    labels.mean_and_sd(r["accuracy_mean"], r["accuracy_sd"]) + labels.mark(r),
-                    range_text(r["seeds"], r["accuracy_min"], r["accuracy_max"], " to "),
+                    row["model"],
+                    row["threat_title"],
+                    _attack(row),
+                    str(row["seeds"]),
+                    labels.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + labels.mark(row),
+                    range_text(row["seeds"], row["accuracy_min"], row["accuracy_max"], " to "),
                 )
-                for r in seeds
+                for row in seeds
             ],
         )
-    if resolved := [d for d in together["differences"] if d["resolved"]]:
-        add(
-            f"Differences that exceed the seeds' noise ({len(resolved)} of {len(together['differences'])}; 95 %, paired by seed, "
-            "not corrected for their number)",
+    if resolved := [row for row in together["differences"] if row["resolved"]]:
+        lines += _section(
+            f"Differences that exceed the noise of the seeds ({len(resolved)} of {len(together['differences'])}; 95 %, "
+            "paired by seed, not corrected for the number of comparisons)",
             ("model", "against", "threat model", "attack", "points"),
             [
                 (
-                    d["model"],
-                    d["reference"],
-                    d["threat_title"],
-                    attack(d),
-                    f"{100 * d['difference']:+.1f}{labels.mark(d)} ± {100 * d['half_width']:.1f}",
+                    row["model"],
+                    row["reference"],
+                    row["threat_title"],
+                    _attack(row),
+                    f"{100 * row['difference']:+.1f}{labels.mark(row)} ± {100 * row['half_width']:.1f}",
                 )
-                for d in resolved
+                for row in resolved
             ],
         )
-    printed = together["paper"]
-    if any(row["ours"] for row in printed):
-        add(
+    if any(row["ours"] for row in together["paper"]):
+        lines += _section(
             beside_title(record),
             ("the paper's row", "network", "attack", "paper", "ours, by threat model"),
             [
                 (
-                    r["title"],
-                    r["arch"],
-                    r["column"] + (f" made on {r['made_on']}" if r["made_on"] else ""),
-                    r["paper"],
-                    "; ".join(our_value(r)) or "-",
+                    row["title"],
+                    row["arch"],
+                    row["column"] + (f" made on {row['made_on']}" if row["made_on"] else ""),
+                    row["paper"],
+                    "; ".join(our_value(row)) or "-",
                 )
-                for r in printed
+                for row in together["paper"]
             ],
         )
     return lines
 
 
+def _attack(row: Row) -> str:
+    return "" if row["threat_model"] == CLEAN else row["attack_title"]
+
+
 def _in_one_line(cell: Sequence[str]) -> str:
-    """Accuracy, its interval in brackets, and what else a cell says."""
+    """Return the accuracy, its interval in brackets, and the other lines of a cell."""
     first, *rest = cell
     return ", ".join([f"{first} ({rest[0]})", *rest[1:]]) if rest else first
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     head, *body = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
     return [head, "| --- " * len(heads) + "|", *body]
 
 
-def to_csv(record: Mapping[str, Any]) -> str:
-    """One line per evaluation, accuracies as fractions."""
+def to_csv(record: RunRecord) -> str:
+    """Return one line per evaluation as CSV, with accuracies as fractions."""
     names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
-    names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds"]
-    role = roles_of(experiment_of(record))
+    names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds", "broken"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "broken", "untrusted"])
-    for e in record["evaluations"]:
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted"])
+    for e in record.evaluations:
         metrics = over_seeds.shown_metrics(e)
-        values = [*(metrics.get(name) for name in (*names, "broken")), int(labels.is_untrusted(record, e))]
-        writer.writerow(
-            [e["model"], role.get(e["model"], ""), e["threat_model"], e["attack"], e.get("source"), e["n"], *values]
-        )
+        settings = [e.model, record.roles.get(e.model, ""), e.threat_model, e.attack, e.source, e.n]
+        writer.writerow([*settings, *(metrics.get(name) for name in names), int(labels.is_untrusted(record, e))])
     return out.getvalue()

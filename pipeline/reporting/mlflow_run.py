@@ -1,4 +1,4 @@
-"""A whole run in MLflow, out of its records: the parent, a run per model, a run per evaluation."""
+"""A run in MLflow, made from its records: a parent run, a run per model, and a run per evaluation."""
 
 from __future__ import annotations
 
@@ -8,128 +8,133 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from components.config.roles import roles_of
+from components.fields import to_dict
+from components.threat_models import CLEAN
+from pipeline.records import EvaluationEntry, ModelEntry, Record, RunRecord
 from pipeline.reporting import markdown, over_seeds, records, verdicts
 from pipeline.reporting.labels import attack_labels, is_untrusted
-from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 from pipeline.tracking.tracker import Tracker
 
 
-def start_run(tracker: Tracker, record: Mapping[str, Any]) -> None:
-    """The parent run, alias "run", out of what ``run.json`` holds from its first stage on."""
-    tracker.start(
-        "run",
-        record["name"],
-        tags=made_with_tags(tracker, record, "run"),
-        params=flatten(record["experiment"]),
-        time=unix_time(record.get("created")),
-    )
-    _datasets(tracker, "run", record, ("train", "validation", "test"))
+def start_run(tracker: Tracker, record: RunRecord) -> None:
+    """Start the parent run, alias "run", with what ``run.json`` holds from its first stage on."""
+    tags = made_with_tags(tracker, record, "run")
+    params = flatten(to_dict(record.experiment))
+    tracker.start("run", record.name, tags=tags, params=params, time=unix_time(record.created))
+    log_datasets(tracker, "run", record, ("train", "validation", "test"))
 
 
-def made_with_tags(tracker: Tracker, record: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Tags of a parent run: what it is, where its records lie, and what they were made with."""
-    git = record.get("git") or {}
+def made_with_tags(tracker: Tracker, record: Record, kind: str) -> dict[str, Any]:
+    """Return the tags of a parent run: its kind, its records, and what it was made with."""
     return {
         "kind": kind,
-        "recipe": record["name"],
+        "recipe": record.name,
         "records": tracker.storage.uri,
-        "command": record.get("command"),
-        "git_dirty": git.get("dirty"),
-        "mlflow.source.git.commit": git.get("revision"),
-        "source": record.get("source"),
+        "command": record.command or None,
+        "git_dirty": record.git.get("dirty"),
+        "mlflow.source.git.commit": record.git.get("revision"),
+        "source": record.source,
         "mlflow.source.type": "LOCAL",
-        "hardware": record.get("hardware") or {},
-        "versions": record.get("versions"),
+        "hardware": record.hardware,
+        "versions": record.versions or None,
     }
 
 
-def start_model(tracker: Tracker, record: Mapping[str, Any], name: str, time: float | None = None) -> None:
-    """The child run of a model, alias "model/NAME", e.g. before its first epoch. ``start_run`` comes before.
+def start_model(tracker: Tracker, record: RunRecord, name: str, time: float | None = None) -> None:
+    """Start the child run of a model, alias "model/NAME". Call :func:`start_run` before.
 
-    ``record`` is ``run.json``; the model need not stand in it yet.
+    Args:
+        tracker: the tracker.
+        record: the run. It need not hold the model yet.
+        name: the model.
+        time: when the model took its first step (unix seconds).
     """
-    model = record.get("models", {}).get(name, {})
-    role = roles_of(experiment_of(record)).get(name)
-    tags = {"kind": "model", "recipe": record["name"], "model": name, "role": role, "records": model.get("path")}
-    tags["warning"] = next((row["sentence"] for row in verdicts.near_chance(record) if row["model"] == name), None)
-    # what the models of a run have in common stands in the parent; here all of it, so that a comparison shows what differs
-    params = flatten(model.get("train") or records.model_config(record, name))
+    tags = {
+        "kind": "model",
+        "recipe": record.name,
+        "model": name,
+        "role": record.roles.get(name),
+        "records": record.models[name].path if name in record.models else None,
+        "warning": next((row["sentence"] for row in verdicts.near_chance(record) if row["model"] == name), None),
+    }
+    # The parent has what all models share. Repeat it here, so that MLflow's comparison of models is complete.
+    params = flatten(record.model_config(name))
     tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
 
 
 def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
-    """Publish all that the records of a run hold by now; what is published already is skipped, so call it as often as you like.
+    """Publish everything that the records of a run hold by now.
 
-    A parent run with the config, data sets, report and plots; below it a run per model with its history, weights and the
-    numbers of the final table; below each of those a run per evaluation.
+    A call skips what is already published, so it can be repeated at any time. The parent run has
+    the config, data sets, report and plots. Below it there is a run per model with its history,
+    weights and the numbers of the final table. Below each of those there is a run per evaluation.
 
     Args:
-        run: the run directory. root: the storage it lies in.
+        tracker: the tracker.
+        run: the run directory.
+        root: the storage that the run lies in.
 
     Raises:
-        UserError: ``run.json`` or a record that it names is missing or corrupt.
+        UserError: ``run.json`` is missing or corrupt.
     """
     record = records.read_run(run)
     start_run(tracker, record)
-    for name, model in record["models"].items():
-        begin = unix_time(record.get("created"))
+    for name, model in record.models.items():
+        begin = unix_time(record.created)
         with tracker.excused(f"first epoch of {name}"):
-            begin = first_step(root, model) or begin
-        # Start it also if its files cannot be read: its evaluations are children of its run.
+            begin = _first_step(root, model) or begin
+        # Start the run of a model also if its files cannot be read: its evaluations are children of the run.
         start_model(tracker, record, name, begin)
         with tracker.excused(f"model {name}"):
             _publish_model(tracker, root, record, name, model, begin)
-    labels = attack_labels(record)
-    for order, evaluation in enumerate(record["evaluations"]):
-        with tracker.excused("evaluation {model} {threat_model} {attack}".format(**evaluation)):
-            _publish_evaluation(tracker, root, record, evaluation, labels[evaluation["attack"]], order)
-    if record["evaluations"]:
-        tracker.start("run", record["name"], tags={"mlflow.note.content": markdown.markdown(record)})
+    labels = attack_labels(e.attack for e in record.evaluations)
+    for order, e in enumerate(record.evaluations):
+        with tracker.excused(f"evaluation {e.model} {e.threat_model} {e.attack}"):
+            publish_evaluation(tracker, root, record, e, labels[e.attack], order)
+    if record.evaluations:
+        tracker.start("run", record.name, tags={"mlflow.note.content": markdown.markdown(record)})
     for row in over_seeds.over_seeds(record):
-        name = f"{row['model']}/{'clean' if row['threat_model'] == 'clean' else row['threat_model'] + '/' + labels[row['attack']]}"
-        tracker.metrics("run", {f"seeds/{name}/mean": row["accuracy_mean"], f"seeds/{name}/sd": row["accuracy_sd"]})
-    tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record["stages"].items()})
+        key = f"seeds/{row['model']}/{_evaluation_name(row['threat_model'], labels[row['attack']])}"
+        tracker.metrics("run", {f"{key}/mean": row["accuracy_mean"], f"{key}/sd": row["accuracy_sd"]})
+    tracker.metrics("run", {f"seconds/{stage}": seconds for stage, seconds in record.stages.items()})
     with tracker.excused("run.json and report"):
         tracker.artifact("run", run, "run.json")
-        for name in run.list("report"):
-            if "." in name:
-                tracker.artifact("run", run, f"report/{name}", "report")
-        for name in run.list("report/plots"):
-            tracker.artifact("run", run, f"report/plots/{name}", "report/plots")
-    if record.get("finished"):
-        tracker.finish("run", time=unix_time(record["finished"]))
+        for directory in ("report", "report/plots"):
+            for name in run.list(directory):
+                if "." in name:
+                    tracker.artifact("run", run, f"{directory}/{name}", directory)
+    if record.finished:
+        tracker.finish("run", time=unix_time(record.finished))
 
 
-def first_step(root: Storage, model: Mapping[str, Any]) -> float | None:
-    """Return when a model took its first step (unix seconds), or None for a model without a history."""
-    history = records.history_files(root, model)
+def _first_step(root: Storage, model: ModelEntry) -> float | None:
+    """Return when a model took its first step (unix seconds); None for a model without a history."""
+    history = records.history_files(root, model.path)
     steps = records.read_epoch(root, history[0])["steps"] if history else []
     return float(steps[0]["time"]) if steps else None
 
 
 def _publish_model(
-    tracker: Tracker,
-    root: Storage,
-    record: Mapping[str, Any],
-    name: str,
-    model: Mapping[str, Any],
-    begin: float | None,
+    tracker: Tracker, root: Storage, record: RunRecord, name: str, model: ModelEntry, begin: float | None
 ) -> None:
     alias = f"model/{name}"
-    for file in records.history_files(root, model):
+    for file in records.history_files(root, model.path):
         tracker.history(alias, epoch_of(file), partial(records.read_epoch, root, file))
-    tracker.metrics(alias, {**_model_metrics(model), **table_metrics(record, name)})
-    _datasets(tracker, alias, record, ("train", "validation"))
+    tracker.metrics(alias, {**model_metrics(model.to_json()), **table_metrics(record, name)})
+    log_datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
-        if root.exists(f"{model['path']}/{file}"):
-            tracker.artifact(alias, root, f"{model['path']}/{file}", "weights")
-    tracker.finish(alias, time=None if begin is None else begin + float(model.get("seconds") or 0.0))
+        if root.exists(f"{model.path}/{file}"):
+            tracker.artifact(alias, root, f"{model.path}/{file}", "weights")
+    tracker.finish(alias, time=None if begin is None else begin + model.seconds)
 
 
-def _model_metrics(model: Mapping[str, Any]) -> dict[str, float | None]:
-    """What one number says of a trained model. ``model``: as in ``run.json``, or what is known of it."""
+def model_metrics(model: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics of a trained model.
+
+    Args:
+        model: an entry of ``models`` in ``run.json``, or the part of it that is known.
+    """
     return {
         "clean/validation": model.get("clean_validation"),
         "train/total_seconds": model.get("seconds"),
@@ -138,116 +143,124 @@ def _model_metrics(model: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _publish_evaluation(
-    tracker: Tracker, root: Storage, record: Mapping[str, Any], evaluation: Mapping[str, Any], label: str, order: int
+def publish_evaluation(
+    tracker: Tracker, root: Storage, record: RunRecord, evaluation: EvaluationEntry, label: str, order: int
 ) -> None:
-    model, threat = evaluation["model"], evaluation["threat_model"]
-    short = "clean" if threat == "clean" else f"{threat}/{label}"
-    alias = f"evaluation/{model}/{short}"
-    created = unix_time(record.get("created"))
-    # a millisecond apart, so that the UI, which shows the youngest first, lists them in the order of the table
+    """Publish the run of an evaluation. Call :func:`start_model` before.
+
+    Args:
+        tracker: the tracker.
+        root: the storage that the run lies in.
+        record: the run.
+        evaluation: the evaluation.
+        label: short name of its attack.
+        order: its place in the table.
+    """
+    name = _evaluation_name(evaluation.threat_model, label)
+    alias = f"evaluation/{evaluation.model}/{name}"
+    created = unix_time(record.created)
+    # MLflow lists the youngest run first. A millisecond between two runs gives the order of the table.
     begin = None if created is None else created + 1 - order / 1000
+    params = {
+        "threat_model": evaluation.threat_model,
+        "attack": evaluation.attack,
+        "model": evaluation.model,
+        "source": evaluation.source,
+    }
     tags = {
         "kind": "evaluation",
-        "recipe": record["name"],
-        "model": model,
-        "role": roles_of(experiment_of(record)).get(model),
-        "threat_model": threat,
-        "attack": evaluation["attack"],
-        "examples_made_on": evaluation.get("source"),
+        "recipe": record.name,
+        "model": evaluation.model,
+        "role": record.roles.get(evaluation.model),
+        "threat_model": evaluation.threat_model,
+        "attack": evaluation.attack,
+        "examples_made_on": evaluation.source,
         "untrusted": "failed its active test" if is_untrusted(record, evaluation) else None,
-        "records": f"{root.uri}/{evaluation['path']}" if evaluation.get("path") else None,
+        "records": f"{root.uri}/{evaluation.path}" if evaluation.path else None,
     }
-    params = {
-        "threat_model": threat,
-        "attack": evaluation["attack"],
-        "model": model,
-        "source": evaluation.get("source"),
-    }
-    tracker.start(alias, short, parent=f"model/{model}", tags=tags, params=params, time=begin)
+    tracker.start(alias, name, parent=f"model/{evaluation.model}", tags=tags, params=params, time=begin)
     metrics = over_seeds.shown_metrics(evaluation)
-    budget = metrics.get("accuracy_at_budget") or {}
-    plain = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    tracker.metrics(
-        alias, {"n": evaluation["n"], **plain, **{f"accuracy_at/{metric_name(k)}": v for k, v in budget.items()}}
-    )
-    if curve := metrics.get("curve"):
-        # MLflow's steps are whole numbers: thousandths of the norm
+    numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    budgets = {f"accuracy_at/{metric_name(k)}": v for k, v in (metrics.get("accuracy_at_budget") or {}).items()}
+    tracker.metrics(alias, {"n": evaluation.n, **numbers, **budgets})
+    if curve := evaluation.curve:
+        # MLflow's steps are whole numbers, so they count thousandths of the norm.
         steps = [round(1000 * eps) for eps in curve["eps"]]
         tracker.curve(alias, f"accuracy_by_{curve['norm']}_x1000", steps, curve["accuracy"])
-    _datasets(tracker, alias, record, ("test",))
+    log_datasets(tracker, alias, record, ("test",))
     tracker.finish(alias, time=None if begin is None else begin + float(metrics.get("seconds") or 0.0))
 
 
-def table_metrics(record: Mapping[str, Any], model: str) -> dict[str, float]:
-    """The row of a model in the final table, by short names: ``clean/accuracy``, ``white_box/fgsm``, ``white_box/ddn/l2_median``.
-    ``untrusted/white_box/fgsm`` is 1 where that attack failed its active test, and absent elsewhere."""
-    labels = attack_labels(record)
-    found: dict[str, float] = {}
-    for evaluation in record["evaluations"]:
-        if evaluation["model"] != model:
-            continue
+def _evaluation_name(threat: str, label: str) -> str:
+    return CLEAN if threat == CLEAN else f"{threat}/{label}"
+
+
+def table_metrics(record: RunRecord, model: str) -> dict[str, float]:
+    """Return the row of a model in the final table as metrics, as in ``white_box/ddn/l2_median``.
+
+    ``untrusted/white_box/fgsm`` is 1 if that attack failed its active test, and absent if not.
+    """
+    labels = attack_labels(e.attack for e in record.evaluations)
+    table: dict[str, float] = {}
+    for evaluation in (e for e in record.evaluations if e.model == model):
         metrics = over_seeds.shown_metrics(evaluation)
-        if evaluation["threat_model"] == "clean":
-            found["clean/accuracy"] = metrics["accuracy"]
+        if evaluation.threat_model == CLEAN:
+            table["clean/accuracy"] = metrics["accuracy"]
             continue
-        key = f"{evaluation['threat_model']}/{labels[evaluation['attack']]}"
-        found[key] = metrics["accuracy"]
+        key = _evaluation_name(evaluation.threat_model, labels[evaluation.attack])
+        table[key] = metrics["accuracy"]
         if is_untrusted(record, evaluation):
-            found[f"untrusted/{key}"] = 1.0
+            table[f"untrusted/{key}"] = 1.0
         if norm := metrics["norm"]:
-            found |= {f"{key}/{k}": metrics[k] for k in ("broken", f"{norm}_median") if metrics[k] is not None}
-    for worst in verdicts.worst_cases(record):
-        if worst["model"] == model:
-            key = f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"
-            found[key] = worst["accuracy"]
-            if worst["untrusted"]:
-                found[f"untrusted/{key}"] = 1.0
+            table |= {f"{key}/{k}": metrics[k] for k in ("broken", f"{norm}_median") if metrics[k] is not None}
+    for worst in (w for w in verdicts.worst_cases(record) if w["model"] == model):
+        key = f"worst_case/{worst['threat_model']}/{worst['norm']}_{worst['eps']:.4g}"
+        table[key] = worst["accuracy"]
+        if worst["untrusted"]:
+            table[f"untrusted/{key}"] = 1.0
     if any(row["model"] == model for row in verdicts.near_chance(record)):
-        found["flag/clean_accuracy_near_chance"] = 1.0
-    tested = (record.get("reliability") or {}).get(model, {})
-    for flag in tested.get("flags", []):
-        found[f"flag/{flag['name']}"] = float(flag["fired"])
-    for attack, active in tested.get("active", {}).items():
-        if attack in labels and active["share"] is not None:
-            found[f"active_test/{labels[attack]}"] = active["share"]
-    return found
+        table["flag/clean_accuracy_near_chance"] = 1.0
+    if tested := (record.reliability or {}).get(model):
+        table |= {f"flag/{flag['name']}": float(flag["fired"]) for flag in tested.flags}
+        for attack, test in tested.active.items():
+            if attack in labels and test["share"] is not None:
+                table[f"active_test/{labels[attack]}"] = test["share"]
+    return table
 
 
-def _datasets(tracker: Tracker, alias: str, record: Mapping[str, Any], splits: Sequence[str]) -> None:
-    data = record.get("data") or {}
+def log_datasets(tracker: Tracker, alias: str, record: Record, splits: Sequence[str]) -> None:
+    """Log the splits of the data that a run read, with their hash."""
+    data = record.data
+    if "hash" not in data:  # The run was stopped before all splits were made.
+        return
+    addresses = data.get("splits") or {}
     for split in splits:
-        rows = (data.get("rows") or {}).get(split)
-        if rows and "hash" in data:  # without: stopped between two splits
-            splits = data.get("splits") or {}
-            source = splits.get(split) or next(
-                (a for s, a in splits.items() if s.startswith(f"{split}/")), data["source"]
-            )
-            context = "training" if split == "train" else split
+        if rows := (data.get("rows") or {}).get(split):
+            of_split = [address for name, address in addresses.items() if name.partition("/")[0] == split]
+            source = addresses.get(split) or (of_split or [data["source"]])[0]
             name = f"{data['source'].replace(':', ' ')} {split}"
+            context = "training" if split == "train" else split
             tracker.dataset(alias, name=name, digest=data["hash"], source=source, context=context, rows=rows)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"train": {"lr": 1}}`` as ``{"train.lr": 1}``."""
+    """Return ``{"train": {"lr": 1}}`` as ``{"train.lr": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
 def unix_time(iso: str | None) -> float | None:
-    return None if not iso else datetime.fromisoformat(iso).timestamp()
+    """Return an ISO time in unix seconds; None for an empty text."""
+    return datetime.fromisoformat(iso).timestamp() if iso else None
 
 
 def metric_name(text: str) -> str:
-    """``text`` with what MLflow does not allow in a metric's name left out: ``l2<=1.5`` is ``l2_1.5``."""
+    """Return a name that MLflow allows for a metric, as in ``l2_1.5`` for ``l2<=1.5``."""
     return re.sub(r"[^\w./: -]+", "_", text)
 
 
 def epoch_of(file: str) -> int:
-    """``.../history/epoch-00003.json`` is 3."""
+    """Return the number in the name of an epoch record: 3 for ``.../history/epoch-00003.json``."""
     return int(re.sub(r"\D", "", file.rpartition("/")[2]))

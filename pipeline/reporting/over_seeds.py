@@ -1,4 +1,4 @@
-"""What several evaluations say together: over the seeds, against a reference, and beside the paper."""
+"""Statistics over the seeds of a run: mean, spread and paired differences."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from typing import Any
 from scipy.special import stdtrit
 
 from components.config import Experiment
-from pipeline.reporting.records import experiment_of
+from components.threat_models import WHITE_BOX
+from pipeline.records import EvaluationEntry, RunRecord
+from pipeline.reporting.records import Row
 
-Row = dict[str, Any]
 CONFIDENCE = 0.95
 MIN_FOR_MEDIAN = 10
-"""Fewest images of which a report shows a median or quartile. That of fewer describes those images, not the attack."""
+"""Fewest images for which a report shows a median or quartile.
+
+With fewer images, the median says more about those images than about the attack.
+"""
+
+Key = tuple[Any, ...]
+"""(model as named in the recipe, threat model, ...): what replicates have in common."""
 
 
-def by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, str], dict[int, Row]]:
-    """(model as named in the recipe, threat model, attack) -> replicate -> evaluation."""
-    replicates = experiment_of(record).replicates()
-    out: dict[tuple[str, str, str], dict[int, Row]] = {}
-    for e in record["evaluations"]:
-        base, replicate = replicates[e["model"]]
-        out.setdefault((base, e["threat_model"], e["attack"]), {})[replicate] = e
-    return out
+def by_seed(record: RunRecord) -> dict[tuple[str, str, str], dict[int, EvaluationEntry]]:
+    """Return (model as named in the recipe, threat model, attack) -> replicate -> evaluation."""
+    groups: dict[tuple[str, str, str], dict[int, EvaluationEntry]] = {}
+    for e in record.evaluations:
+        base, replicate = record.replicates[e.model]
+        groups.setdefault((base, e.threat_model, e.attack), {})[replicate] = e
+    return groups
 
 
 def spread(values: Sequence[float]) -> Row:
-    """Mean, standard deviation over the seeds (None for one), least and greatest."""
+    """Return number of seeds, mean, standard deviation (None for one seed), minimum and maximum."""
     return {
         "seeds": len(values),
         "mean": statistics.fmean(values),
@@ -38,130 +44,123 @@ def spread(values: Sequence[float]) -> Row:
     }
 
 
-def over_seeds(record: Mapping[str, Any]) -> list[Row]:
-    """Mean and spread over the replicates of each model under each attack; empty for a run of one seed."""
-    if experiment_of(record).seeds < 2:
+def over_seeds(record: RunRecord) -> list[Row]:
+    """Return mean and spread over the replicates of each model under each attack; [] for one seed."""
+    if record.experiment.seeds < 2:
         return []
-    out = []
+    rows = []
     for (model, threat, attack), replicates in by_seed(record).items():
-        metrics = [e["metrics"] for e in replicates.values()]
-        row = {"model": model, "threat_model": threat, "attack": attack, "n": sum(e["n"] for e in replicates.values())}
-        row |= {f"accuracy_{k}" if k != "seeds" else k: v for k, v in spread([m["accuracy"] for m in metrics]).items()}
-        out.append({**row, **_norms_over_seeds([shown_metrics(e) for e in replicates.values()])})
-    return out
+        evaluations = list(replicates.values())
+        row = {"model": model, "threat_model": threat, "attack": attack, "n": sum(e.n for e in evaluations)}
+        accuracies = spread([e.accuracy for e in evaluations])
+        row |= {key if key == "seeds" else f"accuracy_{key}": value for key, value in accuracies.items()}
+        rows.append({**row, **_norms_over_seeds([shown_metrics(e) for e in evaluations])})
+    return rows
 
 
-def _norms_over_seeds(several: Sequence[Row]) -> Row:
-    """Return the norm that an attack minimises, the mean of its median over the seeds, and how many images these broke.
+def _norms_over_seeds(metrics: Sequence[Row]) -> Row:
+    """Return the norm that an attack minimises, its median over the seeds, and the broken images.
 
-    The mean is None unless every seed has a median: a mean over some of them would not be of the seeds that the row counts.
+    The mean of the medians is None unless every seed has a median. A mean over some of the seeds
+    would not belong to the number of seeds in the row.
     """
-    norm = several[0]["norm"]
-    medians = [m.get(f"{norm}_median") for m in several]
-    known = [m["broken"] for m in several if m["broken"] is not None]
+    norm = metrics[0]["norm"]
+    medians = [median for m in metrics if (median := m.get(f"{norm}_median")) is not None]
+    broken = [m["broken"] for m in metrics if m["broken"] is not None]
     return {
         "norm": norm,
-        "norm_median_mean": statistics.fmean(medians) if norm and None not in medians else None,
-        "broken_min": min(known, default=None),
-        "broken_max": max(known, default=None),
+        "norm_median_mean": statistics.fmean(medians) if norm and len(medians) == len(metrics) else None,
+        "broken_min": min(broken, default=None),
+        "broken_max": max(broken, default=None),
     }
 
 
-def shown_metrics(evaluation: Mapping[str, Any]) -> Row:
+def shown_metrics(evaluation: EvaluationEntry) -> Row:
     """Return the metrics of an evaluation as every table, file and tracker shows them.
 
-    A median or quartile of a norm is over the images that the attack broke, and None if these are fewer than MIN_FOR_MEDIAN.
-
-    Args:
-        evaluation: an entry of run.json's ``evaluations``.
+    A median or quartile of a norm is over the images that the attack broke. It is None if these are
+    fewer than MIN_FOR_MEDIAN.
 
     Returns:
-        Its metrics, with ``norm``, which the attack minimises ("l2" or "linf"; None for an attack within a budget), and
-        ``broken``, the number of images that were classified correctly and that it broke (None in records that lack the
-        rates it follows from).
+        The metrics of the evaluation, with ``norm`` and ``broken``. ``norm`` ("l2" or "linf") is
+        what the attack minimises, None for an attack within a budget. ``broken`` is the number of
+        images that were classified correctly and that the attack broke. It is None in a record
+        without the rates that it follows from.
     """
-    metrics = dict(evaluation["metrics"])
+    metrics = dict(evaluation.metrics)
     broken = None
     if "clean_accuracy" in metrics and "success_rate" in metrics:
-        broken = round(metrics["success_rate"] * round(metrics["clean_accuracy"] * evaluation["n"]))
+        broken = round(metrics["success_rate"] * round(metrics["clean_accuracy"] * evaluation.n))
     if broken is None or broken < MIN_FOR_MEDIAN:
         metrics |= dict.fromkeys((k for k in metrics if k.endswith(("_median", "_q25", "_q75"))), None)
-    return {**metrics, "norm": (metrics.get("curve") or {}).get("norm"), "broken": broken}
+    return {**metrics, "norm": (evaluation.curve or {}).get("norm"), "broken": broken}
 
 
-def differences(record: Mapping[str, Any], reference: str) -> list[Row]:
-    """Accuracy of every other model of its architecture less the reference's, paired by replicate, with a 95 % interval over
-    the seeds.
+def differences(record: RunRecord, reference: str) -> list[Row]:
+    """Return the accuracy of every other model of the same architecture less that of the reference.
 
-    ``resolved`` says whether the interval leaves out 0: the difference is larger than what seeds alone make (Student's t over
-    the paired differences; with three seeds that takes 2.5 standard deviations of them). Not corrected for the number of
-    comparisons.
+    The values are paired by replicate and have a 95 % interval over the seeds (Student's t over the
+    paired differences). ``resolved`` says whether the interval leaves out 0: then the difference is
+    larger than what seeds alone make. With three seeds that takes 2.5 standard deviations. There is
+    no correction for the number of comparisons.
     """
-    experiment = experiment_of(record)
-    if experiment.seeds < 2:
-        return []
-    cells = {
-        key: {r: e["metrics"]["accuracy"] for r, e in replicates.items()} for key, replicates in by_seed(record).items()
-    }
+    accuracies = {key: {r: e.accuracy for r, e in seeds.items()} for key, seeds in by_seed(record).items()}
     return [
-        {"model": model, "reference": reference, "threat_model": threat, "attack": attack, **found}
-        for (model, threat, attack), found in _less(experiment, cells, reference)
+        {"model": model, "reference": reference, "threat_model": threat, "attack": attack, **difference}
+        for (model, threat, attack), difference in _differences(record.experiment, accuracies, reference)
     ]
 
 
-def _less(
-    experiment: Experiment, cells: Mapping[Any, Mapping[int, float]], reference: str
-) -> Iterator[tuple[Any, Row]]:
-    """(key, :func:`_paired` with the reference's value of the same key) of each other model of its architecture; a key is
-    (model, ...)."""
-    firsts = experiment.first_replicates()
-    for key, ours in cells.items():
-        model, *rest = key
-        if model == reference or firsts[model].arch != firsts[reference].arch:
+def worst_differences(record: RunRecord, reference: str) -> list[Row]:
+    """Return :func:`differences` of the worst case over the examples made on each model itself.
+
+    A row has norm and eps in place of the attack.
+    """
+    return [
+        {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **difference}
+        for (model, threat, norm, eps), difference in _differences(record.experiment, _worst_by_seed(record), reference)
+        if threat == WHITE_BOX
+    ]
+
+
+def _differences(
+    experiment: Experiment, values: Mapping[Any, Mapping[int, float]], reference: str
+) -> Iterator[tuple[Key, Row]]:
+    """Yield the key of each other model of the reference's architecture, and its difference."""
+    configs = experiment.first_replicates()
+    for (model, *rest), by_replicate in values.items():
+        if model == reference or configs[model].arch != configs[reference].arch:
             continue
-        if found := _paired(ours, cells.get((reference, *rest), {})):
-            yield key, found
+        if difference := _paired_difference(by_replicate, values.get((reference, *rest), {})):
+            yield (model, *rest), difference
 
 
-def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Row:
-    """Difference of two models that have a value for each replicate; empty with fewer than two in common."""
-    common = sorted(ours.keys() & theirs.keys())
+def _paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Row:
+    """Return the mean of a - b over the common replicates; {} if they are fewer than two."""
+    common = sorted(a.keys() & b.keys())
     if len(common) < 2:
         return {}
-    values = [ours[r] - theirs[r] for r in common]
+    values = [a[r] - b[r] for r in common]
     mean, sd = statistics.fmean(values), statistics.stdev(values)
-    # Student's t; scipy.stats has it too, but takes seconds to import
+    # scipy.stats has Student's t too, but takes seconds to import.
     half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / len(values) ** 0.5
     return {"seeds": len(values), "difference": mean, "half_width": half, "resolved": abs(mean) > half}
 
 
-def _worst_by_seed(record: Mapping[str, Any]) -> dict[tuple[str, str, float, str], dict[int, float]]:
-    """(model as named in the recipe, norm, eps, threat model) -> replicate -> accuracy in the worst case."""
-    replicates = experiment_of(record).replicates()
-    out: dict[tuple[str, str, float, str], dict[int, float]] = {}
-    for w in record.get("worst_case") or []:
-        base, replicate = replicates[w["model"]]
-        out.setdefault((base, w["norm"], w["eps"], w["threat_model"]), {})[replicate] = w["accuracy"]
-    return out
+def _worst_by_seed(record: RunRecord) -> dict[tuple[str, str, str, float], dict[int, float]]:
+    """Return (model as named in the recipe, threat model, norm, eps) -> replicate -> accuracy."""
+    groups: dict[tuple[str, str, str, float], dict[int, float]] = {}
+    for worst in record.worst_case or ():
+        base, replicate = record.replicates[worst.model]
+        groups.setdefault((base, worst.threat_model, worst.norm, worst.eps), {})[replicate] = worst.accuracy
+    return groups
 
 
-def worst_over_seeds(record: Mapping[str, Any]) -> list[Row]:
-    """Mean and spread of the worst case over the replicates of each model; empty for a run of one seed."""
-    if experiment_of(record).seeds < 2:
+def worst_over_seeds(record: RunRecord) -> list[Row]:
+    """Return mean and spread of the worst case over the replicates of each model; [] for one seed."""
+    if record.experiment.seeds < 2:
         return []
     return [
-        {"model": base, "norm": norm, "eps": eps, "threat_model": threat, **spread(list(found.values()))}
-        for (base, norm, eps, threat), found in _worst_by_seed(record).items()
-    ]
-
-
-def worst_differences(record: Mapping[str, Any], reference: str) -> list[Row]:
-    """:func:`differences` of the worst case over what was made on each model itself, with norm and eps in place of the attack."""
-    experiment = experiment_of(record)
-    if experiment.seeds < 2:
-        return []
-    return [
-        {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **found}
-        for (model, norm, eps, threat), found in _less(experiment, _worst_by_seed(record), reference)
-        if threat == "white_box"
+        {"model": base, "norm": norm, "eps": eps, "threat_model": threat, **spread(list(accuracies.values()))}
+        for (base, threat, norm, eps), accuracies in _worst_by_seed(record).items()
     ]

@@ -1,9 +1,11 @@
-"""The numbers the Defend++ paper prints, typed by hand: tables 1 to 8 and the results in the text of sec. 4.2, 4.3 and 4.5.
+"""The numbers that the Defend++ paper prints, and ours beside them.
 
-``data/paper.csv`` has one line a number. ``arch`` is the classifier under attack. ``made_on`` is the network the attack was
-made on, given where the paper gives it (tables 7 and 8, the end of sec. 4.5) and empty otherwise. ``note`` says where the paper
-contradicts itself or leaves something open. Nothing in the file is corrected. Read a second time against the paper's text on
-2026-11-23: all 194 cells of the tables and the 45 numbers of the text, no difference.
+``paper.csv`` holds tables 1 to 8 and the results in the text of sec. 4.2, 4.3 and 4.5, typed by
+hand, one number per line. ``arch`` is the classifier under attack. ``made_on`` is the network that
+the examples were made on, where the paper names it (tables 7 and 8, the end of sec. 4.5). ``note``
+says where the paper contradicts itself or leaves something open. Nothing in the file is corrected.
+All 194 cells of the tables and the 45 numbers of the text were compared with the paper a second
+time on 2026-11-23, without a difference.
 """
 
 from __future__ import annotations
@@ -11,20 +13,20 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from components.attacks.spec import AttackSpec
 from components.config import PRINTED_IN
 from components.errors import ConfigError, DataError
-from pipeline.reporting.over_seeds import Row, by_seed, spread
-from pipeline.reporting.records import experiment_of
+from components.threat_models import CLEAN, RANDOM, WHITE_BOX
+from pipeline.records import EvaluationEntry, RunRecord
+from pipeline.reporting.labels import TRANSFER, parsed_attack
+from pipeline.reporting.over_seeds import by_seed, spread
+from pipeline.reporting.records import Row
 
 PATH = Path(__file__).resolve().parent / "paper.csv"
 FIELDS = ("where", "dataset", "arch", "made_on", "row", "column", "value", "printed_row", "note")
-WHERE = PRINTED_IN
 DATASETS = ("mnist", "cifar10", "imagenet")
 ARCHS = ("resnet18", "resnet50", "vgg16")
 COLUMNS = ("fgsm", "bim", "cw", "ddn", "pgd", "clean")
@@ -48,7 +50,21 @@ ROWS = {
     "hourglass_concat": "Hourglass+SC",
     "hourglass_add": "Hourglass+SA",
 }
-"""Slug -> the paper's name. ``comdefend`` is the grey-box one; ``defend_gn_gain`` is a difference in points, not an accuracy."""
+"""Name of a row in ``paper.csv`` -> name in the paper.
+
+``comdefend`` is grey-box. ``defend_gn_gain`` is a difference in points, not an accuracy.
+"""
+
+
+_ALLOWED: Mapping[str, Iterable[str]] = {
+    "where": PRINTED_IN,
+    "dataset": DATASETS,
+    "arch": ARCHS,
+    "made_on": ("", *ARCHS),
+    "row": ROWS,
+    "column": COLUMNS,
+}
+"""The values that a field of ``paper.csv`` may have."""
 
 
 @dataclass(frozen=True)
@@ -65,25 +81,22 @@ class Printed:
     text: str
     """The value as printed, e.g. "99.6" or "+1.13"."""
     printed_row: str
-    """The name the number goes by at this place."""
+    """The name of the row at this place of the paper."""
     note: str
 
     @property
     def key(self) -> tuple[str, str, str, str, str, str]:
+        """What tells a number from all others."""
         return (self.where, self.dataset, self.arch, self.made_on, self.row, self.column)
 
 
 def load(path: Path = PATH) -> tuple[Printed, ...]:
-    """Every number of the file, in its order. A malformed file is a DataError that names the line."""
-    known = {
-        "where": WHERE,
-        "dataset": DATASETS,
-        "arch": ARCHS,
-        "made_on": ("", *ARCHS),
-        "row": ROWS,
-        "column": COLUMNS,
-    }
-    found: dict[tuple[str, ...], Printed] = {}
+    """Read every number of the file, in its order.
+
+    Raises:
+        DataError: the file cannot be read or is malformed; the message names the line.
+    """
+    numbers: dict[tuple[str, ...], Printed] = {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -91,24 +104,26 @@ def load(path: Path = PATH) -> tuple[Printed, ...]:
                 raise DataError(f"{path}: the first line must be {','.join(FIELDS)}")
             for cells in reader:
                 place = f"{path}, line {reader.line_num}"
-                if len(cells) != len(FIELDS):
-                    raise DataError(f"{place}: {len(cells)} cells, {len(FIELDS)} are expected")
-                line = dict(zip(FIELDS, cells, strict=True))
-                for field, allowed in known.items():
-                    if line[field] not in allowed:
-                        raise DataError(
-                            f"{place}: {field}={line[field]!r} is none of {', '.join(filter(None, allowed))}"
-                        )
-                text = line.pop("value")
-                printed = Printed(value=_percent(text, place), text=text, **line)
-                if printed.key in found:
-                    raise DataError(f"{place}: {' '.join(filter(None, printed.key))} stands there twice")
-                found[printed.key] = printed
+                printed = _parsed(cells, place)
+                if printed.key in numbers:
+                    raise DataError(f"{place}: {' '.join(filter(None, printed.key))} is in the file twice")
+                numbers[printed.key] = printed
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"{path} cannot be read: {e}") from e
-    if not found:
+    if not numbers:
         raise DataError(f"{path} holds no number")
-    return tuple(found.values())
+    return tuple(numbers.values())
+
+
+def _parsed(cells: list[str], place: str) -> Printed:
+    if len(cells) != len(FIELDS):
+        raise DataError(f"{place}: {len(cells)} cells, {len(FIELDS)} are expected")
+    line = dict(zip(FIELDS, cells, strict=True))
+    for name, allowed in _ALLOWED.items():
+        if line[name] not in allowed:
+            raise DataError(f"{place}: {name}={line[name]!r} must be one of {', '.join(filter(None, allowed))}")
+    text = line.pop("value")
+    return Printed(value=_percent(text, place), text=text, **line)
 
 
 def _percent(text: str, place: str) -> float:
@@ -117,58 +132,60 @@ def _percent(text: str, place: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value <= 100:
-        raise DataError(f"{place}: value={text!r} is no number from 0 to 100")
+        raise DataError(f"{place}: value={text!r} must be a number from 0 to 100")
     return value
 
 
 _numbers = functools.cache(load)
 
 
-def printed_value(where: str) -> list[Printed]:
-    """Every number printed at ``where``, in the paper's order."""
-    if where not in WHERE:
-        raise ConfigError.of("where", where, f"one of {', '.join(WHERE)}")
+def printed_values(where: str) -> list[Printed]:
+    """Return every number printed at ``where``, in the paper's order."""
+    if where not in PRINTED_IN:
+        raise ConfigError.of("where", where, f"one of {', '.join(PRINTED_IN)}")
     return [p for p in _numbers() if p.where == where]
 
 
 def lookup(where: str, row: str, column: str, made_on: str = "", arch: str = "", dataset: str = "") -> Printed | None:
-    """The number at one place, None if the paper prints none there.
+    """Return the number at one place; None if the paper prints none there.
 
-    ``made_on`` counts as it is: tables 7 and 8 need it. An empty ``arch`` or ``dataset`` stands for the only one there is.
+    ``made_on`` must match also if it is empty. An empty ``arch`` or ``dataset`` matches any.
+
+    Raises:
+        ConfigError: several numbers match.
     """
-    found = [
+    matches = [
         p
-        for p in printed_value(where)
+        for p in printed_values(where)
         if (p.row, p.column, p.made_on) == (row, column, made_on)
         and arch in ("", p.arch)
         and dataset in ("", p.dataset)
     ]
-    if len(found) > 1:
-        choices = ", ".join(f"{p.dataset} {p.arch}" for p in found)
-        raise ConfigError(f"{where} prints {row} {column} {len(found)} times: say which dataset and arch ({choices})")
-    return found[0] if found else None
+    if len(matches) > 1:
+        choices = ", ".join(f"{p.dataset} {p.arch}" for p in matches)
+        raise ConfigError(f"{where} prints {row} {column} {len(matches)} times: say which dataset and arch ({choices})")
+    return matches[0] if matches else None
 
 
-def beside_paper(record: Mapping[str, Any]) -> list[Row]:
-    """Each cell of the paper's table with all that this run has for it.
+def beside_paper(record: RunRecord) -> list[Row]:
+    """Return each number of the paper's table with all values that this run has for it.
 
-    A recipe's model is named as the paper's row (``pipeline/reporting/paper.py``), with ``-ARCH`` behind it where a table has several.
-    The paper says "white-box" of all its columns; some can only be transfer (docs/evaluation.md), so both stand here.
+    A recipe names a model as the paper's row (see ROWS), with ``-ARCH`` behind it if a table has
+    several. The paper says "white-box" of all its columns, but some can only be transfer
+    (docs/evaluation.md). So the values of both are listed.
 
     Returns:
-        One entry per printed number: where, row, column, arch, made_on, paper (text as printed), note, ours: a list of
-        {model, arch (as built), threat_model, attack, n, low, high, seeds, mean, sd, min, max}; ``ours`` is empty where the
-        run has nothing.
+        One entry per printed number: where, row, column, arch, made_on, paper (text as printed),
+        note, and ours. ``ours`` is a list of {model, arch (as built), threat_model, attack, n, low,
+        high, seeds, mean, sd, min, max}. It is empty if the run has no value.
     """
-    experiment = experiment_of(record)
+    experiment = record.experiment
     if not experiment.paper:
         return []
     built = {base: config.arch for base, config in experiment.first_replicates().items()}
-    archs = {base: arch.removesuffix("_bn") for base, arch in built.items()}
-    cells = by_seed(record)
-    out = []
-    for printed in printed_value(experiment.paper):
-        entry: Row = {
+    groups = by_seed(record)
+    return [
+        {
             "where": printed.where,
             "row": printed.row,
             "title": printed.printed_row,
@@ -177,64 +194,76 @@ def beside_paper(record: Mapping[str, Any]) -> list[Row]:
             "made_on": printed.made_on,
             "paper": printed.text,
             "note": printed.note,
-            "ours": [],
+            "ours": [
+                _our_value(key, built[key[0]], list(replicates.values()))
+                for key, replicates in groups.items()
+                if _belongs(key, printed, built)
+            ],
         }
-        for (base, threat, attack), found in cells.items():
-            if not _is_row(printed.row, base.partition("-")[0], threat):
-                continue
-            if archs[base] != printed.arch or _column(threat, attack) != printed.column:
-                continue
-            if printed.made_on and not _made_on(threat, printed.made_on, archs, base):
-                continue
-            if not printed.made_on and ":" in threat:
-                continue
-            ours = list(found.values())
-            metrics = [e["metrics"] for e in ours]
-            entry["ours"].append(
-                {
-                    "model": base,
-                    "arch": built[base],
-                    "threat_model": threat,
-                    "attack": attack,
-                    "n": ours[0]["n"],
-                    "low": min(m["accuracy_low"] for m in metrics),
-                    "high": max(m["accuracy_high"] for m in metrics),
-                    **spread([m["accuracy"] for m in metrics]),
-                }
-            )
-        out.append(entry)
-    return out
+        for printed in printed_values(experiment.paper)
+    ]
+
+
+def _our_value(key: tuple[str, str, str], arch: str, evaluations: list[EvaluationEntry]) -> Row:
+    model, threat, attack = key
+    return {
+        "model": model,
+        "arch": arch,
+        "threat_model": threat,
+        "attack": attack,
+        "n": evaluations[0].n,
+        "low": min(e.interval[0] for e in evaluations),
+        "high": max(e.interval[1] for e in evaluations),
+        **spread([e.accuracy for e in evaluations]),
+    }
+
+
+def _belongs(key: tuple[str, str, str], printed: Printed, built: Mapping[str, str]) -> bool:
+    """Whether evaluations of a (model, threat model, attack) belong beside a number of the paper.
+
+    Args:
+        key: model as named in the recipe, threat model, attack.
+        printed: the number.
+        built: model as named in the recipe -> its network.
+    """
+    base, threat, attack = key
+    archs = {name: arch.removesuffix("_bn") for name, arch in built.items()}
+    if not _is_row(printed.row, base.partition("-")[0], threat):
+        return False
+    if archs[base] != printed.arch or _column(threat, attack) != printed.column:
+        return False
+    if printed.made_on:
+        return _is_made_on(threat, printed.made_on, archs, base)
+    return ":" not in threat
 
 
 def _is_row(printed_row: str, row: str, threat: str) -> bool:
-    """Whether evaluations of a model named ``row`` under a threat model belong to a row of the paper."""
-    if printed_row == "comdefend":  # grey-box; the white-box one has a row of its own
-        return row == "comdefend" and threat != "white_box"
+    """Whether evaluations of a model named ``row`` belong to a row of the paper."""
+    if printed_row == "comdefend":  # This row is grey-box. White-box has a row of its own.
+        return row == "comdefend" and threat != WHITE_BOX
     if printed_row == "comdefend_wb":
-        return row == "comdefend" and threat in ("clean", "white_box")
-    if printed_row == "shared4":  # "ours is equivalent to 4 shared blocks"
+        return row == "comdefend" and threat in (CLEAN, WHITE_BOX)
+    if printed_row == "shared4":  # The paper: "ours is equivalent to 4 shared blocks".
         return row == "defend"
     return row == printed_row
 
 
 def _column(threat: str, attack: str) -> str:
-    """The attack by the name that a column of the paper would have; empty where it could have none."""
-    if threat == "clean":
+    """Return the paper's column for an attack; "" if the paper has none.
+
+    An attack with another norm or a target has another short name than any column.
+    """
+    if threat == CLEAN:
         return "clean"
-    if threat == "random":
-        return ""
-    try:
-        spec = AttackSpec.parse(attack)
-    except ConfigError:  # an attack of another version
-        return ""
-    return spec.short_name  # with another norm or a target it is no column of the paper's
+    spec = parsed_attack(attack)
+    return "" if threat == RANDOM or spec is None else spec.short_name
 
 
-def _made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
-    """Whether examples of this threat model are made on a network of that architecture (tables 7 and 8)."""
-    if threat == "clean":
+def _is_made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
+    """Whether examples of a threat model are made on a network ``arch`` (tables 7 and 8)."""
+    if threat == CLEAN:
         return True
-    if threat in ("white_box", "transfer"):
+    if threat in (WHITE_BOX, TRANSFER):
         return archs[base] == arch
-    named = threat.partition(":")[2]
-    return bool(named) and named != base and archs.get(named) == arch
+    source = threat.partition(":")[2]
+    return bool(source) and source != base and archs.get(source) == arch

@@ -1,6 +1,7 @@
-"""The report of a run, from its records alone: tables, plots and one HTML file that opens from disk.
+"""The report of a run: tables, plots and one HTML file that opens from disk.
 
-Rebuilt at any time from ``run.json`` and what it names (docs/records.md); the same records give the same bytes.
+It is made from ``run.json`` and the files that this names (docs/records.md), at any time. The same
+records give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,54 +14,60 @@ from typing import Any
 
 import jinja2
 
-from components.config.roles import roles_of
+from components.fields import to_dict
 from pipeline.evaluation import figure_data
+from pipeline.records import RunRecord
 from pipeline.reporting import labels, markdown, records, results, sentences, verdicts
-from pipeline.reporting.records import experiment_of
-from pipeline.reporting.run_plots import draw_pictures
+from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage, read_arrays
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:
-    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.png. A partial run gives a partial report.
+    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.png.
+
+    A partial run gives a partial report.
 
     Args:
-        run: the run directory. root: the storage it lies in.
+        run: the run directory.
+        root: the storage that the run lies in.
 
     Returns:
-        What was written, name -> path below the run directory; "html" is the report, "table_json", "table_csv", "table_md", and
-        "plot_..." for each plot there was data for.
+        Name -> path below the run directory of every file: "html", "table_json", "table_csv",
+        "table_md", and "plot_..." for each plot that the run has data for.
 
     Raises:
-        DataError: a record is missing or corrupt; the message names it. StorageError: something could not be written.
+        DataError: a record is missing or corrupt; the message names it.
+        StorageError: a file cannot be written.
     """
     record = records.read_run(run)
     gallery = records.read_gallery(run)
     histories = {
-        name: [records.read_epoch(root, file) for file in records.history_files(root, model)]
-        for name, model in record["models"].items()
+        name: [records.read_epoch(root, file) for file in records.history_files(root, model.path)]
+        for name, model in record.models.items()
     }
-    data = _data(record, root)
-    pictures = draw_pictures(record, gallery, histories, read_arrays(run, figure_data.FIGURES_FILE))
+    data = table_data(record, root)
+    plots = RunPlots(record, gallery, histories, read_arrays(run, figure_data.FIGURES_FILE)).draw()
     paths = {
         "html": "report/report.html",
         "table_json": "report/table.json",
         "table_csv": "report/table.csv",
         "table_md": "report/table.md",
     }
-    for name, (_, _, png) in pictures.items():
+    for name, plot in plots.items():
         paths[f"plot_{name}"] = f"report/plots/{name}.png"
-        run.write_bytes(paths[f"plot_{name}"], png)
+        run.write_bytes(paths[f"plot_{name}"], plot.png)
     run.write_json(paths["table_json"], data)
     run.write_bytes(paths["table_csv"], markdown.to_csv(record).encode())
-    run.write_bytes(paths["table_md"], f"# {record['name']}\n\n{markdown.markdown(record)}\n".encode())
-    html = _html(record, data, pictures, sentences.missing(record, gallery, histories, pictures))
-    run.write_bytes(paths["html"], html.encode())  # last: its presence says that all of it is there
+    run.write_bytes(paths["table_md"], f"# {record.name}\n\n{markdown.markdown(record)}\n".encode())
+    html = page(record, data, list(plots.values()), sentences.missing(record, gallery, histories, plots))
+    # Write the page last: it marks a complete report.
+    run.write_bytes(paths["html"], html.encode())
     return paths
 
 
-def _data(record: Mapping[str, Any], root: Storage) -> dict[str, Any]:
-    """Return what table.json holds: the result table, and what its evaluations say together."""
+def table_data(record: RunRecord, root: Storage) -> dict[str, Any]:
+    """Return the content of table.json: the result table, and statistics over its evaluations."""
     return {
         **results.table(record),
         "worst_case": verdicts.worst_cases(record),
@@ -73,15 +80,17 @@ def _data(record: Mapping[str, Any], root: Storage) -> dict[str, Any]:
     }
 
 
-def _html(
-    record: Mapping[str, Any],
-    data: Mapping[str, Any],
-    pictures: Mapping[str, tuple[str, str, bytes]],
-    lacking: Sequence[str],
-) -> str:
-    here = Path(__file__).parent
+def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], missing: Sequence[str]) -> str:
+    """Return the HTML page of a run.
+
+    Args:
+        record: the run.
+        data: the result of :func:`table_data`.
+        plots: the plots, in their order.
+        missing: what a partial run lacks.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -111,16 +120,15 @@ def _html(
         budgets=budgets,
         roles=labels.role_titles(record),
         stages=results.stage_times(record),
-        trained=any(role != "given" for role in roles_of(experiment_of(record)).values()),
+        trained=any(role != "given" for role in record.roles.values()),
         source=markdown.source(record),
-        lacking=lacking,
+        missing=missing,
         counted=labels.counted(record),
         explanation=sentences.explanation(record),
         norms_note=sentences.norms_note(record),
         untrusted_note=sentences.untrusted_note(record),
         in_short=sentences.in_short(record),
-        tested=any(one["active"] for one in (record.get("reliability") or {}).values()),
-        reliability=records.in_order(record.get("reliability") or {}, tuple(roles_of(experiment_of(record)))),
-        pictures=[(heading, caption, base64.b64encode(png).decode()) for heading, caption, png in pictures.values()],
-        config=json.dumps(record["experiment"], indent=2, sort_keys=True),
+        tested=any(model.active for model in (record.reliability or {}).values()),
+        plots=[(plot.heading, plot.caption, base64.b64encode(plot.png).decode()) for plot in plots],
+        config=json.dumps(to_dict(record.experiment), indent=2, sort_keys=True),
     )

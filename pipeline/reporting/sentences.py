@@ -1,230 +1,245 @@
-"""What a report says in words."""
+"""The sentences of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from components.attacks.spec import AttackSpec
-from components.config.roles import roles_of
-from components.errors import ConfigError
-from pipeline.reporting import over_seeds, records
+from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, WHITE_BOX
+from pipeline.records import RunRecord
+from pipeline.reporting import over_seeds
 from pipeline.reporting.labels import (
     THREATS,
+    TRANSFER,
     UNTRUSTED,
     attack_text,
     attack_title,
     is_untrusted,
     mark,
+    parsed_attack,
     percent,
     role_titles,
 )
-from pipeline.reporting.records import experiment_of, in_order
-from pipeline.reporting.results import evaluated, table
+from pipeline.reporting.results import evaluated_models, table
 from pipeline.reporting.verdicts import near_chance, raised_flags, worst_cases
 
+_MADE_ON = {
+    WHITE_BOX: "White-box: the attacker knows everything about the model under test and makes the examples on it. This "
+    "is the number that says how much a model withstands. It is an upper bound: a stronger attack can only lower it.",
+    BLACK_BOX: "Black-box: the attacker sees only the scores of the model under test, and has no gradients.",
+    GREY_BOX: "Grey-box: the attacker knows the classifier and makes the examples on it, but does not know the defense "
+    "in front of it.",
+}
+_TRANSFER_CAUTION = (
+    "and then shown to the model under test. A high number says that these examples do not carry over. It does not say "
+    "that the model withstands an attacker who knows it."
+)
+_UNDECIDED = "there were too few images, or random search finds the planted examples too"
 
-def norms_note(record: Mapping[str, Any]) -> str:
-    """Return the sentence that explains :func:`median_norm`; empty if no attack of the run minimises a norm."""
-    if not any(e["metrics"].get("curve") for e in record["evaluations"]):
+
+def norms_note(record: RunRecord) -> str:
+    """Return the sentence that explains median norms; "" if no attack of the run minimises a norm."""
+    if not any(e.curve for e in record.evaluations):
         return ""
     return (
-        "Attacks of any norm: the median norm ([0,1] pixels) of the examples that broke an image which was classified "
-        f"correctly, and how many such images there are. With fewer than {over_seeds.MIN_FOR_MEDIAN}, no median is shown."
+        "Attacks of any norm: the table gives the median norm (pixels in [0,1]) of the examples that broke a correctly "
+        "classified image, and the number of these images. With fewer than "
+        f"{over_seeds.MIN_FOR_MEDIAN} images, no median is shown."
     )
 
 
-def explanation(record: Mapping[str, Any]) -> list[str]:
-    """Return plain sentences on how to read the numbers of a run, each about something that is in it."""
+def explanation(record: RunRecord) -> list[str]:
+    """Return sentences on how to read the numbers. Each one is about something that the run has."""
     return [*_threat_models_explained(record), *_controls_explained(record), *_exceptions_explained(record)]
 
 
-def _threat_models_explained(record: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each threat model that the run has."""
+def _threat_models_explained(record: RunRecord) -> list[str]:
+    """Return a sentence for each threat model of the run."""
     sources: dict[str, dict[str, None]] = {}
-    for e in record["evaluations"]:
-        sources.setdefault(e["threat_model"], {})[str(e.get("source"))] = None
-    fixed = {
-        "white_box": "White-box: the examples were made on the very model under test. This is the number that says how much a "
-        "model withstands, and no more than that: a stronger attack can only lower it.",
-        "black_box": "Black-box: the examples were made on the very model under test, from its scores alone, without gradients.",
-        "grey_box": "Grey-box: the examples were made on the classifier behind the defense. The attacker does not know what "
-        "stands in front of it.",
-    }
-    caution = (
-        "and then shown to the model under test. A high number says that these examples do not carry over, not that the model "
-        "withstands an attacker who knows it."
-    )
-    out = [sentence for threat, sentence in fixed.items() if threat in sources]
+    for e in record.evaluations:
+        sources.setdefault(e.threat_model, {})[str(e.source)] = None
+    sentences = [sentence for threat, sentence in _MADE_ON.items() if threat in sources]
     for threat, made_on in sources.items():
         base, _, name = threat.partition(":")
-        if base == "transfer":
+        if base == TRANSFER:
             where = name or f"an undefended model ({', '.join(made_on)})"
             head = f"Transfer from {name}" if name else "Transfer"
-            out.append(f"{head}: the examples were made on {where} {caution}")
-    return out
+            sentences.append(f"{head}: the examples were made on {where} {_TRANSFER_CAUTION}")
+    return sentences
 
 
-def _controls_explained(record: Mapping[str, Any]) -> list[str]:
-    """Return what the controls of the run are, or which defended models lack one."""
-    role, experiment = roles_of(experiment_of(record)), records.experiment_of(record)
-    transferred = [e for e in record["evaluations"] if e["threat_model"] == "transfer"]
+def _controls_explained(record: RunRecord) -> list[str]:
+    """Return which controls the run has, or which defended models lack one."""
+    role, experiment = record.roles, record.experiment
+    transferred = [e for e in record.evaluations if e.threat_model == TRANSFER]
     controlled = {experiment.transfer_source_of(name) for name, r in role.items() if r == "control"}
-    alone = dict.fromkeys(
-        e["model"] for e in transferred if role[e["model"]] == "defended" and e["source"] not in controlled
+    without_control = dict.fromkeys(
+        e.model for e in transferred if role[e.model] == "defended" and e.source not in controlled
     )
-    if alone:
+    if without_control:
         return [
-            f"There is no control for {', '.join(alone)}: no other undefended model of its architecture is in this run. So the "
-            "transfer numbers may be what any other network of another seed would have, and nothing of them can be owed to the "
-            'defense. Add one to "models", e.g. "control:defense=none,seed=1", and run the command again.'
+            f"There is no control for {', '.join(without_control)}: this run has no second undefended model of the "
+            "same architecture. Any other network of another seed might have the same transfer numbers, so they do "
+            'not show an effect of the defense. Add a control to "models", e.g. "control:defense=none,seed=1", and '
+            "run the command again."
         ]
-    judged = evaluated(record)
+    evaluated = evaluated_models(record)
     controls = []
-    if any(role[name] == "control" for name in judged):
-        same = " on the same examples" if any(role[e["model"]] == "control" for e in transferred) else ""
+    if any(role[name] == "control" for name in evaluated):
+        same = " on the same examples" if any(role[e.model] == "control" for e in transferred) else ""
         controls.append(f"an undefended model of another seed{same}")
-    if any(e["threat_model"] == "random" for e in record["evaluations"]):
+    if any(e.threat_model == RANDOM for e in record.evaluations):
         controls.append("random noise of the same size without any attacker")
     if not controls:
         return []
-    said = f"Control: {', and '.join(controls)}."
-    if any(role[name] == "defended" for name in judged):
-        said += " Only what a defended model does better than its controls can be owed to its defense."
-    return [said]
+    sentence = f"Control: {', and '.join(controls)}."
+    if any(role[name] == "defended" for name in evaluated):
+        sentence += " Only what a defended model does better than its controls can be an effect of its defense."
+    return [sentence]
 
 
-def _exceptions_explained(record: Mapping[str, Any]) -> list[str]:
-    """Return what was computed otherwise than usual: in smaller batches, or in bfloat16."""
-    out = []
+def _exceptions_explained(record: RunRecord) -> list[str]:
+    """Return which evaluations ran in smaller batches or in bfloat16."""
+    sentences = []
     split = [
-        f"{e['model']} under {e['threat_model']}, {attack_text(e['attack'])}"
-        for e in record["evaluations"]
-        if e.get("chunks_split_for_memory")
+        f"{e.model} under {e.threat_model}, {attack_text(e.attack)}"
+        for e in record.evaluations
+        if e.chunks_split_for_memory
     ]
     if split:
-        out.append(f"In smaller batches, where memory was short, so with other random starts: {'; '.join(split)}.")
-    if records.experiment_of(record).evaluation.search_precision != "bfloat16":
-        return out
-    searched = dict.fromkeys(
-        attack_title(e["attack"])[0] for e in record["evaluations"] if _may_search_in_bfloat16(e["attack"])
-    )
+        sentences.append(
+            f"GPU memory was short, so these ran in smaller batches, with other random starts: {'; '.join(split)}."
+        )
+    if record.experiment.evaluation.search_precision != "bfloat16":
+        return sentences
+    attacks = dict.fromkeys(e.attack for e in record.evaluations)
+    searched = dict.fromkeys(attack_title(attack)[0] for attack in attacks if _may_search_in_bfloat16(attack))
     in_float32 = dict.fromkeys(
-        f"{attack_text(e['attack'])} on {e['source']}"
-        for e in record["evaluations"]
-        if e.get("chunks_searched_in_float32")
+        f"{attack_text(e.attack)} on {e.source}" for e in record.evaluations if e.chunks_searched_in_float32
     )
     if searched:
-        said = f"{', '.join(searched)} searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+        sentence = (
+            f"{', '.join(searched)} searched in bfloat16 (evaluation.search_precision). All verdicts are float32."
+        )
         if in_float32:
-            said += f" In float32 after all, where there is no such copy of the network: {'; '.join(in_float32)}."
-        out.append(said)
-    return out
+            sentence += f" These networks have no bfloat16 copy, so the search was in float32: {'; '.join(in_float32)}."
+        sentences.append(sentence)
+    return sentences
 
 
 def _may_search_in_bfloat16(attack: str) -> bool:
-    try:
-        return AttackSpec.parse(attack).may_search_in_bfloat16
-    except ConfigError:  # "none", or an attack of another version
-        return False
+    spec = parsed_attack(attack)
+    return spec is not None and spec.may_search_in_bfloat16
 
 
-def untrusted_note(record: Mapping[str, Any]) -> str:
-    """The footnote of :data:`UNTRUSTED`: which attacks failed on which models. Empty where none did."""
-    failed: dict[str, list[str]] = {}
-    for model in in_order(record.get("reliability") or {}, tuple(roles_of(experiment_of(record)))):
-        for attack, test in record["reliability"][model]["active"].items():
-            if test["passed"] is False:
-                failed.setdefault(model, []).append(attack_text(attack))
-    if not failed:
+def untrusted_note(record: RunRecord) -> str:
+    """Return the footnote of :data:`UNTRUSTED`, with attacks and models; "" if no attack failed."""
+    failed = {
+        model: [attack_text(attack) for attack, test in tested.active.items() if test["passed"] is False]
+        for model, tested in (record.reliability or {}).items()
+    }
+    where = "; ".join(f"on {model}: {', '.join(attacks)}" for model, attacks in failed.items() if attacks)
+    if not where:
         return ""
-    where = "; ".join(f"on {model}: {', '.join(attacks)}" for model, attacks in failed.items())
     return (
-        f"{UNTRUSTED} Not to be trusted, {where}. The attack did not find adversarial examples that were planted for it there (active "
-        f"test, docs/reliability.md), so what withstands it is no sign of robustness. A worst case with {UNTRUSTED} counts such an attack."
+        f"{UNTRUSTED} Do not trust this number. The attack did not find adversarial examples that were planted for it "
+        f"(active test, docs/reliability.md), so high accuracy under it is no sign of robustness. This holds {where}. "
+        f"A worst case with {UNTRUSTED} counts such an attack."
     )
 
 
-def reliability_in_short(record: Mapping[str, Any]) -> str:
-    """One sentence that says whether the numbers can be trusted; empty where nobody looked."""
-    tested = record.get("reliability") or {}
+def reliability_in_short(record: RunRecord) -> str:
+    """Return one sentence on whether the numbers can be trusted; "" if nothing was tested."""
+    tested = record.reliability or {}
     if not tested:
         return ""
-    fired = raised_flags(record)
-    where = ", ".join(dict.fromkeys(f["model"] for f in fired))
-    flags = f"{_counted(len(fired), 'flag')} raised ({where})" if fired else "no flag raised"
-    found = _active_tests_in_short([a for one in tested.values() for a in one["active"].values()], len(tested))
-    return f"Reliability: {flags} on {_counted(len(tested), 'model')}; {found} (docs/reliability.md)."
+    raised = raised_flags(record)
+    where = ", ".join(dict.fromkeys(flag["model"] for flag in raised))
+    flags = f"{_counted(len(raised), 'flag')} raised ({where})" if raised else "no flag raised"
+    tests = [test for model in tested.values() for test in model.active.values()]
+    return (
+        f"Reliability: {flags} on {_counted(len(tested), 'model')}; "
+        f"{_active_tests_in_short(tests, len(tested))} (docs/reliability.md)."
+    )
 
 
 def _active_tests_in_short(tests: Sequence[Mapping[str, Any]], models: int) -> str:
     """Return how many active tests were passed, and how many are undecided."""
-    decided = [t for t in tests if t["passed"] is not None]
+    decided = [test for test in tests if test["passed"] is not None]
     undecided = len(tests) - len(decided)
-    why = "too few images, or random search finds the planted examples too"
     if not tests:
         return f"none of {'its' if models == 1 else 'their'} attacks has an active test"
     if not decided:
-        return f"the active test of {_counted(undecided, 'attack')} is undecided: {why}"
-    passed = sum(t["passed"] for t in decided)
-    said = f"{passed} of {len(decided)} attacks found the adversarial examples that were planted for them"
-    return said + (f", {undecided} {'is' if undecided == 1 else 'are'} undecided: {why}" if undecided else "")
+        return f"the active test of {_counted(undecided, 'attack')} is undecided: {_UNDECIDED}"
+    passed = sum(test["passed"] for test in decided)
+    text = f"{passed} of {len(decided)} attacks found the adversarial examples that were planted for them"
+    return text + (f", {undecided} {'is' if undecided == 1 else 'are'} undecided: {_UNDECIDED}" if undecided else "")
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def in_short(record: Mapping[str, Any]) -> list[str]:
-    """One sentence per model: clean accuracy and the attack within a budget that leaves least of it."""
-    said, titles = [row["sentence"] for row in near_chance(record)], role_titles(record)
+def in_short(record: RunRecord) -> list[str]:
+    """Return one sentence per model: clean accuracy, and accuracy under the worst attacks."""
+    sentences = [row["sentence"] for row in near_chance(record)]
+    titles = role_titles(record)
     for row in table(record)["rows"]:
+        model = row["model"]
         clean = row["cells"].get("clean")
         parts = [] if clean is None else [f"{percent(clean['accuracy'])} % clean"]
-        for threat in ("white_box", "transfer"):
-            found = [
-                (e["metrics"]["accuracy"], e["attack"], mark({"untrusted": is_untrusted(record, e)}))
-                for e in record["evaluations"]
-                if (e["model"], e["threat_model"]) == (row["model"], threat) and not e["metrics"].get("curve")
-            ]
-            if found:
-                lowest, attack, marked = min(found)
-                parts.append(
-                    f"{percent(lowest)}{marked} % under the worst {THREATS[threat]} attack ({attack_text(attack)})"
-                )
+        parts += [text for threat in (WHITE_BOX, TRANSFER) if (text := _worst_attack(record, model, threat))]
         parts += [
-            f"{percent(w['accuracy'])}{mark(w)} % in the worst case per sample at {w['budget']}"
-            for w in worst_cases(record)
-            if w["model"] == row["model"] and w["threat_model"] == "white_box"
+            f"{percent(worst['accuracy'])}{mark(worst)} % in the worst case per sample at {worst['budget']}"
+            for worst in worst_cases(record)
+            if (worst["model"], worst["threat_model"]) == (model, WHITE_BOX)
         ]
         if parts:
-            said.append(f"{row['model']} ({titles[row['model']]}): " + ", ".join(parts) + ".")
-    return [*said, *filter(None, [reliability_in_short(record)])]
+            sentences.append(f"{model} ({titles[model]}): {', '.join(parts)}.")
+    return [*sentences, *filter(None, [reliability_in_short(record)])]
+
+
+def _worst_attack(record: RunRecord, model: str, threat: str) -> str:
+    """Return the accuracy under the most harmful attack within a budget; "" if there was none."""
+    evaluations = [e for e in record.evaluations if (e.model, e.threat_model) == (model, threat) and not e.curve]
+    if not evaluations:
+        return ""
+    worst = min(evaluations, key=lambda e: (e.accuracy, e.attack))
+    marked = mark({"untrusted": is_untrusted(record, worst)})
+    return f"{percent(worst.accuracy)}{marked} % under the worst {THREATS[threat]} attack ({attack_text(worst.attack)})"
 
 
 def missing(
-    record: Mapping[str, Any], gallery: Mapping[str, Any], histories: Mapping[str, Any], drawn: Iterable[str]
+    record: RunRecord, gallery: Mapping[str, Any], histories: Mapping[str, Any], plots: Container[str]
 ) -> list[str]:
-    """What a partial run lacks, in words; empty for a complete one. ``drawn``: names of the plots that were made."""
-    out = []
-    untrained = [name for name in roles_of(experiment_of(record)) if name not in record["models"]]
-    if diverged := record.get("diverged"):
-        said = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
-        out.append(f"training diverged, so it was not evaluated: {said}")
-        untrained = [name for name in untrained if name not in diverged]
-    for what, given in (("not trained yet", False), ("not read yet", True)):
-        if names := [name for name in untrained if (roles_of(experiment_of(record))[name] == "given") == given]:
-            out.append(f"{what}: {', '.join(names)}")
-    trained = [name for name, model in record["models"].items() if model.get("train", {}).get("epochs", 1)]
-    no_history = [name for name in trained if not histories.get(name)]
-    if no_history:
-        out.append("no training history of: " + ", ".join(no_history))
-    if not record["evaluations"]:
-        out.append("no evaluations yet")
+    """Return what a partial run lacks; [] for a complete run.
+
+    Args:
+        record: the run.
+        gallery: the arrays of ``gallery.npz``.
+        histories: model -> epoch records.
+        plots: names of the plots that were drawn.
+    """
+    missing = []
+    diverged = record.diverged or {}
+    if diverged:
+        steps = ", ".join(f"{name} at step {step}" for name, step in diverged.items())
+        missing.append(f"training diverged, so these were not evaluated: {steps}")
+    unfinished = {
+        name: role for name, role in record.roles.items() if name not in record.models and name not in diverged
+    }
+    for text, external in (("not trained yet", False), ("not read yet", True)):
+        if names := [name for name, role in unfinished.items() if (role == "given") == external]:
+            missing.append(f"{text}: {', '.join(names)}")
+    trained = [name for name, model in record.models.items() if model.train.get("epochs", 1)]
+    if without_history := [name for name in trained if not histories.get(name)]:
+        missing.append(f"no training history of: {', '.join(without_history)}")
+    if not record.evaluations:
+        missing.append("no evaluations yet")
     if not gallery:
-        out.append("no gallery of images yet")
-    if undrawn := [f for f in record["experiment"].get("figures", ()) if f not in drawn]:
-        out.append(f"the records hold nothing to draw these from: {', '.join(undrawn)}")
-    if not record.get("finished"):
-        out.append("the run has not finished")
-    return out
+        missing.append("no gallery of images yet")
+    if undrawn := [figure for figure in record.experiment.figures if figure not in plots]:
+        missing.append(f"the records have no data for: {', '.join(undrawn)}")
+    if not record.finished:
+        missing.append("the run has not finished")
+    return missing

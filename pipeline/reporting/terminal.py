@@ -1,29 +1,28 @@
-"""Tables on the terminal."""
+"""The tables of a run on the terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.config.roles import roles_of
-from pipeline.reporting import labels, records, results, sentences
+from components.threat_models import CLEAN
+from pipeline.records import RunRecord
+from pipeline.reporting import labels, records, results, sentences, verdicts
 from pipeline.reporting.cells import beside_title, cell, head, our_value, row_head, worst_value
-from pipeline.reporting.records import Row, experiment_of
-from pipeline.reporting.verdicts import near_chance, raised_flags, worst_cases, worst_over_seeds
+from pipeline.reporting.records import Row
 from pipeline.runtime.storage import Storage
 
 TERMINAL_WIDTH = 100
-"""Where there is no terminal to ask."""
+"""Width of the tables if the output is no terminal."""
 
 
 def print_table(run: Storage, *, console: Console | None = None) -> None:
-    """The result table on the terminal; plain text of at most 100 columns where there is none.
+    """Print the tables of a run; plain text of at most TERMINAL_WIDTH columns if there is no terminal.
 
     Raises:
         DataError: ``run.json`` is missing or corrupt.
@@ -31,96 +30,103 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=TERMINAL_WIDTH)
     record = records.read_run(run)
-    if not record["evaluations"]:
-        console.print(f"{record['name']}: no evaluations yet", markup=False, highlight=False)
+    if not record.evaluations:
+        console.print(f"{record.name}: no evaluations yet", markup=False, highlight=False)
         return
     together = results.across(record)
-    # with several seeds the rows of single models are in the report
-    if not together["over_seeds"]:
-        for part in terminal_tables(record, console.width):
-            console.print(part)
-    for part in comparison_tables(record, together):
+    # With several seeds, the rows of single models are only in the report.
+    tables = [] if together["over_seeds"] else result_tables(record, console.width)
+    for part in (*tables, *comparison_tables(record, together), *worst_case_tables(record)):
         console.print(part)
-    if verdicts := verdict_table(record):
-        console.print(verdicts)
-    for row in near_chance(record):
+    for row in verdicts.near_chance(record):
         console.print(Text(row["sentence"], style="bold yellow"))
-    for flag in raised_flags(record):
-        said = f"{flag['model']}: {flag['name'].replace('_', ' ')}. {flag['measured']} {flag['remedy']}"
-        console.print(Text(said, style="yellow"))
-    role, trained = roles_of(experiment_of(record)), any(r != "given" for r in roles_of(experiment_of(record)).values())
-    of = "sampling of images only, not of seeds" if trained else "sampling of images"
-    notes = [
-        f"Accuracy in % of {labels.counted(record)}, below it the 95 % Wilson interval ({of}).",
-        *filter(None, [sentences.norms_note(record)]),
-        *sentences.explanation(record),
-        *filter(None, [sentences.untrusted_note(record), sentences.reliability_in_short(record)]),
-    ]
-    if controls := [m for m in results.evaluated(record) if role[m] == "control"]:
-        notes.append(f"Controls here: {', '.join(controls)}.")
-    for note in notes:
+    for flag in verdicts.raised_flags(record):
+        console.print(Text(" ".join(verdicts.flag_text(flag)), style="yellow"))
+    for note in _notes(record):
         console.print(Text(note, style="dim"))
 
 
-def comparison_tables(record: Mapping[str, Any], together: Mapping[str, Sequence[Row]]) -> list[Table]:
-    """Mean and spread over the seeds, and our values beside the paper's, for the terminal."""
-    out = []
+def _notes(record: RunRecord) -> list[str]:
+    """Return the sentences below the tables."""
+    trained = any(role != "given" for role in record.roles.values())
+    sampling = "sampling of images only, not of seeds" if trained else "sampling of images"
+    notes = [
+        f"Accuracy in % of {labels.counted(record)}, below it the 95 % Wilson interval ({sampling}).",
+        sentences.norms_note(record),
+        *sentences.explanation(record),
+        sentences.untrusted_note(record),
+        sentences.reliability_in_short(record),
+    ]
+    if controls := [model for model in results.evaluated_models(record) if record.roles[model] == "control"]:
+        notes.append(f"Controls here: {', '.join(controls)}.")
+    return [note for note in notes if note]
+
+
+def comparison_tables(record: RunRecord, together: Mapping[str, Sequence[Row]]) -> list[Table]:
+    """Return the tables of mean and spread over the seeds, and of our values beside the paper's.
+
+    Args:
+        record: the run.
+        together: the result of results.across.
+    """
+    tables = []
     if together["over_seeds"]:
-        seeds = Table(
-            box=box.SIMPLE_HEAD, pad_edge=False, title="accuracy in %: mean ± standard deviation over the seeds"
-        )
-        for head in ("model", "threat model", "attack", "seeds", "accuracy", "median norm"):
-            seeds.add_column(head, justify="right" if head in ("seeds", "accuracy", "median norm") else "left")
+        seeds = _table("accuracy in %: mean ± standard deviation over the seeds")
+        for title in ("model", "threat model", "attack", "seeds", "accuracy", "median norm"):
+            seeds.add_column(title, justify="right" if title in ("seeds", "accuracy", "median norm") else "left")
         for row in together["over_seeds"]:
             seeds.add_row(
                 row["model"],
                 row["threat_title"],
-                "" if row["threat_model"] == "clean" else row["attack_title"],
+                "" if row["threat_model"] == CLEAN else row["attack_title"],
                 str(row["seeds"]),
                 labels.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + labels.mark(row),
                 results.norms_over_seeds(row),
             )
-        out.append(seeds)
-    if any(row["ours"] for row in together["paper"]):
-        beside = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=beside_title(record))
-        for head in ("the paper's row", "attack", "paper", "ours, by threat model"):
-            beside.add_column(head, justify="right" if head == "paper" else "left")
-        here = [row for row in together["paper"] if row["ours"]]
-        for row in here:
+        tables.append(seeds)
+    if rows := [row for row in together["paper"] if row["ours"]]:
+        beside = _table(beside_title(record))
+        for title in ("the paper's row", "attack", "paper", "ours, by threat model"):
+            beside.add_column(title, justify="right" if title == "paper" else "left")
+        for row in rows:
             made_on = f" on {row['made_on']}" if row["made_on"] else ""
             ours = "\n".join(our_value(row))
             beside.add_row(f"{row['title']} ({row['arch']})", f"{row['column']}{made_on}", row["paper"], ours)
-        if lacking := len(together["paper"]) - len(here):
-            beside.caption = f"{lacking} more numbers of the paper have nothing of this run beside them."
-        out.append(beside)
-    return out
+        if lacking := len(together["paper"]) - len(rows):
+            beside.caption = f"This run has no values for {lacking} more numbers of the paper."
+        tables.append(beside)
+    return tables
 
 
-def verdict_table(record: Mapping[str, Any]) -> Table | None:
-    """The worst case per sample for the terminal, over the seeds where there are several; a column per budget. None where there
-    is none."""
-    seeds = worst_over_seeds(record)
-    rows = seeds or worst_cases(record)
-    heads = list(dict.fromkeys((w["budget"], w["threat_title"]) for w in rows))
+def worst_case_tables(record: RunRecord) -> list[Table]:
+    """Return the table of worst cases per sample, a column per budget; [] if the run has none.
+
+    With several seeds, the values are over the seeds.
+    """
+    rows = verdicts.worst_over_seeds(record) or verdicts.worst_cases(record)
     if not rows:
-        return None
-    out = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title="worst case per sample over all attacks, accuracy in %",
-        title_justify="left",
-    )
-    out.add_column("model", no_wrap=True)
+        return []
+    table = _table("worst case per sample over all attacks, accuracy in %")
+    table.title_justify = "left"
+    table.add_column("model", no_wrap=True)
+    heads = list(dict.fromkeys((w["budget"], w["threat_title"]) for w in rows))
     for budget, threat in heads:
-        out.add_column(f"{budget}\n{threat}", justify="right")
+        table.add_column(f"{budget}\n{threat}", justify="right")
     for model in dict.fromkeys(w["model"] for w in rows):
-        found = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
-        out.add_row(model, *("\n".join(worst_value(w)) if (w := found.get(h)) else "-" for h in heads))
-    return out
+        cells = {(w["budget"], w["threat_title"]): w for w in rows if w["model"] == model}
+        table.add_row(model, *("\n".join(worst_value(cells[h])) if h in cells else "-" for h in heads))
+    return [table]
 
 
-def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
-    """The table in as few parts as fit into ``width``, none across two threat models unless both fit whole."""
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+
+
+def result_tables(record: RunRecord, width: int) -> list[Table]:
+    """Return the result table in as few parts as fit into ``width``.
+
+    A part holds several threat models only if each of them is whole.
+    """
     data = results.table(record)
     first = max(len("model"), *(len(line) for row in data["rows"] for line in row_head(row)))
     parts: list[list[Row]] = []
@@ -128,31 +134,31 @@ def terminal_tables(record: Mapping[str, Any], width: int) -> list[Table]:
     for column in data["columns"]:
         groups.setdefault(column["threat_model"], []).append(column)
 
-    def needed(columns: Sequence[Row]) -> int:
+    def total_width(columns: Sequence[Row]) -> int:
         return first + 2 + sum(2 + _column_width(c, data["rows"]) for c in columns)
 
     for columns in groups.values():
-        if parts and needed([*parts[-1], *columns]) <= width:
+        if parts and total_width([*parts[-1], *columns]) <= width:
             parts[-1].extend(columns)
             continue
         parts.append([])
         for column in columns:
-            if parts[-1] and needed([*parts[-1], column]) > width:
+            if parts[-1] and total_width([*parts[-1], column]) > width:
                 parts.append([])
             parts[-1].append(column)
-    return [_terminal_table(data["rows"], part) for part in parts]
+    return [_result_table(data["rows"], part) for part in parts]
 
 
-def _terminal_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    out.add_column("model", no_wrap=True)
+def _result_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("model", no_wrap=True)
     for column in columns:
-        out.add_column("\n".join(head(column)), justify="right", no_wrap=True)
+        table.add_column("\n".join(head(column)), justify="right", no_wrap=True)
     for row in rows:
         name, role = row_head(row)
         cells = ["\n".join(cell(column, row)) for column in columns]
-        out.add_row(Text.assemble(name, "\n", (role, "dim")), *cells)
-    return out
+        table.add_row(Text.assemble(name, "\n", (role, "dim")), *cells)
+    return table
 
 
 def _column_width(column: Row, rows: Sequence[Row]) -> int:

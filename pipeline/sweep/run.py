@@ -16,7 +16,7 @@ from components.errors import UserError
 from components.fields import parse_spec
 from components.search_space import choose, pareto_front
 from pipeline import run, run_directory, stages
-from pipeline.reporting import records
+from pipeline.records import SCHEMA
 from pipeline.runtime import cluster
 from pipeline.runtime.console import say, stage
 from pipeline.sweep.final_experiment import _base
@@ -162,7 +162,7 @@ def _conclude(sweep: Sweep) -> None:
             "rule": summary.rule(sweep.space.clean_tolerance),
         }
         final = sweep.final(chosen["parameters"])
-        sweep.storage.write_json("best.json", {"schema": records.SCHEMA, "experiment": run_directory.recorded(final)})
+        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": run_directory.recorded(final)})
         sweep.save()
     say(summary.conclusion(sweep.record))
     _report(sweep)

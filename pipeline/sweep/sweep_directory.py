@@ -12,6 +12,7 @@ from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.search_space import Point, Space
 from pipeline import run_directory
+from pipeline.records import SCHEMA
 from pipeline.reporting import records
 from pipeline.runtime import provenance
 from pipeline.runtime.console import say
@@ -128,7 +129,7 @@ def _open_record(sweep: Sweep, space_name: str) -> None:
         sweep.record = record
     else:
         sweep.record = {
-            "schema": records.SCHEMA,
+            "schema": SCHEMA,
             "name": experiment.name,
             "space_name": space_name,
             "seed": sweep.options.seed,

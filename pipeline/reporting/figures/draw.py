@@ -1,45 +1,38 @@
-"""Figures of the paper that a recipe asks for (``Experiment.figures``), drawn from records alone.
+"""The figures of the paper that a recipe asks for (``Experiment.figures``), drawn from records.
 
-Each comes with a caption that says what was measured, on what and on how many images, and what the paper says of its own
-figure. figures.npz is described in ``pipeline/evaluation/gallery.py``, which writes it.
+The caption of a figure says what was measured, on what and on how many images, and what the paper
+says of its own figure. ``pipeline/evaluation/gallery.py`` describes figures.npz, which it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
-from pipeline.reporting.figures.common import Picture
+from pipeline.records import RunRecord
 from pipeline.reporting.figures.fig2 import fig2
 from pipeline.reporting.figures.fig5 import fig5
 from pipeline.reporting.figures.fig6 import fig6
 from pipeline.reporting.figures.fig7 import fig7
 from pipeline.reporting.figures.fig8 import fig8
-from pipeline.reporting.records import experiment_of
+from pipeline.reporting.plots.style import Plot
 
 
-def draw(
-    record: Mapping[str, Any],
-    gallery: Mapping[str, np.ndarray],
-    stored: Mapping[str, np.ndarray],
-    roles: Mapping[str, str],
-) -> dict[str, Picture]:
-    """Every figure that the recipe asks for and there are data for, by name, in the paper's order.
+def draw(record: RunRecord, gallery: Mapping[str, np.ndarray], arrays: Mapping[str, np.ndarray]) -> dict[str, Plot]:
+    """Return every figure that the recipe asks for and that has data, in the paper's order.
 
     Args:
-        record: run.json. gallery: gallery.npz. stored: figures.npz.
-        roles: model -> source, control or defended, in table order.
+        record: the run.
+        gallery: the arrays of ``gallery.npz``.
+        arrays: the arrays of ``figures.npz``.
     """
-    experiment = experiment_of(record)
-    bases = experiment.base_names()
-    made: dict[str, Callable[[], Picture | None]] = {
-        "fig2": lambda: fig2(stored),
-        "fig5": lambda: fig5(record, gallery, roles),
-        "fig6": lambda: fig6(stored, roles),
-        "fig7": lambda: fig7(record, roles),
-        "fig8": lambda: fig8(stored, roles, bases),
+    makers: dict[str, Callable[[], Plot | None]] = {
+        "fig2": lambda: fig2(arrays),
+        "fig5": lambda: fig5(record, gallery),
+        "fig6": lambda: fig6(arrays, record.roles),
+        "fig7": lambda: fig7(record),
+        "fig8": lambda: fig8(arrays, record.roles, record.bases),
     }
-    found = {name: make() for name, make in made.items() if name in experiment.figures}
-    return {name: picture for name, picture in found.items() if picture is not None}
+    figures = {name: make() for name, make in makers.items() if name in record.experiment.figures}
+    return {name: figure for name, figure in figures.items() if figure is not None}

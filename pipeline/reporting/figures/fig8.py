@@ -1,4 +1,4 @@
-"""Figure 8: ratios of distances."""
+"""Figure 8: is the reconstruction nearer to the clean or to the attacked image?"""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.reporting import over_seeds
-from pipeline.reporting.figures.common import Picture
 from pipeline.reporting.labels import attack_text
+from pipeline.reporting.over_seeds import MIN_FOR_MEDIAN
 from pipeline.reporting.plots import style
+from pipeline.reporting.plots.style import Plot
 
 BINS = 40
-"""Of fig8, about."""
+"""Approximate number of bins."""
 MAX_R = 10.0
-"""Where fig8's axis ends at the latest."""
+"""Largest end of the axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratios:
-    """What the R of a model's samples come to."""
+    """Statistics of R = D_rc / D_ra over the samples of a model."""
 
     n: int
     below: int
@@ -34,76 +35,95 @@ class Ratios:
     gained: int
     """Samples whose reconstruction is nearer to the clean image than the attacked image is."""
     median: float
-    """Over the finite R; nan if these are fewer than comparison.MIN_FOR_MEDIAN."""
+    """Median of the finite R; nan if they are fewer than MIN_FOR_MEDIAN."""
     largest: float
+    """Largest finite R; nan if there is none."""
 
     @classmethod
-    def of(cls, stored: Mapping[str, np.ndarray], model: str) -> Ratios:
-        r = np.asarray(stored[f"fig8__r__{model}"], dtype=np.float64)
+    def of(cls, arrays: Mapping[str, np.ndarray], model: str) -> Ratios:
+        """Compute the statistics of a model from the arrays of ``figures.npz``."""
+        r = np.asarray(arrays[f"fig8__r__{model}"], dtype=np.float64)
         finite = r[np.isfinite(r)]
-        nearer = stored[f"fig8__d_rc__{model}"] < stored[f"fig8__d_ac__{model}"]
+        nearer = arrays[f"fig8__d_rc__{model}"] < arrays[f"fig8__d_ac__{model}"]
         return cls(
             n=len(r),
             below=int((finite < 1).sum()),
             inside=int(((finite > 0) & (finite < 1)).sum()),
             undefined=len(r) - len(finite),
             gained=int(np.sum(nearer)),
-            median=float(np.median(finite)) if len(finite) >= over_seeds.MIN_FOR_MEDIAN else math.nan,
+            median=float(np.median(finite)) if len(finite) >= MIN_FOR_MEDIAN else math.nan,
             largest=float(finite.max()) if len(finite) else math.nan,
         )
 
 
-def fig8(stored: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapping[str, str]) -> Picture | None:
-    """Histogram of R = D_rc / D_ra of every model with an auto-encoder; None without distances.
+def fig8(arrays: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapping[str, str]) -> Plot | None:
+    """Draw a histogram of R = D_rc / D_ra for every model with an auto-encoder.
 
-    ``bases``: model -> name in the recipe; replicates have one colour.
+    Args:
+        arrays: the arrays of ``figures.npz``.
+        roles: model -> role, in table order.
+        bases: model -> name in the recipe. Replicates have one colour.
+
+    Returns:
+        None if the arrays lack the distances.
     """
-    models = [m for m in roles if f"fig8__r__{m}" in stored]
+    models = [m for m in roles if f"fig8__r__{m}" in arrays]
     if not models:
         return None
-    found = {m: Ratios.of(stored, m) for m in models}
-    finite = {m: stored[f"fig8__r__{m}"][np.isfinite(stored[f"fig8__r__{m}"])] for m in models}
-    everything = np.concatenate(list(finite.values()))
-    # the furthest hundredth would press the rest to the left
-    end = min(MAX_R, max(1.2, 1.05 * float(np.quantile(everything, 0.99)))) if len(everything) else 1.2
-    per_unit = max(5, round(BINS / end))  # whole: no bin lies on both sides of R = 1
-    edges = np.arange(math.ceil(end * per_unit) + 1) / per_unit
-    end = float(edges[-1])
-    beyond = {m: int((values > end).sum()) for m, values in finite.items()}
-    looks = style.styles({bases[m]: role for m, role in roles.items()})
-    figure, axes = style.grid(len(models), columns=min(3, len(models)), width=4.6, height=3.3)
-    for axis, model in zip(axes, models, strict=True):
-        axis.hist(finite[model], bins=edges.tolist(), color=looks[bases[model]]["color"])
-        axis.axvline(1, color="#111827", linewidth=1.1, linestyle="--")
-        ratios = found[model]
-        axis.set(title=f"{model}\nR < 1: {_of(ratios.below, ratios.n)}", xlabel="R = D_rc / D_ra", ylabel="test images")
-        axis.set_xlim(0, end)
+    ratios = {model: Ratios.of(arrays, model) for model in models}
+    finite = {model: (r := arrays[f"fig8__r__{model}"])[np.isfinite(r)] for model in models}
+    edges = _edges(np.concatenate(list(finite.values())))
+    styles = style.styles({bases[model]: role for model, role in roles.items()})
+    figure = _draw(ratios, finite, edges, {model: styles[bases[model]]["color"] for model in models})
+    texts = (_sentence(model, ratios[model], int((finite[model] > edges[-1]).sum())) for model in models)
+    holds = all(r.inside == r.n for r in ratios.values())
+    caption = (
+        f"All attacked test images, white-box {attack_text(str(arrays['fig8__attack']))}. D_rc and D_ra are the "
+        "Euclidean distances of the auto-encoder's reconstruction of the attacked image from the clean and from the "
+        'attacked image. Paper, sec. 4.5, MNIST: R "always falls into the interval (0, 1)". '
+        f"{'So it does here' if holds else 'Here it does not always'}. {'; '.join(texts)}. R < 1 does not say that the "
+        "perturbation is gone: blurring an image may have the same effect."
+    )
+    heading = "Figure 8: is the reconstruction nearer to the clean or to the attacked image?"
+    return Plot(heading, caption, style.png(figure))
+
+
+def _edges(values: np.ndarray) -> np.ndarray:
+    """Return the edges of the bins. The axis leaves out the largest hundredth of the values."""
+    end = min(MAX_R, max(1.2, 1.05 * float(np.quantile(values, 0.99)))) if len(values) else 1.2
+    per_unit = max(5, round(BINS / end))  # A whole number, so that R = 1 is an edge.
+    edges: np.ndarray = np.arange(math.ceil(end * per_unit) + 1) / per_unit
+    return edges
+
+
+def _draw(
+    ratios: Mapping[str, Ratios], finite: Mapping[str, np.ndarray], edges: np.ndarray, colours: Mapping[str, str]
+) -> Figure:
+    figure, axes = style.grid(len(ratios), columns=min(3, len(ratios)), width=4.6, height=3.3)
+    for axis, (model, r) in zip(axes, ratios.items(), strict=True):
+        axis.hist(finite[model], bins=edges.tolist(), color=colours[model])
+        axis.axvline(1, color=style.TEXT, linewidth=1.1, linestyle="--")
+        axis.set(title=f"{model}\nR < 1: {_share(r.below, r.n)}", xlabel="R = D_rc / D_ra", ylabel="test images")
+        axis.set_xlim(0, float(edges[-1]))
         axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axis.annotate("R = 1", (1, 0.97), (-4, 0), ("data", "axes fraction"), "offset points", ha="right", fontsize=8)
-    said = []
-    for model, ratios in found.items():
-        parts = [f"{model}: R < 1 for {_of(ratios.below, ratios.n)}"]
-        if math.isfinite(ratios.median):
-            parts.append(f"median {ratios.median:.2f} of {ratios.n - ratios.undefined:,}")
-        if math.isfinite(ratios.largest):
-            parts.append(f"largest {ratios.largest:.3g}")
-        if ratios.undefined:
-            parts.append(f"{ratios.undefined:,} without a finite R, as the reconstruction equals the attacked image")
-        if beyond[model]:
-            parts.append(f"{beyond[model]:,} to the right of the axis")
-        parts.append(
-            f"reconstruction nearer to the clean image than the attacked image is for {_of(ratios.gained, ratios.n)}"
-        )
-        said.append(", ".join(parts))
-    holds = all(r.inside == r.n for r in found.values())
-    caption = (
-        f"All attacked test images, white-box {attack_text(str(stored['fig8__attack']))}. D_rc and D_ra: Euclidean distance from "
-        "the auto-encoder's reconstruction of the attacked image to the clean and to the attacked image. Paper, sec. 4.5, MNIST: "
-        f'R "always falls into the interval (0, 1)". {"So it does here" if holds else "Here it does not always"}. {"; ".join(said)}. '
-        "R < 1 does not say that the perturbation is gone: a blurred image may do."
-    )
-    return "Figure 8: is the reconstruction nearer to the clean or to the attacked image?", caption, style.png(figure)
+    return figure
 
 
-def _of(part: int, whole: int) -> str:
+def _sentence(model: str, ratios: Ratios, beyond: int) -> str:
+    """Return the statistics of a model in words. ``beyond``: samples to the right of the axis."""
+    parts = [f"{model}: R < 1 for {_share(ratios.below, ratios.n)}"]
+    if math.isfinite(ratios.median):
+        parts.append(f"median {ratios.median:.2f} of {ratios.n - ratios.undefined:,}")
+    if math.isfinite(ratios.largest):
+        parts.append(f"largest {ratios.largest:.3g}")
+    if ratios.undefined:
+        parts.append(f"{ratios.undefined:,} without a finite R, as the reconstruction equals the attacked image")
+    if beyond:
+        parts.append(f"{beyond:,} to the right of the axis")
+    gained = _share(ratios.gained, ratios.n)
+    return ", ".join([*parts, f"reconstruction nearer to the clean image than the attacked image is for {gained}"])
+
+
+def _share(part: int, whole: int) -> str:
     return f"{part:,} of {whole:,} ({100 * part / whole:.1f} %)" if whole else "none of none"

@@ -1,1 +1,1 @@
-"""The plots of a report. Only pipeline.reporting and the report of a sweep import matplotlib."""
+"""The plots of a report. Only the reports of runs and sweeps import matplotlib."""

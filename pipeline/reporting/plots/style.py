@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,10 +14,12 @@ from matplotlib.figure import Figure
 from components.config.roles import first_replicates
 
 UNDEFENDED = ("#6b7280", "#9ca3af", "#374151", "#b8bec8")
+"""Greys of the undefended models, in every plot."""
 DEFENDED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Okabe & Ito: told apart by colour-blind readers too. Undefended models are grey in every plot."""
+"""Colours of the other models (Okabe & Ito). Colour-blind readers can tell them apart too."""
 LINES = ("-", "--", ":", "-.")
-"""Where there are more models than colours, the next ones take the next line."""
+"""Line styles. If there are more models than colours, the next ones take the next line style."""
+TEXT, FAINT, FRAME = "#111827", "#374151", "#9ca3af"
 RIGHT, WRONG = "#00795c", "#c2410c"
 PHASE_COLOURS = {
     "joint": "#f2e9d8",
@@ -33,48 +36,58 @@ PHASE_NAMES = {
     "reformer": "reformer only",
 }
 MANY_LINES = 12
-"""With more models than this, curves show the first replicate of each alone."""
+"""With more models than this, curves show only the first replicate of each."""
 MANY_BARS = 8
-"""With more models than this, bars show means over the replicates; with still more, they lie beside their names."""
+"""With more models than this, bars show means over the replicates. With still more, they lie."""
 Styles = Mapping[str, Mapping[str, Any]]
 """Model -> keyword arguments of a line: color, linestyle. See :func:`styles`."""
 
 
-def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
-    """Return the colour and line of each model.
+@dataclass(frozen=True)
+class Plot:
+    """A plot with the words around it."""
 
-    Both follow from a model's position, so compute them once, from all models of a run, and give them to every plot of it.
-    First replicates are numbered first. So a plot with one entry per recipe model (``bases`` as keys) has the same colours.
+    heading: str
+    caption: str
+    png: bytes
+
+
+def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
+    """Return the colour and the line style of each model.
+
+    Both follow from a model's position. So compute them once, from all models of a run, and give
+    them to every plot. First replicates come first, so that a plot with one entry per recipe model
+    has the same colours.
 
     Args:
         roles: model -> source, control, defended or given; all models of the run.
         bases: model -> name in the recipe; None if no model has replicates.
     """
     counts = {True: 0, False: 0}
-    out = {}
+    styles = {}
     for model in dict.fromkeys((*first_replicates(roles, bases or {m: m for m in roles}), *roles)):
         defended = roles[model] in ("defended", "given")
         palette = DEFENDED if defended else UNDEFENDED
         line, colour = divmod(counts[defended], len(palette))
-        out[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
+        styles[model] = {"color": palette[colour], "linestyle": LINES[line % len(LINES)]}
         counts[defended] += 1
-    return out
+    return styles
 
 
 def line_spines(axis: Axes, width: float, colour: str) -> None:
-    """The frame of an axes."""
+    """Draw the frame of an axes."""
     for spine in axis.spines.values():
         spine.set(linewidth=width, color=colour)
 
 
 def prediction_label(prediction: int, label: int) -> tuple[str, str]:
-    """What stands over an example: ✓ or ✗ and the class that it is taken for; and its colour."""
+    """Return the text over an example (✓ or ✗, and the predicted class), and its colour."""
     right = prediction == label
     return f"{'✓' if right else '✗'} {prediction}", RIGHT if right else WRONG
 
 
 def grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each ``width`` x ``height`` inches."""
+    """Return a figure with a number of panels, each ``width`` x ``height`` inches."""
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(width * max(columns, 2), height * rows + 0.4), layout="constrained")
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
@@ -84,7 +97,7 @@ def grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Fig
 
 
 def frame(axis: Axes, title_size: float = 10.5) -> None:
-    """No box, a faint grid."""
+    """Give an axes a faint grid and no box."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(color="#d1d5db", linewidth=0.5)
     axis.set_axisbelow(True)
@@ -92,13 +105,13 @@ def frame(axis: Axes, title_size: float = 10.5) -> None:
 
 
 def legend(model: str, roles: Mapping[str, str]) -> str:
-    """A model's name and, where that is something else, its role."""
+    """Return a model's name and, if it differs, its role."""
     role = roles.get(model, model)
-    return model if model == role else f"{model} ({role})"
+    return model if model == role else f"{model} ({'external' if role == 'given' else role})"
 
 
 def png(figure: Figure) -> bytes:
-    """The bytes of a figure; the same figure gives the same bytes."""
+    """Return a figure as PNG; the same figure gives the same bytes."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     return out.getvalue()

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from pipeline.records import Record
 from pipeline.reporting.markdown import made_with
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report.plots import PLOTS, heat_map, parallel, pareto
@@ -40,7 +41,7 @@ def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
     text = html.render(
         title=f"Sweep {record['name']}: {record['space_name']}",
         paragraphs=paragraphs(record),
-        made_with=made_with(record),
+        made_with=made_with(Record.from_json(record)),
         again=f"python pipeline/main.py run --from {storage.uri}/best.json",
         pictures=[(n, PLOTS[n], base64.b64encode(d).decode()) for n, d in pictures.items()],
         rows=table(record),

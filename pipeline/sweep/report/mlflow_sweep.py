@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from pipeline.records import Record
 from pipeline.reporting import records
-from pipeline.reporting.mlflow_run import _datasets, _model_metrics, epoch_of, flatten, made_with_tags, unix_time
+from pipeline.reporting.mlflow_run import epoch_of, flatten, log_datasets, made_with_tags, model_metrics, unix_time
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import summary
 from pipeline.sweep.trials.states import ENDS
@@ -20,13 +21,13 @@ JUDGED_BY = ("train", "validation")
 
 def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
     """The parent run of a sweep, alias "run", out of what ``sweep.json`` holds from its beginning on."""
-    tags = {**made_with_tags(tracker, record, "sweep"), "space": record["space_name"]}
+    tags = {**made_with_tags(tracker, Record.from_json(record), "sweep"), "space": record["space_name"]}
     # not how many trials: more of them go on with the same sweep, and a param cannot change
     space = {k: v for k, v in record["space"].items() if k != "trials"}
     params = {**flatten(record["experiment"]), **flatten({"space": space}), "sweep.seed": record["seed"]}
     name = f"sweep {record['name']} {record['space_name']}"
     tracker.start("run", name, tags=tags, params=params, time=unix_time(record.get("created")))
-    _datasets(tracker, "run", record, JUDGED_BY)
+    log_datasets(tracker, "run", Record.from_json(record), JUDGED_BY)
 
 
 def trial_alias(trial: Mapping[str, Any]) -> str:
@@ -111,7 +112,7 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[s
     train = {**record["base"], **trial["parameters"]}
     name = f"trial {trial['number']}: {summary.parameters_text(trial['parameters'])}"
     tracker.start(alias, name, parent="run", tags=tags, params=flatten(train), time=unix_time(trial["started"]))
-    _datasets(tracker, alias, record, JUDGED_BY)
+    log_datasets(tracker, alias, Record.from_json(record), JUDGED_BY)
     if len(trial["models"]) > 1:
         for model in trial["models"]:
             _publish_replicate(tracker, record, trial, model, root)
@@ -119,11 +120,11 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: Mapping[s
     if ended:
         exported = [_exported(root, model) for model in trial["models"]]
         if exported and all(exported):
-            numbers: Mapping[str, float | None] = _means([_model_metrics(model) for model in exported])
+            numbers: Mapping[str, float | None] = _means([model_metrics(model) for model in exported])
         else:
             clean = trial["epochs"][-1]["clean"] if trial["epochs"] else None
             seconds = trial["training_seconds"] / max(1, len(exported))
-            numbers = _model_metrics({"clean_validation": clean, "seconds": seconds})
+            numbers = model_metrics({"clean_validation": clean, "seconds": seconds})
         # at the end of this try: of one step MLflow shows the latest
         end = summary.ended_at(trial)
         tracker.metrics(alias, {**numbers, "epochs": float(len(trial["epochs"]))}, time=end)
@@ -141,11 +142,11 @@ def _publish_replicate(
     tracker.start(
         alias, f"seed {model['seed']}", parent=trial_alias(trial), tags=tags, params=flatten(train), time=begin
     )
-    _datasets(tracker, alias, record, JUDGED_BY)
-    for file in records.history_files(root, model):
+    log_datasets(tracker, alias, Record.from_json(record), JUDGED_BY)
+    for file in records.history_files(root, model["path"]):
         tracker.history(alias, epoch_of(file), partial(records.read_epoch, root, file))
     if exported := _exported(root, model):
-        tracker.metrics(alias, _model_metrics(exported))
+        tracker.metrics(alias, model_metrics(exported))
     if trial["state"] in ENDS:
         tracker.finish(alias, _status_of(trial), time=summary.ended_at(trial))
 
@@ -153,7 +154,7 @@ def _publish_replicate(
 def _publish_means(tracker: Tracker, alias: str, trial: Mapping[str, Any], root: Storage) -> None:
     """The history of a trial: of each epoch that all its models have, the means; with its robust accuracy, if that was measured."""
     robust = {e["epoch"] - 1: e["robust"] for e in trial["epochs"]}
-    files = [{epoch_of(f): f for f in records.history_files(root, model)} for model in trial["models"]]
+    files = [{epoch_of(f): f for f in records.history_files(root, model["path"])} for model in trial["models"]]
     for epoch in sorted(set.intersection(*map(set, files))) if files else []:
         # measured a little later than trained; published together, once
         settled = epoch <= max(robust, default=-1) or trial["state"] in ("finished", "stopped", "diverged")

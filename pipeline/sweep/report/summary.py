@@ -12,8 +12,9 @@ from datetime import datetime
 from typing import Any
 
 from components.evaluation.statistics import wilson_interval
+from pipeline.records import Record
 from pipeline.reporting import labels
-from pipeline.reporting.markdown import markdown_made_with, markdown_table
+from pipeline.reporting.markdown import made_with, made_with_section, markdown_table
 
 Trial = Mapping[str, Any]
 
@@ -213,7 +214,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     rows = table(record)
     lines = [line for said in paragraphs(record) for line in (said, "")]
     lines += markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
-    return "\n".join([*lines, *markdown_made_with(record)]) + "\n"
+    return "\n".join([*lines, *made_with_section(made_with(Record.from_json(record)))]) + "\n"
 
 
 def to_csv(record: Mapping[str, Any]) -> str:

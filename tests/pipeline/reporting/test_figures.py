@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
 from components.config.data import Shapes
-from components.config.roles import first_replicates, roles_of
+from components.config.roles import first_replicates
 from components.errors import DataError
 from components.evaluation.statistics import wilson_interval
 from components.fields import to_dict
@@ -32,10 +31,12 @@ from components.network import build_net
 from pipeline.data.shards import FORMAT_VERSION, ShardSet, tensor_array
 from pipeline.evaluation import figure_data, gallery
 from pipeline.evaluation.plan import Model
-from pipeline.reporting import labels, report, run_plots
+from pipeline.records import RunRecord
+from pipeline.reporting import labels, report
 from pipeline.reporting.figures import draw, fig2, fig6, fig7, fig8
-from pipeline.reporting.plots import charts, images, style
-from pipeline.reporting.records import experiment_of
+from pipeline.reporting.plots import charts, style
+from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 
@@ -80,8 +81,7 @@ def _figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         drawn.append(figure)
         return original(figure)
 
-    for module in (style, charts, images):
-        monkeypatch.setattr(module, "png", keep)
+    monkeypatch.setattr(style, "png", keep)
     return drawn
 
 
@@ -142,11 +142,11 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     assert math.isnan(found["r"][0])  # 0 / 0
     assert np.isinf(found["r"][1:]).all()
     stored = {f"fig8__{name}__defend": values for name, values in found.items()} | {"fig8__attack": np.array(FGSM)}
-    picture = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
-    assert picture is not None
-    assert "R < 1 for 0 of 4" in picture[1]
-    assert "4 without a finite R" in picture[1]
-    _assert_png(picture[2])
+    plot = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
+    assert plot is not None
+    assert "R < 1 for 0 of 4" in plot.caption
+    assert "4 without a finite R" in plot.caption
+    _assert_png(plot.png)
 
 
 def test_examples_of_another_length_are_refused(tmp_path: Path) -> None:
@@ -306,13 +306,15 @@ def test_a_run_without_autoencoder_or_fgsm_stores_what_it_can(trained: _Trained)
 # -- what figures.py draws -------------------------------------------------------------------------------------------------
 
 
-def _record(right: dict[tuple[str, str, float], list[int]], n: int, seeds: int) -> dict[str, Any]:
+def _record(
+    right: dict[tuple[str, str, float], list[int]], n: int, seeds: int, figures: tuple[str, ...] = ("fig7",)
+) -> RunRecord:
     """A run whose evaluations are given: (model, threat model, eps) -> right images of each seed; eps 0 are clean ones."""
     experiment = Experiment(
         name="f7",
         models=("bare:defense=none,seed=0", "defend:seed=1"),
         seeds=seeds,
-        figures=("fig7",),
+        figures=figures,
         evaluation=EvaluationConfig(attacks=(FGSM,)),
     )
     evaluations = []
@@ -323,7 +325,7 @@ def _record(right: dict[tuple[str, str, float], list[int]], n: int, seeds: int) 
             name = model if seeds == 1 else f"{model}-s{seed}"
             attack = f"fgsm:eps={eps}" if eps else "none"
             evaluations.append({"model": name, "threat_model": threat, "attack": attack, "n": n, "metrics": metrics})
-    return {"name": "f7", "experiment": to_dict(experiment), "models": {}, "evaluations": evaluations}
+    return RunRecord.from_json({"name": "f7", "experiment": to_dict(experiment), "evaluations": evaluations})
 
 
 # in an order that is not that of eps
@@ -342,11 +344,10 @@ ONE_SEED = {
 def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
     drawn = _figures_drawn(monkeypatch)
-    roles = roles_of(experiment_of(record))
-    picture = fig7.fig7(record, roles)
-    assert picture is not None
-    _assert_png(picture[2])
-    looks = style.styles(roles)
+    plot = fig7.fig7(record)
+    assert plot is not None
+    _assert_png(plot.png)
+    looks = style.styles(record.roles)
     found = {}
     for axis in drawn[0].axes:
         for line in axis.get_lines():
@@ -360,14 +361,14 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
         ("transfer", "defend"): [(0.0, 92.0), (0.2, 75.0)],
     }
     # bare: from 60 to 20 between 0.1 and 0.2, so 50 at 0.125; defend is never down to 50
-    assert "white-box: bare 0.12, defend not within these eps" in picture[1]
-    assert "n = 100 test images" in picture[1]
+    assert "white-box: bare 0.12, defend not within these eps" in plot.caption
+    assert "n = 100 test images" in plot.caption
 
 
 def test_fig7_whiskers_are_wilson_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     record = _record(ONE_SEED, n=100, seeds=1)
-    fig7.fig7(record, roles_of(experiment_of(record)))
+    fig7.fig7(record)
     segments = [s for c in drawn[0].axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
     whiskers = {tuple(np.round(np.asarray(s)[:, 1], 6)) for s in segments if len(s) == 2}
     for count in (96, 60, 20, 2, 92, 80, 70):
@@ -383,9 +384,9 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     assert (point.seeds, point.mean, point.least, point.greatest) == (3, pytest.approx(0.5), 0.4, 0.6)
     assert (point.low, point.high) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
     drawn = _figures_drawn(monkeypatch)
-    picture = fig7.fig7(record, roles_of(experiment_of(record)))
-    assert picture is not None
-    assert "mean of up to 3 seeds" in picture[1]
+    plot = fig7.fig7(record)
+    assert plot is not None
+    assert "mean of up to 3 seeds" in plot.caption
     band = drawn[0].axes[0].collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in np.round(band, 6)} >= {(0.0, 90.0), (0.0, 99.0), (0.1, 40.0), (0.1, 60.0)}
     assert style.legend("bare", {"bare": "source"}) in [t.get_text() for t in drawn[0].legends[0].get_texts()]
@@ -405,8 +406,8 @@ def _ratios(*r: float) -> dict[str, np.ndarray]:
 def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = _figures_drawn(monkeypatch)
     stored = _ratios(0.25, 0.5, 0.75, 1.0, 1.5, math.inf)
-    picture = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
-    assert picture is not None
+    plot = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
+    assert plot is not None
     for said in (
         "Here it does not always",
         "R < 1 for 3 of 6 (50.0 %)",
@@ -414,11 +415,11 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
         "1 without a finite R",
         "attacked image is for 2 of 6",
     ):
-        assert said in picture[1]
-    assert "median" not in picture[1], "of five images"
+        assert said in plot.caption
+    assert "median" not in plot.caption, "of five images"
     ten = fig8.fig8(_ratios(*[0.25] * 6, *[0.75] * 4, math.inf), {"defend": "defended"}, {"defend": "defend"})
     assert ten is not None
-    assert "median 0.25 of 10, largest 0.75" in ten[1]
+    assert "median 0.25 of 10, largest 0.75" in ten.caption
     (axis,) = drawn[0].axes
     assert "R < 1: 3 of 6 (50.0 %)" in axis.get_title()
     heights = [(p.get_x(), p.get_height()) for p in axis.patches if p.get_height()]  # type: ignore[attr-defined]
@@ -426,15 +427,14 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     assert sum(h for x, h in heights if x < 0.99) == 3
     holding = fig8.fig8(_ratios(0.1, 0.9), {"defend": "defended"}, {"defend": "defend"})
     assert holding is not None
-    assert "So it does here" in holding[1]
+    assert "So it does here" in holding.caption
     border = fig8.fig8(_ratios(0.1, 0.0), {"defend": "defended"}, {"defend": "defend"})
     assert border is not None
-    assert "Here it does not always" in border[1]  # 0 is not in (0, 1)
+    assert "Here it does not always" in border.caption  # 0 is not in (0, 1)
 
 
 def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = _record({("bare", "white_box", 0.2): [1]}, n=8, seeds=1)
-    record["experiment"]["figures"] = ["fig5"]
+    record = _record({("bare", "white_box", 0.2): [1]}, n=8, seeds=1, figures=("fig5",))
     clean = np.full((4, 3, 10, 10), 0.5, dtype=np.float32)
     adversarial = clean.copy()
     adversarial[0] += 0.2  # L2 = 0.2 sqrt(300)
@@ -447,14 +447,14 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
     drawn = _figures_drawn(monkeypatch)
-    found = draw.draw(record, kept, {}, roles_of(experiment_of(record)))
+    found = draw.draw(record, kept, {})
     assert list(found) == ["fig5"]
-    _assert_png(found["fig5"][2])
+    _assert_png(found["fig5"].png)
     said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]
     assert said == ["L2 3.46 · Linf 0.2", "L2 0.25 · Linf 0.25", "L2 0.346 · Linf 0.2"]
     assert [a.get_title() for a in drawn[0].axes if a.get_title()] == ["is 0", "✓ 0", "is 1", "✗ 9", "is 2", "✓ 2"]
-    assert "× 2 " in found["fig5"][1]  # 0.5 over the median Linf of 0.2 is 2.5
-    assert "FGSM, eps 0.2: 1.35" in found["fig5"][1]  # mean of the three
+    assert "× 2 " in found["fig5"].caption  # 0.5 over the median Linf of 0.2 is 2.5
+    assert "FGSM, eps 0.2: 1.35" in found["fig5"].caption  # mean of the three
     amplified = np.asarray(drawn[0].axes[3].get_images()[0].get_array())
     np.testing.assert_allclose(amplified, 0.9, atol=1e-6)
 
@@ -471,10 +471,10 @@ def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatc
         "fig6__reconstruction_adversarial__defend": clean + 0.05,
     }
     drawn = _figures_drawn(monkeypatch)
-    picture = fig6.fig6(stored, {"bare": "source", "defend": "defended"})
-    assert picture is not None
-    assert "defend: 2.00 before, 0.50 after" in picture[1]
-    _assert_png(picture[2])
+    plot = fig6.fig6(stored, {"bare": "source", "defend": "defended"})
+    assert plot is not None
+    assert "defend: 2.00 before, 0.50 after" in plot.caption
+    _assert_png(plot.png)
     assert len(drawn[0].axes[0].get_images()) == 4 * 2
     texts = [t.get_text() for t in drawn[0].axes[0].texts]
     assert [t for t in texts if t.startswith(("✓", "✗"))] == ["✓ 4", "✗ 7"]
@@ -545,8 +545,8 @@ def test_corrupt_figures_are_named(tmp_path: Path) -> None:
 BASES = ("no_defense", "control", *(f"defended_{i}" for i in range(9)))
 
 
-def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, bytes]], dict[str, Figure]]:
-    """The pictures of a run of 11 models x 3 seeds, and the figures behind them."""
+def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Plot], dict[str, Figure]]:
+    """The plots of a run of 11 models x 3 seeds, and the figures behind them."""
     undefended = [f"{b}:defense=none,seed={i}" for i, b in enumerate(BASES[:2])]
     experiment = Experiment(
         name="many",
@@ -563,28 +563,28 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, tuple[str, str, by
         phase, terms = (("adversarial", {"loss_adv": 1.0}), ("reformer", {"loss_rec": 0.5, "bit_power": 0.5}))[i % 2]
         steps = [{"step": s, "time": 0.0, "loss": 1.0, **terms} for s in range(4)]
         histories[name] = [{"epoch": 0, "phase": phase, "steps": steps, "validation": {"accuracy": 0.9}}]
-    record = {"name": "many", "experiment": to_dict(experiment), "models": {}, "evaluations": evaluations}
+    record = RunRecord.from_json({"name": "many", "experiment": to_dict(experiment), "evaluations": evaluations})
     drawn = _figures_drawn(monkeypatch)
-    pictures = run_plots.draw_pictures(json.loads(json.dumps(record)), {}, histories, {})
-    return pictures, dict(zip(pictures, drawn, strict=True))
+    plots = RunPlots(record, {}, histories, {}).draw()
+    return plots, dict(zip(plots, drawn, strict=True))
 
 
 @pytest.mark.slow
 def test_33_models_show_means_and_one_seed_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures, drawn = _many(monkeypatch)
-    assert set(pictures) == {"accuracy", "losses", "validation"}
-    for _, _, png in pictures.values():
-        _assert_png(png)
+    plots, drawn = _many(monkeypatch)
+    assert set(plots) == {"accuracy", "losses", "validation"}
+    for plot in plots.values():
+        _assert_png(plot.png)
     (axis,) = [a for a in drawn["accuracy"].axes if a.get_title()]
     assert [t.get_text() for t in axis.get_yticklabels()] == list(BASES)
     widths = [p.get_width() for p in axis.patches]  # type: ignore[attr-defined]
     assert widths == pytest.approx([5 * i + 1 for i in range(11)])  # mean of 0, 1 and 2 points above
     whisker = np.asarray(axis.collections[1].get_segments()[0])  # type: ignore[attr-defined]
     assert whisker[:, 0] == pytest.approx([5, 7])  # of control: the least and the greatest, not the Wilson interval
-    assert "mean over the seeds" in pictures["accuracy"][1]
+    assert "mean over the seeds" in plots["accuracy"].caption
     assert [a.get_title() for a in drawn["losses"].axes] == [f"{b}-s0" for b in BASES]
     for name in ("losses", "validation"):
-        assert "Of 33 models, the first seed of each." in pictures[name][1]
+        assert "Of 33 models, the first seed of each." in plots[name].caption
     assert len(drawn["validation"].axes[0].get_lines()) == 11
     looks = {(line.get_color(), line.get_linestyle()) for line in drawn["validation"].axes[0].get_lines()}
     assert len(looks) == 11  # more models than colours, and still told apart
@@ -603,14 +603,13 @@ def test_undefended_models_are_grey_and_replicates_alike() -> None:
     assert first_replicates(["a-s0", "a-s1", "b-s1"], bases) == ["a-s0", "b-s1"]  # b-s0 diverged
 
 
-def test_names_that_fit_no_line_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = _figures_drawn(monkeypatch)
+def test_names_that_fit_no_line_are_not_cut() -> None:
     models = {f"no_defense-resnet{i}": charts.Bar(accuracy=0.5, low=0.4, high=0.6) for i in range(9)}
     threat = labels.threat_title("transfer:no_defense-resnet18")
     roles = dict.fromkeys([*models, "not_measured"], "control")
-    png = charts.bars({threat: {"FGSM\neps 0.05": models}}, roles, style.styles(roles))
-    _assert_png(png)
-    (axis,) = [a for a in drawn[0].axes if a.get_title()]
+    figure = charts.bars({threat: {"FGSM\neps 0.05": models}}, roles, style.styles(roles))
+    _assert_png(style.png(figure))
+    (axis,) = [a for a in figure.axes if a.get_title()]
     assert re.sub(r"\s+", " ", axis.get_title()) == "transfer from no_defense-resnet18 FGSM eps 0.05"
     assert max(map(len, axis.get_title().split("\n"))) <= 24
     assert [t.get_text() for t in axis.texts] == ["50.0"] * 9 + ["–"]

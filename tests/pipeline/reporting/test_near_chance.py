@@ -5,22 +5,28 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import fake_run
 import pytest
 from rich.console import Console
 
-from pipeline.reporting import report, terminal, verdicts
+from components.config import DataConfig, Experiment
+from components.fields import to_dict
+from pipeline.records import RunRecord
+from pipeline.reporting import records, report, terminal, verdicts
 from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.runtime.storage import Storage
 
 
-def record(right: int, n: int, classes: int) -> dict[str, Any]:
-    clean = {"model": "m", "threat_model": "clean", "attack": "none", "n": n, "metrics": {"accuracy": right / n}}
-    attacked = {**clean, "threat_model": "white_box", "metrics": {"accuracy": 0.0}}
-    experiment = {"data": {"num_classes": classes}, "models": ["m"], "train": {}}
-    return {"experiment": experiment, "models": {"m": {}}, "evaluations": [attacked, clean]}
+def record(right: int, n: int, classes: int) -> RunRecord:
+    interval = {"accuracy_low": 0.0, "accuracy_high": 1.0}
+    clean = {"model": "m", "threat_model": "clean", "attack": "none", "n": n}
+    experiment = Experiment(name="x", models=("m:defense=none",), data=DataConfig(num_classes=classes))
+    evaluations = [
+        {**clean, "threat_model": "white_box", "metrics": {"accuracy": 0.0, **interval}},
+        {**clean, "metrics": {"accuracy": right / n, **interval}},
+    ]
+    return RunRecord.from_json({"name": "x", "experiment": to_dict(experiment), "evaluations": evaluations})
 
 
 @pytest.mark.parametrize(
@@ -31,7 +37,7 @@ def record(right: int, n: int, classes: int) -> dict[str, Any]:
         (3, 1000, 1000, "0.3 % (n = 1000) cannot be told"),
         (1, 1000, 1000, "is near chance (0.1 %)"),
         (520, 1000, 2, "is near chance (50.0 %)"),
-        (1, 4, 10, "cannot be told from chance (10.0 %) by so few images"),
+        (1, 4, 10, "cannot be told from chance (10.0 %) with so few images"),
         (0, 4, 10, "is near chance"),
         (34, 100, 10, ""),
         (4, 8, 10, ""),
@@ -40,11 +46,7 @@ def record(right: int, n: int, classes: int) -> dict[str, Any]:
         (30, 1000, 1000, ""),
     ],
 )
-def test_an_accuracy_of_guessing_is_named(
-    right: int, n: int, classes: int, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verdicts, "roles_of", lambda _: {"m": "undefended"})
-    monkeypatch.setattr(verdicts, "experiment_of", lambda _: None)
+def test_an_accuracy_of_guessing_is_named(right: int, n: int, classes: int, said: str) -> None:
     rows = verdicts.near_chance(record(right, n, classes))
     if not said:
         assert rows == []
@@ -60,11 +62,11 @@ def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
     root = Storage(str(tmp_path))
     run = fake_run.write(root)
     made = run.read_json("run.json")
-    assert verdicts.near_chance(made) == []
+    assert verdicts.near_chance(RunRecord.from_json(made)) == []
     (clean,) = [e for e in made["evaluations"] if (e["model"], e["threat_model"]) == ("control", "clean")]
     clean["metrics"]["accuracy"] = 0.09
     run.write_json("run.json", made)
-    sentence = "control: clean accuracy 9.0 % (n = 300) is near chance (10.0 %)"
+    sentence = "control: the clean accuracy of 9.0 % (n = 300) is near chance (10.0 %)"
     out = io.StringIO()
     terminal.print_table(run, console=Console(file=out, width=400))
     assert sentence in out.getvalue()
@@ -73,5 +75,6 @@ def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
     assert sentence in run.read_bytes(paths["table_md"]).decode()
     (row,) = json.loads(run.read_bytes(paths["table_json"]))["near_chance"]
     assert row["model"] == "control"
-    assert table_metrics(made, "control")["flag/clean_accuracy_near_chance"] == 1
-    assert "flag/clean_accuracy_near_chance" not in table_metrics(made, "defend")
+    record_read = records.read_run(run)
+    assert table_metrics(record_read, "control")["flag/clean_accuracy_near_chance"] == 1
+    assert "flag/clean_accuracy_near_chance" not in table_metrics(record_read, "defend")

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 
 from components.config import EvaluationConfig, Experiment, TrainConfig, roles
-from components.config.roles import roles_of
 from components.fields import to_dict
 from pipeline.evaluation.plan import Model, plan_evaluations
 from pipeline.recipes.paper import PAPER
 from pipeline.recipes.registry import RECIPES
+from pipeline.records import RunRecord
 from pipeline.reporting import labels, markdown, mlflow_run, over_seeds, paper, records, results
 from pipeline.reporting.cells import cell
 from pipeline.reporting.paper import beside_paper
-from pipeline.reporting.records import experiment_of
 from pipeline.runtime.storage import Storage
 
 
@@ -52,8 +51,10 @@ def planned(experiment: Experiment) -> list[dict[str, Any]]:
     return out
 
 
-def record_of(experiment: Experiment) -> dict[str, Any]:
-    return {"experiment": to_dict(experiment), "evaluations": planned(experiment), "models": {}}
+def record_of(experiment: Experiment, evaluations: list[dict[str, Any]] | None = None) -> RunRecord:
+    """Return the record of an experiment, by default with all its evaluations."""
+    made = planned(experiment) if evaluations is None else evaluations
+    return RunRecord.from_json({"name": "x", "experiment": to_dict(experiment), "evaluations": made})
 
 
 SMALL = Experiment(
@@ -90,7 +91,7 @@ def test_examples_of_a_named_model_meet_every_other() -> None:
     assert pairs == {(f"defend-s{r}", f"{m}-s{r}") for r in (0, 1) for m in ("no_defense", "control", "comdefend")}
 
 
-def with_accuracies(values: dict[str, list[float]]) -> dict[str, Any]:
+def with_accuracies(values: dict[str, list[float]]) -> RunRecord:
     """A record of one FGSM column; ``values``: model -> accuracy by seed."""
     seeds = len(next(iter(values.values())))
     experiment = dataclasses.replace(SMALL, seeds=seeds)
@@ -106,7 +107,7 @@ def with_accuracies(values: dict[str, list[float]]) -> dict[str, Any]:
         for model, accuracies in values.items()
         for r, a in enumerate(accuracies)
     ]
-    return {"experiment": to_dict(experiment), "evaluations": evaluations, "models": {}}
+    return record_of(experiment, evaluations)
 
 
 def test_mean_and_spread_over_the_seeds() -> None:
@@ -146,7 +147,7 @@ def test_every_number_of_a_table_has_one_of_ours_beside_it(name: str) -> None:
     experiment = RECIPES[name].make()
     record = record_of(experiment)
     rows = beside_paper(record)
-    wanted = paper.printed_value(experiment.paper)
+    wanted = paper.printed_values(experiment.paper)
     assert [r["paper"] for r in rows] == [p.text for p in wanted]
     # what stands in sec. 4.2 but is no evaluation of it: gains, and what it repeats from other tables
     lacking = {(r["row"], r["column"]) for r in rows if not r["ours"]}
@@ -161,9 +162,9 @@ def test_a_paper_cell_gets_the_right_evaluations() -> None:
     record = record_of(experiment)
     (row,) = [r for r in beside_paper(record) if (r["row"], r["arch"], r["made_on"]) == ("defend", "vgg16", "resnet18")]
     accuracy = {
-        e["threat_model"]: e["metrics"]["accuracy"]
-        for e in record["evaluations"]
-        if e["model"] == "defend-vgg16" and e["attack"].startswith("fgsm")
+        e.threat_model: e.accuracy
+        for e in record.evaluations
+        if e.model == "defend-vgg16" and e.attack.startswith("fgsm")
     }
     assert {o["threat_model"]: o["mean"] for o in row["ours"]} == {
         t: accuracy[t] for t in ("transfer:no_defense-resnet18", "transfer:defend-resnet18")
@@ -186,13 +187,13 @@ def test_the_paper_attacks_in_linf() -> None:
 
 def test_roles_and_titles() -> None:
     record = record_of(SMALL)
-    assert roles_of(experiment_of(record)) == {
+    assert record.roles == {
         "no_defense": "source",
         "control": "control",
         "comdefend": "defended",
         "defend": "defended",
     }
-    assert roles.references(experiment_of(record)) == ["control", "defend"]
+    assert roles.references(record.experiment) == ["control", "defend"]
     assert labels.threat_title("transfer:defend-vgg16") == "transfer from defend-vgg16"
     assert labels.threat_title("grey_box") == "grey-box"
 
@@ -208,7 +209,7 @@ def test_roles_and_titles() -> None:
 )
 def test_models_are_compared_with_the_control_and_with_ours(recipe: str, wanted: list[str]) -> None:
     record = record_of(RECIPES[recipe].make())
-    assert roles.references(experiment_of(record)) == wanted
+    assert roles.references(record.experiment) == wanted
 
 
 def test_differences_are_told_once_and_within_an_architecture() -> None:
@@ -228,7 +229,7 @@ def test_differences_are_told_once_and_within_an_architecture() -> None:
 
 def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_another(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
-    run.write_json("run.json", {"schema": 1, "name": "table5", **record_of(RECIPES["table5-smoke"].make())})
+    run.write_json("run.json", record_of(RECIPES["table5-smoke"].make()).to_json())
     lines = markdown.markdown(records.read_run(run)).splitlines()
     assert any(line.startswith("### Beside the paper's table5, scale smoke") for line in lines)
     (row,) = [line for line in lines if line.startswith("| ours (VGG16) | vgg16 | fgsm |")]
@@ -261,14 +262,15 @@ def test_a_median_is_of_the_norm_that_the_attack_makes_small() -> None:
         attacks=("fab-t:norm=linf", "ddn", "pgd:eps=0.2"), threat_models=("white_box",), test_images=100
     )
     one = dataclasses.replace(SMALL, models=("no_defense:defense=none",), evaluation=evaluation, seeds=2)
-    record = record_of(one)
-    for e in record["evaluations"]:
+    evaluations = planned(one)
+    for e in evaluations:
         norm = {"fab-t": "linf", "ddn": "l2"}.get(e["attack"].partition(":")[0])
         e["metrics"] |= {"clean_accuracy": 1.0, "success_rate": 0.2}  # 20 of 100 images
         e["metrics"] |= {"l2_median": 1.25, "linf_median": 0.03125 if e["model"].endswith("s0") else 0.0625}
         if norm:
             e["metrics"]["curve"] = {"norm": norm, "eps": [0.0], "accuracy": [1.0]}
-    data = results.table({**record, "name": "x"})
+    record = record_of(one, evaluations)
+    data = results.table(record)
     cells = {c["attack"].partition(":")[0]: cell(c, data["rows"][0]) for c in data["columns"]}
     assert cells["fab-t"][2:] == ["Linf 0.031 of 20"]
     assert cells["ddn"][2:] == ["L2 1.25 of 20"]

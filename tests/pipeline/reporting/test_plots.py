@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import fake_run
@@ -11,24 +12,23 @@ from matplotlib.figure import Figure
 
 from components.config import Experiment
 from components.fields import from_dict
-from pipeline.reporting import records, run_plots
-from pipeline.reporting.plots import charts, images, style
+from pipeline.records import RunRecord
+from pipeline.reporting import records
+from pipeline.reporting.plots import charts, style
+from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage
 
-Drawn = tuple[dict[str, Figure], dict[str, tuple[str, str, bytes]]]
 
-
-def drawn_of(record: dict[str, Any], root: Storage, monkeypatch: pytest.MonkeyPatch) -> Drawn:
-    """Draw the pictures of a record; return the figures and the pictures by name."""
+def drawn_of(record: RunRecord, root: Storage, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Draw the plots of a record; return their figures by name."""
     figures: list[Figure] = []
-    for module in (style, charts, images):
-        monkeypatch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
+    monkeypatch.setattr(style, "png", lambda figure: (figures.append(figure), b"")[1])
     histories = {
-        name: [records.read_epoch(root, file) for file in records.history_files(root, model)]
-        for name, model in record["models"].items()
+        name: [records.read_epoch(root, file) for file in records.history_files(root, model.path)]
+        for name, model in record.models.items()
     }
-    pictures = run_plots.draw_pictures(record, {}, histories, {})
-    return dict(zip(pictures, figures, strict=True)), pictures
+    plots = RunPlots(record, {}, histories, {}).draw()
+    return dict(zip(plots, figures, strict=True))
 
 
 def colours_in(figure: Figure) -> dict[str, str]:
@@ -61,10 +61,10 @@ def of_several_seeds(record: dict[str, Any], seeds: int) -> dict[str, Any]:
 def test_a_model_has_the_same_colour_in_every_plot(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, seeds: int) -> None:
     """Also where a plot shows a part of the models, or one curve for all seeds of a model."""
     root = Storage(tmp_path)
-    record = records.read_run(fake_run.write(root, gallery=False))
+    record = fake_run.write(root, gallery=False).read_json("run.json")
     if seeds > 1:
         record = of_several_seeds(record, seeds)
-    figures, _ = drawn_of(record, root, monkeypatch)
+    figures = drawn_of(RunRecord.from_json(record), root, monkeypatch)
     assert {"accuracy", "curves", "curves-transfer", "validation"} <= set(figures)
     found: dict[str, dict[str, str]] = {}
     for name in figures.keys() - {"losses", "transfer"}:  # those show no models by colour
@@ -81,9 +81,9 @@ def test_a_model_has_the_same_colour_in_every_plot(tmp_path: Any, monkeypatch: p
 def test_a_model_that_was_not_trained_changes_no_colour(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Storage(tmp_path)
     record = records.read_run(fake_run.write(root, gallery=False))
-    whole, _ = drawn_of(record, root, monkeypatch)
-    partial = {**record, "models": {k: v for k, v in record["models"].items() if k != "no_defense"}}
-    rest, _ = drawn_of(partial, root, monkeypatch)
+    whole = drawn_of(record, root, monkeypatch)
+    partial = replace(record, models={k: v for k, v in record.models.items() if k != "no_defense"})
+    rest = drawn_of(partial, root, monkeypatch)
     assert colours_in(rest["validation"])["control"] == colours_in(whole["validation"])["control"]
 
 
@@ -93,12 +93,7 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
     long = {"norm": "l2", "eps": [0.0, 1.0, 2.5], "accuracy": [1.0, 0.5, 0.0]}
     panels = {"transfer:\nC&W": {"control": short, "defend": long}}
     roles = {"control": "control", "defend": "defended"}
-    figures: list[Figure] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (style, charts, images):
-            patch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
-        charts.curves(panels, roles, style.styles(roles))
-    (axis,) = figures[0].axes
+    (axis,) = charts.curves(panels, roles, style.styles(roles)).axes
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axis.get_lines()]
     right = axis.get_xlim()[1]
     assert right == pytest.approx(1.05 * 2.5)
@@ -106,14 +101,12 @@ def test_a_curve_goes_on_to_the_end_of_the_axis() -> None:
     assert [y for _, y in ends] == pytest.approx([96.5, 0.0])
 
 
-def test_a_legend_of_many_bars_names_only_the_kinds_of_models_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    for module in (style, charts, images):
-        monkeypatch.setattr(module, "png", lambda figure: (figures.append(figure), b"")[1])
+def test_a_legend_of_many_bars_names_only_the_kinds_of_models_there_are() -> None:
+    figures = []
     for role in ("control", "defended", "given"):
         names = [f"m{i}" for i in range(style.MANY_BARS + 1)]
         bar = charts.Bar(accuracy=0.5, low=0.4, high=0.6)
         roles = dict.fromkeys(names, role)
-        charts.bars({"white-box": {"FGSM": dict.fromkeys(names, bar)}}, roles, style.styles(roles))
+        figures.append(charts.bars({"white-box": {"FGSM": dict.fromkeys(names, bar)}}, roles, style.styles(roles)))
     said = [[t.get_text() for t in figure.legends[0].get_texts()] for figure in figures]
-    assert said == [["grey: undefended"], ["coloured: defended"], ["coloured: given, not trained here"]]
+    assert said == [["grey: undefended"], ["coloured: defended"], ["coloured: external, not trained here"]]

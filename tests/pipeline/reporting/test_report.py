@@ -18,6 +18,8 @@ from rich.console import Console
 
 from components.errors import DataError, UserError
 from components.evaluation.statistics import mcnemar
+from components.fields import to_dict
+from pipeline.records import RunRecord
 from pipeline.reporting import labels, markdown, records, report, sentences, terminal
 from pipeline.runtime import provenance
 from pipeline.runtime.storage import Storage
@@ -68,9 +70,9 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
     run, _, paths = built
     record, text = records.read_run(run), run.read_bytes(paths["table_md"]).decode()
     for part in (
-        record["command"],
-        record["git"]["revision"],
-        record["source"],
+        record.command,
+        record.git["revision"],
+        str(record.source),
         "Example CPU @ 2.60GHz, 2 CPUs, no GPU",
         "ray 2.60.0",
         "train 412",
@@ -78,10 +80,10 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
         assert part in text
     assert f"<dt>Source</dt><dd>{markdown.source(record)}</dd>" in _page(run)[0]
     models = text[text.index("### Models") :]
-    for name, model in record["models"].items():
-        error = model.get("reconstruction_validation")
+    for name, model in record.models.items():
+        error = model.reconstruction_validation
         (line,) = [x for x in models.splitlines() if x.startswith(f"| {name} |")]
-        assert f"{100 * model['clean_validation']:.1f} | {'–' if error is None else format(error, '.3g')} |" in line
+        assert f"{100 * (model.clean_validation or 0):.1f} | {'–' if error is None else format(error, '.3g')} |" in line
 
 
 @pytest.mark.parametrize(
@@ -95,8 +97,8 @@ def test_a_table_taken_out_of_its_run_says_what_it_was_made_with(
     ],
 )
 def test_code_is_named_by_its_revision_its_hash_or_both(git: dict[str, Any], source: str | None, said: str) -> None:
-    record = {"git": git, "source": source}
-    assert markdown.source(record) == said
+    record = {"name": "x", "experiment": to_dict(fake_run.experiment()), "git": git, "source": source}
+    assert markdown.source(RunRecord.from_json(record)) == said
 
 
 def _page(run: Storage) -> tuple[str, _Tables]:
@@ -199,27 +201,31 @@ def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str
     assert not re.search(r"@import|url\(|<script", text)
     assert len(page.addresses) == len([k for k in paths if k.startswith("plot_")])
     assert "This report is partial" not in text
-    for sentence in sentences.explanation(run.read_json("run.json")):
+    for sentence in sentences.explanation(records.read_run(run)):
         assert sentence in text
 
 
 def test_without_a_control_it_says_so_and_what_to_add(built: tuple[Storage, Storage, dict[str, str]]) -> None:
     record = built[0].read_json("run.json")
-    *_, with_control = sentences.explanation(record)
+
+    def explanation() -> list[str]:
+        return sentences.explanation(RunRecord.from_json(record))
+
+    *_, with_control = explanation()
     assert with_control.startswith("Control: an undefended model")
     models = [m for m in record["experiment"]["models"] if not m.startswith("control")]
     record["experiment"]["models"] = models
     record["evaluations"] = [e for e in record["evaluations"] if e["model"] != "control"]
-    *_, without = sentences.explanation(record)
+    *_, without = explanation()
     assert without.startswith("There is no control for defend:")
     assert '"control:defense=none,seed=1"' in without
     # a control of another architecture is judged on other examples
     record["experiment"]["models"] = [*models, "small:defense=none,arch=vgg16,seed=1"]
-    assert sentences.explanation(record)[-1] == without
+    assert explanation()[-1] == without
     # nothing is transferred, so nothing has to be controlled
     record["experiment"]["models"] = models
     record["evaluations"] = [e for e in record["evaluations"] if e["threat_model"] != "transfer"]
-    assert "There is no control" not in "".join(sentences.explanation(record))
+    assert "There is no control" not in "".join(explanation())
 
 
 def test_building_again_gives_the_same_bytes(built: tuple[Storage, Storage, dict[str, str]], tmp_path: Path) -> None:
@@ -326,13 +332,8 @@ def test_missing_and_corrupt_records_are_named(tmp_path: Path) -> None:
 
 
 def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    record: dict[str, Any] = {
-        "evaluations": [
-            {"attack": a}
-            for a in ("bim:eps=0.1,steps=40", "bim:eps=0.2,steps=40", "fgsm:eps=0.2", "bim:eps=0.2,norm=l2,steps=40")
-        ]
-    }
-    assert labels.attack_labels(record) == {
+    attacks = ("bim:eps=0.1,steps=40", "bim:eps=0.2,steps=40", "fgsm:eps=0.2", "bim:eps=0.2,norm=l2,steps=40")
+    assert labels.attack_labels(attacks) == {
         "none": "none",
         "bim:eps=0.1,steps=40": "bim_eps0.1",
         "bim:eps=0.2,steps=40": "bim_eps0.2",

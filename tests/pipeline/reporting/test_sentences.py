@@ -15,6 +15,7 @@ from rich.console import Console
 from components.config import EvaluationConfig, Experiment, TrainConfig
 from components.fields import to_dict
 from pipeline.evaluation import addresses, attack_progress, plan
+from pipeline.records import RunRecord
 from pipeline.reporting import markdown, records, report, results, sentences, terminal, verdicts
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import summary
@@ -33,7 +34,7 @@ def evaluation(model: str, threat: str, name: str, source: str | None = None) ->
     return {"model": model, "source": made_on, "threat_model": threat, "attack": name, "n": 4, "metrics": accuracy}
 
 
-def given(*more: dict[str, Any]) -> dict[str, Any]:
+def external(*more: dict[str, Any]) -> dict[str, Any]:
     """run.json of a classifier that was not trained here, attacked white-box only."""
     model = {"path": "models/net", "train": to_dict(NET.model_configs()["net"]), "parameters": {"classifier": 7}}
     times = {"clean_validation": None, "reconstruction_validation": None, "seconds": 0.0, "images_per_second": 0.0}
@@ -50,6 +51,14 @@ def given(*more: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def explanation(*evaluations: dict[str, Any]) -> list[str]:
+    """Return the sentences about a run of the fake experiment with these evaluations."""
+    experiment = to_dict(fake_run.experiment())
+    return sentences.explanation(
+        RunRecord.from_json({"name": "x", "experiment": experiment, "evaluations": list(evaluations)})
+    )
+
+
 def whole(record: dict[str, Any], root: Storage) -> dict[str, str]:
     """All that people read of a record: the page without its plots, Markdown, and the terminal."""
     at = root / "runs/x"
@@ -57,7 +66,7 @@ def whole(record: dict[str, Any], root: Storage) -> dict[str, str]:
     read = records.read_run(at)
     out = io.StringIO()
     terminal.print_table(at, console=Console(file=out, width=140))
-    html = report._html(read, report._data(read, root), {}, sentences.missing(read, {"clean": 0}, {}, []))
+    html = report.page(read, report.table_data(read, root), [], sentences.missing(read, {"clean": 0}, {}, []))
     return {
         "html": " ".join(
             re.sub(r"<[^>]+>", " ", html.partition("<main>")[2].partition("<h2>Resolved config")[0]).split()
@@ -67,10 +76,10 @@ def whole(record: dict[str, Any], root: Storage) -> dict[str, str]:
     }
 
 
-def test_of_a_given_model_nothing_is_said_of_what_was_not_run(tmp_path: Path) -> None:
-    texts = whole(given(), Storage(tmp_path))
+def test_of_an_external_model_nothing_is_said_of_what_was_not_run(tmp_path: Path) -> None:
+    texts = whole(external(), Storage(tmp_path))
     for place, text in texts.items():
-        assert "White-box: the examples were made on the very model under test." in text, place
+        assert "White-box: the attacker knows everything about the model under test" in text, place
         for absent in ("Transfer", "transfer", "Control", "control", "Black-box", "undefended", "defense", "seed"):
             found = re.findall(rf"[^.|]*\b{absent}\b[^.|]*", text.replace("Defend++", ""))
             assert not found, (place, absent, found)
@@ -84,16 +93,13 @@ def test_each_threat_model_of_the_run_is_explained_and_no_other() -> None:
         "transfer": "Transfer:",
         "transfer:vgg": "Transfer from vgg:",
     }
-    fake = {"experiment": to_dict(fake_run.experiment()), "models": {}}
     for threat, head in heads.items():
-        record = {**fake, "evaluations": [evaluation("defend", threat, "pgd:eps=0.3", "no_defense")]}
-        said = sentences.explanation(record)
+        said = explanation(evaluation("defend", threat, "pgd:eps=0.3", "no_defense"))
         assert [h for h in heads.values() if any(s.startswith(h) for s in said)] == [head]
         assert not any("the same, from its scores" in s for s in said)
 
 
 def test_the_controls_that_are_named_were_run() -> None:
-    fake = {"experiment": to_dict(fake_run.experiment()), "models": {}}
     noise, control = (
         evaluation("defend", "random", "noise:eps=0.2"),
         evaluation("control", "transfer", "fgsm:eps=0.2", "x"),
@@ -101,7 +107,7 @@ def test_the_controls_that_are_named_were_run() -> None:
     defended = evaluation("defend", "white_box", "fgsm:eps=0.2")
 
     def said(*evaluations: dict[str, Any]) -> str:
-        found = [s for s in sentences.explanation({**fake, "evaluations": list(evaluations)}) if "ontrol" in s]
+        found = [s for s in explanation(*evaluations) if "ontrol" in s]
         assert len(found) < 2
         return "".join(found)
 
@@ -146,19 +152,19 @@ UNDECIDED = {**PASSED, "n": 4, "share": None, "passed": None}
     ],
 )
 def test_reliability_in_short_counts_what_was_decided(models: dict[str, Any], said: str) -> None:
-    record = given()
+    record = external()
     record["reliability"] = {m: {"probe": {}, "active": active, "flags": []} for m, active in models.items()}
-    short = sentences.reliability_in_short(record)
+    short = sentences.reliability_in_short(RunRecord.from_json(record))
     assert said in short
     assert "0 of 0" not in short
     assert not re.search(r"\b1 (models|flags)\b|\b0 flags", short)
     flag = {"name": "zero_gradients", "fired": True, "measured": "", "remedy": ""}
     record["reliability"]["a"]["flags"] = [flag]
-    assert "1 flag raised (a) on" in sentences.reliability_in_short(record)
+    assert "1 flag raised (a) on" in sentences.reliability_in_short(RunRecord.from_json(record))
 
 
 def test_a_table_of_active_tests_stands_only_where_there_were_some(tmp_path: Path) -> None:
-    record = given()
+    record = external()
     record["reliability"] = {"net": {"probe": {}, "active": {}, "flags": []}}
     text = whole(record, Storage(tmp_path))["html"]
     assert "planted examples found" not in text
@@ -179,7 +185,7 @@ def test_progress_names_what_is_attacked() -> None:
 
 def test_a_stage_that_trains_nothing_is_not_called_train(tmp_path: Path) -> None:
     root = Storage(tmp_path)
-    for place, text in whole(given(), root).items():
+    for place, text in whole(external(), root).items():
         if place != "terminal":
             assert "train 2" not in text, place
             assert re.search(r"models:? 2", text), place
@@ -191,11 +197,11 @@ def test_a_stage_that_trains_nothing_is_not_called_train(tmp_path: Path) -> None
 
 def test_a_model_that_was_not_trained_has_no_training_time(tmp_path: Path) -> None:
     root = Storage(tmp_path)
-    texts = whole(given(), root)
+    texts = whole(external(), root)
     assert "| net | – | – | – | – |" in texts["markdown"]
-    assert "net given, not trained here classifier 7 – – – –" in texts["html"]
+    assert "net external, not trained here classifier 7 – – – –" in texts["html"]
     assert "econstruction error: mean" not in texts["markdown"], "no model reconstructs"
-    record = given()
+    record = external()
     record["models"], record["evaluations"], record["finished"] = {}, [], None
     text = whole(record, root)["html"]
     assert "not trained yet" not in text
@@ -203,12 +209,12 @@ def test_a_model_that_was_not_trained_has_no_training_time(tmp_path: Path) -> No
 
 
 def test_bfloat16_is_said_of_the_attacks_of_the_run() -> None:
-    record = given()
+    record = external()
     record["experiment"]["evaluation"]["search_precision"] = "bfloat16"
-    (said,) = [s for s in sentences.explanation(record) if "bfloat16" in s]
+    (said,) = [s for s in sentences.explanation(RunRecord.from_json(record)) if "bfloat16" in s]
     assert said.startswith("PGD searched in bfloat16")
     record["evaluations"] = [evaluation("net", "white_box", "fgsm:eps=0.3")]
-    assert not [s for s in sentences.explanation(record) if "bfloat16" in s]
+    assert not [s for s in sentences.explanation(RunRecord.from_json(record)) if "bfloat16" in s]
 
 
 def test_controls_that_are_listed_were_evaluated(tmp_path: Path) -> None:
@@ -221,7 +227,7 @@ def test_controls_that_are_listed_were_evaluated(tmp_path: Path) -> None:
 
 def test_one_seed_of_several_has_no_range(tmp_path: Path) -> None:
     """The others diverged: least and greatest of one would look like an interval without width."""
-    record = {**given(), "experiment": to_dict(dataclasses.replace(fake_run.experiment(), seeds=2)), "models": {}}
+    record = {**external(), "experiment": to_dict(dataclasses.replace(fake_run.experiment(), seeds=2)), "models": {}}
     worst = {"threat_model": "white_box", "norm": "linf", "eps": 0.3, "n": 4, "attacks": 1}
     low_high = {"accuracy": 0.25, "accuracy_low": 0.1, "accuracy_high": 0.9}
     record["worst_case"] = [{"model": "defend-s0", **worst, **low_high}]
@@ -232,7 +238,7 @@ def test_one_seed_of_several_has_no_range(tmp_path: Path) -> None:
 
 
 def test_nothing_stands_beside_the_paper_where_the_run_has_none_of_its_cells(tmp_path: Path) -> None:
-    record = given()
+    record = external()
     record["experiment"]["paper"] = "table1"
     for place, text in whole(record, Storage(tmp_path)).items():
         assert "eside the paper" not in text, place
@@ -278,7 +284,7 @@ def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_pat
 def test_a_worst_case_over_transferred_examples_is_of_models_that_were_shown_some(tmp_path: Path) -> None:
     """Noise belongs to no model: it alone makes no worst case "also transferred to it"."""
     root = Storage(tmp_path)
-    record = given(evaluation("net", "random", "noise:eps=0.3"))
+    record = external(evaluation("net", "random", "noise:eps=0.3"))
     bounds = {
         "norm": "linf",
         "eps": 0.3,
@@ -294,7 +300,7 @@ def test_a_worst_case_over_transferred_examples_is_of_models_that_were_shown_som
         assert "also transferred" not in text, place
     fake = fake_run.write(root, gallery=False).read_json("run.json")
     fake["worst_case"] = [{"model": m, "threat_model": "any", **bounds} for m in fake_run.MODELS]
-    assert [w["model"] for w in verdicts.worst_cases(fake)] == ["control", "defend"]
+    assert [w["model"] for w in verdicts.worst_cases(RunRecord.from_json(fake))] == ["control", "defend"]
     pair = {"threat_model": "any", "norm": "linf", "eps": 0.3, "n": 4, "only_model": 1, "only_against": 0, "p": 1.0}
     fake["worst_case_pairs"] = [{"model": a, "against": "control", **pair} for a in ("no_defense", "defend")]
-    assert [w["model"] for w in verdicts.worst_case_pairs(fake)] == ["defend"]
+    assert [w["model"] for w in verdicts.worst_case_pairs(RunRecord.from_json(fake))] == ["defend"]
