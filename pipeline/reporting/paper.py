@@ -54,8 +54,6 @@ ROWS = {
 
 ``comdefend`` is grey-box. ``defend_gn_gain`` is a difference in points, not an accuracy.
 """
-
-
 _ALLOWED: Mapping[str, Iterable[str]] = {
     "where": PRINTED_IN,
     "dataset": DATASETS,
@@ -144,27 +142,6 @@ def printed_values(where: str) -> list[Printed]:
     if where not in PRINTED_IN:
         raise ConfigError.of("where", where, f"one of {', '.join(PRINTED_IN)}")
     return [p for p in _numbers() if p.where == where]
-
-
-def lookup(where: str, row: str, column: str, made_on: str = "", arch: str = "", dataset: str = "") -> Printed | None:
-    """Return the number at one place; None if the paper prints none there.
-
-    ``made_on`` must match also if it is empty. An empty ``arch`` or ``dataset`` matches any.
-
-    Raises:
-        ConfigError: several numbers match.
-    """
-    matches = [
-        p
-        for p in printed_values(where)
-        if (p.row, p.column, p.made_on) == (row, column, made_on)
-        and arch in ("", p.arch)
-        and dataset in ("", p.dataset)
-    ]
-    if len(matches) > 1:
-        choices = ", ".join(f"{p.dataset} {p.arch}" for p in matches)
-        raise ConfigError(f"{where} prints {row} {column} {len(matches)} times: say which dataset and arch ({choices})")
-    return matches[0] if matches else None
 
 
 def beside_paper(record: RunRecord) -> list[Row]:
