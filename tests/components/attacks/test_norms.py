@@ -17,6 +17,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.metrics import summarize
 from components.fields import from_dict
+from pipeline.records import RunRecord
 from pipeline.reporting import markdown, mlflow_run, over_seeds, records, report, results, terminal
 from pipeline.runtime.storage import Storage
 
@@ -49,9 +50,9 @@ def record_of(root: Storage, transferred: int) -> tuple[Storage, dict[str, Any]]
     return run, record
 
 
-def page_of(record: dict[str, Any], root: Storage) -> str:
+def page_of(record: RunRecord, root: Storage) -> str:
     """The report without its plots, which take seconds."""
-    return report._html(record, report._data(record, root), {}, [])
+    return report.page(record, report.table_data(record, root), [], [])
 
 
 def shown(run: Storage, root: Storage) -> dict[str, str]:
@@ -83,14 +84,15 @@ def test_a_median_says_of_how_many_and_is_left_out_under_ten(tmp_path: Path, bro
 def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> None:
     """table.csv, table.json and MLflow: no median or quartile of fewer than ten images, of any attack and threat model."""
     root = Storage(tmp_path)
-    run, record = record_of(root, broken)
+    run, stored = record_of(root, broken)
+    record = records.read_run(run)
     kept = broken >= over_seeds.MIN_FOR_MEDIAN
     rows = list(csv.DictReader(io.StringIO(markdown.to_csv(record))))
     (row,) = [r for r in rows if (r["model"], r["threat_model"], r["attack"]) == ("control", "transfer", DDN)]
     quantiles = [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")]
     assert [bool(row[q]) for q in quantiles] == [kept] * 6
     assert row["broken"] == str(broken)
-    cells = {r["model"]: r["cells"] for r in report._data(record, root)["rows"]}
+    cells = {r["model"]: r["cells"] for r in report.table_data(record, root)["rows"]}
     cell = cells["control"]["transfer/ddn"]
     assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if kept else (None, 9))
     published = mlflow_run.table_metrics(record, "control")
@@ -99,7 +101,7 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     for r in rows:  # BIM breaks nearly all of them, white-box
         few = int(r["broken"]) < over_seeds.MIN_FOR_MEDIAN
         assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
-    assert run.read_json("run.json") == record, "the record keeps what was measured"
+    assert run.read_json("run.json") == stored, "the record keeps what was measured"
 
 
 def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
@@ -116,10 +118,11 @@ def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
             return lambda *a, **k: None
 
     root = Storage(tmp_path)
-    _, record = record_of(root, 4)
+    run, _ = record_of(root, 4)
+    record = records.read_run(run)
     tracker = Kept()
-    for e in record["evaluations"]:
-        mlflow_run._publish_evaluation(tracker, root, record, e, e["attack"].partition(":")[0], 0)  # type: ignore[arg-type]
+    for e in record.evaluations:
+        mlflow_run.publish_evaluation(tracker, root, record, e, e.attack.partition(":")[0], 0)  # type: ignore[arg-type]
     transferred = tracker.found["evaluation/control/transfer/ddn"]
     assert transferred["broken"] == 4
     assert not [name for name in transferred if name.startswith(("l2_", "linf_"))]
@@ -144,7 +147,7 @@ def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:
                 [item for item in replicates.items() if item[1][0] == "control"], counts, strict=True
             )
         ]
-        (row,) = over_seeds.over_seeds(record)
+        (row,) = over_seeds.over_seeds(RunRecord.from_json(record))
         assert results.norms_over_seeds(row) == said
         run.write_json("run.json", {**record, "models": {}})
         out = io.StringIO()
@@ -167,11 +170,11 @@ def test_a_model_that_gets_nothing_right_cannot_be_broken(tmp_path: Path) -> Non
 def test_the_rule_is_said_where_there_are_medians(tmp_path: Path) -> None:
     root = Storage(tmp_path)
     run, record = record_of(root, 4)
-    rule = "With fewer than 10, no median is shown."
+    rule = "With fewer than 10 images, no median is shown."
     assert rule in page_of(records.read_run(run), root)
-    assert rule in markdown.markdown(record)
+    assert rule in markdown.markdown(records.read_run(run))
     out = io.StringIO()
     terminal.print_table(run, console=Console(file=out, width=100))
     assert rule in " ".join(out.getvalue().split())
     record["evaluations"] = [e for e in record["evaluations"] if e["attack"] != DDN]
-    assert rule not in markdown.markdown({**record, "stages": {}})
+    assert rule not in markdown.markdown(RunRecord.from_json(record))

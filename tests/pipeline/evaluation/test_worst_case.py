@@ -29,14 +29,15 @@ from components.errors import ConfigError
 from components.evaluation import active_test
 from components.evaluation import active_test as evaluation_active_test
 from components.evaluation.metrics import worst_case
-from components.fields import to_dict
+from components.fields import from_dict, to_dict
 from components.network import build_net
 from pipeline.data import shards
 from pipeline.evaluation import attack_tasks, plan, reliability
 from pipeline.evaluation import worst_case as evaluation_worst_case
 from pipeline.evaluation.addresses import example_sets
 from pipeline.evaluation.chunks import read_chunks, read_examples, read_metadata
-from pipeline.reporting import labels, over_seeds, records, report, results, sentences, terminal, verdicts
+from pipeline.records import RunRecord
+from pipeline.reporting import labels, over_seeds, report, results, sentences, terminal, verdicts
 from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage
@@ -313,7 +314,7 @@ def test_the_same_examples_under_two_threat_models_are_one_evaluation(
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
     judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
-    pairs = roles.pairs(records.experiment_of(record))
+    pairs = roles.pairs(experiment_of(record))
     assert pairs == [("no_defense", "control"), ("defend", "control"), ("no_defense", "defend")]
     found = evaluation_worst_case.paired_worst_cases(pairs, experiment_of(record), judgements)
     accuracy = {(w["model"], w["threat_model"], w["norm"]): w["accuracy"] for w in worst_cases(root, record)}
@@ -334,20 +335,24 @@ def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, 
 
 def test_the_worst_case_over_the_seeds() -> None:
     experiment = replace(fake_run.experiment(), seeds=3)
+    bounds = {"n": 300, "accuracy_low": 0.0, "accuracy_high": 1.0, "attacks": 1}
     rows = [
-        {"model": f"defend-s{i}", "threat_model": "white_box", "norm": "linf", "eps": 0.2, "accuracy": a}
+        {"model": f"defend-s{i}", "threat_model": "white_box", "norm": "linf", "eps": 0.2, "accuracy": a, **bounds}
         for i, a in enumerate((0.1, 0.2, 0.6))
     ]
-    (row,) = over_seeds.worst_over_seeds({"experiment": to_dict(experiment), "worst_case": rows})
+
+    def of(experiment: Experiment, worst: list[dict[str, Any]]) -> RunRecord:
+        return RunRecord.from_json({"name": "x", "experiment": to_dict(experiment), "worst_case": worst})
+
+    (row,) = over_seeds.worst_over_seeds(of(experiment, rows))
     assert (row["model"], row["seeds"], row["min"], row["max"]) == ("defend", 3, 0.1, 0.6)
     assert row["mean"] == pytest.approx(0.3)
     assert row["sd"] == pytest.approx(statistics.stdev((0.1, 0.2, 0.6)))
-    assert over_seeds.worst_over_seeds({"experiment": to_dict(fake_run.experiment()), "worst_case": rows}) == []
+    assert over_seeds.worst_over_seeds(of(fake_run.experiment(), rows)) == []
     control = [{**w, "model": w["model"].replace("defend", "control"), "accuracy": w["accuracy"] + 0.1} for w in rows]
     control[0]["accuracy"] += 0.01
     transferred = [{**w, "threat_model": "any"} for w in (*rows, *control)]
-    record = {"experiment": to_dict(experiment), "worst_case": [*rows, *control, *transferred], "evaluations": []}
-    (worse,) = results.across(record)["differences"]
+    (worse,) = results.across(of(experiment, [*rows, *control, *transferred]))["differences"]
     assert (worse["model"], worse["reference"]) == ("defend", "control")
     assert (worse["threat_title"], worse["attack_title"]) == ("worst case", "Linf ≤ 0.2, made on the model itself")
     sd = statistics.stdev((-0.11, -0.1, -0.1))
@@ -400,11 +405,11 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     data = json.loads(directory.read_bytes("report/table.json"))
     assert [(f["model"], f["name"]) for f in data["flags"]] == [("defend", "zero_gradients")]
     assert len(data["worst_case"]) == len(record["worst_case"]) - 2, "nothing was transferred to no_defense"
-    metrics = table_metrics(record, "defend")
+    metrics = table_metrics(RunRecord.from_json(record), "defend")
     assert metrics["flag/zero_gradients"] == 1
     assert metrics["active_test/bim"] == 0.15
     assert "active_test/ddn" not in metrics
-    assert table_metrics(record, "control")["flag/zero_gradients"] == 0
+    assert table_metrics(RunRecord.from_json(record), "control")["flag/zero_gradients"] == 0
     assert metrics["worst_case/white_box/linf_0.2"] == pytest.approx(
         next(
             w["accuracy"]
@@ -437,7 +442,7 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
 
     (cell,) = [row["cells"]["white_box/bim"] for row in data["rows"] if row["model"] == "defend"]
     value = labels.percent(cell["accuracy"])
-    note = "† Not to be trusted, on defend: BIM, eps 0.2, 40 steps. The attack did not find"
+    note = "This holds on defend: BIM, eps 0.2, 40 steps."
     html, text = (directory.read_bytes(f"report/{name}").decode() for name in ("report.html", "table.md"))
     assert f"<td>{value}†<small>" in html
     assert note in html
@@ -447,18 +452,18 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     assert f" {value}† (" in row
     worst = [line for line in text.splitlines() if line.startswith("| defend | Linf") and "† |" in line]
     assert len(worst) == 2
-    (short,) = [s for s in sentences.in_short(record) if s.startswith("defend")]
+    (short,) = [s for s in sentences.in_short(RunRecord.from_json(record)) if s.startswith("defend")]
     assert f"{value}† % under the worst white-box attack (BIM" in short
     assert "† % in the worst case per sample at Linf" in short
     assert short.count("†") == 2
-    assert "†" not in "".join(s for s in sentences.in_short(record) if not s.startswith("defend"))
+    assert "†" not in "".join(s for s in sentences.in_short(RunRecord.from_json(record)) if not s.startswith("defend"))
 
     terminal.print_table(directory)
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{value}†" in printed
     assert note in printed
 
-    metrics = table_metrics(record, "defend")
+    metrics = table_metrics(RunRecord.from_json(record), "defend")
     assert {k for k in metrics if k.startswith("untrusted/")} == {
         "untrusted/white_box/bim",
         "untrusted/worst_case/white_box/linf_0.2",
@@ -466,7 +471,7 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     }
     assert metrics["untrusted/white_box/bim"] == 1
     assert metrics["white_box/bim"] == cell["accuracy"]
-    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "control"))
+    assert not any(k.startswith("untrusted/") for k in table_metrics(RunRecord.from_json(record), "control"))
 
 
 def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they_are_transferred(
@@ -475,14 +480,18 @@ def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they
     root, _, record = run
     with_verdict(*run)
     record["reliability"] = {"no_defense": record["reliability"]["defend"]}
-    cells = {row["model"]: row["cells"] for row in results.table(record)["rows"]}
+    cells = {row["model"]: row["cells"] for row in results.table(RunRecord.from_json(record))["rows"]}
     assert {(m, k) for m, c in cells.items() for k, v in c.items() if v["untrusted"]} == {
         ("no_defense", "white_box/bim"),
         ("control", "transfer/bim"),
         ("defend", "transfer/bim"),
     }
-    assert [c["untrusted"] for c in results.comparisons(record, root) if c["attack"].startswith("bim")] == [True]
-    found = [(w["model"], w["threat_model"]) for w in verdicts.worst_cases(record) if w["untrusted"]]
+    assert [
+        c["untrusted"] for c in results.comparisons(RunRecord.from_json(record), root) if c["attack"].startswith("bim")
+    ] == [True]
+    found = [
+        (w["model"], w["threat_model"]) for w in verdicts.worst_cases(RunRecord.from_json(record)) if w["untrusted"]
+    ]
     assert found == [("no_defense", "white_box"), ("control", "any"), ("defend", "any")]
 
 
@@ -495,21 +504,21 @@ def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage
     report.build(directory, root)
     for name in ("report.html", "table.md", "table.json", "table.csv"):
         assert "†" not in directory.read_bytes(f"report/{name}").decode(), name
-    assert not any(k.startswith("untrusted/") for k in table_metrics(record, "defend"))
+    assert not any(k.startswith("untrusted/") for k in table_metrics(RunRecord.from_json(record), "defend"))
 
 
 def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     record = with_verdict(*run)
     base = {**record["experiment"], "seeds": 2, "models": ["no_defense:defense=none", "defend"]}
-    names = [name for name in roles_of(records.experiment_of({"experiment": base})) if name.startswith("defend")]
+    names = [name for name in roles_of(from_dict(Experiment, base)) if name.startswith("defend")]
     mine = [e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "white_box")]
     two = [{**e, "model": name, "source": name} for e in mine for name in names]
     worst = [{**w, "model": name} for w in record["worst_case"] if w["model"] == "defend" for name in names]
     seeds = {**record, "experiment": base, "evaluations": two, "worst_case": worst}
     seeds["reliability"] = {names[1]: record["reliability"]["defend"]}
-    rows = results.across(seeds)["over_seeds"]
+    rows = results.across(RunRecord.from_json(seeds))["over_seeds"]
     assert [r["attack"].partition(":")[0] for r in rows if r["untrusted"]] == ["bim"]
-    assert {w["norm"] for w in verdicts.worst_over_seeds(seeds) if w["untrusted"]} == {"linf"}
+    assert {w["norm"] for w in verdicts.worst_over_seeds(RunRecord.from_json(seeds)) if w["untrusted"]} == {"linf"}
 
 
 def test_the_terminal_says_what_was_flagged(
@@ -528,11 +537,11 @@ def test_the_transfer_matrix_has_every_pair_and_white_box_on_its_diagonal(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
     root, directory, record = run
-    assert verdicts.transfer_matrices(record) == {}  # one source alone is no matrix
+    assert verdicts.transfer_matrices(RunRecord.from_json(record)) == {}  # one source alone is no matrix
     for e in list(record["evaluations"]):
         if (e["model"], e["threat_model"]) == ("defend", "transfer"):
             record["evaluations"].append({**e, "source": "control", "threat_model": "transfer:control"})
-    matrices = verdicts.transfer_matrices(record)
+    matrices = verdicts.transfer_matrices(RunRecord.from_json(record))
     sources, models, values = matrices["FGSM, eps 0.2"]
     assert (sources, models) == (["no_defense", "control"], ["no_defense", "control", "defend"])
     accuracy = {

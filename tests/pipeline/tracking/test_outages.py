@@ -57,7 +57,7 @@ def test_a_server_killed_on_the_way_gets_everything(
     tracker = Tracker(server.uri, run, echo=said.append)
     mlflow_run.start_run(tracker, records.read_run(run))
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
-    first, *_ = records.history_files(root, record["models"]["defend"])
+    first, *_ = records.history_files(root, record["models"]["defend"]["path"])
     tracker.history("model/defend", 0, partial(records.read_epoch, root, first))
     assert tracker.outbox.wait(60)
     assert not said
@@ -212,7 +212,7 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     progress = stages.TrainProgress(
-        run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record, tracker=tracker),
+        run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker),
         Bar("train", None),
     )
     alive: list[weakref.ref[Epoch]] = []

@@ -83,7 +83,7 @@ def test_live_training_and_the_final_publication_meet(
     tracker = Tracker(uri, run, echo=silent)
     mlflow_run.start_run(tracker, records.read_run(run))
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
-    files = records.history_files(root, record["models"]["defend"])
+    files = records.history_files(root, record["models"]["defend"]["path"])
     for epoch, file in enumerate(files[:2]):
         tracker.history("model/defend", epoch, partial(records.read_epoch, root, file))
     assert tracker.outbox.wait(60)
