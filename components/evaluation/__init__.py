@@ -1,1 +1,1 @@
-"""What the examples of an attack say about a model: norms, accuracy, statistics, tests of the attack itself."""
+"""Evaluation of attacks: norms, accuracy, statistics, and tests of the attacks themselves."""

@@ -16,36 +16,38 @@ from components.errors import UserError
 from components.precision import true_float32
 
 LINF_TOLERANCE = 1e-6
-"""How far a linf norm may exceed eps: absolute, but by no more than eps itself."""
+"""How far a linf norm may exceed eps: absolute, but at most eps itself."""
 L2_TOLERANCE = 1e-5
 """How far an L2 norm may exceed eps (relative)."""
 
 Columns = Mapping[str, np.ndarray[Any, Any]]
-"""Columns of equal length; see "judged rows" in docs/records.md."""
+"""Columns of equal length: the "judged rows" of docs/records.md."""
 
 
 def largest_norm(norm: str, eps: float) -> float:
-    """Return the largest norm ("l2", "linf") that an example of budget ``eps`` may have, for rounding."""
+    """Return the largest norm that an example of budget ``eps`` may have, with tolerance for rounding."""
     return eps + min(LINF_TOLERANCE, eps) if norm == "linf" else eps * (1 + L2_TOLERANCE)
 
 
 class AttackViolation(UserError):
-    """An attack returned something that is no example within its own rules. Its results must not be used."""
+    """An attack returned an example that breaks the attack's own rules. Do not use its results."""
 
 
 def verify_examples(
     clean: Tensor, adversarial: Tensor, indices: Sequence[int] | np.ndarray[Any, Any] | Tensor, spec: AttackSpec
 ) -> None:
-    """Check that examples are what ``spec`` allows; norms are computed in float64.
+    """Check that examples are what ``spec`` allows. Norms are computed in float64.
 
     Args:
         clean: float32 [N,C,H,W] in [0,1].
-        adversarial: what the attack returned for ``clean``.
-        indices: N sample numbers, to name the culprit by.
+        adversarial: the examples that the attack returned for ``clean``.
+        indices: N sample numbers, for the message.
+        spec: the attack.
 
     Raises:
-        AttackViolation: wrong shape or dtype, not finite, outside [0,1], or norm > eps (tolerance: linf 1e-6 but
-            at most eps, L2 1e-5 relative). Names the attack, the worst sample and its excess.
+        AttackViolation: the shape or dtype is wrong, or an example is not finite, leaves [0,1] or
+            has a norm above eps (tolerance: linf 1e-6 but at most eps, L2 1e-5 relative). The
+            message names the attack, the worst sample and its excess.
     """
     if adversarial.shape != clean.shape or adversarial.dtype != torch.float32:
         raise AttackViolation(
@@ -87,15 +89,16 @@ def judge(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) 
     """Judge examples by fresh forward passes in true float32, whatever the process has switched on.
 
     Args:
-        model: maps [0,1] images to logits; eval mode is the caller's duty.
+        model: maps [0,1] images to logits. Put it into eval mode first.
         clean: float32 [N,C,H,W] in [0,1].
-        adversarial: the same shape; verify them first.
+        adversarial: the same shape. Verify the examples first.
         labels: int64 [N], true classes.
 
     Returns:
-        Columns of N rows: ``label``, ``clean_prediction``, ``adversarial_prediction``, ``rounded_prediction`` (the
-        example rounded to 8 bits), all int32: class numbers, or -1 (no class, so wrong) where the largest logit is not
-        finite, as with any NaN; ``l2``, ``linf`` of adversarial - clean, float64.
+        Columns of N rows. ``label``, ``clean_prediction``, ``adversarial_prediction`` and
+        ``rounded_prediction`` (of the example rounded to 8 bits) are int32 class numbers. A
+        prediction is -1 (no class, so wrong) if the largest logit is not finite, as with any NaN.
+        ``l2`` and ``linf`` are float64 norms of adversarial - clean.
     """
     rounded = (adversarial * 255).round() / 255
     l2, linf = _norms(clean, adversarial)

@@ -1,4 +1,4 @@
-"""From adversarial examples to numbers: nothing an attack says is believed, everything is measured again."""
+"""Accuracy and norms of adversarial examples, from the columns of judged examples."""
 
 from __future__ import annotations
 
@@ -16,37 +16,42 @@ Budgets = Mapping[str, Sequence[float]]
 
 _MNIST: Budgets = {"l2": (1.5,), "linf": (0.3,)}
 _CIFAR10: Budgets = {"l2": (0.5,), "linf": (8 / 255,)}
-_IMAGENET: Budgets = {"l2": (3.0,), "linf": (4 / 255,)}  # l2: Engstrom et al.'s robustness library, 2019
+_IMAGENET: Budgets = {"l2": (3.0,), "linf": (4 / 255,)}
+"""L2: the robustness library of Engstrom et al., 2019."""
 _ALL: Budgets = {norm: sorted({*_MNIST[norm], *_CIFAR10[norm], *_IMAGENET[norm]}) for norm in ("l2", "linf")}
 
 _CURVE_POINTS = 101
 
+Mask = np.ndarray[Any, Any]
+"""Bool [N]."""
 
-def usual_budgets(channels: int, image_size: int) -> Budgets:
-    """The field's usual budgets: MNIST (grey), CIFAR-10 (RGB up to 64 pixels) or ImageNet (larger RGB)."""
+
+def standard_budgets(channels: int, image_size: int) -> Budgets:
+    """Return the standard budgets of MNIST (grey), CIFAR-10 (RGB up to 64 pixels) or ImageNet (larger RGB)."""
     if channels == 1:
         return _MNIST
     return _CIFAR10 if image_size <= 64 else _IMAGENET
 
 
-def usual_eps(channels: int, image_size: int, norm: str) -> float:
-    """The first of :func:`usual_budgets` in a norm ("l2", "linf")."""
-    return usual_budgets(channels, image_size)[norm][0]
+def standard_eps(channels: int, image_size: int, norm: str) -> float:
+    """Return the first of :func:`standard_budgets` in a norm ("l2", "linf")."""
+    return standard_budgets(channels, image_size)[norm][0]
 
 
 def summarize(
     columns: Columns, spec: AttackSpec | None, seconds: float, *, budgets: Budgets | None = None
 ) -> dict[str, Any]:
-    """The ``metrics`` of one evaluation, in JSON types; docs/records.md says what each key means.
+    """Return the ``metrics`` of one evaluation, in JSON types; docs/records.md explains each key.
 
     Args:
-        columns: what :func:`judge` returned, of all samples.
-        spec: the attack, or None for clean images (``adversarial`` being the clean images themselves).
-        seconds: what the attack took.
-        budgets: where minimal-norm attacks report accuracy; default: every usual budget of the attack's norm.
+        columns: the columns of :func:`judge`, for all samples.
+        spec: the attack; None for clean images, which are then their own "adversarial" examples.
+        seconds: time that the attack took.
+        budgets: eps at which the accuracy under minimal-norm attacks is reported; default: every
+            standard budget of the attack's norm.
 
     Raises:
-        ValueError: no samples.
+        ValueError: there are no samples.
     """
     label, n = columns["label"], len(columns["label"])
     if not n:
@@ -61,49 +66,69 @@ def summarize(
         "accuracy_high": high,
         "accuracy_rounded": float((columns["rounded_prediction"] == label).mean()),
         "clean_accuracy": float(right_before.mean()),
-        # where no sample was right there was nothing to break
+        # The rate is 0 if no sample was right before: then nothing can be broken.
         "success_rate": float(success.sum() / max(int(right_before.sum()), 1)),
     }
     for norm in ("l2", "linf"):
-        q25, median, q75 = (
-            np.quantile(columns[norm][success], (0.25, 0.5, 0.75)).tolist() if success.any() else [None] * 3
-        )
-        metrics |= {f"{norm}_median": median, f"{norm}_q25": q25, f"{norm}_q75": q75}
+        quantiles = np.quantile(columns[norm][success], (0.25, 0.5, 0.75)).tolist() if success.any() else [None] * 3
+        metrics |= dict(zip((f"{norm}_q25", f"{norm}_median", f"{norm}_q75"), quantiles, strict=True))
     metrics["seconds"] = float(seconds)
     if spec is not None and spec.kind == "minimal_norm":
         assert spec.norm is not None
-        norms = columns[spec.norm]
-        at = (_ALL if budgets is None else budgets)[spec.norm]
-
-        def survivors(eps: float) -> int:
-            return int((right_before & (right | (norms > eps))).sum())
-
-        grid = np.linspace(0, max([*norms[success], *at, 0.0]), _CURVE_POINTS).tolist()
-        metrics["curve"] = {"norm": spec.norm, "eps": grid, "accuracy": [survivors(eps) / n for eps in grid]}
-        left = {f"{spec.norm}<={eps:.4g}": survivors(eps) for eps in at}
-        metrics["accuracy_at_budget"] = {budget: count / n for budget, count in left.items()}
-        metrics["accuracy_at_budget_interval"] = {b: list(wilson_interval(count, n)) for b, count in left.items()}
+        eps = (_ALL if budgets is None else budgets)[spec.norm]
+        metrics |= _minimal_norm_metrics(columns, spec.norm, right_before, right, eps)
     return metrics
 
 
-def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> np.ndarray[Any, Any]:
-    """Bool [N]: samples that are right on the clean image and on every example whose norm is at most ``eps``.
-
-    Every example counts where it lies, whatever attack made it and whatever budget it was made for.
+def _minimal_norm_metrics(
+    columns: Columns, norm: str, right_before: Mask, right: Mask, budgets: Sequence[float]
+) -> dict[str, Any]:
+    """Return the accuracy over the norm allowed, as a curve and at each budget.
 
     Args:
-        evaluations: what :func:`judge` returned for one model, at least one; with ``index``, where that is recorded.
+        columns: the judged samples.
+        norm: the norm that the attack minimises.
+        right_before: bool [N], whether the clean image is classified correctly.
+        right: bool [N], whether the example is.
+        budgets: values of eps.
+    """
+    n, norms = len(right), columns[norm]
+    largest = max([*norms[right_before & ~right], *budgets, 0.0])
+    grid = np.linspace(0, largest, _CURVE_POINTS).tolist()
+
+    def survivors(eps: float) -> int:
+        return int((right_before & (right | (norms > eps))).sum())
+
+    counts = {f"{norm}<={eps:.4g}": survivors(eps) for eps in budgets}
+    return {
+        "curve": {"norm": norm, "eps": grid, "accuracy": [survivors(eps) / n for eps in grid]},
+        "accuracy_at_budget": {budget: count / n for budget, count in counts.items()},
+        "accuracy_at_budget_interval": {budget: list(wilson_interval(count, n)) for budget, count in counts.items()},
+    }
+
+
+def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> Mask:
+    """Find the samples that are right on the clean image and on every example within ``eps``.
+
+    An example counts by its own norm, whatever attack made it and whatever budget it was made for.
+
+    Args:
+        evaluations: the columns of :func:`judge` for one model, at least one evaluation. Columns
+            that have an ``index`` are compared by it.
         norm: "l2" or "linf".
-        eps: in [0,1] pixel units; the attacks' own tolerance (``verify_examples``) is granted here too.
+        eps: in [0,1] pixel units. The tolerance of ``verify_examples`` holds here too.
+
+    Returns:
+        Bool [N].
 
     Raises:
-        ValueError: no evaluation, or evaluations of different samples.
+        ValueError: there is no evaluation, or evaluations have different samples.
     """
     if not evaluations:
         raise ValueError("no evaluations")
     first = evaluations[0]
     key = "index" if "index" in first else "label"
-    robust: np.ndarray[Any, Any] = first["clean_prediction"] == first["label"]
+    robust: Mask = first["clean_prediction"] == first["label"]
     limit = largest_norm(norm, eps)
     for columns in evaluations:
         if not np.array_equal(columns[key], first[key]):
@@ -112,7 +137,7 @@ def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> np.ndar
     return robust
 
 
-def broken(columns: Columns, norm: str, eps: float) -> np.ndarray[Any, Any]:
-    """Bool [N]: misclassified by an example within eps, or before any attack."""
-    broken: np.ndarray[Any, Any] = ~worst_case([columns], norm, eps)
+def broken(columns: Columns, norm: str, eps: float) -> Mask:
+    """Return bool [N]: samples that are misclassified without an attack or by an example within eps."""
+    broken: Mask = ~worst_case([columns], norm, eps)
     return broken

@@ -1,4 +1,7 @@
-"""Wilson intervals and the exact McNemar test."""
+"""Wilson's interval and McNemar's exact test.
+
+scipy.stats has both, but it takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from typing import Any
 import numpy as np
 
 _Z95 = 1.959963984540054
+"""97.5 % quantile of the normal distribution."""
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927). n = 0: (0, 1), nothing is known.
+    """Return the 95 % confidence interval of a proportion (Wilson 1927); (0, 1) if n is 0.
 
     Raises:
         ValueError: successes outside 0..n.
@@ -23,29 +27,30 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     p, z2 = successes / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # at the ends the bound is exactly 0 or 1, rounding apart
+    # At the ends the bound is exactly 0 or 1. Rounding would miss it.
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
 
 
 def mcnemar(correct_a: np.ndarray[Any, Any], correct_b: np.ndarray[Any, Any]) -> float:
-    """Exact two-sided p-value that two models, judged on the same samples, are equally accurate.
+    """Return the exact two-sided p-value that two models are equally accurate.
 
     Args:
-        correct_a, correct_b: bool [N], the same samples in the same order.
+        correct_a: bool [N], whether the first model is right about each sample.
+        correct_b: bool [N], the same of the second model, with the same samples in the same order.
 
     Raises:
         ValueError: the arrays differ in shape or are not bool.
     """
     if correct_a.shape != correct_b.shape or correct_a.dtype != bool or correct_b.dtype != bool:
         raise ValueError(
-            f"two bool arrays of one shape wanted, got {correct_a.dtype} {correct_a.shape} "
+            f"two bool arrays of one shape are needed, got {correct_a.dtype} {correct_a.shape} "
             f"and {correct_b.dtype} {correct_b.shape}"
         )
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
     n = only_a + only_b
-    # binomial tail in exact integers: floats would underflow beyond n = 1074
+    # Sum the binomial tail in exact integers: floats would underflow beyond n = 1074.
     tail = term = 1
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)

@@ -12,7 +12,7 @@ from components.attacks.spec import AttackSpec
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
 from components.config.data import Shapes
 from components.errors import ConfigError, DataError
-from components.evaluation.metrics import usual_eps
+from components.evaluation.metrics import standard_eps
 from components.fields import MAX_NAME_BYTES
 from components.models import libraries, own
 from components.threat_models import BLACK_BOX, WHITE_BOX
@@ -61,7 +61,7 @@ def parse_external_model(arguments: Sequence[str]) -> Experiment:
         raise ConfigError.of("--norm", norm, "linf or l2")
     # The budget and the step sizes follow from the images, which the overrides may describe.
     data = experiment.data
-    eps = options.eps or f"{usual_eps(data.channels, data.image_size, norm)}"
+    eps = options.eps or f"{standard_eps(data.channels, data.image_size, norm)}"
     try:
         AttackSpec.parse(f"noise:eps={eps},norm={norm}").check_fits(data.channels, data.image_size)
     except ConfigError as e:

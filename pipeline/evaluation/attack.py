@@ -13,7 +13,7 @@ from typing import Any
 
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment
-from components.evaluation.metrics import summarize, usual_budgets
+from components.evaluation.metrics import standard_budgets, summarize
 from pipeline.data import shards
 from pipeline.evaluation.addresses import ExampleSet, example_sets, searches_in_bfloat16
 from pipeline.evaluation.attack_progress import AttackProgress, Chunk, ChunkBatch
@@ -153,7 +153,7 @@ def evaluation_entry(
             # Chunks of earlier versions lack the key. They were searched as the config asked.
             in_float32 += not metadata.get("bfloat16", True)
     spec = None if e.attack == "none" else AttackSpec.parse(e.attack)
-    budgets = usual_budgets(experiment.data.channels, experiment.data.image_size)
+    budgets = standard_budgets(experiment.data.channels, experiment.data.image_size)
     entry = {
         "model": e.model.name,
         "source": e.source.name if e.source else None,

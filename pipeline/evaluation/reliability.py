@@ -14,7 +14,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment
 from components.evaluation.active_test import active_test
 from components.evaluation.flags import Judged, flags
-from components.evaluation.metrics import usual_eps
+from components.evaluation.metrics import standard_eps
 from components.evaluation.probe import POINTS_AT_ONCE, probe
 from components.fields import content_hash
 from components.random_streams import stream_seed
@@ -121,7 +121,7 @@ def _active_tests(
     for text, spec in ((text, AttackSpec.parse(text)) for text in attacks):
         if spec.name not in UNTESTED:
             norm = str(spec.norm)
-            tests.append((text, norm, spec.eps if spec.eps is not None else _usual_eps(experiment, norm)))
+            tests.append((text, norm, spec.eps if spec.eps is not None else _standard_eps(experiment, norm)))
     return tests
 
 
@@ -159,11 +159,11 @@ def _probe_budget(experiment: Experiment) -> tuple[str, float]:
     """Return norm and eps that the probe starts from: of the first attack with an eps, else the usual ones."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     own = next(((str(s.norm), s.eps) for s in specs if s.eps is not None and s.name != "noise"), None)
-    return own or ("linf", _usual_eps(experiment, "linf"))
+    return own or ("linf", _standard_eps(experiment, "linf"))
 
 
-def _usual_eps(experiment: Experiment, norm: str) -> float:
-    return usual_eps(experiment.data.channels, experiment.data.image_size, norm)
+def _standard_eps(experiment: Experiment, norm: str) -> float:
+    return standard_eps(experiment.data.channels, experiment.data.image_size, norm)
 
 
 def measure(job: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment
-from components.evaluation.metrics import usual_budgets, worst_case
+from components.evaluation.metrics import standard_budgets, worst_case
 from components.evaluation.statistics import mcnemar, wilson_interval
 from components.threat_models import ANY, DIRECT, WHITE_BOX
 from pipeline.evaluation.chunks import read_chunks
@@ -38,7 +38,7 @@ class EvaluationRecords:
 
 def budgets(experiment: Experiment) -> list[tuple[str, float]]:
     """List (norm, eps) of the worst cases: of every attack, and the usual eps for minimal-norm attacks."""
-    usual = usual_budgets(experiment.data.channels, experiment.data.image_size)
+    usual = standard_budgets(experiment.data.channels, experiment.data.image_size)
     pairs: dict[tuple[str, float], None] = {}
     for text in experiment.evaluation.attacks:
         spec = AttackSpec.parse(text)

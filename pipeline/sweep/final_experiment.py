@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
 from components.config import Experiment
-from components.evaluation.metrics import usual_eps
+from components.evaluation.metrics import standard_eps
 from components.fields import parse_spec, replace_typed
 from components.search_space import Point
 from pipeline.recipes.suites import full_suite
@@ -72,7 +72,7 @@ def _full_suite(experiment: Experiment) -> tuple[str, ...]:
     data = experiment.data
     specs = map(AttackSpec.parse, experiment.evaluation.attacks)
     given = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), None)
-    eps, norm = given or (usual_eps(data.channels, data.image_size, "linf"), "linf")
+    eps, norm = given or (standard_eps(data.channels, data.image_size, "linf"), "linf")
     return full_suite(f"{eps}", norm, data.channels)
 
 

@@ -18,7 +18,7 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.errors import UserError
 from components.evaluation.judge import AttackViolation, judge, verify_examples
-from components.evaluation.metrics import summarize, usual_budgets, worst_case
+from components.evaluation.metrics import standard_budgets, summarize, worst_case
 from components.evaluation.statistics import mcnemar, wilson_interval
 
 LINF, L2, FREE = AttackSpec.parse("bim:eps=0.2"), AttackSpec.parse("pgd:eps=0.5,norm=l2"), AttackSpec.parse("ddn")
@@ -297,14 +297,14 @@ def test_summary_of_a_minimal_norm_attack_by_hand() -> None:
 
 def test_budgets_default_to_the_fields_own() -> None:
     assert set(summarize(columns(), FREE, 0)["accuracy_at_budget"]) == {"l2<=0.5", "l2<=1.5", "l2<=3"}
-    mnist = summarize(columns(), FREE, 0, budgets=usual_budgets(1, 28))
+    mnist = summarize(columns(), FREE, 0, budgets=standard_budgets(1, 28))
     assert set(mnist["accuracy_at_budget"]) == {"l2<=1.5"}
 
 
-def test_usual_budgets() -> None:
-    assert usual_budgets(1, 28) == {"l2": (1.5,), "linf": (0.3,)}
-    assert usual_budgets(3, 32) == {"l2": (0.5,), "linf": (8 / 255,)}
-    assert usual_budgets(3, 224) == {"l2": (3.0,), "linf": (4 / 255,)}
+def test_standard_budgets() -> None:
+    assert standard_budgets(1, 28) == {"l2": (1.5,), "linf": (0.3,)}
+    assert standard_budgets(3, 32) == {"l2": (0.5,), "linf": (8 / 255,)}
+    assert standard_budgets(3, 224) == {"l2": (3.0,), "linf": (4 / 255,)}
 
 
 def test_summary_of_clean_images() -> None:

@@ -212,7 +212,9 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     progress = stages.TrainProgress(
-        run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker),
+        run_directory.Run(
+            experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker
+        ),
         Bar("train", None),
     )
     alive: list[weakref.ref[Epoch]] = []

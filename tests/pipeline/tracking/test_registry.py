@@ -77,7 +77,9 @@ def test_a_registration_that_fails_ends_no_run(
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     mlflow_run.start_model(tracker, record, "defend")
-    state = run_directory.Run(experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker)
+    state = run_directory.Run(
+        experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker
+    )
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
     stages.register(state, [lost])
     assert not tracker.flush(60)
