@@ -1,4 +1,4 @@
-"""The part that each model of an experiment plays: source, control, defended or external."""
+"""The role of each model of an experiment, and the models that it is compared with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from components.config.train import TrainConfig
 
 
 def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str]:
-    """Of each model as the recipe names it, the first replicate in ``names``. ``bases``: model -> name in the recipe."""
+    """Return the first of ``names`` for each model of the recipe.
+
+    Args:
+        names: models.
+        bases: model -> name in the recipe.
+    """
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(bases[name], name)
@@ -17,9 +22,9 @@ def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str
 
 
 def roles_of(experiment: Experiment) -> dict[str, str]:
-    """Model -> source, control, defended or given (not trained here), in the order of the config."""
-    variants = experiment.model_configs()
-    sources = {experiment.transfer_source_of(name) for name in variants}
+    """Return model -> source, control, defended or given (not trained here), in the config's order."""
+    configs = experiment.model_configs()
+    sources = {experiment.transfer_source_of(name) for name in configs}
 
     def role(name: str, config: TrainConfig) -> str:
         if config.defense != "none":
@@ -28,37 +33,43 @@ def roles_of(experiment: Experiment) -> dict[str, str]:
             return "source"
         return "control" if config.epochs else "given"
 
-    return {name: role(name, config) for name, config in variants.items()}
+    return {name: role(name, config) for name, config in configs.items()}
 
 
 def references(experiment: Experiment) -> list[str]:
-    """Models that others of their architecture are compared with, as named in the recipe: of each architecture the first
-    control, and what the paper calls ours (``defend``, or ``defend-ARCH`` where a table has several); where no model is named
-    so, the first Defend++, or the first defended one."""
+    """Return the models, as named in the recipe, that others of their architecture are compared with.
+
+    For each architecture, these are the first control and the model that the paper calls ours:
+    ``defend``, or ``defend-ARCH`` where a table has several. If no model has that name, it is the
+    first Defend++, or the first defended model.
+    """
     roles = roles_of(experiment)
     role = {base: roles[name] for name, base in experiment.base_names().items()}
-    firsts = experiment.first_replicates()
-    out = []
-    for arch in dict.fromkeys(config.arch for config in firsts.values()):
-        here = [base for base, config in firsts.items() if config.arch == arch]
-        defended = [base for base in here if role[base] == "defended"]
-        ours = [base for base in defended if firsts[base].defense == "defend++"]
+    configs = experiment.first_replicates()
+    references = []
+    for arch in dict.fromkeys(config.arch for config in configs.values()):
+        models = [base for base, config in configs.items() if config.arch == arch]
+        defended = [base for base in models if role[base] == "defended"]
+        ours = [base for base in defended if configs[base].defense == "defend++"]
         named = [base for base in ours if base.partition("-")[0] == "defend"]
-        out += [base for base in here if role[base] == "control"][:1]
-        out += (named or ours or defended)[:1]
-    return out
+        references += [base for base in models if role[base] == "control"][:1]
+        references += (named or ours or defended)[:1]
+    return references
 
 
 def pairs(experiment: Experiment) -> list[tuple[str, str]]:
-    """(model, what it is compared with): each model and the :func:`references` of its architecture, of the same replicate."""
-    variants, replicates = experiment.model_configs(), experiment.replicates()
-    named = {found: name for name, found in replicates.items()}
+    """Return (model, reference) for each model and the :func:`references` of its architecture.
+
+    Both are of the same replicate.
+    """
+    configs, replicates = experiment.model_configs(), experiment.replicates()
+    names = {replicate: name for name, replicate in replicates.items()}
     compared = references(experiment)
-    out = []
+    pairs = []
     for i, reference in enumerate(compared):
         for name, (base, replicate) in replicates.items():
-            against = named[reference, replicate]
-            # a pair of references is told once
-            if base not in compared[: i + 1] and variants[name].arch == variants[against].arch:
-                out.append((name, against))
-    return out
+            against = names[reference, replicate]
+            # A pair of references is compared once.
+            if base not in compared[: i + 1] and configs[name].arch == configs[against].arch:
+                pairs.append((name, against))
+    return pairs

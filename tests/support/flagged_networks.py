@@ -20,8 +20,6 @@ from components.evaluation.probe import probe
 SINGLE, OTHERS = "iterative_weaker_than_single_step", "black_box_or_transfer_stronger"
 
 EPS = 0.1
-
-
 NAMES = [
     "iterative_weaker_than_single_step",
     "black_box_or_transfer_stronger",
@@ -34,8 +32,7 @@ NAMES = [
     "not_logits",
     "active_test_failed",
 ]
-
-
+SINGLE, OTHERS, *_ = NAMES
 Batch = tuple[Tensor, Tensor]
 
 
