@@ -92,8 +92,8 @@ def check_values(config: Any, prefix: str, rules: Mapping[str, Rule]) -> None:
         value = getattr(config, f.name)
         where = f"{prefix}.{f.name}".removeprefix(".")
         if typing.get_origin(hints[f.name]) is Literal:
-            allowed = typing.get_args(hints[f.name])
-            check(value in allowed, where, value, "one of " + ", ".join(map(repr, allowed)))
+            literals = typing.get_args(hints[f.name])
+            check(value in literals, where, value, "one of " + ", ".join(map(repr, literals)))
         elif isinstance(value, int):
             check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
     for name, (holds, allowed) in rules.items():

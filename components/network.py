@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from components.config import Shapes, TrainConfig
-from components.config import stored_levels as stored_levels
 from components.models import libraries
 from components.models.classifiers import build_classifier, load_weights
 from components.models.comdefend import ComDefend

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from components.config import stored_levels as stored_levels
-
 AUGMENT_STREAM = 1
 ADVERSARIAL_STREAM = 2
 DROPOUT_STREAM = 3
-"""Keep the random streams of a step apart; its noise has none of these numbers."""
+"""Numbers that keep the random streams of a step apart. The stream of its noise has no number."""
 
 
 def stream_seed(*parts: int) -> int:
-    """A seed for an independent random stream, mixed from small integers (FNV-1a over their bytes, 63 bits)."""
+    """Mix small integers into the seed of an independent random stream (FNV-1a over their bytes, 63 bits)."""
     value = 0xCBF29CE484222325
     for part in parts:
         for byte in part.to_bytes(8, "little", signed=True):

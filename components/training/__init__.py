@@ -1,1 +1,1 @@
-"""One optimisation step of each phase, in PyTorch alone."""
+"""Optimisation steps of each phase of training, in PyTorch alone."""

@@ -1,4 +1,4 @@
-"""Adversarial training: examples made online against the network in its present state, and the loss that mixes them in.
+"""Adversarial training: examples made online against the network as it is, and the mixed loss.
 
 Adv. FGSM: Goodfellow, Shlens, Szegedy 2015, https://arxiv.org/abs/1412.6572. Adv. PGD: Madry et al. 2018,
 https://arxiv.org/abs/1706.06083. Adv. DDN: Rony et al. 2019, https://arxiv.org/abs/1811.09600.
@@ -29,39 +29,41 @@ def adversarial_examples(
     generator: torch.Generator | None,
     max_norm: float = 0.0,
 ) -> Tensor:
-    """Examples against the classifier as it is now, to be trained on.
+    """Make examples against the classifier as it is now, to be trained on.
 
-    They are made in eval mode: batch norm takes its running statistics and does not move them, dropout is off. Afterwards
-    (also after an error) the mode of every single submodule, and every parameter's ``requires_grad`` and ``.grad``, are
-    what they were. No sample leaves early: Madry et al. train on the last iterate, and an example that stops just behind
-    the boundary would be another training set. What DDN and C&W give for an image that is misclassified already, or for
-    which nothing was found, is that image itself.
+    They are made in eval mode: batch norm uses its running statistics and keeps them, and dropout is
+    off. Afterwards, also after an error, the mode of every submodule and every parameter's
+    ``requires_grad`` and ``.grad`` are as before. No sample is dropped on success: Madry et al. train
+    on the last iterate, and examples just behind the decision boundary would be another training
+    set. DDN and C&W return the image itself if it is misclassified already or nothing is found.
 
-    An autocast around the call holds inside it too, so that the attack runs in the precision of training; its loss and
-    the gradient with respect to the images are float32 nonetheless. A ``torch.no_grad`` around the call changes nothing.
+    An autocast around the call also holds inside, so the attack runs in the precision of training.
+    Its loss and the gradient with respect to the images are float32. A ``torch.no_grad`` around the
+    call changes nothing.
 
     Args:
-        classifier: maps [0,1] images to logits [N,K]. DDP is taken off, as its own forward would wait for other ranks'
-            gradients.
+        classifier: maps [0,1] images to logits [N,K]. A DDP wrapper is taken off, since its forward
+            would wait for other ranks' gradients.
         images: float32 [N,C,H,W] in [0,1], without a gradient of their own.
         labels: int64 [N], true classes.
         spec: the attack and its settings.
-        generator: CPU generator of whatever the attack draws (the start of PGD); None takes torch's global one.
-        max_norm: perturbations longer than this (L2, per sample) are scaled down to it. Rony et al. do so with DDN, 2.4 on
-            MNIST and 1.0 on CIFAR-10. 0: none are.
+        generator: CPU generator of the attack's draws (the start of PGD); None takes torch's global
+            one.
+        max_norm: largest L2 norm of a sample's perturbation; a longer one is scaled down. Rony et al.
+            use it with DDN, 2.4 on MNIST and 1.0 on CIFAR-10. 0: no limit.
 
     Returns:
         A new float32 tensor [N,C,H,W] in [0,1], detached.
 
     Raises:
-        ConfigError: max_norm negative or not finite.
-        ValueError: images or labels of the wrong type, shape or range.
+        ConfigError: max_norm is negative or not finite.
+        ValueError: images or labels have the wrong type, shape or range.
     """
     if not 0 <= max_norm < math.inf:
         raise ConfigError.of("max_norm", max_norm, "a finite number, 0 (no limit) or more")
     network = classifier.module if isinstance(classifier, DistributedDataParallel) else classifier
     clean = images.detach()
-    # no_grad: only the attack's own gradient passes record anything
+    # With no_grad only the attack's own gradient passes record anything.
     with torch.no_grad(), _frozen(network):
         examples = run_attack(spec, _Float32Logits(network), clean, labels, generator=generator)
         if max_norm:
@@ -70,14 +72,14 @@ def adversarial_examples(
 
 
 def mixed_loss(clean_loss: Tensor, adversarial_loss: Tensor, share: float) -> Tensor:
-    """(1 - share) * clean + share * adversarial (Goodfellow et al. 2015: 0.5; Madry et al.: 1).
+    """Return (1 - share) * clean + share * adversarial.
 
     Args:
-        clean_loss, adversarial_loss: scalars, or of one shape.
-        share: 0 to 1.
+        clean_loss, adversarial_loss: scalars, or tensors of one shape.
+        share: 0 to 1. Goodfellow et al. 2015 use 0.5, Madry et al. use 1.
 
     Raises:
-        ConfigError: share outside [0,1].
+        ConfigError: the share is outside [0,1].
     """
     if not 0 <= share <= 1:
         raise ConfigError.of("share", share, "a number from 0 (clean only) to 1 (adversarial only)")
@@ -85,8 +87,10 @@ def mixed_loss(clean_loss: Tensor, adversarial_loss: Tensor, share: float) -> Te
 
 
 class _Float32Logits(nn.Module):
-    """The loss and C&W's margins in float32, whatever this device's autocast leaves in bfloat16: there the softmax of a
-    confident prediction would round to 1 and its gradient to 0."""
+    """A network with float32 logits under any autocast.
+
+    In bfloat16 the softmax of a confident prediction would round to 1 and its gradient to 0.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -100,11 +104,12 @@ class _Float32Logits(nn.Module):
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter that requires a gradient, both undone at the end.
+    """Put a network in eval mode without trainable parameters while the body runs.
 
-    The flags are set one by one, as ``train()`` knows one mode for all submodules and may be overridden. Freezing makes sure
-    that no weight is differentiated, and keeps autocast from caching casts of the weights during the attack, which a
-    training pass under the same autocast would take up. It saves no time: attacks differentiate by the images alone anyway.
+    The modes are set one by one, since ``train()`` has one mode for all submodules and may be
+    overridden. Freezing keeps autocast from caching casts of the weights during the attack, which a
+    training pass under the same autocast would then use. It saves no time: attacks differentiate
+    only with respect to the images.
     """
     modes = [(module, module.training) for module in network.modules()]
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]

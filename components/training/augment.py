@@ -1,4 +1,4 @@
-"""Augmentation of a training batch, on the device."""
+"""Training batches: augmentation, noise and targets, on the training device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from components.config import TrainConfig
-from components.config import stored_levels as stored_levels
 from components.dct import target_levels
 from components.models.defend import Noise
 from components.random_streams import AUGMENT_STREAM, stream_seed
@@ -20,8 +19,11 @@ from components.random_streams import AUGMENT_STREAM, stream_seed
 class Batch:
     """Images and targets on the training device.
 
-    images: uint8 [N, C, W, W]. labels: int64 [N]. levels: stored levels 1.. as float16 or float32 [N, C, W_m, W_m];
-    empty where only level 0 has a target.
+    Args:
+        images: uint8 [N, C, W, W].
+        labels: int64 [N].
+        levels: stored levels 1, 2, ... as float16 or float32 [N, C, W_m, W_m]; empty if only level 0
+            has a target.
     """
 
     images: Tensor
@@ -30,8 +32,10 @@ class Batch:
 
 
 def gaussian_noise(config: TrainConfig, step: int, rank: int, device: torch.device) -> Noise | None:
-    """The noise of one step (sec. 4.2; ComDefend's code), or None. Its stream follows from seed, step and rank alone, so a
-    continued run draws what the unbroken one would have drawn."""
+    """Return the Gaussian noise of one step (sec. 4.2; of ComDefend's code), or None.
+
+    Its stream follows from seed, step and rank alone, so a continued run draws the same noise.
+    """
     sigma = config.reformer_sigma if config.defense == "comdefend" else config.noise_sigma
     if (config.noise_location == "none" and config.defense != "comdefend") or sigma == 0:
         return None
@@ -45,10 +49,11 @@ def gaussian_noise(config: TrainConfig, step: int, rank: int, device: torch.devi
 
 
 def augmented(batch: Batch, config: TrainConfig, step: int, rank: int) -> Batch:
-    """The batch of one step, flipped and cropped as ``config.augment`` says; its stream follows from seed, step and rank.
+    """Return the batch flipped and cropped as ``config.augment`` says.
 
-    Stored levels are flipped with their image: the low-pass operator commutes with a flip, though not with a crop (sec. 3.3's
-    operator acts on the whole image; docs/method.md).
+    The random stream follows from seed, step and rank. Stored levels are flipped with their image:
+    the low-pass operator of sec. 3.3 acts on the whole image and commutes with a flip, but not with
+    a crop (docs/method.md).
     """
     if config.augment == "none":
         return batch
@@ -69,7 +74,10 @@ def augmented(batch: Batch, config: TrainConfig, step: int, rank: int) -> Batch:
 
 
 def targets_of(images: Tensor, batch: Batch, config: TrainConfig, sizes: Sequence[int]) -> list[Tensor]:
-    """The levels that have a target, level 0 first: stored ones, or computed from ``images`` (float, in [0,1])."""
+    """Return the levels that have a target, level 0 first.
+
+    They are the stored levels, or are computed from ``images`` (float, in [0,1]).
+    """
     if config.defense != "defend++" or config.targets == "none":
         return [images]
     if config.augment != "crop_flip":

@@ -1,4 +1,4 @@
-"""The reconstruction loss of eq. 3 and the loss of each phase."""
+"""Reconstruction loss of eq. 3."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from torch import Tensor
 def reconstruction_terms(
     outputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: Literal["mean", "sum"]
 ) -> list[Tensor]:
-    """Squared error of each level: mean over the batch, and mean or sum over an image's values (eq. 3 can be read as both).
+    """Compute the squared error of each level: mean over the batch, mean or sum over an image's values.
+
+    Equation 3 can be read both ways.
 
     Args:
         outputs: reconstructed levels [N, C, W_m, W_m], level 0 first.
-        targets: as many levels or fewer (without the multi-scale objective only level 0 has a target).
+        targets: targets of as many levels or fewer; without the multi-scale objective, of level 0.
         reduction: over C, W_m and W_m.
 
+    Returns:
+        One scalar for each target, in float32.
+
     Raises:
-        ValueError: a target whose shape is not its output's.
+        ValueError: a target and its output have different shapes.
     """
     terms = []
     for m, target in enumerate(targets):
         output = outputs[m]
         if output.shape != target.shape:
             raise ValueError(f"level {m}: output {tuple(output.shape)} against target {tuple(target.shape)}")
-        # float32 even under autocast: a sum over pixels loses small errors in bfloat16
+        # float32 also under autocast, since a sum over pixels loses small errors in bfloat16.
         squared = (output.float() - target.float()).square()
         terms.append(squared.mean() if reduction == "mean" else squared.sum() / len(squared))
     return terms
 
 
 def reconstruction_loss(terms: Sequence[Tensor], lam: float) -> Tensor:
-    """L_rec = term_0 + lam * (term_1 + ... + term_{M-1}) (eq. 3)."""
+    """Return L_rec = term_0 + lam * (term_1 + ... + term_{M-1}) (eq. 3)."""
     loss = terms[0]
     if len(terms) > 1:
         loss = loss + lam * torch.stack(list(terms[1:])).sum()

@@ -1,21 +1,25 @@
-"""Which phase a step belongs to and its learning rate: pure functions of the step and the config (sec. 3.4, 4.1)."""
+"""Phase and learning rate of a step, as pure functions of step and config (sec. 3.4, 4.1)."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from components.config import TrainConfig
 
 Phase = Literal["joint", "autoencoder", "classifier", "adversarial", "reformer"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
-    """The phase of an epoch (0-based).
+    """Return the phase of an epoch (0-based).
 
-    Defend++: "joint"; ``alternating``: ``cycles`` times (``autoencoder_epochs`` on L_rec, then ``classifier_epochs`` on L_cls),
-    and "joint" ever after (sec. 3.4). ComDefend's reformer: "reformer". Adversarial training: "adversarial" in the last
-    ``adversarial_epochs`` (0: in all), "classifier" before. No defense: "classifier".
+    - Defend++: "joint". With the alternating schedule, ``cycles`` times ``autoencoder_epochs`` on
+      L_rec and ``classifier_epochs`` on L_cls come first (sec. 3.4).
+    - ComDefend: "reformer".
+    - Adversarial training: "adversarial" in the last ``adversarial_epochs`` (0: in all), "classifier"
+      before.
+    - No defense: "classifier".
     """
     if config.defense == "none":
         return "classifier"
@@ -33,15 +37,17 @@ def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
 
 
 def phase_at(step: int, steps_per_epoch: int, config: TrainConfig) -> Phase:
-    """The phase of an optimisation step (0-based, counted over the whole run)."""
+    """Return the phase of an optimisation step (0-based, counted over the whole run)."""
     return phase_at_epoch(step // steps_per_epoch, config)
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Learning rate of an optimisation step (0-based); it goes on over changes of phase.
+    """Return the learning rate of an optimisation step (0-based); a change of phase does not reset it.
 
-    ``step``: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1; 0: of a third of the epochs). ``one_cycle``: linear from lr/25 to lr over the
-    first 30 % of all steps, then half a cosine to zero (Smith & Topin 2018, as a cosine).
+    - step: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1). With ``lr_step_epochs`` 0, a
+      third of the epochs takes its place.
+    - one_cycle: linear from lr/25 to lr over the first 30 % of all steps, then half a cosine to zero
+      (Smith & Topin 2018, as a cosine).
     """
     if config.lr_schedule == "step":
         between = config.lr_step_epochs or math.ceil(config.epochs / 3)
@@ -51,6 +57,3 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
     if step < peak:
         return config.lr * (0.04 + 0.96 * step / peak)
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - peak)))
-
-
-PHASES = ("joint", "autoencoder", "classifier", "adversarial", "reformer")

@@ -1,7 +1,8 @@
-"""One optimisation step of each phase, and one pass of validation: PyTorch alone, no Ray.
+"""Optimisation step of each phase, and one batch of validation.
 
-A phase is a module that registers exactly the parameters which get a gradient in it, so that DDP never has to search for
-unused ones. The driver of the steps (``pipeline/training/train.py``) wraps it in DDP and rebuilds it where the phase changes.
+A phase is a module that registers exactly the parameters that get a gradient in it, so that DDP
+never has to search for unused ones. The training loop (``pipeline/training/loop.py``) wraps it in
+DDP and rebuilds it when the phase changes.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
-from components.config import stored_levels as stored_levels
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
 from components.network import classifier_of
@@ -26,10 +27,13 @@ from components.training.schedule import Phase
 
 
 class PhaseModule(nn.Module):
-    """The loss of one phase as a module over exactly the parameters that the phase trains.
+    """Loss of one phase, as a module over exactly the parameters that the phase trains.
 
-    classifier: L_cls. autoencoder: L_rec. joint: L_cls + w * L_rec (eq. 3). adversarial: L_cls of examples, and of the clean
-    images too where ``adversarial_share`` is below 1. reformer: ComDefend's own.
+    - classifier: L_cls.
+    - autoencoder: L_rec.
+    - joint: L_cls + w * L_rec (eq. 3).
+    - adversarial: L_cls of examples, and of the clean images too if ``adversarial_share`` is below 1.
+    - reformer: ComDefend's loss.
     """
 
     def __init__(self, net: nn.Module, phase: Phase, config: TrainConfig) -> None:
@@ -55,17 +59,16 @@ class PhaseModule(nn.Module):
         noise: Noise | None,
         adversarial: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss (a scalar) and its detached terms: loss_cls, rec_0, rec_1, ...
+        """Return the loss (a scalar) and its detached terms: loss_cls, rec_0, rec_1, ...
 
         Args:
-            images: float [N, C, W, W] in [0,1], what the network sees.
+            images: float [N, C, W, W] in [0,1], the network's input.
             targets: the clean levels that have a target, level 0 first.
-            noise: added to the latent, or to the images, as the config says; to a reformer's code.
-            adversarial: examples of ``images``, phase "adversarial" only.
+            noise: added to the latent map or to the images, as the config says, or to a reformer's code.
+            adversarial: examples of ``images``, for phase "adversarial" only.
         """
         if self.phase == "reformer":
-            loss, terms = self.reformer.training_loss(images, noise)
-            return loss, {**terms, "loss": loss.detach()}
+            return self._reformer(images, noise)
         if self.phase == "adversarial":
             assert adversarial is not None
             return self._adversarial(images, labels, adversarial)
@@ -90,9 +93,14 @@ class PhaseModule(nn.Module):
             terms["loss_rec"] = rec.detach()
             terms |= {f"rec_{m}": term.detach() for m, term in enumerate(levels)}
             loss = rec if loss is None else loss + self.config.reconstruction_weight * rec
-        assert loss is not None  # every phase has at least one of the two
+        assert loss is not None  # Every phase has at least one of the two losses.
         terms["loss"] = loss.detach()
         return loss, terms
+
+    def _reformer(self, images: Tensor, noise: Noise | None) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(self.reformer, ComDefend)
+        loss, terms = self.reformer.training_loss(images, noise)
+        return loss, {**terms, "loss": loss.detach()}
 
     def _adversarial(self, images: Tensor, labels: Tensor, adversarial: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         share = self.config.adversarial_share
@@ -106,9 +114,10 @@ class PhaseModule(nn.Module):
 
 
 def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD (or Adam) over every parameter of both networks: momentum is kept per parameter over changes of phase.
+    """Return SGD or Adam over every parameter of both networks.
 
-    A parameter without a gradient in a phase keeps its value and its momentum: the optimizer skips it.
+    A parameter without a gradient in a phase keeps its value and its momentum, since the optimizer
+    skips it.
     """
     if config.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -116,7 +125,7 @@ def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
 
 
 def adversarial_spec(config: TrainConfig) -> AttackSpec:
-    """The attack of adversarial training."""
+    """Return the attack of adversarial training."""
     eps, steps = config.adversarial_eps, config.adversarial_steps
     text = {"fgsm": f"fgsm:eps={eps}", "pgd": f"pgd:eps={eps},steps={steps}", "ddn": f"ddn:steps={steps}"}
     return AttackSpec.parse(text[config.adversarial_attack])
@@ -133,26 +142,31 @@ def train_step(
     noise: Noise | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, backward and one step of the optimizer. Returns the detached terms of the loss (see PhaseModule.forward).
+    """Run forward, backward and one step of the optimizer.
 
     Args:
         module: a PhaseModule, or DDP around one.
-        sizes: level sizes in pixels, level 0 first; needed where levels are computed and not stored (``targets_of``).
+        sizes: level sizes in pixels, level 0 first; needed if levels are computed and not stored
+            (:func:`targets_of`).
         generator: of the attack of adversarial training.
+
+    Returns:
+        The detached terms of the loss (see :meth:`PhaseModule.forward`).
     """
     device = batch.images.device
-    # into memory of the plain format: a crop of grey images has strides that read as channels-last too, in which PyTorch's
-    # float32 gradients on CPU corrupt memory (see components.config)
+    # The images are copied to memory of the plain format. The strides of cropped grey images also read
+    # as channels-last, in which PyTorch's float32 gradients on CPU corrupt memory (components.config).
     images = torch.empty(batch.images.shape, device=device).copy_(batch.images).div_(255)
     targets = targets_of(images, batch, config, sizes)
     network_input = images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
     optimizer.zero_grad(set_to_none=True)
-    phase_module = getattr(module, "module", module)
+    phase_module = module.module if isinstance(module, DistributedDataParallel) else module
+    assert isinstance(phase_module, PhaseModule)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         examples = None
         if phase_module.phase == "adversarial":
             examples = adversarial_examples(
-                phase_module.classifier,  # not the wrapped module: DDP would count these passes as steps
+                phase_module.classifier,  # Not the wrapped module: DDP would count these passes as steps.
                 network_input,
                 batch.labels,
                 adversarial_spec(config),
@@ -173,19 +187,27 @@ def train_step(
 @torch.no_grad()
 @true_float32()
 def validation_sums(net: nn.Module, batch: Batch) -> Tensor:
-    """Return float64 [3]: how many are right, how many there are, and the summed squared error per pixel of level 0.
+    """Return the sums over a batch from which accuracy and reconstruction error follow.
 
-    The network must be in eval mode. What it does not have (a classifier, a reconstruction) counts 0. Computed in true
-    float32, whatever training computes in: a sweep chooses by this accuracy.
+    They are computed in true float32 whatever training computes in, since a sweep chooses by this
+    accuracy.
+
+    Args:
+        net: in eval mode.
+
+    Returns:
+        float64 [3]: number of correct images, number of images, and summed mean squared error of
+        level 0. Without a classifier or a reconstruction that sum is 0.
     """
     images = batch.images.float().div_(255)
-    right = torch.zeros((), device=images.device)
+    correct = torch.zeros((), device=images.device)
     reconstruction = images
     if isinstance(net, ComDefend):
         reconstruction = net(images)
     else:
-        right = (classifier_of(net)(images).argmax(1) == batch.labels).sum()
+        correct = (classifier_of(net)(images).argmax(1) == batch.labels).sum()
     if isinstance(net, DefendNet):
         reconstruction = net.autoencoder(images)[0]
     error = (reconstruction.float() - images).square().mean((1, 2, 3)).sum()
-    return torch.stack([right.double(), torch.tensor(float(len(images)), device=right.device).double(), error.double()])
+    count = torch.tensor(float(len(images)), device=correct.device)
+    return torch.stack([correct.double(), count.double(), error.double()])
