@@ -46,7 +46,8 @@ def is_name(name: str) -> bool:
 def check_name(where: str, name: str) -> None:
     """Refuse a name that could leave the storage's directories or that some storage does not take.
 
-    Every name that becomes part of a path is checked here: of experiments, models and search spaces.
+    Every name that becomes part of a path is checked here: of experiments, models and search
+    spaces.
 
     Args:
         where: the setting that holds the name, for the message.
@@ -65,7 +66,7 @@ _HINTS: dict[Any, dict[str, Any]] = {}
 
 
 def hints_of(cls: Any) -> dict[str, Any]:
-    """Return the types of a dataclass's fields. They are cached, since each look-up parses their text."""
+    """Return the types of a dataclass's fields, cached since a look-up parses text."""
     if cls not in _HINTS:
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]
@@ -207,16 +208,16 @@ def _from_json(value: Any, hint: Any, where: str) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether text can be written as UTF-8. Python keeps bytes that it cannot decode as lone surrogates."""
+    """Tell whether text can be written as UTF-8, without undecoded bytes (lone surrogates)."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def is_text(text: str) -> bool:
-    """Tell whether text can be written as UTF-8 and has no zero byte, as the name of a file must."""
+    """Tell whether text can be a file name: UTF-8 without zero bytes."""
     return "\0" not in text and is_unicode(text)
 
 
 def content_hash(*parts: Any) -> str:
-    """Return 16 hex digits that name a result by everything it follows from. Parts must be JSON types."""
+    """Hash JSON values to 16 hex digits that name a result by everything it follows from."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The network that a training config describes."""
+"""Network of a training config."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from components.models.weights import renamed
 
 
 def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The untrained network of a config: the bare classifier, a DefendNet (classifier and auto-encoder), or a ComDefend.
+    """Build the untrained network of a config.
 
     Args:
-        weights: what ``config.pretrained`` names; the classifier starts from them.
+        weights: the weights of ``config.pretrained``, from which the classifier starts.
+
+    Returns:
+        The classifier, a DefendNet (classifier and auto-encoder), or a ComDefend.
 
     Raises:
-        ConfigError: sizes or blocks that do not fit together. DataError: weights of another network.
+        ConfigError: sizes or blocks do not fit together.
+        DataError: the weights are of another network.
     """
     if config.defense == "comdefend":
         return ComDefend(shapes.channels, width=config.width, sigma=config.reformer_sigma, seed=config.seed)
@@ -55,5 +59,5 @@ def build_net(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor]
 
 
 def classifier_of(net: nn.Module) -> nn.Module:
-    """The classifier of a network that may or may not have an auto-encoder."""
+    """Return the classifier of a network with or without an auto-encoder."""
     return net.classifier if isinstance(net, DefendNet) else net

@@ -9,7 +9,7 @@ DROPOUT_STREAM = 3
 
 
 def stream_seed(*parts: int) -> int:
-    """Mix small integers into the seed of an independent random stream (FNV-1a over their bytes, 63 bits)."""
+    """Mix small integers into the seed of a random stream (FNV-1a over their bytes, 63 bits)."""
     value = 0xCBF29CE484222325
     for part in parts:
         for byte in part.to_bytes(8, "little", signed=True):

@@ -27,7 +27,7 @@ from pipeline.tracking import uri
 
 
 def finish(run: Run) -> None:
-    """Publish the rest, then show the table, the report's path and the command that opens MLflow."""
+    """Publish the rest, then show the table, the report's path and MLflow's command."""
     run.publish()
     run.tracker.conclude()
     terminal.print_table(run.storage)

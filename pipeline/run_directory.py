@@ -76,7 +76,8 @@ class Run:
             yield
         except BaseException as e:
             self._add_seconds(name, begin)
-            if not isinstance(e, KeyboardInterrupt):  # A storage that does not answer would delay the end.
+            # A storage that does not answer would delay the end.
+            if not isinstance(e, KeyboardInterrupt):
                 with suppress(UserError):  # An error of the storage would hide the stage's own.
                     self.save()
             raise
@@ -103,7 +104,8 @@ def run_address(experiment: Experiment) -> str:
     config = to_dict(experiment)
     for name in ("storage", "tracking_uri", "experiment_name", "description"):
         del config[name]
-    # These settings came later. At their defaults they leave the addresses of earlier runs as they are.
+    # These settings came later. At their defaults they leave the addresses of earlier runs as they
+    # are.
     for name in ("test_split", "image_column", "label_column"):
         if not config["data"][name]:
             del config["data"][name]
@@ -120,15 +122,15 @@ def open_run(
     will_train: bool = False,
     needs_tracking: bool = True,
 ) -> Run:
-    """Check everything that can be checked before compute is spent, join Ray, and open the run's record.
+    """Check what can be checked before compute is spent, join Ray, and open the record.
 
     Args:
         records_only: the command needs no sources, networks or cluster (the report).
         needs: what an earlier stage must have made: shards, or shards and models.
         will_train: the models that are not trained yet must fit the GPUs.
-        needs_tracking: refuse a new run if MLflow does not answer. It is False within a sweep, whose
-            compute is already spent. A run with a record continues in any case: the Tracker reports
-            the outage and publishes once MLflow answers.
+        needs_tracking: refuse a new run if MLflow does not answer. It is False within a sweep,
+            whose compute is already spent. A run with a record continues in any case: the Tracker
+            reports the outage and publishes once MLflow answers.
 
     Raises:
         UserError: of the kind that fits; the message names what, where and what to do.
@@ -157,7 +159,8 @@ def open_run(
         check_and_join(experiment, experiment, shapes, root, uri)
         if will_train:
             gpu_memory.check_gpu_memory(experiment, shapes, lambda: finished_model_names(experiment, shapes, root, uri))
-    lease = Lease(storage).acquire()  # Before the record is read, since another process may still write it.
+    # Before the record is read, since another process may still write it.
+    lease = Lease(storage).acquire()
     try:
         tracker = Tracker(uri, storage, experiment=experiment_name, echo=say)
         return _opened(experiment, root, storage, tracker, lease, records_only)
@@ -281,6 +284,6 @@ def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage, 
 
 
 def kinds_of_targets(experiment: Experiment) -> tuple[Targets, ...]:
-    """Return the kinds of targets that the experiment's models read from shards; ("none",) if none does."""
+    """Return the kinds of targets that models read from shards; ("none",) if there are none."""
     kinds = dict.fromkeys(c.targets for c in experiment.model_configs().values() if stored_levels(c))
     return tuple(kinds) or ("none",)

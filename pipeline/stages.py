@@ -122,7 +122,8 @@ class TrainProgress(monitor.Progress):
             say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
         mlflow_run.start_model(tracker, RunRecord.from_json(self.run.record), name, record["steps"][0]["time"])
-        if not tracker.is_behind:  # Otherwise the epoch is read from its file when the model is finished.
+        # Otherwise the epoch is read from its file when the model is finished.
+        if not tracker.is_behind:
             tracker.history(f"model/{name}", record["epoch"], lambda: record)
 
     def on_external(self, name: str, why_no_autoencoder: str) -> None:
@@ -162,7 +163,7 @@ def trained_models(run: Run) -> list[plan.Model]:
 
 
 def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> list[plan.Model]:
-    """Return models as attacks see them, each reformer in front of the undefended classifier of its architecture.
+    """Return models as attacks see them: a reformer in front of its undefended classifier.
 
     A reformer without such a classifier, because that one diverged, is left out.
 
@@ -188,7 +189,7 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
 
 
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
-    """Attack every model under every threat model, and derive worst cases, flags and images (stage 3)."""
+    """Attack every model, and derive worst cases, flags and images (stage 3)."""
     with run.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
         run.record["evaluations"] = evaluations

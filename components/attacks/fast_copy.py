@@ -1,4 +1,4 @@
-"""Searching for examples on a faster network that stands in for the one under attack; that one has the last word."""
+"""Fast copy of a network, on which attacks search; the network itself has the last word."""
 
 from __future__ import annotations
 
@@ -15,32 +15,45 @@ from components.attacks.spec import AttackSpec
 from components.precision import true_float32
 
 _PASSES = 5
-"""So often must the network itself agree: one that draws at random agrees by luck, and tracing keeps one draw."""
+"""Forward passes that must agree.
+
+A randomised network may agree once by chance, and tracing freezes one draw."""
 _AGREEMENT = 1e-4
-"""Most by which two float32 logits of an image may differ, as a share of the largest: folding differs by 1e-6."""
+"""Largest difference of two float32 logits of an image, as a share of the largest logit.
+
+Folding causes 1e-6."""
 _SLOPE_AGREEMENT = 1e-3
-"""Most by which an image's gradients may, as a share of their norm: folding differs by 1e-6 ..."""
+"""Largest difference of an image's gradients, as a share of their norm. Folding causes 1e-6."""
 _SLOPES = 0.75
-"""... on so many of the images at least. On the others a ReLU may lie within rounding of 0, and folding opens or closes it."""
+"""Share of the images on which the gradients must agree.
+
+On the others a ReLU may lie within rounding of 0, and folding may open or close it."""
 _BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT = 5e-2, 0.5
-"""The same in bfloat16, whose eight bits make a hundredth of a trained network's logits and an eighth of its gradients' norm."""
+"""The same limits for bfloat16.
+
+Rounding to eight bits changes a trained network's logits by 1/100 and its gradients by 1/8."""
 
 
 @true_float32()
 def make_fast_copy(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
-    """A frozen network with the logits of ``model`` in less time: batch norm folded into the convolutions, channels_last.
+    """Make a frozen network with the logits of ``model`` in less time.
+
+    Batch norm is folded into the convolutions, and the memory format is channels_last.
 
     Args:
-        model: in eval mode; not changed.
-        images: float32 [N,C,H,W] in [0,1] on the model's device, to see that logits and gradients are the same.
-        bfloat16: everything but linear layers in bfloat16, if logits and gradients stay near enough; else as without. For
-            attacks that may search so (:attr:`~components.attacks.spec.AttackSpec.may_search_in_bfloat16`).
+        model: in eval mode; it is not changed.
+        images: float32 [N,C,H,W] in [0,1] on the model's device, on which logits and gradients of
+            model and copy are compared.
+        bfloat16: compute all but linear layers in bfloat16, if logits and gradients stay near
+            enough; otherwise the copy is float32. For attacks with
+            :attr:`~components.attacks.spec.AttackSpec.may_search_in_bfloat16`.
 
     Returns:
-        None where that cannot be had: its control flow cannot be traced, or logits or gradients come out otherwise, or are zero.
+        The copy, or None if the network's control flow cannot be traced, or if logits or gradients
+        of the copy differ or are zero.
 
     Raises:
-        torch.OutOfMemoryError: no room for the copy, or for so many images.
+        torch.OutOfMemoryError: the copy or its passes do not fit the memory.
     """
     fast = _folded(model)
     if fast is None or not _agree(model, fast, images, _AGREEMENT, _SLOPE_AGREEMENT):
@@ -53,7 +66,7 @@ def make_fast_copy(model: nn.Module, images: Tensor, *, bfloat16: bool = False) 
 
 
 def computes_in_bfloat16(fast: nn.Module | None) -> bool:
-    """Whether :func:`make_fast_copy` could give what it was asked for with ``bfloat16``."""
+    """Tell whether a copy that was made with ``bfloat16`` does compute in bfloat16."""
     return isinstance(fast, _BFloat16)
 
 
@@ -69,38 +82,42 @@ def run_attack_on_copy(
     auxiliary: Auxiliary | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """:func:`run_attack` on ``fast``; where ``model`` does not fall for what it should, again on ``model``.
+    """Run an attack on ``fast``, and repeat it on ``model`` for examples that ``model`` withstands.
 
-    An example may lie so close to the boundary (C&W, DDN and FAB end there) that rounding decides. Without the second
-    run such a sample would count as one that withstood. FGSM, a single pass, gains nothing and runs on ``model``.
+    An example may lie so close to the decision boundary that rounding decides; C&W, DDN and FAB end
+    there. Without the second run such a sample would count as robust. FGSM runs on ``model``, since
+    a single pass gains nothing from the copy.
 
-    Whatever is not in bfloat16 by ``fast`` itself is computed in true float32.
+    Except for the bfloat16 layers of ``fast``, everything is computed in true float32.
 
     Args:
-        fast: what :func:`make_fast_copy` made of ``model``; None: the attack runs on ``model`` alone.
+        fast: the copy of ``model`` by :func:`make_fast_copy`; None runs the attack on ``model``.
         others: as for :func:`run_attack`.
+
+    Returns:
+        float32 [N,C,H,W]: the examples.
     """
     options: dict[str, Any] = {"stop_on_success": stop_on_success, "generator": generator}
     if fast is None or spec.name == "fgsm":
         return run_attack(spec, model, inputs, labels, auxiliary=auxiliary, **options)
-    found = run_attack(spec, fast, inputs, labels, auxiliary=auxiliary, **options)
+    examples = run_attack(spec, fast, inputs, labels, auxiliary=auxiliary, **options)
     if not len(inputs):
-        return found
+        return examples
 
-    def falls(net: nn.Module, x: Tensor) -> Tensor:
+    def is_broken(net: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
             return is_adversarial(net(x), labels, targeted=False)
 
-    slipped = (falls(fast, found) | falls(model, inputs)) & ~falls(model, found)
-    rows = slipped.nonzero().squeeze(1)
+    lost = (is_broken(fast, examples) | is_broken(model, inputs)) & ~is_broken(model, examples)
+    rows = lost.nonzero().squeeze(1)
     if len(rows):
-        knows = None if auxiliary is None else lambda x, within: auxiliary(x, rows[within])
-        found[rows] = run_attack(spec, model, inputs[rows], labels[rows], auxiliary=knows, **options)
-    return found
+        auxiliary_of_rows = None if auxiliary is None else lambda x, within: auxiliary(x, rows[within])
+        examples[rows] = run_attack(spec, model, inputs[rows], labels[rows], auxiliary=auxiliary_of_rows, **options)
+    return examples
 
 
 class _Frozen(nn.Module):
-    """A network without gradients for its parameters, which gets images in channels_last."""
+    """A network without gradients for its parameters, with images in channels_last."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -112,7 +129,10 @@ class _Frozen(nn.Module):
 
 
 class _BFloat16(_Frozen):
-    """The same in bfloat16. Not its linear layers: rounding the logits themselves would hide most of what a step gains."""
+    """A frozen network in bfloat16, but for its linear layers.
+
+    Rounding the logits themselves would hide most of a step's gain.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net.to(torch.bfloat16))
@@ -125,7 +145,10 @@ class _BFloat16(_Frozen):
 
 
 class _Root(nn.Module):
-    """Tracing passes over the hooks of the outermost module, and one of a network's may normalise its images."""
+    """Module around a network.
+
+    Tracing skips the hooks of the outermost module, and a network's hook may normalise its images.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -137,22 +160,25 @@ class _Root(nn.Module):
 
 
 def _folded(model: nn.Module) -> _Frozen | None:
-    from torch.fx.experimental.optimization import fuse  # half a second
+    from torch.fx.experimental.optimization import fuse  # The import takes half a second.
 
     try:
         return _Frozen(fuse(_Root(model)).eval())
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a network does that cannot be traced
+    except Exception:  # Networks that cannot be traced raise errors of many types.
         return None
 
 
 def _agree(model: nn.Module, fast: nn.Module, images: Tensor, logits_within: float, slopes_within: float) -> bool:
-    """In logits and in gradients: a backward pass of its own (ComDefend's binarisation has one) is lost in tracing, and an attack
-    without gradients finds nothing."""
+    """Tell whether logits and gradients of two networks agree.
+
+    Tracing loses a backward pass of the network's own, such as that of ComDefend's binarisation,
+    and an attack without gradients finds nothing.
+    """
 
     def weighted(logits: Tensor, _: Tensor) -> Tensor:
-        """No loss that a confident network saturates."""
+        # A confident network saturates a loss, but not this sum.
         return logits @ torch.randn(logits.shape[1], generator=torch.Generator().manual_seed(0)).to(logits.device)
 
     def passes(net: nn.Module) -> tuple[Tensor, Tensor]:
@@ -160,16 +186,16 @@ def _agree(model: nn.Module, fast: nn.Module, images: Tensor, logits_within: flo
         return logits, gradient
 
     try:
-        found, found_slope = passes(fast)
+        fast_logits, fast_slope = passes(fast)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # what was traced may not run
+    except Exception:  # A traced network may not run.
         return False
     for _ in range(_PASSES):
-        wanted, slope = passes(model)
-        near = (wanted - found).abs().amax(dim=1) <= logits_within * wanted.abs().amax(dim=1)
+        logits, slope = passes(model)
+        near = (logits - fast_logits).abs().amax(dim=1) <= logits_within * logits.abs().amax(dim=1)
         length = l2_norms(slope)
-        along = l2_norms(slope - found_slope) <= slopes_within * length
-        if not near.all() or not (length > 0).all() or along.float().mean() < _SLOPES:
+        parallel = l2_norms(slope - fast_slope) <= slopes_within * length
+        if not near.all() or not (length > 0).all() or parallel.float().mean() < _SLOPES:
             return False
     return True

@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen keyword-only dataclasses with units, validated when they are made.
+"""Settings of a run, as frozen keyword-only dataclasses that are validated when made.
 
-Section numbers in this package are those of Liu et al., "Defending Adversarial Examples via DNN Bottleneck
-Reinforcement", ACM MM 2020."""
+Section numbers in this package are those of Liu et al., "Defending Adversarial Examples via DNN
+Bottleneck Reinforcement", ACM MM 2020."""
 
 from components.config.data import (
     MAX_CLASSES,

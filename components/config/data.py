@@ -14,7 +14,8 @@ MAX_LEVELS = 4
 MAX_IMAGE_SIZE = 2**14
 """One image of this size in RGB takes 800 MB: a larger one is a mistake."""
 MAX_CLASSES = 10**6
-"""ImageNet-21k has 21,841 classes. The last layer of a standard network takes 2 to 8 GB for a million."""
+"""ImageNet-21k has 21,841 classes. The last layer of a standard network takes 2 to 8 GB for a
+million."""
 
 
 def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
@@ -70,9 +71,11 @@ class DataConfig:
     download: bool = False
     """Let torchvision download the files that root lacks."""
     image_size: int = 28
-    """Height and width in pixels. An image of another size is an error, unless resize says otherwise."""
+    """Height and width in pixels. An image of another size is an error, unless resize says
+    otherwise."""
     resize: Literal["none", "crop"] = "none"
-    """crop: the shorter side is resized to image_size and the centre is cut out, as for ImageNet."""
+    """crop: the shorter side is resized to image_size and the centre is cut out, as for
+    ImageNet."""
     channels: int = 1
     """1 (grey) or 3 (RGB). Images of the other mode are converted."""
     num_classes: int = 10
@@ -81,20 +84,24 @@ class DataConfig:
     """Order of folder:DIR's class folders, which are labels 0, 1, ...: text (10 before 2, as in
     torchvision) or number (2 before 10, as in timm). Empty: an error if the two differ."""
     test_split: str = ""
-    """Split of the source that the test images are taken from, such as validation or val. Empty: test,
-    or else validation, valid or val. train is allowed only if no model is trained."""
+    """Split of the source that the test images are taken from, such as validation or val. Empty:
+    test, or else validation, valid or val. train is allowed only if no model is trained."""
     image_column: str = ""
     """Image column of parquet:DIR. Empty: image or img, or the only column of images."""
     label_column: str = ""
-    """Label column of parquet:DIR. Empty: label or labels, or the only column that is named like labels."""
+    """Label column of parquet:DIR. Empty: label or labels, or the only column that is named like
+    labels."""
     allow_empty_classes: bool = False
-    """Accept a test split, or a training split without train_limit, in which a class has no image."""
+    """Accept a test split, or a training split without train_limit, in which a class has no
+    image."""
     validation_fraction: float = 0.1
-    """Share of the training images held out, by a seeded hash of the sample index. 0 at paper scale."""
+    """Share of the training images held out, by a seeded hash of the sample index. 0 at paper
+    scale."""
     split_seed: int = 0
     """Seed of that hash."""
     train_limit: int = 0
-    """Number of training images, drawn from the whole split by subset_seed before the validation split.
+    """Number of training images, drawn from the whole split by subset_seed before the validation
+    split.
     0: all."""
     test_limit: int = 0
     """Number of test images, drawn from the whole split by subset_seed. 0: all."""
@@ -137,4 +144,5 @@ class Shapes:
     channels: int
     num_classes: int
     sizes: tuple[int, ...]
-    """Level sizes in pixels, level 0 first. The decoder has all levels, also those without a target."""
+    """Level sizes in pixels, level 0 first. The decoder has all levels, also those without a
+    target."""

@@ -44,17 +44,19 @@ class EvaluationConfig:
     )
     """Attack specs, NAME or NAME:FIELD=VALUE,... (see components/attacks/spec.py)."""
     threat_models: tuple[str, ...] = (WHITE_BOX, TRANSFER)
-    """white_box: examples made on the model under test itself. black_box: the same from its scores alone
-    (attacks that need no gradients). transfer: made on transfer_source; called grey_box for a model
-    with a reformer in front of that source. transfer:NAME: made on the model NAME. transfer:*: made
-    on each model in turn, without the sources that transfer has already."""
+    """white_box: examples made on the model under test itself. black_box: the same from its scores
+    alone (attacks that need no gradients). transfer: made on transfer_source; called grey_box for a
+    model with a reformer in front of that source. transfer:NAME: made on the model NAME.
+    transfer:*: made on each model in turn, without the sources that transfer has already."""
     transfer_source: str = ""
     """Undefended model on which transferred examples are made. Empty: for each model, the first
     undefended one of the same architecture and width."""
     test_images: int = 0
-    """Number of attacked test images, drawn from the whole test split by data.subset_seed. 0: all."""
+    """Number of attacked test images, drawn from the whole test split by data.subset_seed. 0:
+    all."""
     chunk_size: int = 50
-    """Images per chunk, the unit of random stream, record and resumption. It changes the results."""
+    """Images per chunk, the unit of random stream, record and resumption. It changes the
+    results."""
     seed: int = 0
     """Seed of the attacks' random streams."""
     search_precision: Literal["float32", "bfloat16"] = "float32"
@@ -62,8 +64,8 @@ class EvaluationConfig:
     hardware with such arithmetic. Every verdict is float32. It changes the results
     (docs/evaluation.md)."""
     reliability_images: int = 32
-    """Attacked images that the reliability probe and the active tests use (docs/reliability.md). 0: none
-    of them is run."""
+    """Attacked images that the reliability probe and the active tests use (docs/reliability.md). 0:
+    none of them is run."""
 
     def __post_init__(self) -> None:
         check_values(self, "evaluation", _EVALUATION_RULES)
@@ -117,11 +119,14 @@ class ScalingConfig:
     cpus_per_attack: float = 1.0
     """Logical CPUs that Ray reserves for an attack task."""
     gpus_per_attack: float = 0.0
-    """GPUs, or a fraction of one, that Ray reserves for an attack task. 0: attacks run on the CPU."""
+    """GPUs, or a fraction of one, that Ray reserves for an attack task. 0: attacks run on the
+    CPU."""
     chunks_per_attack: int = 1
-    """Chunks that one attack task computes one after the other. More chunks mean fewer task starts."""
+    """Chunks that one attack task computes one after the other. More chunks mean fewer task
+    starts."""
     parallel_models: int = 0
-    """Models trained side by side, each on its own workers. 0: as many as the cluster has room for."""
+    """Models trained side by side, each on its own workers. 0: as many as the cluster has room
+    for."""
     wait_s: float = 0.0
     """Seconds to wait for nodes that the run needs, on a cluster that grows."""
     max_failures: int = 3
@@ -157,14 +162,14 @@ class Experiment:
     )
     """The models, NAME or NAME:FIELD=VALUE,... with fields of train."""
     seeds: int = 1
-    """Number of replicates of each model, with seeds that are SEED_STRIDE apart. With several, the report
-    gives mean and spread."""
+    """Number of replicates of each model, with seeds that are SEED_STRIDE apart. With several, the
+    report gives mean and spread."""
     allow_diverged: bool = False
-    """Continue without a model whose loss was not finite, which the report says, instead of stopping
-    before the attacks."""
+    """Continue without a model whose loss was not finite, which the report says, instead of
+    stopping before the attacks."""
     paper: str = ""
-    """Table of the paper (table1 ... table8) whose values the report shows beside the run's. Its rows are
-    the names of the models."""
+    """Table of the paper (table1 ... table8) whose values the report shows beside the run's. Its
+    rows are the names of the models."""
     figures: tuple[str, ...] = ()
     """Figures of the paper that the report draws from this run: fig2, fig5, fig6, fig7, fig8."""
     scale: str = ""
@@ -172,13 +177,14 @@ class Experiment:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     storage: str = "~/defendpp"
-    """Storage of shards, models and records: an absolute path or a URI (s3://bucket/path) that every node
-    reaches."""
+    """Storage of shards, models and records: an absolute path or a URI (s3://bucket/path) that
+    every node reaches."""
     tracking_uri: str = ""
-    """MLflow server (http://...) or database (sqlite:///...). Empty: $MLFLOW_TRACKING_URI, or mlflow.db
-    in a local storage."""
+    """MLflow server (http://...) or database (sqlite:///...). Empty: $MLFLOW_TRACKING_URI, or
+    mlflow.db in a local storage."""
     experiment_name: str = ""
-    """MLflow experiment that the run is published in. Empty: $MLFLOW_EXPERIMENT_NAME, or defendpp."""
+    """MLflow experiment that the run is published in. Empty: $MLFLOW_EXPERIMENT_NAME, or
+    defendpp."""
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
@@ -196,9 +202,9 @@ class Experiment:
     def _check_model(self, name: str, config: TrainConfig) -> None:
         """Check the fields of one model against data and scaling."""
         longest = math.sqrt(self.data.channels) * self.data.image_size
-        # PyTorch 2.14.1 on an AVX2 processor writes outside its memory in this format: in the weight
-        # gradient of a stride-2 1x1 convolution, which every ResNet has. bfloat16, the plain format
-        # and GPUs do not.
+        # PyTorch 2.14.1 on an AVX2 processor writes outside its memory in this format: in the
+        # weight gradient of a stride-2 1x1 convolution, which every ResNet has. bfloat16, the plain
+        # format and GPUs do not.
         corrupts_memory = config.channels_last and config.precision == "float32" and not self.scaling.gpu
         channels = self.data.channels
         rules: dict[str, tuple[bool, str]] = {
@@ -234,7 +240,7 @@ class Experiment:
             )
 
     def _check_sources(self) -> None:
-        """Check that every model which needs a source of transferred examples, or a classifier, has one."""
+        """Check that every model has the transfer source or the classifier that it needs."""
         threat_models, explicit = self.evaluation.threat_models, self.evaluation.transfer_source
         if explicit and TRANSFER in threat_models:
             undefended = {base for base, config in self.first_replicates().items() if config.defense == "none"}
@@ -269,7 +275,7 @@ class Experiment:
             raise ConfigError.of("evaluation.threat_models", ", ".join(self.evaluation.threat_models), remedies[0])
 
     def _remedy(self, threat_model: str) -> str:
-        """Return what would let a threat model attack any model; empty if it attacks one already."""
+        """Return what a threat model lacks to attack any model; empty if it lacks nothing."""
         kind, base = split_threat_model(threat_model)
         if kind == BLACK_BOX:
             specs = [AttackSpec.parse(attack) for attack in self.evaluation.attacks]
@@ -284,7 +290,7 @@ class Experiment:
         return ""
 
     def _check_seeds(self) -> None:
-        """Refuse a control that is its own source, equal replicates, and a seed without influence."""
+        """Refuse a control that is its own source, equal replicates, and an unused seed."""
         _check_twins(self.models, self.train, self.seeds)
         named = all("seed" in parse_spec(text)[1] for text in self.models)
         check(
@@ -304,7 +310,8 @@ class Experiment:
         Names of replicates end in -s0, -s1, ...
 
         Raises:
-            ConfigError: two models have one name, or a model has a field or value that ``train`` lacks.
+            ConfigError: two models have one name, or a model has a field or value that ``train``
+                lacks.
         """
         return {name: config for name, (_, _, config) in self._expanded().items()}
 
@@ -326,10 +333,11 @@ class Experiment:
         return {base: config for base, replicate, config in self._expanded().values() if replicate == 0}
 
     def transfer_source_of(self, name: str, base: str = "") -> str | None:
-        """Return the model of the same replicate whose examples are transferred to the model ``name``.
+        """Return the source, of the same replicate, of examples that are transferred to a model.
 
         Args:
-            base: a name in ``models``, as in ``transfer:NAME``. Empty: as ``evaluation.transfer_source``.
+            base: a name in ``models``, as in ``transfer:NAME``. Empty: as
+                ``evaluation.transfer_source``.
 
         Returns:
             The name of the source, or None if it is the model itself or there is none.

@@ -55,7 +55,8 @@ class TrainConfig:
     vgg16_bn, or MODULE:FUNCTION for a network of your own (docs/networks.md). Undefended models may
     also be torchvision:NAME or timm:NAME, the network of that name in the library."""
     width: int = 64
-    """Channels of the first stage. 64 is the standard network; smaller ones are for tests and demos."""
+    """Channels of the first stage. 64 is the standard network; smaller ones are for tests and
+    demos."""
     pretrained: str = ""
     """Weights to start from: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS,
     mlflow:runs:/ID/PATH, or torchvision:NAME such as torchvision:IMAGENET1K_V1 (downloaded, or from
@@ -67,11 +68,11 @@ class TrainConfig:
     classifier trained on examples made online. comdefend: a reformer in front of the undefended
     classifier (Jia et al. 2019)."""
     decoder: Literal["pyramid", "hourglass", "hourglass_concat", "hourglass_add"] = "pyramid"
-    """pyramid: U and H modules (Fig. 4). The hourglasses (Fig. 3), without skips or with concatenated or
-    added ones, are Table 1's ablation."""
+    """pyramid: U and H modules (Fig. 4). The hourglasses (Fig. 3), without skips or with
+    concatenated or added ones, are Table 1's ablation."""
     targets: Literal["lowpass", "linear", "none"] = "lowpass"
-    """lowpass: DCT low-pass images (the paper's MS-LP). linear: bilinear (MS-LI). none: level 0 only
-    (w/o MS-LP)."""
+    """lowpass: DCT low-pass images (the paper's MS-LP). linear: bilinear (MS-LI). none: level 0
+    only (w/o MS-LP)."""
     shared_blocks: int = 4
     """Number of encoder blocks, from the input on, whose weights classifier and auto-encoder share
     (sec. 3.4, 4.2)."""
@@ -80,10 +81,11 @@ class TrainConfig:
     reconstruction_weight: float = 1.0
     """w of L = L_cls + w * L_rec (the paper has 1)."""
     reconstruction_reduction: Literal["mean", "sum"] = "mean"
-    """Reading of eq. 3's squared norm: mean or sum over pixels. Over the batch it is always the mean."""
+    """Reading of eq. 3's squared norm: mean or sum over pixels. Over the batch it is always the
+    mean."""
     noise_location: Literal["none", "latent", "input"] = "none"
-    """Where Gaussian noise is added during training (sec. 4.2, "ours + GN"). Only with defense none or
-    defend++."""
+    """Where Gaussian noise is added during training (sec. 4.2, "ours + GN"). Only with defense none
+    or defend++."""
     noise_sigma: float = 0.1
     """Standard deviation of that noise, in units of the tensor it is added to."""
     adversarial_attack: Literal["fgsm", "pgd", "ddn"] = "fgsm"
@@ -93,25 +95,27 @@ class TrainConfig:
     adversarial_steps: int = 10
     """adversarial only, pgd and ddn: steps per example; pgd's step size is 2.5 eps / steps."""
     adversarial_max_norm: float = 0.0
-    """adversarial only: largest L2 norm; longer perturbations are scaled down to it (Rony et al. 2019:
-    2.4 on MNIST, 1 on CIFAR-10). 0: no limit."""
+    """adversarial only: largest L2 norm; longer perturbations are scaled down to it (Rony et al.
+    2019: 2.4 on MNIST, 1 on CIFAR-10). 0: no limit."""
     adversarial_share: float = 1.0
-    """adversarial only: share of the examples' loss; the clean images have the rest (Goodfellow et al.
+    """adversarial only: share of the examples' loss; the clean images have the rest (Goodfellow et
+    al.
     2015: 0.5)."""
     adversarial_epochs: int = 0
     """adversarial only: number of adversarial epochs, after clean ones. 0: all."""
     reformer_sigma: float = 20.0
     """comdefend only: standard deviation of the noise on its code during training."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
-    """flip: half of the images are flipped horizontally, with their stored levels. crop_flip: also a
-    random crop after padding by crop_padding; levels are computed on the training device."""
+    """flip: half of the images are flipped horizontally, with their stored levels. crop_flip: also
+    a random crop after padding by crop_padding; levels are computed on the training device."""
     crop_padding: int = 4
     """crop_flip only: pixels of zeros on each side."""
     schedule: Literal["joint", "alternating"] = "joint"
-    """joint: one backward pass of L. alternating: cycles of auto-encoder epochs and classifier epochs,
-    then joint epochs."""
+    """joint: one backward pass of L. alternating: cycles of auto-encoder epochs and classifier
+    epochs, then joint epochs."""
     epochs: int = 4
-    """Number of epochs over all phases. 0: the weights of ``pretrained`` are evaluated as they are."""
+    """Number of epochs over all phases. 0: the weights of ``pretrained`` are evaluated as they
+    are."""
     cycles: int = 3
     """Alternating only: number of (auto-encoder, classifier) cycles before joint training."""
     autoencoder_epochs: int = 5
@@ -126,8 +130,8 @@ class TrainConfig:
     """one_cycle: linear warm-up over 30 % of the steps, then a cosine to zero. step: multiplied by
     lr_gamma every lr_step_epochs."""
     lr_step_epochs: int = 100
-    """step only: epochs between two drops. 0: a third of ``epochs``, rounded up, as the paper's 100 of
-    300."""
+    """step only: epochs between two drops. 0: a third of ``epochs``, rounded up, as the paper's 100
+    of 300."""
     lr_gamma: float = 0.1
     """step only: factor of a drop."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -142,7 +146,8 @@ class TrainConfig:
     """bfloat16: autocast of the forward pass; weights stay float32. float32: on a GPU with TF32 in
     convolutions, PyTorch's default. Validation is always in true float32."""
     channels_last: bool = False
-    """Memory format of the network, faster on GPU and with bfloat16 on CPU. Refused with float32 on CPU."""
+    """Memory format of the network, faster on GPU and with bfloat16 on CPU. Refused with float32 on
+    CPU."""
     normalize_mean: tuple[float, ...] = ()
     """Mean per channel that the network subtracts from [0,1] images. Empty: none."""
     normalize_std: tuple[float, ...] = ()

@@ -1,11 +1,12 @@
-"""The classifiers of the paper (sec. 4.1, 4.5) and a user's own: images in [0,1] to logits.
+"""Classifiers of the paper (sec. 4.1, 4.5) and of the user: images in [0,1] to logits.
 
-ResNet-18, ResNet-50 and VGG16 have torchvision's parameter names, initialisation and arithmetic, so that a ``state_dict``
-goes both ways (tests/components/models/test_models.py). They are written out here because importing torchvision takes each Ray worker six
-seconds of CPU, and its networks have neither another stem nor another width.
+ResNet-18, ResNet-50 and VGG16 have torchvision's parameter names, initialisation and arithmetic, so
+a ``state_dict`` goes both ways (tests/components/models/test_models.py). They are written out here
+because importing torchvision costs each Ray worker six seconds of CPU, and because torchvision's
+networks have neither another stem nor another width.
 
-The defense never changes a classifier (sec. 1, 3.1). It sees it through the adapter that every one of them carries
-(``components/models/adapter.py``).
+The defense never changes a classifier (sec. 1, 3.1). It reads its blocks through the classifier's
+adapter (``components/models/adapter.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from components.models.resnet import BasicBlock, Bottleneck, ResNet, ResNet18, R
 from components.models.vgg import VGG16, vgg16_bn
 from components.models.weights import load_strictly
 
-# Models registered in MLflow are pickles, and earlier ones name these classes by this module.
+# Models registered in MLflow are pickles. Those of earlier versions name these classes by this
+# module.
 __all__ = [
     "ARCHITECTURES",
     "SMALL_IMAGE",
@@ -42,9 +44,10 @@ __all__ = [
 ]
 
 SMALL_IMAGE = 64
-"""Below so many pixels ResNets have a 3x3, stride 1 stem without max-pool and VGG16 one linear layer as its head; from there
-on both are torchvision's own."""
+"""Size in pixels from which on networks are torchvision's own.
 
+Below, ResNets have a 3x3, stride 1 stem without max-pool, and VGG16 has one linear layer as
+head."""
 
 _BUILDERS: Mapping[str, Callable[[int, int, int, bool, Sequence[float], Sequence[float]], nn.Module]] = {
     "resnet18": ResNet18,
@@ -53,7 +56,7 @@ _BUILDERS: Mapping[str, Callable[[int, int, int, bool, Sequence[float], Sequence
     "vgg16_bn": vgg16_bn,
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_BUILDERS)
-"""The names that ``train.arch`` knows; anything else is MODULE:FUNCTION."""
+"""Names of ``train.arch`` for networks of this project."""
 
 
 def build_classifier(
@@ -69,20 +72,24 @@ def build_classifier(
     needs_adapter: bool = True,
     pretrained: bool = False,
 ) -> nn.Module:
-    """An untrained classifier whose initial weights follow from ``seed`` alone: images [N, C, W, W] in [0,1] to logits.
+    """Build an untrained classifier: images [N, C, W, W] in [0,1] to logits.
+
+    Its initial weights follow from ``seed`` alone.
 
     Args:
-        arch: one of ARCHITECTURES, or ``MODULE:FUNCTION``, a function of the user's own, called as
-            ``FUNCTION(num_classes=..., channels=..., image_size=..., width=...)``, that returns the network and its
-            Adapter (docs/networks.md), or ``torchvision:NAME`` or ``timm:NAME``, which have no adapter.
-        needs_adapter: False lets a function return a network alone, which is enough where nobody asks for its blocks.
-        pretrained: whether weights will be loaded, for which a library may build its network otherwise.
+        arch: one of ARCHITECTURES; or ``MODULE:FUNCTION``, the user's own function, called as
+            ``FUNCTION(num_classes=..., channels=..., image_size=..., width=...)``, which returns
+            the network and its Adapter (docs/networks.md); or ``torchvision:NAME`` or
+            ``timm:NAME``, which have no adapter.
         width: channels of the first stage; 64 is the standard network.
         mean, std: per-channel normalisation inside the network; empty: none.
+        needs_adapter: False if the network's blocks are not used. A function may then return a
+            network alone.
+        pretrained: whether weights will be loaded. A library may build its network otherwise then.
 
     Raises:
-        ConfigError: unknown architecture; a function that cannot be imported or returns something else; an adapter that
-            does not fit its network.
+        ConfigError: the architecture is unknown, a function cannot be imported or returns something
+            else, or an adapter does not fit its network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -122,14 +129,14 @@ def _of_library(
         raise ConfigError.of(
             "train.arch", arch, f"a network of an installed library ({e}): pip install {library}"
         ) from e
-    except Exception as e:  # each library has its own way to say that it does not know a name
+    except Exception as e:  # Each library has errors of its own for an unknown name.
         raise ConfigError.of("train.arch", arch, f"a name that {library} can build ({type(e).__name__}: {e})") from e
 
 
 def _made_elsewhere(
     arch: str, num_classes: int, channels: int, image_size: int, width: int, needs_adapter: bool
 ) -> tuple[nn.Module, Adapter | None]:
-    """Return what MODULE:FUNCTION returns, checked."""
+    """Return the network of MODULE:FUNCTION, and its adapter if it has one."""
     if not own.is_own(arch) or not all(arch.split(":", 1)):
         raise ConfigError.of(
             "train.arch",
@@ -137,18 +144,15 @@ def _made_elsewhere(
             f"{', '.join(ARCHITECTURES)}, or MODULE:FUNCTION for a network of your own (docs/networks.md)",
         )
     sizes = {"num_classes": num_classes, "channels": channels, "image_size": image_size, "width": width}
-    made = own.calling(arch, own.import_function(arch), sizes)
-    if isinstance(made, nn.Module) and not needs_adapter:
-        return made, None
-    if isinstance(made, tuple) and len(made) == 2:
-        classifier, adapter = made
+    result = own.calling(arch, own.import_function(arch), sizes)
+    if isinstance(result, nn.Module) and not needs_adapter:
+        return result, None
+    if isinstance(result, tuple) and len(result) == 2:
+        classifier, adapter = result
         if isinstance(classifier, nn.Module) and isinstance(adapter, Adapter):
             return classifier, adapter
-    got = f"({', '.join(type(x).__name__ for x in made)})" if isinstance(made, tuple) else type(made).__name__
-    raise ConfigError.of("train.arch", arch, f"a function that returns (nn.Module, Adapter); it returned {got}")
-
-
-# --- weights from elsewhere
+    types = f"({', '.join(type(x).__name__ for x in result)})" if isinstance(result, tuple) else type(result).__name__
+    raise ConfigError.of("train.arch", arch, f"a function that returns (nn.Module, Adapter); it returned {types}")
 
 
 def load_weights(
@@ -159,16 +163,16 @@ def load_weights(
     replace_head: bool = False,
     trains: bool = True,
 ) -> None:
-    """Load weights into a classifier, strictly: every key must be there with its shape, and no other.
+    """Load weights into a classifier strictly: every key with its shape, and no other.
 
     Args:
         tensors: a ``state_dict``, such as torchvision's of the same architecture.
         where: the file, for messages.
-        replace_head: leave the network's own last linear layer as it is and do not read the file's.
-        trains: whether training follows. Without it a new head would stay random.
+        replace_head: keep the network's own last linear layer instead of the file's.
+        trains: whether training follows. Without training a new head would stay random.
 
     Raises:
-        ConfigError: the file's head has another number of classes, or there is no head to keep.
+        ConfigError: the file's head has another number of classes, or there is no head to replace.
         DataError: the file is of another architecture.
     """
     name = _last_linear(classifier)
@@ -181,24 +185,25 @@ def load_weights(
             )
         tensors = {**tensors, **{k: state[k] for k in head}}
     elif head and head[0] in tensors:
-        theirs, mine = tensors[head[0]], state[head[0]]
-        if theirs.ndim == 2 and theirs.shape[1] == mine.shape[1] and theirs.shape[0] != mine.shape[0]:
+        in_file, in_network = tensors[head[0]].shape, state[head[0]].shape
+        if len(in_file) == 2 and in_file[1] == in_network[1] and in_file[0] != in_network[0]:
             raise ConfigError(
-                f"{where} holds a head of {theirs.shape[0]} classes, but data.num_classes is {mine.shape[0]}: "
+                f"{where} holds a head of {in_file[0]} classes, but data.num_classes is {in_network[0]}: "
                 + ("--train.replace-head trains a new head; " if trains else "")
-                + f"for images of the file's own classes, --data.num-classes {theirs.shape[0]}"
+                + f"for images of the file's own classes, --data.num-classes {in_file[0]}"
             )
     load_strictly(classifier, tensors, where)
 
 
 def _last_linear(classifier: nn.Module) -> str | None:
-    """The dotted name of the last linear layer in the head; without an adapter, of the whole network."""
+    """Return the name of the last linear layer in the head, or in a network without adapter."""
     last = None
     if not isinstance(getattr(classifier, "adapter", None), Adapter):
         return next((n for n, m in reversed(list(classifier.named_modules())) if isinstance(m, nn.Linear)), None)
     children = dict(classifier.named_children())
     for name in adapter_of(classifier).head:
-        if name.split(".")[0] in children:  # not one of the operations that have no module
+        # Operations of the head, such as flatten, have no module.
+        if name.split(".")[0] in children:
             for inner, module in classifier.get_submodule(name).named_modules(prefix=name):
                 if isinstance(module, nn.Linear):
                     last = inner

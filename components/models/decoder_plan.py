@@ -1,4 +1,4 @@
-"""The plan of a decoder: which of its units mirrors which unit of the encoder."""
+"""Plan of a decoder: which part mirrors which unit of the encoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Connection = Literal["none", "concat", "add"]
 
 @dataclass(frozen=True, kw_only=True)
 class UnitShape:
-    """What a decoder must know of one encoder unit.
+    """Shape of one encoder unit.
 
     Args:
-        depth: residual blocks ("plain": convolutions) that mirror it; 0: a pool.
-        in_channels: channels of what it reads; for the first unit, which reads the image, those that it gives.
-        out_channels, size: of its output; size in pixels.
-        mirror: what mirrors it.
-        stem: it begins with a convolution that ``depth`` does not count.
+        depth: residual blocks ("plain": convolutions) of its mirror; 0 for a pool.
+        in_channels: channels of its input. For the first unit, which reads the image, the channels
+            of its output.
+        out_channels, size: channels and size in pixels of its output.
+        mirror: kind of its mirror.
+        stem: whether it begins with a convolution that ``depth`` does not count.
     """
 
     depth: int
@@ -35,7 +36,12 @@ class UnitShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Consecutive units that are mirrored as one. Sizes in pixels: ``size_in`` of what it reads, ``size`` of its output."""
+    """Consecutive units that are mirrored as one.
+
+    Args:
+        size_in, size: sizes of its input and its output in pixels.
+        others: as for :class:`UnitShape`.
+    """
 
     depth: int
     in_channels: int
@@ -47,7 +53,7 @@ class Stage:
 
 
 def stages_of(units: Sequence[UnitShape], image_size: int) -> list[Stage]:
-    """The stages of an encoder: every unit with the units of depth 0 (pools) that follow it."""
+    """Group an encoder's units into stages: every unit with the pools (depth 0) that follow it."""
     stages: list[Stage] = []
     size_in = image_size
     for unit in units:
@@ -71,13 +77,16 @@ def stages_of(units: Sequence[UnitShape], image_size: int) -> list[Stage]:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderPlan:
-    """What a decoder builds, checked.
+    """Checked plan of a decoder with M levels.
 
     Args:
-        stages: input to latent. Stage m < M-1 is mirrored by the doubling of level m+1 to level m, the others by D_{M-1}.
+        stages: stages from input to latent. The doubling of level m+1 to level m mirrors stage m <
+            M-1, and D_{M-1} mirrors the others.
+        sizes: level sizes in pixels, level 0 first.
         taps: for each level m < M-1 the unit whose map it reads.
-        tap_channels, tap_sizes: of those maps. A size smaller than the level's is doubled before it is read.
-        bottom_sizes: pixels before and after each step of D_{M-1}, which begins with the last stage.
+        tap_channels, tap_sizes: of those maps. A map smaller than the level is doubled first.
+        bottom_sizes: pixels before and after each step of D_{M-1}, which begins with the last
+            stage.
     """
 
     stages: tuple[Stage, ...]
@@ -89,14 +98,14 @@ class DecoderPlan:
 
 
 def plan_decoder(units: Sequence[UnitShape], sizes: Sequence[int]) -> DecoderPlan:
-    """Which stage mirrors what and which map each level reads.
+    """Plan which stages the decoder mirrors and which map each level reads.
 
     Args:
         units: shapes of the encoder units, input to latent.
         sizes: level sizes in pixels, level 0 (the image) first (``components.config.level_sizes``).
 
     Raises:
-        ConfigError: more levels than stages, or sizes that doubling does not reach.
+        ConfigError: there are more levels than stages, or doubling does not reach the sizes.
     """
     levels = len(sizes)
     stages = stages_of(units, sizes[0])
@@ -111,7 +120,8 @@ def plan_decoder(units: Sequence[UnitShape], sizes: Sequence[int]) -> DecoderPla
             raise refuse(f"that stride 2 reaches: level {m + 1} has {sizes[m + 1]} pixels, level {m} has {sizes[m]}")
     taps = []
     for m in range(levels - 1):
-        # the largest map that is not larger than the level; of several, the last: the most worked-out one
+        # Take the largest map that is not larger than the level. Of several, the last is processed
+        # most.
         fitting = [(u.size, i) for i, u in enumerate(units) if u.size <= sizes[m]]
         size, index = max(fitting, default=(0, 0))
         if size != sizes[m] and not reaches(size, sizes[m]):
@@ -119,8 +129,8 @@ def plan_decoder(units: Sequence[UnitShape], sizes: Sequence[int]) -> DecoderPla
                 f"whose levels the encoder has maps for: level {m} has {sizes[m]} pixels, the encoder's next map {size}"
             )
         taps.append(index)
-    # the last stage's mirror comes first and grows; never above the level's own size, which is the smaller of the two where
-    # floor and ceiling differ (30: maps of 15 and 8, level of 7)
+    # The last stage's mirror comes first and grows, at most to the last level's size. That size is
+    # smaller than the map's if floor and ceiling differ (image 30: maps of 15 and 8, level of 7).
     steps = [stages[-1].size]
     for stage in reversed(stages[levels - 1 :]):
         steps.append(min(stage.size_in, sizes[-1]))
@@ -141,5 +151,5 @@ def plan_decoder(units: Sequence[UnitShape], sizes: Sequence[int]) -> DecoderPla
 
 
 def reaches(size_in: int, size_out: int) -> bool:
-    """Whether one stride-2 transposed convolution goes from one size to the other."""
+    """Tell whether one stride-2 transposed convolution goes from one size to the other."""
     return size_out in (2 * size_in - 1, 2 * size_in)

@@ -12,7 +12,10 @@ from components.models.adapter import Adapter, Normalize
 
 
 class BasicBlock(nn.Module):
-    """He et al. 2016: two 3x3 convolutions beside an identity (or, where the shape changes, a 1x1 convolution)."""
+    """Basic block of He et al. 2016: two 3x3 convolutions and a skip.
+
+    The skip is an identity or, if the shape changes, a 1x1 convolution.
+    """
 
     expansion: ClassVar[int] = 1
 
@@ -32,7 +35,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """He et al. 2016: 1x1, 3x3 (with the stride, as torchvision has it) and 1x1 convolutions; four times ``channels`` come out."""
+    """Bottleneck of He et al. 2016: 1x1, 3x3 and 1x1 convolutions, with 4 * ``channels`` outputs.
+
+    The 3x3 convolution has the stride, as in torchvision.
+    """
 
     expansion: ClassVar[int] = 4
 
@@ -63,7 +69,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Module |
 
 
 class ResNet(nn.Module):
-    """A ResNet with a choice of stem, channels and width; ResNet18 and ResNet50 say which.
+    """ResNet with a choice of stem, channels and width.
 
     Args:
         num_classes: number of logits.
@@ -107,7 +113,7 @@ class ResNet(nn.Module):
         stem = ("conv1", "bn1", "relu")
         self.adapter = Adapter(
             blocks=(
-                # the large stem halves the size before the pool does: two maps to tap
+                # The large stem halves the size before the pool does, so there are two maps to tap.
                 ((*stem, "maxpool", "layer1"),) if small else (stem, ("maxpool", "layer1")),
                 *(((f"layer{i}",),) for i in (2, 3, 4)),
             ),
@@ -124,7 +130,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
+        """Return logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
         if self.normalize is not None:
             x = self.normalize(x)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -134,14 +140,14 @@ class ResNet(nn.Module):
 
 
 class ResNet18(ResNet):
-    """The paper's default network."""
+    """ResNet-18, the paper's default network."""
 
     block = BasicBlock
     depths = (2, 2, 2, 2)
 
 
 class ResNet50(ResNet):
-    """Sec. 4.5."""
+    """ResNet-50 of sec. 4.5."""
 
     block = Bottleneck
     depths = (3, 4, 6, 3)

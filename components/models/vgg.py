@@ -1,4 +1,4 @@
-"""VGG-16 with batch normalisation."""
+"""VGG16 with and without batch normalisation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from components.models.adapter import Adapter, Normalize
 class VGG16(nn.Module):
     """VGG16 (Simonyan, Zisserman 2015): 13 convolutions in five blocks, each before a pool.
 
-    Pools round up (``ceil_mode``), so that 28x28 survives all five (14, 7, 4, 2, 1); where sizes divide, nothing changes.
+    Pools round up (``ceil_mode``), so that 28x28 pixels pass all five (14, 7, 4, 2, 1). Sizes that
+    divide are not changed by this.
 
     Args:
         num_classes, channels, width, mean, std: as for ResNet.
+        small: the head is a global average and one linear layer. Otherwise it is torchvision's:
+            three linear layers with 64 * width hidden channels and dropout, over a 7x7 average
+            pool.
         batch_norm: torchvision's vgg16_bn.
-        small: the head is a global average and one linear layer; otherwise torchvision's three linear layers with
-            64 * width hidden channels and dropout, over a 7x7 average pool.
     """
 
     convolutions: ClassVar[tuple[int, ...]] = (2, 2, 3, 3, 3)
@@ -82,7 +84,7 @@ class VGG16(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
+        """Return logits [N, num_classes] of images [N, C, H, W] in [0,1]."""
         if self.normalize is not None:
             x = self.normalize(x)
         logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
@@ -92,4 +94,5 @@ class VGG16(nn.Module):
 def vgg16_bn(
     num_classes: int, channels: int, width: int, small: bool, mean: Sequence[float], std: Sequence[float]
 ) -> nn.Module:
+    """Build a VGG16 with batch normalisation."""
     return VGG16(num_classes, channels, width, small, mean, std, batch_norm=True)

@@ -1,7 +1,8 @@
 """Adversarial training: examples made online against the network as it is, and the mixed loss.
 
-Adv. FGSM: Goodfellow, Shlens, Szegedy 2015, https://arxiv.org/abs/1412.6572. Adv. PGD: Madry et al. 2018,
-https://arxiv.org/abs/1706.06083. Adv. DDN: Rony et al. 2019, https://arxiv.org/abs/1811.09600.
+Adv. FGSM: Goodfellow, Shlens, Szegedy 2015, https://arxiv.org/abs/1412.6572. Adv. PGD: Madry et al.
+2018, https://arxiv.org/abs/1706.06083. Adv. DDN: Rony et al. 2019,
+https://arxiv.org/abs/1811.09600.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ def adversarial_examples(
 ) -> Tensor:
     """Make examples against the classifier as it is now, to be trained on.
 
-    They are made in eval mode: batch norm uses its running statistics and keeps them, and dropout is
-    off. Afterwards, also after an error, the mode of every submodule and every parameter's
-    ``requires_grad`` and ``.grad`` are as before. No sample is dropped on success: Madry et al. train
-    on the last iterate, and examples just behind the decision boundary would be another training
-    set. DDN and C&W return the image itself if it is misclassified already or nothing is found.
+    They are made in eval mode: batch norm uses its running statistics and keeps them, and dropout
+    is off. Afterwards, also after an error, the mode of every submodule and every parameter's
+    ``requires_grad`` and ``.grad`` are as before. No sample is dropped on success: Madry et al.
+    train on the last iterate, and examples just behind the decision boundary would be another
+    training set. DDN and C&W return the image itself if it is misclassified already or nothing is
+    found.
 
     An autocast around the call also holds inside, so the attack runs in the precision of training.
     Its loss and the gradient with respect to the images are float32. A ``torch.no_grad`` around the
@@ -49,8 +51,8 @@ def adversarial_examples(
         spec: the attack and its settings.
         generator: CPU generator of the attack's draws (the start of PGD); None takes torch's global
             one.
-        max_norm: largest L2 norm of a sample's perturbation; a longer one is scaled down. Rony et al.
-            use it with DDN, 2.4 on MNIST and 1.0 on CIFAR-10. 0: no limit.
+        max_norm: largest L2 norm of a sample's perturbation; a longer one is scaled down. Rony et
+            al. use it with DDN, 2.4 on MNIST and 1.0 on CIFAR-10. 0: no limit.
 
     Returns:
         A new float32 tensor [N,C,H,W] in [0,1], detached.

@@ -22,8 +22,8 @@ class Batch:
     Args:
         images: uint8 [N, C, W, W].
         labels: int64 [N].
-        levels: stored levels 1, 2, ... as float16 or float32 [N, C, W_m, W_m]; empty if only level 0
-            has a target.
+        levels: stored levels 1, 2, ... as float16 or float32 [N, C, W_m, W_m]; empty if only level
+            0 has a target.
     """
 
     images: Tensor

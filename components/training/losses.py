@@ -12,7 +12,7 @@ from torch import Tensor
 def reconstruction_terms(
     outputs: Sequence[Tensor], targets: Sequence[Tensor], reduction: Literal["mean", "sum"]
 ) -> list[Tensor]:
-    """Compute the squared error of each level: mean over the batch, mean or sum over an image's values.
+    """Compute each level's squared error: mean over the batch, mean or sum over values.
 
     Equation 3 can be read both ways.
 

@@ -17,8 +17,8 @@ def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
     - Defend++: "joint". With the alternating schedule, ``cycles`` times ``autoencoder_epochs`` on
       L_rec and ``classifier_epochs`` on L_cls come first (sec. 3.4).
     - ComDefend: "reformer".
-    - Adversarial training: "adversarial" in the last ``adversarial_epochs`` (0: in all), "classifier"
-      before.
+    - Adversarial training: "adversarial" in the last ``adversarial_epochs`` (0: in all),
+      "classifier" before.
     - No defense: "classifier".
     """
     if config.defense == "none":
@@ -42,12 +42,12 @@ def phase_at(step: int, steps_per_epoch: int, config: TrainConfig) -> Phase:
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Return the learning rate of an optimisation step (0-based); a change of phase does not reset it.
+    """Return the learning rate of an optimisation step (0-based), whatever its phase.
 
     - step: ``lr * lr_gamma ** (epoch // lr_step_epochs)`` (sec. 4.1). With ``lr_step_epochs`` 0, a
       third of the epochs takes its place.
-    - one_cycle: linear from lr/25 to lr over the first 30 % of all steps, then half a cosine to zero
-      (Smith & Topin 2018, as a cosine).
+    - one_cycle: linear from lr/25 to lr over the first 30 % of all steps, then half a cosine to
+      zero (Smith & Topin 2018, as a cosine).
     """
     if config.lr_schedule == "step":
         between = config.lr_step_epochs or math.ceil(config.epochs / 3)

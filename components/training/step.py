@@ -32,7 +32,8 @@ class PhaseModule(nn.Module):
     - classifier: L_cls.
     - autoencoder: L_rec.
     - joint: L_cls + w * L_rec (eq. 3).
-    - adversarial: L_cls of examples, and of the clean images too if ``adversarial_share`` is below 1.
+    - adversarial: L_cls of examples, and of the clean images too if ``adversarial_share`` is below
+      1.
     - reformer: ComDefend's loss.
     """
 
@@ -64,7 +65,8 @@ class PhaseModule(nn.Module):
         Args:
             images: float [N, C, W, W] in [0,1], the network's input.
             targets: the clean levels that have a target, level 0 first.
-            noise: added to the latent map or to the images, as the config says, or to a reformer's code.
+            noise: added to the latent map or to the images, as the config says, or to a reformer's
+                code.
             adversarial: examples of ``images``, for phase "adversarial" only.
         """
         if self.phase == "reformer":
@@ -154,8 +156,9 @@ def train_step(
         The detached terms of the loss (see :meth:`PhaseModule.forward`).
     """
     device = batch.images.device
-    # The images are copied to memory of the plain format. The strides of cropped grey images also read
-    # as channels-last, in which PyTorch's float32 gradients on CPU corrupt memory (components.config).
+    # The images are copied to memory of the plain format. The strides of cropped grey images also
+    # read as channels-last, in which PyTorch's float32 gradients on CPU corrupt memory
+    # (components.config).
     images = torch.empty(batch.images.shape, device=device).copy_(batch.images).div_(255)
     targets = targets_of(images, batch, config, sizes)
     network_input = images.contiguous(memory_format=torch.channels_last) if config.channels_last else images
@@ -166,7 +169,8 @@ def train_step(
         examples = None
         if phase_module.phase == "adversarial":
             examples = adversarial_examples(
-                phase_module.classifier,  # Not the wrapped module: DDP would count these passes as steps.
+                # Not the wrapped module: DDP would count these passes as steps.
+                phase_module.classifier,
                 network_input,
                 batch.labels,
                 adversarial_spec(config),

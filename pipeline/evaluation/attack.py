@@ -1,9 +1,9 @@
-"""Driver of the attack stage: one Ray task per batch of chunks, with its records on storage when it returns.
+"""Driver of the attack stage: one Ray task per batch of chunks, with records on storage.
 
-A chunk of samples is the unit of work. Each attack has its own random stream in a chunk (seed, chunk
-number, attack), and each chunk has a file of examples and files of judgements. The config fixes the
-chunks. The result is therefore the same for any number of tasks, and a finished chunk is never
-computed again.
+A chunk of samples is the unit of work. Each attack has its own random stream in a chunk (seed,
+chunk number, attack), and each chunk has a file of examples and files of judgements. The config
+fixes the chunks. The result is therefore the same for any number of tasks, and a finished chunk is
+never computed again.
 """
 
 from __future__ import annotations

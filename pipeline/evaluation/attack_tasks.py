@@ -31,7 +31,7 @@ FAST_COPY_IMAGES = 8
 
 
 def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
-    """Return what every task's job holds: its data and the setup of its process (:func:`prepare_task`)."""
+    """Return the part of a job that all tasks share: data and setup of the process."""
     return {
         "root": root.full_uri,
         "test": test.address,

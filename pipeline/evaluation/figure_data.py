@@ -59,7 +59,8 @@ SPECTRA = 3
 DISTANCES_VERSION = 1
 """Part of ``fig8__from``. Raise it when the same models and examples would give other distances."""
 BATCH_PIXELS = 1 << 18
-"""Pixels per batch of an auto-encoder: 334 images of 28x28 or 5 of 224x224, some 100 MiB of maps."""
+"""Pixels per batch of an auto-encoder: 334 images of 28x28 or 5 of 224x224, some 100 MiB of
+maps."""
 
 Arrays = dict[str, np.ndarray]
 Progress = Callable[[int, int, str], None]
@@ -111,7 +112,7 @@ def fig6_arrays(
 
 
 def read_earlier_figures(run: Storage) -> Arrays:
-    """Read figures.npz of an earlier run; a damaged file counts as none, since it is written anew."""
+    """Read figures.npz of an earlier run. A damaged file counts as none: it is written anew."""
     try:
         return read_arrays(run, FIGURES_FILE)
     except DataError:
@@ -127,7 +128,7 @@ def fig8_arrays(
     earlier: Mapping[str, np.ndarray],
     progress: Progress | None,
 ) -> Arrays:
-    """Return the distances of each model's reconstructions; unchanged ones are taken from ``earlier``."""
+    """Return the distances of each model's reconstructions, unchanged ones from ``earlier``."""
     figure: Arrays = {}
     device = "cuda" if experiment.scaling.gpus_per_attack and torch.cuda.is_available() else "cpu"
     for model in models:
@@ -179,7 +180,7 @@ def distances(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Arrays:
-    """Compute the columns of fig8 over the first ``n`` test images, one chunk of images in memory at a time.
+    """Compute the columns of fig8 over the first ``n`` test images, chunk by chunk.
 
     Args:
         autoencoder: images [N,C,W,W] to levels, level 0 first.

@@ -89,7 +89,8 @@ def _gallery(
 ) -> Arrays:
     arrays: Arrays = {"clean": clean.numpy(), "label": label}
     sizes = level_sizes(experiment.data.image_size, experiment.pyramids.levels)
-    # If models have several kinds of targets, the first kind stands for all: they hardly look different.
+    # If models have several kinds of targets, the first kind stands for all: they hardly look
+    # different.
     targets = [c.targets for c in experiment.model_configs().values() if c.defense == "defend++"]
     for m, level in enumerate(target_levels(clean, sizes, targets[0] if targets else "lowpass")):
         arrays[f"level_{m}"] = level.numpy()
@@ -102,7 +103,8 @@ def _gallery(
     names = {m.name for m in shown}
     for e in evaluations:
         if e["threat_model"] == WHITE_BOX and e["examples"] and e["model"] in names:
-            key = f"{e['model']}__{e['attack']}"  # The whole spec, since a run may have one attack at several eps.
+            # The whole spec, since a run may have one attack at several eps.
+            key = f"{e['model']}__{e['attack']}"
             arrays[f"adversarial__{key}"] = read_examples(root / e["examples"], 0)[: len(clean)]
             arrays[f"prediction__{key}"] = read_chunks(root / e["path"], 1)["adversarial_prediction"][: len(clean)]
     return arrays

@@ -1,4 +1,4 @@
-"""Ray tasks of the reliability tests: the probe of every model and the active test of every attack (docs/reliability.md).
+"""Ray tasks of the reliability tests (docs/reliability.md): probes and active tests.
 
 Each result is one file under ``reliability/``, so a finished test is never run again.
 """
@@ -156,7 +156,7 @@ def _result_file(
 
 
 def _probe_budget(experiment: Experiment) -> tuple[str, float]:
-    """Return norm and eps that the probe starts from: of the first attack with an eps, else the usual ones."""
+    """Return the probe's norm and eps: of the first attack with an eps, else the usual ones."""
     specs = [AttackSpec.parse(text) for text in experiment.evaluation.attacks]
     own = next(((str(s.norm), s.eps) for s in specs if s.eps is not None and s.name != "noise"), None)
     return own or ("linf", _standard_eps(experiment, "linf"))

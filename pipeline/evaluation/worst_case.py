@@ -1,4 +1,4 @@
-"""Worst case per sample over all attacks on a model, computed from the records of its evaluations."""
+"""Worst case per sample over all attacks on a model, from the records of its evaluations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EvaluationRecords:
 
 
 def budgets(experiment: Experiment) -> list[tuple[str, float]]:
-    """List (norm, eps) of the worst cases: of every attack, and the usual eps for minimal-norm attacks."""
+    """List (norm, eps) of the worst cases. Minimal-norm attacks have the standard eps."""
     usual = standard_budgets(experiment.data.channels, experiment.data.image_size)
     pairs: dict[tuple[str, float], None] = {}
     for text in experiment.evaluation.attacks:
@@ -51,7 +51,7 @@ def budgets(experiment: Experiment) -> list[tuple[str, float]]:
 
 
 def worst_cases(models: Iterable[str], experiment: Experiment, judgements: EvaluationRecords) -> list[dict[str, Any]]:
-    """Compute the accuracy when every sample meets the most harmful example of all attacks within a budget.
+    """Compute the accuracy under the most harmful example of each sample within a budget.
 
     Returns:
         For each model and budget {model, threat_model, norm, eps, n, accuracy, accuracy_low,
@@ -124,7 +124,7 @@ def _cases(experiment: Experiment) -> Iterator[tuple[str, float, str]]:
 def _withstands(
     model: str, norm: str, eps: float, threat_model: str, judgements: EvaluationRecords
 ) -> tuple[np.ndarray[Any, Any] | None, int]:
-    """Return which samples no example of a threat model breaks, bool [N], and the number of evaluations.
+    """Return the samples, bool [N], that no example breaks, and the number of evaluations.
 
     The samples are None if the threat model has no evaluations of its own.
     """

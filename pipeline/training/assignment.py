@@ -1,4 +1,4 @@
-"""Choice of the next model of a worker group: one that is left on the storage and that no other run holds."""
+"""Choice of a worker group's next model: one that is left and that no other run holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pipeline.runtime.storage import Storage
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
 
 ATTEMPT = "attempt.json"
-"""File in a model's directory while it is trained: {token} of the worker group that took it last."""
+"""File in a model's directory while it is trained: {token} of the worker group that took it
+last."""
 
 
 class Assignment:
@@ -43,7 +44,8 @@ class Assignment:
             elif self._lease.try_take(address):
                 # Its holder may have finished the model since the first look.
                 if not self._is_over(home):
-                    home.write_json(ATTEMPT, {"token": self._token})  # It tells whom to blame if the workers die.
+                    # It tells whom to blame if the workers die.
+                    home.write_json(ATTEMPT, {"token": self._token})
                     return self._left[address]
                 self.leave()
                 del self._left[address]
@@ -59,7 +61,7 @@ class Assignment:
         self._lease.release()
 
     def _is_over(self, home: Storage) -> bool:
-        """Tell whether a model is finished, or failed in this worker group, where it would fail again."""
+        """Tell whether a model is finished, or has failed in this worker group already."""
         if home.exists("model.json"):
             return True
         files = (name for name in (NOT_FINITE, FAILED_MODEL) if home.exists(name))

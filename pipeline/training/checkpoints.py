@@ -90,7 +90,7 @@ def newest_whole(storage: Storage) -> StoredCheckpoint:
 
 
 def _is_whole(data: bytes) -> bool:
-    """Tell whether all checksums of a checkpoint's zip archive are right, which torch.load does not compare."""
+    """Tell whether all checksums of a zip archive are right. torch.load does not compare them."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.testzip() is None

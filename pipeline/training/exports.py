@@ -35,12 +35,12 @@ _trusted: set[str] = set()
 
 
 def trust(archs: Iterable[str]) -> None:
-    """Let this process import MODULE:FUNCTION networks that its own experiment names, for files that name them."""
+    """Let this process import these MODULE:FUNCTION networks for files that name them."""
     _trusted.update(archs)
 
 
 def parts_of(net: nn.Module) -> dict[str, nn.Module]:
-    """Return the parts of a network that are exported: classifier and, if any, autoencoder; or reformer."""
+    """Return the exported parts of a network: classifier and any autoencoder, or reformer."""
     if isinstance(net, ComDefend):
         return {"reformer": net}
     parts = {"classifier": classifier_of(net)}
@@ -69,15 +69,15 @@ def _exported(net: nn.Module, config: TrainConfig, shapes: Shapes) -> Iterator[t
     description = {"schema": SCHEMA, "config": to_dict(config), "shapes": to_dict(shapes)}
     if source := source_hash(config.arch):
         description["source"] = source  # The same weights in another forward() are another network.
-    # safetensors writes several keys in an order that changes from process to process. With a single
-    # key the file's checksum, which names everything computed from it, stays the same.
+    # safetensors writes several keys in an order that changes from process to process. With a
+    # single key the file's checksum, which names everything computed from it, stays the same.
     metadata = {"defendpp": json.dumps(description)}
     for name, part in parts_of(net).items():
         yield name, part, weights_file.to_bytes(part.state_dict(), metadata)
 
 
 def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Export a network in memory, load every part again, and compare their outputs for the same images.
+    """Export a network in memory, load every part again, and compare the outputs.
 
     A network that will be trained makes one pass in training mode first. What that pass changes
     must be part of the network's state.
@@ -103,7 +103,8 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
             for part, before, data in _exported(net, config, shapes):
                 after = _rebuilt(part, safetensors_load(data), config, shapes, f"the export of {name}")
                 first, loaded, second = (_outputs(module, images[:1]) for module in (before, after, before))
-                # A network that draws from a stream of its own differs from itself, and cannot be compared.
+                # A network that draws from a stream of its own differs from itself, and cannot be
+                # compared.
                 if not _alike(first, loaded) and _alike(first, second):
                     raise ConfigError(
                         f"{name}, exported and loaded again, gives other outputs (its {part}): register every tensor "
@@ -168,7 +169,7 @@ def _read(
 
 
 def described(data: bytes) -> tuple[TrainConfig, Shapes] | None:
-    """Return config and shapes of a safetensors file's network, or None if this project did not write it.
+    """Return config and shapes of a safetensors file's network; None for foreign files.
 
     Raises:
         DataError: the file has another schema.
@@ -206,7 +207,7 @@ def check_source(data: bytes, arch: str, where: str) -> None:
 
 
 def _metadata(data: bytes) -> dict[str, Any] | None:
-    """Return this project's metadata of a safetensors file, or None; raise ValueError for another format."""
+    """Return this project's metadata of a safetensors file, or None. Raise ValueError."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
     text = metadata.get("defendpp") if isinstance(metadata, dict) else None
@@ -215,7 +216,7 @@ def _metadata(data: bytes) -> dict[str, Any] | None:
 
 
 def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, shapes: Shapes, where: str) -> nn.Module:
-    """Build one of :func:`parts_of` as a file describes it, with the file's weights, in eval mode."""
+    """Build one of :func:`parts_of` from a file's description and weights, in eval mode."""
     # Only an auto-encoder needs the network that it was trained with.
     net = build_net(config if part != "classifier" else dataclasses.replace(config, defense="none"), shapes)
     module = parts_of(net).get(part)

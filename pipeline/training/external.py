@@ -25,7 +25,7 @@ _BESIDE = f"the {AUTOENCODER} beside it"
 def copy_autoencoder(
     config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], root: Storage, tracking_uri: str
 ) -> tuple[str, str]:
-    """Copy the auto-encoder beside an external classifier to ``weights/<hash>.safetensors`` of the storage.
+    """Copy the auto-encoder beside an external classifier to ``weights/<hash>.safetensors``.
 
     Args:
         config: of the classifier; ``config.pretrained`` names its file.
@@ -99,7 +99,8 @@ def mismatch(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor],
         net.autoencoder.load_state_dict(tensors, strict=True)
     except RuntimeError as e:
         return f"{other}: {e}"
-    # The shared blocks are one set of weights, so loading the auto-encoder overwrites the classifier's.
+    # The shared blocks are one set of weights, so loading the auto-encoder overwrites the
+    # classifier's.
     if not all(torch.equal(before[name], tensor) for name, tensor in net.classifier.state_dict().items()):
         return f"{other}: their shared blocks differ"
     return ""

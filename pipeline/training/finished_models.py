@@ -1,4 +1,4 @@
-"""Finished models: exported files and the model.json that is written after them (docs/records.md)."""
+"""Finished models: exported files, and the model.json that is written after them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ from components.training.step import PhaseModule
 from pipeline.runtime.cluster import ResourceError
 
 PROBE_IMAGES = 2
-"""Images of the forward pass whose saved tensors are counted. Their size is proportional to the batch."""
+"""Images of the forward pass whose saved tensors are counted. Their size is proportional to the
+batch."""
 ANSWER_S = 60.0
 """How long to wait for a GPU's answer. A busy GPU is no reason to refuse a run."""
 
@@ -38,7 +39,8 @@ def training_bytes(config: TrainConfig, shapes: Shapes, images_per_worker: int) 
     net = build_net(config, shapes).train()
     parameters = list(net.parameters())
     weights = sum(p.numel() * p.element_size() for p in parameters)
-    copies = 4 if config.optimizer == "adam" else 3 if config.momentum else 2  # weights, gradients, state
+    # weights, gradients, state
+    copies = 4 if config.optimizer == "adam" else 3 if config.momentum else 2
     phase = phase_at_epoch(config.epochs - 1, config)
     saved = _saved_for_backward(PhaseModule(net, phase, config), parameters, config, shapes)
     return copies * weights + saved * images_per_worker // PROBE_IMAGES
@@ -47,13 +49,14 @@ def training_bytes(config: TrainConfig, shapes: Shapes, images_per_worker: int) 
 def _saved_for_backward(
     module: PhaseModule, parameters: list[nn.Parameter], config: TrainConfig, shapes: Shapes
 ) -> int:
-    """Return the bytes of the tensors, other than parameters, that are saved for the backward pass."""
+    """Return the bytes of tensors, other than parameters, saved for the backward pass."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     saved: dict[int, Tensor] = {}
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage().data_ptr() not in own:
-            saved[x.untyped_storage().data_ptr()] = x  # Holding it keeps its address from another tensor.
+            # Holding it keeps its address from another tensor.
+            saved[x.untyped_storage().data_ptr()] = x
         return x
 
     size = (PROBE_IMAGES, shapes.channels, shapes.image_size, shapes.image_size)
@@ -117,7 +120,7 @@ def refuse_what_does_not_fit(
 
 
 def _gpu_bytes() -> int | None:
-    """Return the memory of the GPU on which Ray places a task, or None if no GPU answers in time."""
+    """Return the memory of the GPU that Ray gives a task, or None if none answers in time."""
     ref = ray.remote(num_gpus=1, num_cpus=0)(_total_memory).remote()  # It must not wait for a CPU.
     try:
         total: int | None = ray.get(ref, timeout=ANSWER_S)

@@ -142,7 +142,8 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     plain_shapes = to_dict(shapes)
     if config.defense != "defend++":
         del plain_shapes["sizes"]
-    # Settings at their defaults are left out, so that a new setting does not rename the models there are.
+    # Settings at their defaults are left out, so that a new setting does not rename the models
+    # there are.
     defaults = to_dict(TrainConfig())
     settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
     parts: list[Any] = [MODEL_VERSION, settings, plain_shapes, dict(identity), workers, weights]
@@ -150,7 +151,8 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
         parts.append(explicit_name)  # Earlier versions built this network as without weights.
     if source := source_hash(config.arch):
         parts.append(source)
-    # The parts below stand for changes of one defense, which must not rename the models of the others.
+    # The parts below stand for changes of one defense, which must not rename the models of the
+    # others.
     if config.defense == "comdefend":
         parts.append("penalty on the bits")
     if config.defense == "adversarial" and workers > 1 and "validation" not in identity:
@@ -177,7 +179,8 @@ def source_hash(arch: str) -> str:
     except ConfigError as e:
         cause = e.__cause__
         absent = isinstance(cause, ModuleNotFoundError) and module.startswith(cause.name or "?")
-        if not absent and not isinstance(cause, ValueError):  # find_spec raises it for a module without a spec.
+        # find_spec raises it for a module without a spec.
+        if not absent and not isinstance(cause, ValueError):
             raise
         spec = None
     if spec is None or not spec.has_location or spec.origin is None:

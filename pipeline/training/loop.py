@@ -152,14 +152,16 @@ class TrainingLoop:
         generator = torch.Generator().manual_seed(stream_seed(self.config.seed, epoch, self.rank))
         order = torch.randperm(len(self.data), generator=generator).to(self.device)
         steps: list[tuple[int, float, float, dict[str, Tensor]]] = []
-        # First step whose loss is not finite. It stays on the device, since reading it stops the GPU.
+        # First step whose loss is not finite. It stays on the device, since reading it stops the
+        # GPU.
         bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         begin = time.time()
         for i in range(self.steps_per_epoch):
             step = epoch * self.steps_per_epoch + i
             rows = order[i * self.local_batch : (i + 1) * self.local_batch]
             lr = learning_rate(step, self.steps_per_epoch, self.config)
-            if self.has_dropout:  # It draws from the global stream, which a continued run must repeat.
+            # It draws from the global stream, which a continued run must repeat.
+            if self.has_dropout:
                 torch.manual_seed(stream_seed(self.config.seed, step, self.rank, DROPOUT_STREAM))
             terms = train_step(
                 module,
@@ -201,7 +203,8 @@ class TrainingLoop:
         }
 
     def _check_finite(self, bad_step: Tensor, step: int) -> None:
-        # The weights are checked too: after the last step no later loss shows that they are spoiled.
+        # The weights are checked too: after the last step no later loss shows that they are
+        # spoiled.
         weights = torch.stack([p.detach().abs().amax() for p in self.net.parameters()]).amax()
         bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), step, bad_step)
         if self.world > 1:  # Every rank must come to the same decision.
@@ -213,10 +216,11 @@ class TrainingLoop:
 
     @torch.no_grad()
     def _share_buffers(self) -> None:
-        """Give every rank the batch norm statistics of rank 0, which are saved, validated and exported.
+        """Give every rank the batch norm statistics of rank 0, which are the exported ones.
 
-        This happens after every epoch. Adversarial training reads the statistics, since it makes its
-        examples in eval mode. It sees the same values after a restart, and without validation images.
+        This happens after every epoch. Adversarial training reads the statistics, since it makes
+        its examples in eval mode. It sees the same values after a restart, and without validation
+        images.
         """
         if self.world > 1:
             for buffer in self.net.buffers():
@@ -224,7 +228,7 @@ class TrainingLoop:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Return accuracy and mean squared reconstruction error per value of level 0, on the held-out images."""
+        """Return accuracy and mean squared error per value of level 0, on held-out images."""
         if self.validation is None:
             return {}
         self.net.eval()

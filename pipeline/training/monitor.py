@@ -16,7 +16,7 @@ from pipeline.training.worker_group import LIVE_INTERVAL_S
 
 
 class Progress:
-    """Callbacks of :func:`train`. One thread at a time calls them, though not the caller's thread."""
+    """Callbacks of :func:`train`, called by one thread at a time, not the caller's."""
 
     def on_epoch(self, name: str, record: dict[str, Any]) -> None:
         """Take an epoch's record; each comes once and in order."""
@@ -32,7 +32,10 @@ class Progress:
 
 
 class TrainingMonitor:
-    """Reader of the files that each rank 0 writes. Records lie on storage, so none is lost with a process."""
+    """Reader of the files on storage that each rank 0 writes.
+
+    Records pass over the storage, so none is lost with a process.
+    """
 
     def __init__(self, root: Storage, jobs: Sequence[TrainingJob], progress: Progress) -> None:
         self.root, self.jobs, self.progress = root, jobs, progress
@@ -48,7 +51,8 @@ class TrainingMonitor:
             if job.name in self.finished:
                 continue
             home = self.root / job.address
-            # model.json is written last, so all other files exist once it does. It is checked first.
+            # model.json is written last, so all other files exist once it does. It is checked
+            # first.
             finished = home.exists("model.json")
             for name in home.list("history"):
                 if name not in self._reported[job.name]:

@@ -1,4 +1,4 @@
-"""Pretrained weights: read from a file, MLflow or torchvision, and copied to the run's storage for its workers."""
+"""Pretrained weights: read from a file, MLflow or torchvision, and copied for the workers."""
 
 from __future__ import annotations
 

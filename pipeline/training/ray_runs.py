@@ -60,8 +60,9 @@ def train_group(group: Sequence[TrainingJob], settings: dict[str, Any], experime
             user_error = unwrap(e)
             if user_error is not None:
                 raise user_error from e
-            # Failures count since the last progress, since days of training lose a spot node now and then.
-            # After a ControllerError no model is to blame: the workers could not even start.
+            # Failures count since the last progress, since days of training lose a spot node now
+            # and then. After a ControllerError no model is to blame: the workers could not even
+            # start.
             started = not isinstance(e, ray.train.ControllerError)
             if _progress_of(group, root) != before or (started and _blame(group, root, token, e)):
                 continue
@@ -93,7 +94,7 @@ def _progress_of(group: Sequence[TrainingJob], root: Storage) -> list[Any]:
 
 
 def _blame(group: Sequence[TrainingJob], root: Storage, token: str, error: Exception) -> bool:
-    """Record the model at which the workers kept dying as failed, so that the next ones are trained."""
+    """Record the model at which the workers kept dying as failed, to train the next ones."""
     for home in (root / job.address for job in group):
         if home.exists(ATTEMPT) and home.read_json(ATTEMPT)["token"] == token:
             reason = f"its workers died again and again (killed for want of memory?): {first_line(error)}"
@@ -132,7 +133,8 @@ def fit_workers(
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
         ),
-        # ray.train exports its v1 classes to type checkers and its v2 classes, with these fields, to programs.
+        # ray.train exports its v1 classes to type checkers and its v2 classes, with these fields,
+        # to programs.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name="train",
             storage_path=ray_files.root,

@@ -2,8 +2,8 @@
 
 A Ray Train run costs half a minute to start on two cores, since each of its processes imports
 torch. One run therefore trains models one after the other, and there are as many runs side by side
-as the cluster has room for. Killed at any time, training continues: a model's checkpoints lie in its
-own directory, ``models/<kind>-<hash>/`` (docs/records.md), where any run finds them.
+as the cluster has room for. Killed at any time, training continues: a model's checkpoints lie in
+its own directory, ``models/<kind>-<hash>/`` (docs/records.md), where any run finds them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from pipeline.training.ray_runs import TrainingError, parallel_runs, train_group
 from pipeline.training.worker_group import LIVE_INTERVAL_S
 
 VISIBLE_S = 90.0
-"""How long a network file system may hide a new file. NFS caches directory entries for up to a minute."""
+"""How long a network file system may hide a new file. NFS caches directory entries for up to a
+minute."""
 
 
 def prepare_jobs(
@@ -63,7 +64,7 @@ def fetch_weights(
 
 
 def check_models(experiment: Experiment, shapes: Shapes, tracking_uri: str = "") -> list[str]:
-    """Build every network once, without data, to refuse what cannot be built or exported before compute is spent.
+    """Build and export every network once, without data, before compute is spent.
 
     Returns:
         Notes for the user on how pretrained weights were chosen.
@@ -81,7 +82,8 @@ def check_models(experiment: Experiment, shapes: Shapes, tracking_uri: str = "")
             if weights is not None and weights.note:
                 notes[weights.note] = None
             net = build_net(config, shapes, weights)
-            if config.arch not in ARCHITECTURES:  # Tests show that this project's own can be exported and loaded.
+            # Tests show that this project's own can be exported and loaded.
+            if config.arch not in ARCHITECTURES:
                 exports.check_export(net, config, shapes)
     return list(notes)
 
@@ -94,7 +96,7 @@ def train(
     progress: Progress | None = None,
     tracking_uri: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """Train every model of an experiment, take finished models as they are, and continue the others.
+    """Train every model of an experiment. Finished models stay, started ones continue.
 
     Returns:
         Name -> model.json, with "path" = the model's address below ``root``, in the experiment's
@@ -144,7 +146,7 @@ def train(
 def _pending_jobs(
     jobs: Sequence[TrainingJob], monitor: TrainingMonitor, root: Storage, allow_diverged: bool
 ) -> list[TrainingJob]:
-    """List the jobs to train, one for each address, and say which of them another run trains now."""
+    """List the jobs to train, one per address. Say which of them another run trains now."""
     pending = [job for job in {job.address: job for job in jobs}.values() if job.name not in monitor.finished]
     if allow_diverged:  # A model that diverged would diverge again.
         pending = [job for job in pending if not (root / job.address).exists(NOT_FINITE)]
@@ -158,7 +160,7 @@ def _pending_jobs(
 
 
 def _end_of(home: Storage, monitor: TrainingMonitor, token: str) -> dict[str, Any]:
-    """Return how an unfinished model ended: ``step`` if it diverged, else ``reason``; {} if it is finished now.
+    """Return how a model ended: ``step`` if it diverged, ``reason`` if it failed, {} if finished.
 
     The workers have ended, so there is a record with this call's token. A network file system may
     show it late, and another run may have overwritten it meanwhile.
@@ -206,7 +208,7 @@ def _train_side_by_side(
     root: Storage,
     check: Callable[[], None],
 ) -> None:
-    """Train every group in a Ray Train run of its own, and raise the first error once all have ended.
+    """Train each group in a Ray Train run of its own. Raise the first error at the end.
 
     No run is in the main thread: Ray Train would take Ctrl-C over there, and never give it back.
     """

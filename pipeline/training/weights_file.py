@@ -21,7 +21,8 @@ from components.models.weights import Weights, listed, standalone, why_not_saved
 from pipeline.runtime.user_files import LFS_POINTER
 
 USUAL_KEYS = ("state_dict", "model", "model_state_dict", "net")
-"""Keys under which training scripts save a network. If a file has several, the first of these is taken."""
+"""Keys under which training scripts save a network. If a file has several, the first of these is
+taken."""
 _MAX_DEPTH = 5
 """Largest depth of nested dictionaries that is searched. A dictionary may contain itself."""
 _ONLY_WEIGHTS = "torch.save({}.state_dict(), 'state_dict.pth')"
@@ -39,7 +40,8 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     """
     top = _content(data, where)
     networks = dict(_networks(top))
-    # Only a file without a network may have a network's tensors at its top. Beside a network they are metrics.
+    # Only a file without a network may have a network's tensors at its top. Beside a network they
+    # are metrics.
     if not networks and isinstance(top, dict):
         tensors = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, Tensor)}
         networks = {"": tensors} if tensors else {}
@@ -51,7 +53,8 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     elif not networks:
         raise DataError(_no_tensors(top, where))
     else:
-        # Every network has a matrix or a filter. Statistics and metrics beside a network rarely have one.
+        # Every network has a matrix or a filter. Statistics and metrics beside a network rarely
+        # have one.
         with_matrix = {name: tensors for name, tensors in networks.items() if any(t.ndim > 1 for t in tensors.values())}
         networks = with_matrix or networks
         usual = [name for name in USUAL_KEYS if name in networks]
@@ -104,7 +107,8 @@ def why_no_weights(data: bytes, where: str) -> str:
     first = " ".join(data[:200].decode(errors="replace").split())[:100]
     if not data:
         return "is empty: download or copy it again"
-    if is_safetensors(data):  # This comes first, since the bytes before its header can have any value.
+    # This comes first, since the bytes before its header can have any value.
+    if is_safetensors(data):
         return _cut_short(data)
     if data.startswith(LFS_POINTER):
         size = next((line[5:] for line in data.decode(errors="replace").splitlines() if line.startswith("size ")), "?")
@@ -181,7 +185,8 @@ class _NumpyPlaceholder:
 def _placeholder(name: str) -> type:
     """Return a class in place of the named one, which is not imported: a file runs no code.
 
-    Its instances are OrderedDicts, the only type that torch's reader fills with items and attributes.
+    Its instances are OrderedDicts, the only type that torch's reader fills with items and
+    attributes.
     """
 
     def new(cls: type, *args: object, **kwargs: object) -> OrderedDict[str, Any]:
@@ -194,7 +199,7 @@ def _placeholder(name: str) -> type:
 
 
 def _kind(value: object) -> str:
-    """Return the class name of a placeholder's object, or "" for PyTorch's and Python's own types."""
+    """Return the class name behind a placeholder, or "" for types of PyTorch and Python."""
     return str(vars(value).get("_kind", "")) if isinstance(value, OrderedDict) else ""
 
 
@@ -207,7 +212,8 @@ def _content(data: bytes, where: str) -> Any:
             return safetensors_load(data)
         placeholders: list[Any] = [(_placeholder(name), name) for name in sorted(set(_named_globals(data)))]
         with warnings.catch_warnings(), torch.serialization.safe_globals(placeholders):
-            warnings.simplefilter("ignore")  # They concern pickle protocols, which no user can change.
+            # They concern pickle protocols, which no user can change.
+            warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as e:  # Both formats have errors of several types.
         if "persistent_load" in str(e):  # The older format holds a module this way.

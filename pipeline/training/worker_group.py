@@ -1,4 +1,4 @@
-"""Work of the ranks of a training worker group: models one after the other. It knows nothing of Ray."""
+"""Work of a training worker group's ranks: models one after the other, without Ray."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class ModelFailed(Exception):
 def train_models(requests: Sequence[dict[str, Any]], root: Storage, ranks: Ranks, settings: Mapping[str, Any]) -> None:
     """Train models one after the other; every rank of a worker group calls it.
 
-    A model that fails is recorded (FAILED_MODEL, NOT_FINITE) and does not stop the next ones. A model
+    A model that fails is recorded (FAILED_MODEL, NOT_FINITE) and does not stop the next ones. A
+    model
     that another run trains is left to that run: this group trains the others first and then waits.
 
     Args:
@@ -45,7 +46,8 @@ def train_models(requests: Sequence[dict[str, Any]], root: Storage, ranks: Ranks
 
     Raises:
         StorageError, DataError: the storage or the shards fail, which all models share.
-        ModelFailed: a model failed on one of several ranks. A new worker group takes the next model.
+        ModelFailed: a model failed on one of several ranks. A new worker group takes the next
+            model.
     """
     assignment = Assignment(requests, root, settings["token"])
     data = DataCache(root, ranks)
@@ -103,7 +105,7 @@ def _reason_of(error: Exception) -> str:
 
 
 def _lost_a_rank(error: Exception) -> bool:
-    """Tell whether a collective failed because another rank is gone, which is no fault of the model."""
+    """Tell whether a collective failed because another rank is gone: no fault of the model."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
 
 
@@ -122,7 +124,8 @@ class DataCache:
             return None
         key = (addresses[split], levels)
         if split not in self._loaded or self._loaded[split][0] != key:
-            self._loaded.pop(split, None)  # The old data go first, since both may not fit the memory.
+            # The old data go first, since both may not fit the memory.
+            self._loaded.pop(split, None)
             ranks = self.ranks
             data = RankData(shards.load(self.root, key[0]), ranks.rank, ranks.world, ranks.device, levels=levels)
             self._loaded[split] = key, data
@@ -145,7 +148,7 @@ class EpochCallback:
         """Measure the model before the epoch counts as done; if killed, both are repeated."""
 
     def stop(self, loop: TrainingLoop) -> bool:
-        """Tell whether to leave the model with its checkpoint; every rank must give the same answer."""
+        """Tell whether to leave the model now. Every rank must give the same answer."""
         return False
 
 
@@ -187,7 +190,8 @@ def train_model(
         weights=pretrained.load(data.root, request["weights"]) if request["weights"] else None,
     )
     if data.ranks.rank == 0:
-        for directory in ("", "checkpoints", "history"):  # Killed workers may have left half-written files.
+        # Killed workers may have left half-written files.
+        for directory in ("", "checkpoints", "history"):
             home.delete_stale(directory, HALF_WRITTEN_S)
     loop.resume(home / "checkpoints")
     live = _live_writer(home, data.ranks)
@@ -201,7 +205,8 @@ def train_model(
                 loop.save(home / "checkpoints")
         if loop.epoch < config.epochs and callback.stop(loop):
             return
-    if data.ranks.rank == 0 and not home.exists("model.json"):  # Others may be reading one that exists.
+    # Others may be reading one that exists.
+    if data.ranks.rank == 0 and not home.exists("model.json"):
         export_trained(loop, home, request)
 
 
