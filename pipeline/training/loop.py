@@ -160,21 +160,7 @@ class TrainingLoop:
             step = epoch * self.steps_per_epoch + i
             rows = order[i * self.local_batch : (i + 1) * self.local_batch]
             lr = learning_rate(step, self.steps_per_epoch, self.config)
-            # It draws from the global stream, which a continued run must repeat.
-            if self.has_dropout:
-                torch.manual_seed(stream_seed(self.config.seed, step, self.rank, DROPOUT_STREAM))
-            terms = train_step(
-                module,
-                self.optimizer,
-                augmented(self.data.batch(rows), self.config, step, self.rank),
-                lr=lr,
-                config=self.config,
-                sizes=self.shapes.sizes,
-                noise=gaussian_noise(self.config, step, self.rank, self.device),
-                generator=torch.Generator().manual_seed(
-                    stream_seed(self.config.seed, step, self.rank, ADVERSARIAL_STREAM)
-                ),
-            )
+            terms = self._step(module, rows, step, lr)
             bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
             steps.append((step, time.time(), lr, terms))
             if live is not None:
@@ -201,6 +187,22 @@ class TrainingLoop:
             ],
             "validation": self.validate(),
         }
+
+    def _step(self, module: nn.Module, rows: Tensor, step: int, lr: float) -> dict[str, Tensor]:
+        """Train on one batch. Every random stream follows from the step."""
+        seed = self.config.seed
+        if self.has_dropout:  # Dropout draws from torch's global stream.
+            torch.manual_seed(stream_seed(seed, step, self.rank, DROPOUT_STREAM))
+        return train_step(
+            module,
+            self.optimizer,
+            augmented(self.data.batch(rows), self.config, step, self.rank),
+            lr=lr,
+            config=self.config,
+            sizes=self.shapes.sizes,
+            noise=gaussian_noise(self.config, step, self.rank, self.device),
+            generator=torch.Generator().manual_seed(stream_seed(seed, step, self.rank, ADVERSARIAL_STREAM)),
+        )
 
     def _check_finite(self, bad_step: Tensor, step: int) -> None:
         # The weights are checked too: after the last step no later loss shows that they are
