@@ -52,12 +52,13 @@ class Lease:
 
     def __init__(self, directory: Storage, token: str = "") -> None:
         self._directory = directory
-        self._identity = {
+        self.identity = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "processes": _processes(),
             "token": token or secrets.token_hex(8),
         }
+        """Content of the file that identifies this holder."""
         self._beats = 0
         self._last_seen: tuple[Any, float] | None = None
         self._new_holder: Mapping[str, Any] | None = None
@@ -77,13 +78,13 @@ class Lease:
         if holder is None:
             if not self._directory.write_if_absent(FILE, self._text()):
                 return False
-        elif holder["token"] == self._identity["token"]:
+        elif holder["token"] == self.identity["token"]:
             self._beat()
         elif self._lives(holder) or not self._take_over(holder):
             return False
         if not self._directory.is_local:
             time.sleep(SETTLE_S)
-        if (now := self._holder()) is not None and now["token"] != self._identity["token"]:
+        if (now := self._holder()) is not None and now["token"] != self.identity["token"]:
             return False
         self._new_holder = None
         self._released.clear()
@@ -144,7 +145,7 @@ class Lease:
 
     def _text(self) -> bytes:
         self._beats += 1
-        return json.dumps({**self._identity, "heartbeat": self._beats, "alive": time.time()}).encode()
+        return json.dumps({**self.identity, "heartbeat": self._beats, "alive": time.time()}).encode()
 
     def _beat(self) -> None:
         self._directory.write_bytes(FILE, self._text())
@@ -153,7 +154,7 @@ class Lease:
         while self._new_holder is None and not self._released.wait(HEARTBEAT_S):
             with suppress(StorageError):  # Writing records reports a storage that does not answer.
                 holder = self._holder()
-                if holder is not None and holder["token"] != self._identity["token"]:
+                if holder is not None and holder["token"] != self.identity["token"]:
                     self._new_holder = holder
                 else:
                     self._beat()
@@ -203,7 +204,7 @@ class Lease:
 
     def _is_here(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder's process number is one of this machine and container."""
-        return all(holder.get(key) == self._identity[key] for key in ("host", "processes"))
+        return all(holder.get(key) == self.identity[key] for key in ("host", "processes"))
 
     def _lives(self, holder: Mapping[str, Any]) -> bool:
         # The holder's clock is this machine's. A process that was not reaped still has its number.

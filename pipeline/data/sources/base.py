@@ -1,4 +1,4 @@
-"""What all sources of images have in common.
+"""The base class of all sources of images, and the rows of their splits.
 
 A :class:`Source` is a small picklable description of the training or the test images of a data set.
 :meth:`Source.read` decodes the rows that are asked for, so that a Ray task reads those of its
@@ -30,14 +30,14 @@ Batch = tuple[np.ndarray, np.ndarray]
 def split_rows(source: Source, split: Split) -> np.ndarray:
     """Return the rows of a split, in the order in which they are stored.
 
-    The training and the validation split keep the source's order, limited or not: training shuffles
-    them anyway, and shards of neighbouring rows read a large source once. The test split is in the
-    order of the draw, limited or not: an evaluation of N images takes the first N rows of the
-    stored test set, so these must be a draw over the whole split. Its first chunks of examples then
-    are the same for every N.
+    The training and the validation split keep the source's order: training shuffles them anyway,
+    and shards of neighbouring rows read a large source once. The test split is in the order of the
+    draw. An evaluation of N images takes its first N rows, which are then a draw over the whole
+    split, and its first chunks are the same for every N.
 
     Args:
         source: the training images (for train and validation) or the test images.
+        split: train, validation or test.
 
     Returns:
         int64 [n]: positions in the source, 0..num_rows-1.
@@ -124,8 +124,8 @@ class Source:
             The labels, int64 [num_rows].
 
         Raises:
-            DataError: a label is missing or out of range (names file and row), or the source has
-                names for more or fewer classes.
+            DataError: a label is missing or out of range, or the source has names for more or
+                fewer classes. The message has file and row.
         """
         self._check_class_count()
         labels = self.labels()
@@ -180,7 +180,7 @@ class Source:
 
         Raises:
             DataError: an image is truncated, of another size or cannot be decoded, or a label is
-                out of range; names file and row.
+                out of range. The message has file and row.
         """
         indices = np.asarray(indices, np.int64)
         if len(indices) and (indices[0] < 0 or indices[-1] >= self.num_rows or (np.diff(indices) < 0).any()):

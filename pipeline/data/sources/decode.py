@@ -22,8 +22,8 @@ gigabytes."""
 def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> None:
     """Decode an image file into ``out`` uint8 [C,H,W], converted to 1 or 3 channels.
 
-    As torchvision's folders do: transparency is dropped, an animation is its first frame, and
-    EXIF's orientation is ignored.
+    As in torchvision's folders, transparency is dropped, an animation is its first frame, and the
+    orientation in EXIF is ignored.
 
     Args:
         data: says the size, the channels and whether the image may be resized.
@@ -31,7 +31,7 @@ def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> Non
         where: the image's name in messages.
 
     Raises:
-        DataError: the image cannot be decoded, or is of another size or of more than 8 bits per
+        DataError: the image cannot be decoded, is of another size, or has more than 8 bits per
             channel.
     """
     size = data.image_size

@@ -29,11 +29,11 @@ _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".p
 class FolderSource(Source):
     """``DIR/train/CLASS/**`` and ``DIR/test/CLASS/**`` (or ``val``, or ``data.test_split``).
 
-    Images of a class may lie in folders below its own, at any depth, as torchvision and timm read
-    them. Labels are the positions of the class folders of ``train``, or of the test split where
-    there is no ``train``, in the order of ``data.class_order``. Rows are ordered by a hash of
-    ``CLASS/file``, so that every shard holds a mixture of the classes. Files that are not images by
-    their suffix are left out, as is all that is hidden.
+    Images of a class may be in folders below its own, at any depth, as torchvision and timm read
+    them. Labels are the positions of the class folders of ``train``, or of the test split if there
+    is no ``train``, in the order of ``data.class_order``. Rows are ordered by a hash of
+    ``CLASS/file``, so that every shard has a mixture of the classes. Hidden files, and files
+    without the suffix of an image, are left out.
     """
 
     directory: str
@@ -48,7 +48,7 @@ class FolderSource(Source):
     def fingerprint(self) -> str:
         """SHA-256 over path, size and mtime of each file. Their content would take too long.
 
-        So touching a file changes it, and an edit that keeps size and mtime goes unseen.
+        Touching a file changes the hash. An edit that keeps size and mtime does not.
         """
         digest = hashlib.sha256()
         # A label is the position of a training folder, which may have no image of this split.
@@ -101,7 +101,7 @@ class FolderSource(Source):
         return printable(self.classes_directory)
 
     def _check_class_count(self) -> None:
-        """Do not take a folder without any image for a class: its number would be the advice."""
+        """Refuse a folder without images as a class, before its number becomes the advice."""
         if len(self.class_names) != self.data.num_classes:
             empty = [label for label in self.class_names if not _holds_image(self.classes_directory, label)]
             if empty:
@@ -166,10 +166,16 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
 
 
 def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split: str = "") -> str:
-    """Return the folder of a split in ``root``, of which ``listing`` is.
+    """Return the folder of a split in ``root``.
+
+    Args:
+        root: the directory of the data set.
+        listing: of ``root``.
+        split: train or test.
+        test_split: as of :func:`choose_word`.
 
     Raises:
-        DataError: there is none, or two, or it is a broken link.
+        DataError: there is no such folder, there are two, or it is a broken link.
     """
     folders = listing.folders
     # Without the broken ones another split would silently take the place of one whose link is
@@ -194,10 +200,10 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
     They are unknown in the training split, or there is only one.
 
     Args:
-        directory: the split's.
-        listing: of it.
-        classes_directory: that of the split whose folders are the classes.
-        folders: these.
+        directory: of the split.
+        listing: of ``directory``.
+        classes_directory: directory of the split whose folders are the classes.
+        folders: the class folders.
     """
     unknown = sorted(set(listing.folders) - set(folders))
     if unknown and len(unknown) < len(listing.folders):
@@ -266,7 +272,7 @@ def _files_below(directory: str, folders: Sequence[str]) -> tuple[list[str], lis
     """Return the files below ``folders``, and the entries that are neither files nor folders.
 
     Raises:
-        DataError: a folder cannot be listed, or a link leads back to a folder that it lies in.
+        DataError: a folder cannot be listed, or a link leads back to a folder that contains it.
     """
     files, broken = [], []
     # Each with its path, free of links, and those of the folders on the way to it. Only a link

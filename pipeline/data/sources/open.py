@@ -20,12 +20,12 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     """Open the images of ``data.source`` without reading them, and apply the split's limit.
 
     A limit of N keeps the first N rows of :func:`pipeline.data.splits.draw_order` over the whole
-    split, whatever kind the source is. The rows that are left keep the source's order and their
-    numbers in the whole split (:attr:`Source.numbers`).
+    split. They keep the source's order and their numbers in the whole split
+    (:attr:`Source.numbers`).
 
     Raises:
         DataError: the directory, the split's files or a column is missing, a Parquet file is
-            corrupt, or no image is left.
+            corrupt, or there is no image.
         ConfigError: there is no such sample or torchvision data set, or its path is not UTF-8.
     """
     kind, _, where = data.source.partition(":")
@@ -49,26 +49,26 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
 
 
 def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, workers: int = 1) -> list[str]:
-    """Find what is wrong with the data before compute is spent, and describe each split.
+    """Check the data before compute is spent, and describe each split.
 
-    All labels are checked, since no image has to be decoded for that; of the images only the first.
+    All labels are checked, since this decodes no image, and the first image.
 
     Args:
-        trains: False where nothing is trained: the test images are enough.
+        data: names the source.
+        trains: False if nothing is trained, so that the test images are enough.
         attacked: ``evaluation.test_images``.
         workers: ``scaling.workers``, each of which needs an image of the training and the
             validation split.
 
     Returns:
-        A line per split, and one for the test images that are attacked where these are only a part:
-            images, classes present,
-        smallest and largest class.
+        A line for each split, and one for the attacked test images if these are only a part. It has
+        the numbers of images and of classes, and the smallest and the largest class.
 
     Raises:
-        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`; or a file cannot be
-            read; or a class has no image in the whole test split, or in a training split without
-            limit, and ``data.allow_empty_classes`` does not allow it; or the splits' class names
-            differ; or the test images are those that are trained on.
+        DataError, ConfigError: as :func:`open_source` and :meth:`Source.read`. Also if a file
+            cannot be read, the splits' class names differ, or the test images are the training
+            images. Also if a class has no image in the whole test split, or in a training split
+            without limit, unless ``data.allow_empty_classes``.
     """
     if trains and data.test_split.lower() in WORDS["train"]:
         raise ConfigError.of(

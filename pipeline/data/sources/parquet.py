@@ -49,9 +49,8 @@ class _ParquetFile:
 class ParquetSource(Source):
     """Files of the Hugging Face image layout.
 
-    They have a struct column of ``bytes`` and ``path``, and a column of integer labels.
-    Its rows are those of the files in the order of their names. A read decompresses the row groups
-    that it touches, so the memory it takes is that of one row group (of encoded images).
+    They have a struct column of ``bytes`` and ``path``, and a column of integer labels. Rows are in
+    the order of the files' names. Reading takes the memory of one row group of encoded images.
     """
 
     uri: str

@@ -40,7 +40,7 @@ say, one of class folders."""
 
 @dataclass(frozen=True)
 class _Place:
-    """A folder of a data set, as far as Parquet files go."""
+    """A folder of a data set, with its Parquet files and the folders of splits."""
 
     folder: str
     """Path from the directory that the user gave; empty for that itself."""
@@ -71,8 +71,8 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     :func:`pipeline.data.sources.split_names.parquet_files` for their names.
 
     Raises:
-        DataError: there are none, several folders have splits, or the files found are not one
-            complete split.
+        DataError: there are none, several folders have splits, or the files are not one complete
+            split.
     """
     place = _find_place(storage, test_split)
     at = _joined(storage.uri, place.folder)
@@ -91,7 +91,7 @@ def split_names_in(storage: Storage, test_split: str) -> list[str]:
 
 
 def _find_place(storage: Storage, test_split: str) -> _Place:
-    """Return the folder that holds the splits; the directory itself where none does."""
+    """Return the folder that has the splits, or the directory itself if none has."""
     top = _look(storage, "", test_split)
     level = [top]
     for depth in range(1, _LEVELS + 1):
@@ -113,7 +113,7 @@ def _find_place(storage: Storage, test_split: str) -> _Place:
 
 
 def _look(storage: Storage, folder: str, test_split: str) -> _Place:
-    """List a folder, and those in it that are called as a split."""
+    """List a folder, and the folders in it that have the name of a split."""
     words = split_words(test_split)
     try:
         listing = _listing(storage, folder)
@@ -135,7 +135,7 @@ def _joined(folder: str, name: str) -> str:
 
 
 def _refuse_broken(place: str, listing: Listing, test_split: str) -> None:
-    """Refuse what is called as a Parquet file and is none, or has a name that Arrow cannot open.
+    """Refuse a broken entry with the name of a Parquet file, or a name that Arrow cannot open.
 
     A part of a split would be missing without notice if it were left out.
     """
@@ -170,7 +170,7 @@ def open_parquet_file(storage: Storage, name: str) -> pq.ParquetFile:
     """Open a Parquet file and read its footer.
 
     Raises:
-        DataError: it is gone, cannot be reached, or is no Parquet file.
+        DataError: the file is gone, cannot be reached, or is no Parquet file.
     """
 
     def opened() -> pq.ParquetFile:
@@ -210,7 +210,7 @@ def access(storage: Storage, place: str, action: Callable[[], T], done: str = "r
         done: "read" or "listed", for messages.
 
     Raises:
-        DataError: the place is gone or cannot be reached, or what Arrow found in it is no Parquet.
+        DataError: the place is gone or cannot be reached, or its content is no Parquet.
     """
     try:
         return storage.with_retries(action)
@@ -230,7 +230,7 @@ for every split and kind of targets, and gigabytes need not be read as often."""
 
 
 def file_digest(storage: Storage, name: str) -> bytes:
-    """Return the SHA-256 of a file. Raises DataError where it is gone or cannot be read."""
+    """Return the SHA-256 of a file. Raises DataError."""
     path = storage.path(name)
 
     def digest() -> bytes:
@@ -255,10 +255,10 @@ there, and only one of them is."""
 
 
 def columns_of(schema: pa.Schema, data: DataConfig, where: str) -> tuple[str, str]:
-    """Return the names of the columns with the images and with the labels.
+    """Return the names of the image column and of the label column.
 
     Raises:
-        DataError: there is none, several may be meant, or the one that is named is of another type.
+        DataError: there is no such column, there are several, or it is of another type.
     """
     images = {f.name: f.type for f in schema if _is_image(f.type)}
     labels = {f.name: f.type for f in schema if pa.types.is_integer(f.type)}
@@ -290,7 +290,7 @@ _TYPES = {"image": "a struct of bytes and path (Hugging Face image)", "label": "
 def _column(
     schema: pa.Schema, where: str, what: str, name: str, fitting: dict[str, pa.DataType], candidates: list[str]
 ) -> str:
-    """Return the column ``name``, or the only candidate where no name is known."""
+    """Return the column ``name``, or the only candidate if ``name`` is empty."""
     columns = ", ".join(f"{printable(f.name)} ({_shown(f.type)})" for f in schema)
     setting = f"name the column in data.{what}_column"
     if name:

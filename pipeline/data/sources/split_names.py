@@ -1,7 +1,7 @@
 """The names of a split's files and folders, and of class folders, in a data set's directory.
 
-A name that only resembles a split's name is never taken for it: merged with the split's own images,
-it would be another test.
+A name that only resembles a split's name is never taken for it, since its images would change the
+test.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ hash at its end, as older uploads to the Hugging Face Hub have it."""
 
 
 def split_words(test_split: str = "") -> set[str]:
-    """Return what splits are usually called, and ``data.test_split``, in lower case."""
+    """Return the usual names of splits, and ``data.test_split``, in lower case."""
     return {word for words in WORDS.values() for word in words} | ({test_split.lower()} if test_split else set())
 
 
@@ -37,7 +37,7 @@ def names_split(file: str, test_split: str = "") -> bool:
 
 
 def split_of(name: str) -> str:
-    """Return the split that a Parquet file belongs to by its name; empty for another file."""
+    """Return the split in the name of a Parquet file, or "" for another file."""
     match = _FILE.fullmatch(name)
     return match["split"] if match else ""
 
@@ -48,16 +48,15 @@ def _beginning(name: str) -> str:
 
 
 def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split: str = "") -> str | None:
-    """Return the name, as it is spelled there, by which the directory ``place`` has a split.
+    """Return the name of a split as the directory ``place`` spells it.
 
     Args:
         place: for the message.
         words: names in the directory that may be a split's.
-        test_split: ``data.test_split``, the name that is meant for the test images; empty where the
-            user did not say, and for every other split.
+        test_split: ``data.test_split``, the user's name for the test images, or "".
 
     Returns:
-        None if there is none.
+        The name, or None if the directory has no such split.
 
     Raises:
         DataError: two names fit equally well: val beside validation, or Test beside test.
@@ -81,22 +80,22 @@ def parquet_files(
 ) -> list[str]:
     """Return the Parquet files of a split in a directory.
 
-    They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, there or in a
-    folder called SPLIT, which may also have NNNN.parquet, as the Hub's own conversion writes them.
+    They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, in the
+    directory or in a folder SPLIT. The folder may also have NNNN.parquet, as the Hub's own
+    conversion writes.
 
     Args:
         place: the directory, for messages.
         names: the Parquet files in it.
-        folders: name of each folder in it that has Parquet files -> these.
+        folders: name of each folder in it -> its Parquet files.
         test_split: as of :func:`choose_word`.
 
     Returns:
         Paths of the split's files from the directory, sorted.
 
     Raises:
-        DataError: there is none, one of a numbered set is missing or there twice, or a file whose
-            name begins like the split's is not one of its files (test_hard.parquet beside
-            test.parquet).
+        DataError: there is none, a numbered set is incomplete or has a part twice, or the name of
+            another file begins like the split's (test_hard.parquet beside test.parquet).
     """
     # A name that the user gave means itself alone. One that is guessed must not be the beginning of
     # others.
@@ -131,7 +130,7 @@ def _no_split(
 
 
 def _checked(place: str, word: str, files: list[str], numbered: bool = False) -> list[str]:
-    """Return the files of a split if each is one and none is missing."""
+    """Return the files of a split, in order, if they are a complete set."""
     if numbered and all(re.fullmatch(r"\d+\.parquet", name, re.IGNORECASE) for name in files):
         files = sorted(files, key=lambda name: int(name.partition(".")[0]))
         indices = [int(name.partition(".")[0]) for name in files]
@@ -185,18 +184,18 @@ def _check_complete(place: str, word: str, matches: dict[str, re.Match[str]]) ->
 def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text", "number"]) -> tuple[str, ...]:
     """Return class folders in the order of their labels.
 
-    torchvision sorts the names as text, timm by the numbers in them. Where the two differ (2 and
-    10, class2 and class10), a network whose weights come from elsewhere may have been trained on
-    either, and the wrong one permutes all labels.
+    torchvision sorts the names as text, timm by the numbers in them. If the two orders differ (2
+    and 10, class2 and class10), an external network may follow either, and the wrong one permutes
+    all labels.
 
     Args:
         place: the directory, for the message.
         names: the folders.
-        order: ``data.class_order``; empty where the user did not say.
+        order: ``data.class_order``, or "" if the user gave none.
 
     Raises:
-        DataError: the orders differ and ``order`` does not say which is meant, or the order by
-            number does not tell two names apart (1 and 01).
+        DataError: the orders differ and ``order`` is "", or two names are the same number (1 and
+            01).
     """
     as_text = tuple(sorted(names))
     by_number = tuple(sorted(as_text, key=_natural_key))

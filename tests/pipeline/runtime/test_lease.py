@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mark(directory: Storage, host: str, pid: int, *, beat: int = 1, behind_s: float = 0.0) -> None:
-    here = Lease(directory)._identity
+    here = Lease(directory).identity
     holder = {**here, "host": host, "pid": pid, "token": "other", "heartbeat": beat, "alive": time.time() - behind_s}
     directory.write_json(lease.FILE, holder)
 
