@@ -33,15 +33,15 @@ def runs_by_path(client: MlflowClient) -> dict[str, Run]:
     """Runs by their path of names, ``fake-mnist/defend/white_box/fgsm``."""
     experiment = client.get_experiment_by_name("defendpp")
     assert experiment is not None
-    found = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id], max_results=1000)}
+    by_id = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id], max_results=1000)}
 
     def path(run: Run) -> str:
         parent = run.data.tags.get("mlflow.parentRunId")
-        return f"{path(found[parent])}/{run.info.run_name}" if parent else str(run.info.run_name)
+        return f"{path(by_id[parent])}/{run.info.run_name}" if parent else str(run.info.run_name)
 
-    paths = [path(r) for r in found.values()]
+    paths = [path(r) for r in by_id.values()]
     assert len(set(paths)) == len(paths), f"a run twice: {sorted(paths)}"
-    return {path(r): r for r in found.values()}
+    return {path(r): r for r in by_id.values()}
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:

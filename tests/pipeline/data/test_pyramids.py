@@ -37,7 +37,8 @@ from pipeline.runtime.storage import Storage, StorageError
 DATA = DataConfig(train_limit=700, test_limit=130)
 SMALL = PyramidConfig(rows_per_shard=100)
 BARE = PyramidConfig(rows_per_shard=20)
-"""Without levels: new worker processes need not import torch, which takes most of a build's time here."""
+"""Without levels: new worker processes need not import torch, which takes most of a build's time
+here."""
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +197,8 @@ def test_address_follows_all_that_the_content_follows_from(tmp_path: Path) -> No
     assert len({linear, none, *addresses}) == 13
     # images alone have no levels whose precision could count
     assert address_of(DATA, dataclasses.replace(SMALL, dtype="float32"), "train", targets="none") == none
-    # and on nothing else: not the place of the files, nor, for the test images, the validation split
+    # and on nothing else: not the place of the files, nor, for the test images, the validation
+    # split
     shutil.copytree(ROOT / "pipeline" / "data" / "mnist-sample", tmp_path / "copy")
     copy = dataclasses.replace(DATA, source=f"parquet:{tmp_path / 'copy'}")
     assert address_of(copy, SMALL, "train") in addresses
@@ -312,7 +314,8 @@ def test_killed_and_continued_equals_unbroken(ray_cluster: str, storage: Storage
     finished = {p.name: p.stat().st_ino for p in directory.glob("shard-*.parquet")}
     assert 2 <= len(finished) < unbroken.num_shards
     assert not (directory / MANIFEST).exists()
-    # what a power cut or a storage without atomic renames may leave: half a shard under its final name
+    # what a power cut or a storage without atomic renames may leave: half a shard under its final
+    # name
     broken = directory / f"shard-{unbroken.num_shards - 1:05d}.parquet"
     broken.write_bytes(files(storage, unbroken.address)[broken.name][:5000])
     finished.pop(broken.name, None)
@@ -418,8 +421,8 @@ def test_truncated_image_names_file_and_row(
     with pytest.raises(DataError) as caught:
         build(data, PyramidConfig(rows_per_shard=10), Storage(tmp_path), "train")
     assert str(caught.value) == (
-        f"{tmp_path}/d/train.parquet row 37: the image cannot be decoded (image file is truncated); it is truncated or not an "
-        "image file. Get the file again or remove it"
+        f"{tmp_path}/d/train.parquet row 37: the image cannot be decoded (image file is truncated); it is truncated or "
+        "not an image file. Get the file again or remove it"
     )
     assert caught.value.__cause__ is None
     assert "".join(capfd.readouterr()) == ""  # one message, and nothing of Ray's beside it

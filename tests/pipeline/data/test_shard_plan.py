@@ -59,5 +59,6 @@ def test_memory_follows_the_shard_not_the_data_set(tmp_path: Path) -> None:
             del table
         peaks[rows] = tracemalloc.get_traced_memory()[1] + arrow
         tracemalloc.stop()
-    # 14,000 more images of 784 bytes would be 11 MB as pixels alone; 8 bytes of row number each are 0.1 MB, thrice
+    # 14,000 more images of 784 bytes would be 11 MB as pixels alone; 8 bytes of row number each are
+    # 0.1 MB, thrice
     assert peaks[16_000] - peaks[2000] < 1_000_000

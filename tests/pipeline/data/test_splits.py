@@ -135,7 +135,8 @@ def test_a_limit_moves_no_image_between_training_and_validation(tmp_path: Path) 
 
     for split in ("train", "validation"):
         assert numbers(split, train_limit=60) < numbers(split, train_limit=90) < numbers(split)
-    # the draw and the validation split are independent: 30 % of the images that are drawn are held out
+    # the draw and the validation split are independent: 30 % of the images that are drawn are held
+    # out
     assert 15 <= len(numbers("validation", train_limit=90)) <= 40
 
 
@@ -148,7 +149,8 @@ def test_draw_order() -> None:
     np.testing.assert_array_equal(some[draw_order(some, 0)], order[:5000])
     # the exact order is part of every stored result: raise DRAW_VERSION where it changes
     assert order[:5].tolist() == [64872, 77960, 69949, 14900, 10960]
-    # a draw of 1000 is even over the split (10 parts of 100 expected each) and holds out as many as any other rows
+    # a draw of 1000 is even over the split (10 parts of 100 expected each) and holds out as many as
+    # any other rows
     assert np.bincount(order[:1000] // 10_000).min() > 60
     assert held_out(order[:10_000], 0.1, 0).mean() == pytest.approx(0.1, abs=0.015)
     assert len(set(order[:1000]) & set(draw_order(np.arange(100_000), 1)[:1000])) < 30

@@ -35,9 +35,9 @@ def mark(directory: Storage, host: str, pid: int, *, beat: int = 1, behind_s: fl
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}'])
 def test_a_file_that_nobody_can_read_is_replaced_after_a_while(tmp_path: Path, text: str) -> None:
     (tmp_path / lease.FILE).write_text(text)
-    mine = Lease(Storage(tmp_path)).acquire()
+    first = Lease(Storage(tmp_path)).acquire()
     assert Storage(tmp_path).read_json(lease.FILE)["pid"] == os.getpid()
-    mine.release()
+    first.release()
     assert os.listdir(tmp_path) == []
 
 
@@ -46,15 +46,15 @@ def test_a_file_system_without_hard_links_has_leases_too(tmp_path: Path, monkeyp
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    mine = Lease(Storage(tmp_path)).acquire()
+    first = Lease(Storage(tmp_path)).acquire()
     assert not Lease(Storage(tmp_path)).try_acquire()
-    mine.release()
+    first.release()
     assert os.listdir(tmp_path) == []
 
 
 def test_a_living_process_of_this_machine_is_refused_at_once(tmp_path: Path) -> None:
     directory = Storage(tmp_path)
-    mine = Lease(directory).acquire()
+    first = Lease(directory).acquire()
     begin = time.monotonic()
     for refuse in (Lease(directory).acquire, Lease(directory).check_free):
         with pytest.raises(
@@ -62,7 +62,7 @@ def test_a_living_process_of_this_machine_is_refused_at_once(tmp_path: Path) -> 
         ):
             refuse()
     assert time.monotonic() - begin < 10, "without watching it"
-    mine.release()
+    first.release()
     assert not directory.exists(lease.FILE)
     Lease(directory).acquire().release()
 
@@ -99,9 +99,9 @@ def test_a_holder_elsewhere_is_judged_by_its_heartbeat_not_by_its_clock(
     finally:
         stop.set()
         thread.join()
-    mine = Lease(directory).acquire()  # it stands still now
-    assert mine.held
-    mine.release()
+    first = Lease(directory).acquire()  # it stands still now
+    assert first.held
+    first.release()
 
 
 def test_a_worker_group_that_was_started_again_has_its_lease_still(tmp_path: Path) -> None:
@@ -128,40 +128,40 @@ def test_of_many_at_once_one_gets_it(tmp_path: Path, dead: bool) -> None:
 
 def test_who_was_taken_over_notices_and_leaves_the_other_its_lease(tmp_path: Path) -> None:
     directory = Storage(tmp_path)
-    mine = Lease(directory).acquire()
+    first = Lease(directory).acquire()
     begin = directory.read_json(lease.FILE)["heartbeat"]
     deadline = time.monotonic() + 30
     while directory.read_json(lease.FILE)["heartbeat"] == begin:
         assert time.monotonic() < deadline, "no heartbeat"
-    mine.check()
-    while mine.held:  # written at the same moment, the later heartbeat stands
+    first.check()
+    while first.held:  # written at the same moment, the later heartbeat stands
         assert time.monotonic() < deadline, "not noticed"
         mark(directory, "elsewhere", 7)
         time.sleep(0.02)
     with pytest.raises(UserError, match="taken over by process 7 on elsewhere"):
-        mine.check()
-    mine.release()
+        first.check()
+    first.release()
     assert directory.read_json(lease.FILE)["pid"] == 7, "it is the other's"
 
 
 def test_a_lease_that_was_released_can_be_taken_again_and_released_only_once(tmp_path: Path) -> None:
     directory = Storage(tmp_path)
-    mine, other = Lease(directory), Lease(directory).acquire()
-    assert not mine.try_acquire()
-    mine.release()  # it was not held: the other keeps its own
+    first, other = Lease(directory), Lease(directory).acquire()
+    assert not first.try_acquire()
+    first.release()  # it was not held: the other keeps its own
     assert other.held
     assert (tmp_path / lease.FILE).exists()
     for _ in range(2):
         other.release()
-        assert mine.try_acquire()
-        assert mine.held
+        assert first.try_acquire()
+        assert first.held
         begin = directory.read_json(lease.FILE)["heartbeat"]
         deadline = time.monotonic() + 30
         while directory.read_json(lease.FILE)["heartbeat"] == begin:
             assert time.monotonic() < deadline, "no heartbeat"
         other.release()  # again: what is another's by now stays
         assert (tmp_path / lease.FILE).exists()
-        mine.release()
+        first.release()
         assert os.listdir(tmp_path) == []
         assert other.try_acquire()
     other.release()
@@ -170,15 +170,15 @@ def test_a_lease_that_was_released_can_be_taken_again_and_released_only_once(tmp
 def test_who_works_on_one_directory_after_the_other_waits_for_those_of_others(tmp_path: Path) -> None:
     root = Storage(tmp_path)
     other = Lease(root / "b").acquire()
-    mine = WorkingLease(root, "group")
-    assert mine.try_take("a")
-    assert mine.held
-    mine.release()
-    assert not mine.try_take("b")
-    assert not mine.held
-    mine.release()  # as a worker does after each turn
+    first = WorkingLease(root, "group")
+    assert first.try_take("a")
+    assert first.held
+    first.release()
+    assert not first.try_take("b")
+    assert not first.held
+    first.release()  # as a worker does after each turn
     other.release()
-    assert mine.try_take("b")
-    assert mine.held
-    mine.release()
+    assert first.try_take("b")
+    assert first.held
+    first.release()
     assert not (tmp_path / "b" / lease.FILE).exists()

@@ -90,18 +90,18 @@ def test_a_storage_that_fails_for_a_moment_is_asked_again(
 ) -> None:
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Flaky, "error", error)
-    one = Storage(tmp_path)
-    one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
-    one.write_bytes("a", b"1")
+    storage = Storage(tmp_path)
+    storage.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
+    storage.write_bytes("a", b"1")
     arguments = {"list": [], "write_bytes": ["a", b"2"]}.get(operation, ["a"])
     monkeypatch.setattr(Flaky, "failures", 3)
-    getattr(one, operation)(*arguments)
+    getattr(storage, operation)(*arguments)
     assert Flaky.failures == 0
     assert capsys.readouterr().out.count("does not answer") == 1, "said once"
     monkeypatch.setattr(retries, "RETRY_S", 0.05)
     monkeypatch.setattr(Flaky, "failures", 1000)
     with pytest.raises(StorageError, match=f"{tmp_path}.*{re.escape(str(error))}"):
-        getattr(one, operation)(*arguments)
+        getattr(storage, operation)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -112,20 +112,20 @@ def test_what_does_not_pass_is_an_error_at_once(
 ) -> None:
     monkeypatch.setattr(Flaky, "error", error)
     monkeypatch.setattr(Flaky, "failures", 1)
-    one = Storage(tmp_path)
-    one.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
+    storage = Storage(tmp_path)
+    storage.fs = pafs.PyFileSystem(pafs.FSSpecHandler(Flaky()))
     with pytest.raises(StorageError):
-        one.exists("a")
+        storage.exists("a")
     assert Flaky.failures == 0
 
 
 def test_options_of_a_uri_are_no_part_of_the_path() -> None:
-    one = Storage("s3://bucket/dir?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http")
-    below = one / "models" / "a"
-    assert (one.root, below.root) == ("bucket/dir", "bucket/dir/models/a")
+    storage = Storage("s3://bucket/dir?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http")
+    below = storage / "models" / "a"
+    assert (storage.root, below.root) == ("bucket/dir", "bucket/dir/models/a")
     assert below.uri == "s3://bucket/dir/models/a"
     assert below.full_uri == "s3://bucket/dir/models/a?region=eu-west-1&endpoint_override=127.0.0.1:1&scheme=http"
-    assert one.join("models/a") == below.full_uri
+    assert storage.join("models/a") == below.full_uri
     for again in (Storage(below.full_uri), pickle.loads(pickle.dumps(below))):
         assert again.root == below.root
         assert again.fs.region == "eu-west-1"
@@ -156,8 +156,8 @@ def test_options_of_a_uri_are_no_part_of_the_path() -> None:
     ],
 )
 def test_a_files_uri_is_its_directory_and_its_name(file: str, directory: str, name: str) -> None:
-    storage, found = split_uri(file)
-    assert (storage.full_uri, found) == (directory.format(home=Path.home(), here=os.getcwd()), name)
+    storage, file_name = split_uri(file)
+    assert (storage.full_uri, file_name) == (directory.format(home=Path.home(), here=os.getcwd()), name)
 
 
 @pytest.mark.parametrize(

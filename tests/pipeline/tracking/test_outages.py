@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
-    said: list[str] = []
-    tracker = Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/x", echo=lines.append)
     begin = time.monotonic()
     tracker.start("run", "x")
     for step in range(200):
@@ -38,11 +38,11 @@ def test_an_outage_costs_little_time_and_one_warning(root: Storage) -> None:
     assert time.monotonic() - begin < 5
     assert tracker.outbox.pending == 201
     assert tracker.is_behind
-    wait_until(lambda: bool(said))
-    assert len(said) == 1
-    assert "cannot be used (connection refused)" in said[0]
+    wait_until(lambda: bool(lines))
+    assert len(lines) == 1
+    assert "cannot be used (connection refused)" in lines[0]
     assert not tracker.flush(timeout_s=1)
-    assert said[1:] == [
+    assert lines[1:] == [
         f"MLflow: 201 operations not published to {tracker.uri}; records are safe under {tracker.storage.uri}; "
         "run the same command or `report` again to publish"
     ]
@@ -53,31 +53,31 @@ def test_a_server_killed_on_the_way_gets_everything(
 ) -> None:
     record = run.read_json("run.json")
     check_reachable(server.uri)
-    said: list[str] = []
-    tracker = Tracker(server.uri, run, echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(server.uri, run, echo=lines.append)
     mlflow_run.start_run(tracker, records.read_run(run))
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     first, *_ = records.history_files(root, record["models"]["defend"]["path"])
     tracker.history("model/defend", 0, partial(records.read_epoch, root, first))
     assert tracker.outbox.wait(60)
-    assert not said
+    assert not lines
 
     server.kill()
     begin = time.monotonic()
     mlflow_run.publish_run(tracker, run, root)
     assert time.monotonic() - begin < 20
-    wait_until(lambda: bool(said))
+    wait_until(lambda: bool(lines))
     assert tracker.outbox.pending > 50
-    assert len(said) == 1
-    assert "cannot be used" in said[0]
+    assert len(lines) == 1
+    assert "cannot be used" in lines[0]
 
     server.start()
     assert tracker.flush(timeout_s=60)
-    assert said[1:] == [f"MLflow at {server.uri} answers again", f"MLflow: all published to {server.uri}"]
+    assert lines[1:] == [f"MLflow at {server.uri} answers again", f"MLflow: all published to {server.uri}"]
     client = MlflowClient(server.uri)
     expect_fake_run(client, run)
     before = everything(client)
-    again = Tracker(server.uri, run, echo=said.append)
+    again = Tracker(server.uri, run, echo=lines.append)
     mlflow_run.publish_run(again, run, root)
     assert again.flush()
     assert everything(client) == before
@@ -98,12 +98,12 @@ def test_a_server_killed_on_the_way_gets_everything(
     begin = time.monotonic()
     again.stop_for(KeyboardInterrupt(), complete=False)
     assert time.monotonic() - begin < 5
-    assert "did not learn that the run is KILLED" in said[-1]
+    assert "did not learn that the run is KILLED" in lines[-1]
 
 
 def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Storage, mute: str) -> None:
-    said: list[str] = []
-    tracker = Tracker(mute, run, echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(mute, run, echo=lines.append)
     begin = time.monotonic()
     for _ in range(3):
         mlflow_run.publish_run(tracker, run, root)
@@ -111,8 +111,8 @@ def test_a_server_that_hangs_does_not_stand_in_the_way(run: Storage, root: Stora
     assert not tracker.flush(timeout_s=0.5)
     tracker.stop("KILLED")
     assert time.monotonic() - begin < 9
-    assert "operations not published" in said[0]
-    assert "run the same command or `report` again to publish" in said[0]
+    assert "operations not published" in lines[0]
+    assert "run the same command or `report` again to publish" in lines[0]
 
 
 def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_a_stopped_run_leaves_no_run_open(run: Storage, root: Storage, database:
     assert time.monotonic() - begin < 5
     tracker.start("model/late", "late", parent="run")  # by a thread that does not know yet
     client = MlflowClient(uri)
-    found = {path: r.info.status for path, r in runs_by_path(client).items()}
-    assert found.pop("fake-mnist/control") == "FINISHED"
-    assert found == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
+    statuses = {path: r.info.status for path, r in runs_by_path(client).items()}
+    assert statuses.pop("fake-mnist/control") == "FINISHED"
+    assert statuses == {"fake-mnist": "KILLED", "fake-mnist/no_defense": "KILLED", "fake-mnist/defend": "KILLED"}
 
     again = Tracker(uri, run, echo=lambda line: None)
     mlflow_run.publish_run(again, run, root)

@@ -72,8 +72,8 @@ def test_weights_that_numpy_cannot_hold_have_a_digest() -> None:
 def test_a_registration_that_fails_ends_no_run(
     run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    tracker = Tracker(database(tmp_path), run, echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(database(tmp_path), run, echo=lines.append)
     record = records.read_run(run)
     mlflow_run.start_run(tracker, record)
     mlflow_run.start_model(tracker, record, "defend")
@@ -83,7 +83,7 @@ def test_a_registration_that_fails_ends_no_run(
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
     stages.register(state, [lost])
     assert not tracker.flush(60)
-    assert any("registration of defend not published" in line for line in said), said
+    assert any("registration of defend not published" in line for line in lines), lines
 
 
 def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
@@ -97,13 +97,17 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
     ]
 
     def conclude(name: str, minute: int, chosen: int) -> tuple[str, dict[str, Any], str]:
-        """A sweep whose last trial ends in that minute registers network ``chosen``; whose model is @best then, and what was said."""
+        """Let a sweep that ends in that minute register a network.
+
+        Returns:
+            The version that is @best then, that of the sweep's own alias, and the printed lines.
+        """
         started = f"2026-05-28T21:{minute:02d}:00+00:00"
         trials = [a_trial(i + 1, root, "defend", started=started) for i in range(2)]
         record, sweep = a_sweep(run, trials, seeds=1), root / f"sweeps/fake-mnist-lam-{name}"
         record["choice"]["trial"] = chosen + 1
-        said: list[str] = []
-        tracker = Tracker(uri, sweep, echo=said.append)
+        lines: list[str] = []
+        tracker = Tracker(uri, sweep, echo=lines.append)
         mlflow_sweep.start_sweep(tracker, record)
         alias = mlflow_sweep.trial_alias(trials[chosen])
         tracker.start(alias, alias, parent="run")
@@ -113,18 +117,18 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
         best = client.get_model_version_by_alias("fake-mnist-lam", "best").tags
         own = client.get_model_version_by_alias("fake-mnist-lam", f"best-{name}").tags
         assert (own["sweep"], own["trial"]) == (f"fake-mnist-lam-{name}", str(chosen + 1))
-        return f"{best['sweep'].rpartition('-')[2]} {best['trial']}", own, " ".join(said)
+        return f"{best['sweep'].rpartition('-')[2]} {best['trial']}", own, " ".join(lines)
 
     assert conclude("aa", 1, 0)[0] == "aa 1"
-    best, _, said = conclude("bb", 2, 0)
+    best, _, lines = conclude("bb", 2, 0)
     assert best == "bb 1"
-    assert "before, version 1, which fake-mnist-lam-aa chose" in said
-    best, _, said = conclude("aa", 1, 0)  # the same command again concludes nothing new
-    assert (best, said.count("stays")) == ("bb 1", 0)
+    assert "before, version 1, which fake-mnist-lam-aa chose" in lines
+    best, _, lines = conclude("aa", 1, 0)  # the same command again concludes nothing new
+    assert (best, lines.count("stays")) == ("bb 1", 0)
     (root / "sweeps/fake-mnist-lam-aa").delete("tracking.json")
-    best, _, said = conclude("aa", 1, 0)  # published anew
+    best, _, lines = conclude("aa", 1, 0)  # published anew
     assert best == "bb 1"
-    assert "stays with version 2, which fake-mnist-lam-bb chose later" in said
+    assert "stays with version 2, which fake-mnist-lam-bb chose later" in lines
     assert conclude("aa", 3, 1)[0] == "aa 2", "more trials, another choice"
     assert conclude("aa", 4, 0)[0] == "aa 1", "still more, and the choice is the first again"
 
@@ -133,16 +137,16 @@ NAME = """o'neil "copy" \\ 100%: a/b.c é"""
 
 
 def test_names_may_hold_any_character(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    uri, said = database(tmp_path), list[str]()
+    uri, lines = database(tmp_path), list[str]()
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)).eval()
     for _ in range(2):
-        tracker = Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=said.append)
+        tracker = Tracker(uri, root / "runs/x", experiment=f"of {NAME}", echo=lines.append)
         tracker.start("run", NAME)
         tracker.start(f"model/{NAME}", NAME, parent="run", tags={"model": NAME})
         tracker.register_model(
             f"model/{NAME}", network, np.zeros((1, 1, 2, 2), np.float32), NAME, metadata={"of": NAME}
         )
-        assert tracker.flush(60), said
+        assert tracker.flush(60), lines
         forget_publication(root / "runs/x", uri)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(f"of {NAME}")

@@ -1,4 +1,4 @@
-"""What is found out about MLflow before a run spends compute: its address, its database, and where artifacts go."""
+"""MLflow is checked before a run spends compute: its address, its database, and where artifacts go."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _database(directory: Path) -> Path:
 
 
 def _break(database: Path) -> None:
-    """Leave a database as a process does that is killed while it migrates. The copy is one that MLflow has not read yet."""
+    """Leave a database as a process that is killed while it migrates. MLflow has not read the copy yet."""
     os.replace(shutil.copy(database, database.with_name("copy")), database)
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
@@ -284,13 +284,13 @@ _PARTS += [
 @settings(max_examples=150)
 def test_every_address_is_taken_or_refused_in_one_sentence(uri: str) -> None:
     """No address of the parts reaches a machine: port 1 of this one refuses at once."""
-    said = ""
+    message = ""
     try:
         check_address(uri)
         ui_command(uri, "1", "a")
     except UserError as e:
-        said = str(e)
-    assert said.isprintable()
+        message = str(e)
+    assert message.isprintable()
 
 
 # -- what answers --------------------------------------------------------------------------------
@@ -445,11 +445,11 @@ def test_a_server_that_passes_no_artifacts_on_is_found_out_before_the_run(tmp_pa
 
 def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Storage(tmp_path / "storage")
-    said: list[str] = []
+    lines: list[str] = []
 
     def publish(option: str = "", experiment: str = "") -> str:
-        uri, name = tracking_server.choose(option, experiment, root, required=True, echo=said.append)
-        tracker = Tracker(uri, root / "runs/x", experiment=name, echo=said.append)
+        uri, name = tracking_server.choose(option, experiment, root, required=True, echo=lines.append)
+        tracker = Tracker(uri, root / "runs/x", experiment=name, echo=lines.append)
         tracker.start("run", "x")
         assert tracker.outbox.wait(60)
         info = MlflowClient(tracker.uri).get_run(tracker.run_id() or "").info
@@ -461,7 +461,7 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the variable")
     assert publish() == "of the variable"
     assert publish(option, "of the option") == "of the option"
-    assert [line for line in said if line.startswith("MLflow: ")] == [
+    assert [line for line in lines if line.startswith("MLflow: ")] == [
         f"MLflow: {own}, experiment defendpp",
         f"MLflow: {variable} (from MLFLOW_TRACKING_URI), experiment of the variable",
         f"MLflow: {option}, experiment of the option",
@@ -473,15 +473,15 @@ def test_mlflows_variables_are_obeyed_and_options_win(tmp_path: Path, monkeypatc
 
 
 def test_a_run_with_a_record_continues_without_mlflow(tmp_path: Path) -> None:
-    root, said = Storage(tmp_path), list[str]()
+    root, lines = Storage(tmp_path), list[str]()
     dead = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(UserError, match="connection refused"):
-        tracking_server.choose(dead, "", root, required=True, echo=said.append)
-    assert tracking_server.choose(dead, "", root, required=False, echo=said.append) == (dead, "defendpp")
-    assert "connection refused" in said[-1]
-    assert "The run goes on" in said[-1]
+        tracking_server.choose(dead, "", root, required=True, echo=lines.append)
+    assert tracking_server.choose(dead, "", root, required=False, echo=lines.append) == (dead, "defendpp")
+    assert "connection refused" in lines[-1]
+    assert "The run goes on" in lines[-1]
     with pytest.raises(ConfigError):  # a slip of the pen is none of the network
-        tracking_server.choose("htp://127.0.0.1", "", root, required=False, echo=said.append)
+        tracking_server.choose("htp://127.0.0.1", "", root, required=False, echo=lines.append)
 
 
 def test_where_a_run_is_published_is_no_part_of_its_address() -> None:

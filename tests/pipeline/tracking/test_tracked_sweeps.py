@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 def histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
     """Of all metrics but those of a sweep alone: step and value."""
     names = set(run.data.metrics) - {"validation/robust", "epochs"}
-    found = {name: client.get_metric_history(run.info.run_id, name) for name in names}
-    return {name: [(m.step, m.value) for m in points] for name, points in found.items()}
+    by_name = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+    return {name: [(m.step, m.value) for m in points] for name, points in by_name.items()}
 
 
 def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
@@ -70,7 +70,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
 def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
     sweep = root / "sweeps/s"
-    tries = [
+    attempts = [
         {"state": "running", "reason": ""},
         {"state": "failed", "reason": "out of memory"},
         {"state": "running", "reason": "", "started": "2026-05-28T21:10:00+00:00"},
@@ -78,13 +78,13 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
         {"state": "running", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
         {"state": "finished", "reason": "", "started": "2026-05-28T21:20:00+00:00"},
     ]
-    for told in tries:
-        models = ("defend",) if told["state"] == "finished" else ()  # a trial that cannot be has none
-        record = a_sweep(run, [a_trial(1, root, *models, **told)], seeds=1) | {"choice": None, "finished": None}
+    for attempt in attempts:
+        models = ("defend",) if attempt["state"] == "finished" else ()  # a trial that cannot be has none
+        record = a_sweep(run, [a_trial(1, root, *models, **attempt)], seeds=1) | {"choice": None, "finished": None}
         tracker = Tracker(uri, sweep, echo=lambda line: None)
         mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
-        found = runs_by_path(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
-        assert {k: found.data.tags[k] for k in ("state", "reason")} == {k: told[k] for k in ("state", "reason")}
-        assert found.info.status == {"failed": "FAILED"}.get(told["state"], told["state"].upper())
-    assert found.data.metrics["epochs"] == fake_run.EPOCHS
+        trial = runs_by_path(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
+        assert {k: trial.data.tags[k] for k in ("state", "reason")} == {k: attempt[k] for k in ("state", "reason")}
+        assert trial.info.status == {"failed": "FAILED"}.get(attempt["state"], attempt["state"].upper())
+    assert trial.data.metrics["epochs"] == fake_run.EPOCHS

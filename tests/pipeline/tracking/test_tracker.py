@@ -36,10 +36,10 @@ pytestmark = pytest.mark.slow
 def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     uri = database(tmp_path)
     client = MlflowClient(uri)
-    said: list[str] = []
+    lines: list[str] = []
 
     def publish_all() -> str | None:
-        tracker = Tracker(uri, run, echo=said.append)
+        tracker = Tracker(uri, run, echo=lines.append)
         mlflow_run.publish_run(tracker, run, root)
         assert tracker.flush()
         return tracker.run_id()
@@ -52,7 +52,7 @@ def test_publishing_twice_adds_nothing(run: Storage, root: Storage, database: Da
     forget_publication(run, uri)
     assert publish_all() == first
     assert everything(client) == before
-    assert said == [f"MLflow: all published to {uri}"] * 3
+    assert lines == [f"MLflow: all published to {uri}"] * 3
 
 
 def test_a_known_publication_is_not_sent(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_long_histories_go_in_batches(root: Storage, database: DatabaseMaker, tm
     steps = [{"step": i, "time": 1e9 + i, "loss": 1.0 / (1 + i), "lr": None} for i in range(450)]
     tracker.history("model/m", 3, lambda: {"epoch": 3, "phase": "autoencoder", "steps": steps, "validation": {}})
     assert tracker.outbox.wait(60)
-    found = MlflowClient(uri).get_metric_history(tracker.run_id("model/m") or "", "train/loss")
-    assert [(m.step, m.timestamp, m.value) for m in found] == [(s["step"], 1000 * s["time"], s["loss"]) for s in steps]
+    points = MlflowClient(uri).get_metric_history(tracker.run_id("model/m") or "", "train/loss")
+    assert [(m.step, m.timestamp, m.value) for m in points] == [(s["step"], 1000 * s["time"], s["loss"]) for s in steps]
 
 
 def test_artifacts_of_a_remote_storage(database: DatabaseMaker, tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_artifacts_of_a_remote_storage(database: DatabaseMaker, tmp_path: Path) 
 
 def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     run, uri = root / "runs/x", database(tmp_path)
-    said: list[str] = []
+    lines: list[str] = []
 
     def publish() -> str | None:
-        tracker = Tracker(uri, run, echo=said.append)
+        tracker = Tracker(uri, run, echo=lines.append)
         tracker.start("run", "x", time=1e9, params={"lr": 0.1})
         tracker.finish("run", time=2e9)
         assert tracker.flush()
@@ -154,24 +154,24 @@ def test_what_was_deleted_is_published_anew(root: Storage, database: DatabaseMak
     assert client.get_run(second or "").info.status == "FINISHED"
     assert client.get_run(second or "").info.end_time == 2e12
     assert client.get_run(second or "").data.params == {"lr": "0.1"}
-    assert sum("no longer has" in line for line in said) == 1
+    assert sum("no longer has" in line for line in lines) == 1
 
 
 def test_a_refused_operation_does_not_hold_up_the_others(
     root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
     uri = database(tmp_path)
-    said: list[str] = []
-    tracker = Tracker(uri, root / "runs/x", echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(uri, root / "runs/x", echo=lines.append)
     tracker.start("run", "x", params={"lr": 0.1})
     tracker.start("run", "x", params={"lr": 0.2})  # MLflow's params cannot change
     tracker.metrics("run", {"a": 1.0})
     assert tracker.outbox.wait(60)
-    assert len(said) == 1
-    assert "refused" in said[0]
+    assert len(lines) == 1
+    assert "refused" in lines[0]
     assert runs_by_path(MlflowClient(uri))["x"].data.metrics == {"a": 1.0}
     assert not tracker.flush()
-    assert "1 operations not published" in said[-1]
+    assert "1 operations not published" in lines[-1]
     with pytest.raises(ValueError, match="comes first"):
         tracker.metrics("model/unknown", {"a": 1.0})
 
@@ -179,23 +179,23 @@ def test_a_refused_operation_does_not_hold_up_the_others(
 def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
     run = root / "runs/x"
     run.write_bytes("tracking.json", b"{")
-    said: list[str] = []
-    tracker = Tracker(database(tmp_path), run, echo=said.append)
+    lines: list[str] = []
+    tracker = Tracker(database(tmp_path), run, echo=lines.append)
     tracker.start("run", "x")
     assert tracker.flush()
-    assert "tracking.json cannot be used" in said[0]
+    assert "tracking.json cannot be used" in lines[0]
     assert run.read_json("tracking.json")["uris"][tracker.uri]["runs"]["run"]["id"] == tracker.run_id()
 
 
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     run = root / "runs/x"
-    tracker = Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=said.append)
+    tracker = Tracker(f"http://me:secret@127.0.0.1:{free_port()}", run, echo=lines.append)
     tracker.start("run", "x")
-    wait_until(lambda: bool(said))
+    wait_until(lambda: bool(lines))
     assert not tracker.flush(timeout_s=0)
-    assert "***@127.0.0.1" in said[0]
-    assert "secret" not in "".join(said) + uri.ui_command(tracker.uri, "1", "r")
+    assert "***@127.0.0.1" in lines[0]
+    assert "secret" not in "".join(lines) + uri.ui_command(tracker.uri, "1", "r")
     assert not run.exists("tracking.json") or b"secret" not in run.read_bytes("tracking.json")
 
 
@@ -240,7 +240,7 @@ def test_an_older_bookkeeping_never_replaces_a_newer_one(tmp_path: Path) -> None
 def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
-    uri, said = database(tmp_path), list[str]()
+    uri, lines = database(tmp_path), list[str]()
     home = run.read_json("run.json")["models"]["no_defense"]["path"]
     begin = root.read_bytes(f"{home}/model.json")
     epochs = {n: root.read_bytes(n) for n in (f"{home}/history/epoch-0000{e}.json" for e in (0, 2))}
@@ -248,7 +248,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     (root.local_root / home / "model.json").mkdir()  # there, and cannot be read
     for name in epochs:
         root.write_bytes(name, b"{")
-    tracker = Tracker(uri, run, echo=said.append)
+    tracker = Tracker(uri, run, echo=lines.append)
     mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
     client = MlflowClient(uri)
@@ -256,9 +256,9 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     for model in ("defend", "no_defense"):  # a damaged model has its evaluations too
         assert runs[f"fake-mnist/{model}/white_box/ddn"].info.status == "FINISHED"
     assert "fake-mnist/no_defense" in runs
-    assert any("model no_defense not published" in line for line in said)
-    assert any("first epoch of no_defense not published" in line for line in said)
-    assert "4 operations not published" in said[-1], said
+    assert any("model no_defense not published" in line for line in lines)
+    assert any("first epoch of no_defense not published" in line for line in lines)
+    assert "4 operations not published" in lines[-1], lines
 
     (root.local_root / home / "model.json").rmdir()
     root.write_bytes(f"{home}/model.json", begin)
@@ -271,10 +271,10 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
 
 
 def test_one_reason_is_said_once(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
-    uri, said = database(tmp_path), list[str]()
+    uri, lines = database(tmp_path), list[str]()
     MlflowClient(uri).create_experiment("bucket", "s3://bucket/artifacts")
-    tracker = Tracker(uri, run, experiment="bucket", echo=said.append)
+    tracker = Tracker(uri, run, experiment="bucket", echo=lines.append)
     mlflow_run.publish_run(tracker, run, root)
     assert not tracker.flush(60)
-    assert len(said) == 2, said
-    assert "boto3" in said[0]
+    assert len(lines) == 2, lines
+    assert "boto3" in lines[0]
