@@ -1,4 +1,4 @@
-"""What MLflow holds of a run, and what it must hold of the fake run."""
+"""The content of MLflow after a publication, and what it must be for the fake run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def runs_by_path(client: MlflowClient) -> dict[str, Run]:
-    """Runs by their path of names, ``fake-mnist/defend/white_box/fgsm``."""
+    """Return the runs by their path of names, ``fake-mnist/defend/white_box/fgsm``."""
     experiment = client.get_experiment_by_name("defendpp")
     assert experiment is not None
     by_id = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id], max_results=1000)}
@@ -45,7 +45,7 @@ def runs_by_path(client: MlflowClient) -> dict[str, Run]:
 
 
 def everything(client: MlflowClient) -> dict[str, Any]:
-    """All that MLflow holds of the runs, as it can be compared."""
+    """Return the content of all runs in a form that can be compared."""
     out = {}
     for path, run in runs_by_path(client).items():
         history = {
@@ -67,7 +67,7 @@ def artifacts_of(client: MlflowClient, run_id: str, path: str | None = None) -> 
 
 
 def expect_fake_run(client: MlflowClient, run: Storage) -> None:
-    """What MLflow must hold of a whole fake run, whatever happened on the way."""
+    """Check that MLflow has the whole fake run."""
     record = run.read_json("run.json")
     runs = runs_by_path(client)
     assert len(runs) == 1 + len(fake_run.MODELS) + len(record["evaluations"])
@@ -117,14 +117,14 @@ def expect_fake_run(client: MlflowClient, run: Storage) -> None:
 
 
 def forget_publication(run: Storage, uri: str) -> None:
-    """What a process that was killed before it wrote tracking.json leaves."""
+    """Make tracking.json what a process leaves that is killed before it writes the file."""
     file = run.read_json("tracking.json")
     file["uris"][uri].update(published=[], runs={}, status={})
     run.write_json("tracking.json", file)
 
 
 def a_trial(number: int, root: Storage, *models: str, state: str = "finished", **more: Any) -> dict[str, Any]:
-    """A trial of models of the fake run; not started: of none."""
+    """Return a trial with models of the fake run. Without models it is not started."""
     homes = [root / name for name in (f"models/{m}-fedcba9876543210" for m in models)]
     epochs = []
     for epoch in range(fake_run.EPOCHS):

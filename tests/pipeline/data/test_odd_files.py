@@ -198,7 +198,7 @@ class Remote(Flaky):
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """Parquet files on a file system whose connection is lost where a test sets ``Remote.failures``."""
+    """Parquet files on a file system that fails as often as ``Remote.failures`` says."""
     fsspec.register_implementation("remote", Remote, clobber=True)
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(Remote, "failures", 0)

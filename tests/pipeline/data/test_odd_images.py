@@ -82,7 +82,7 @@ def test_images_are_read_as_torchvision_reads_them(tmp_path: Path, name: str) ->
 
 
 def bomb() -> bytes:
-    """A small file that says it is of 10^10 pixels."""
+    """Return a small file that claims 10^10 pixels."""
     png = bytearray(encode(RGB.convert("1")))
     png[16:24] = (100_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
@@ -90,7 +90,7 @@ def bomb() -> bytes:
 
 
 def bad_tiff() -> bytes:
-    """A TIFF whose width is a fraction: Pillow raises TypeError."""
+    """Return a TIFF whose width is a fraction: Pillow raises TypeError."""
     tiff = encode(Image.new("L", (28, 28)), "TIFF")
     at_width = tiff.index(b"\x00\x01\x03\x00\x01\x00\x00\x00") if tiff[:2] == b"MM" else tiff.index(b"\x00\x01\x04\x00")
     return tiff[: at_width + 2] + b"\x05\x00" + tiff[at_width + 4 :]

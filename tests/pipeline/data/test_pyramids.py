@@ -53,7 +53,7 @@ def train(ray_cluster: str, storage: Storage) -> ShardSet:
 
 
 def files(storage: Storage, address: str) -> dict[str, bytes]:
-    """Every file of a shard set, hidden ones too."""
+    """Return the content of all files of a shard set, hidden ones included."""
     directory = storage.local_root / address
     return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
 
@@ -366,7 +366,7 @@ def test_a_difference_from_torch_dct_is_one_error_of_a_whole_build(
 
 
 class DefectiveStorage(Storage):
-    """Has an error that is nobody's but the program's."""
+    """A storage whose error is a defect of the program."""
 
     def write_bytes(self, name: str, data: bytes | pa.Buffer) -> None:
         _ = 1 // 0

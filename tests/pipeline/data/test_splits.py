@@ -23,7 +23,7 @@ SortedSource = Callable[[], DataConfig]
 
 
 def pixels(row: int) -> np.ndarray:
-    """An image that names its row."""
+    """Return an image whose pixels encode its row."""
     return np.full((SIZE, SIZE), row, np.uint8)
 
 

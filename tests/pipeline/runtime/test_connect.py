@@ -1,4 +1,4 @@
-"""What keeps a command from joining or starting Ray is one clear error. No test here gets as far as a running Ray."""
+"""A command that cannot join or start Ray ends with one clear error. No test here starts Ray."""
 
 from __future__ import annotations
 

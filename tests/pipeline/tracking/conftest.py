@@ -18,7 +18,7 @@ from pipeline.tracking.server import check_reachable
 
 @pytest.fixture
 def database() -> DatabaseMaker:
-    """Makes databases, each as a run does. MLflow takes seconds for the first of a process."""
+    """Return a function that creates a database. The first of a process takes MLflow seconds."""
 
     def make(directory: Path) -> str:
         uri = f"sqlite:///{directory / 'mlflow.db'}"
@@ -43,7 +43,7 @@ def root(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def run(root: Storage, written: Path) -> Storage:
-    """The directory of a fake run of one's own, in ``root``."""
+    """The directory of a fake run in ``root``, which the test may change."""
     shutil.copytree(written, root.local_root)
     return root / "runs" / root.list("runs")[0]
 

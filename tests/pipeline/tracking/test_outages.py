@@ -204,7 +204,7 @@ def test_a_run_ends_as_what_stopped_it(
 
 
 class Epoch(dict[str, Any]):
-    """A record of which one can ask whether it is still in memory."""
+    """A record that can be weakly referenced."""
 
 
 def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:

@@ -41,7 +41,7 @@ PATHS = ["plain", "repo_feature%2Fx", "a?b", "a#b", "x y", "o'neil & co", "büch
 
 @pytest.fixture(scope="module")
 def forked() -> Callable[[str], Any]:
-    """Starts ``check_reachable`` in a process that has imported MLflow already."""
+    """Return a function that starts ``check_reachable`` in a process that has imported MLflow."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.tracking.tracker"])
 
@@ -54,7 +54,7 @@ def forked() -> Callable[[str], Any]:
 
 
 def _database(directory: Path) -> Path:
-    """A whole database of MLflow, empty but for an experiment of one run."""
+    """Create a database of MLflow with one experiment and one run."""
     tracking_server.check_reachable(f"sqlite:///{directory}/mlflow.db")
     client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
     experiment = client.get_experiment_by_name("defendpp")
@@ -303,7 +303,7 @@ THERE = {"experiment": {"experiment_id": "1", "name": "defendpp", "artifact_loca
 def _answering(
     status: int, body: str, *, unless: str = "", kind: str = "text/html", reads: tuple[int, str] | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """An HTTP server that gives one answer to all, but an experiment to the Authorization ``unless``.
+    """Serve one answer to all requests, except an experiment to the Authorization ``unless``.
 
     Args:
         reads: another status and body for GET requests.

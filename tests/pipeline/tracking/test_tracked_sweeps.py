@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
-    """Of all metrics but those of a sweep alone: step and value."""
+    """Return steps and values of all metrics except those that only sweeps have."""
     names = set(run.data.metrics) - {"validation/robust", "epochs"}
     by_name = {name: client.get_metric_history(run.info.run_id, name) for name in names}
     return {name: [(m.step, m.value) for m in points] for name, points in by_name.items()}
@@ -28,7 +28,7 @@ def histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float
 def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
     root: Storage, database: DatabaseMaker, tmp_path: Path
 ) -> None:
-    """One model is a trial of one seed; two undefended ones, in the place of two seeds, are a trial of their means."""
+    """One trial has one seed. The other has the means of two undefended models in place of two seeds."""
     run, uri = fake_run.write(root, evaluations=False), database(tmp_path)
     tracker = Tracker(uri, run, echo=lambda line: None)
     mlflow_run.publish_run(tracker, run, root)
