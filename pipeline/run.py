@@ -11,8 +11,9 @@ from typing import Literal
 from components.config import Experiment
 from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, terminal
-from pipeline.run_directory import Run, now, open_run
+from pipeline.run_directory import Run, open_run
 from pipeline.runtime.console import say
+from pipeline.runtime.stored_record import now
 from pipeline.stages import (
     attack_models,
     existing_pyramids,
@@ -59,12 +60,12 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
             finish(run)
             return
         if command in ("run", "pyramids"):
-            sets = make_pyramids(run)
+            sets = make_pyramids(experiment, run.stored, run.root)
             if command == "pyramids":
                 finish_stage(run)
                 return
         else:
-            sets = existing_pyramids(run)
+            sets = existing_pyramids(run.record["data"], run.root)
         models = train_models(run, sets) if command in ("run", "train") else trained_models(run)
         if command == "train":
             register(run, models)
@@ -74,7 +75,7 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         if command == "run":
             register(run, models)
         run.record["finished"] = now()
-        run.save()
+        run.stored.save()
         make_report(run)
         complete = True
         finish(run)
@@ -85,5 +86,4 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise
     finally:
-        if run.lease is not None:
-            run.lease.release()
+        run.stored.release()

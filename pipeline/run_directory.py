@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from components.config import Experiment, level_sizes
@@ -24,6 +20,7 @@ from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.redaction import redacted
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
+from pipeline.runtime.stored_record import StoredRecord, now
 from pipeline.tracking import server
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import exports, gpu_memory, jobs, train
@@ -37,55 +34,24 @@ class Run:
 
     experiment: Experiment
     root: Storage
-    storage: Storage
-    """``runs/<recipe>-<hash>`` below root."""
-    record: dict[str, Any]
+    stored: StoredRecord
+    """run.json in ``runs/<recipe>-<hash>`` below root."""
     tracker: Tracker
-    lease: Lease | None = field(default=None, kw_only=True)
-    """Lease that this process holds while it works on the directory."""
 
     @property
-    def shapes(self) -> Shapes:
-        """Shapes of the experiment's data."""
-        return shapes_of(self.experiment)
+    def record(self) -> dict[str, Any]:
+        """Content of run.json."""
+        return self.stored.content
 
     @property
-    def splits(self) -> tuple[base.Split, ...]:
-        """Splits whose shards the run needs."""
-        if not self.experiment.trains:
-            return ("test",)
-        held_out: tuple[base.Split, ...] = ("validation",) if self.experiment.data.validation_fraction else ()
-        return ("train", *held_out, "test")
-
-    def save(self) -> None:
-        """Write the record, if the lease is still held."""
-        if self.lease is not None:
-            self.lease.check()
-        self.storage.write_json("run.json", self.record)
+    def storage(self) -> Storage:
+        """Directory of the run."""
+        return self.stored.storage
 
     def publish(self) -> None:
         """Publish the records in MLflow; an outage does not stop the run."""
         with self.tracker.excused("records"):
             mlflow_run.publish_run(self.tracker, self.storage, self.root)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a stage to those that the record has of it."""
-        begin = time.monotonic()
-        try:
-            yield
-        except BaseException as e:
-            self._add_seconds(name, begin)
-            # A storage that does not answer would delay the end.
-            if not isinstance(e, KeyboardInterrupt):
-                with suppress(UserError):  # An error of the storage would hide the stage's own.
-                    self.save()
-            raise
-        self._add_seconds(name, begin)
-        self.save()
-
-    def _add_seconds(self, name: str, begin: float) -> None:
-        self.record["stages"][name] = self.record["stages"].get(name, 0.0) + time.monotonic() - begin
 
 
 def shapes_of(experiment: Experiment) -> Shapes:
@@ -97,6 +63,14 @@ def shapes_of(experiment: Experiment) -> Shapes:
         num_classes=data.num_classes,
         sizes=level_sizes(data.image_size, experiment.pyramids.levels),
     )
+
+
+def splits_of(experiment: Experiment) -> tuple[base.Split, ...]:
+    """Return the splits whose shards an experiment needs."""
+    if not experiment.trains:
+        return ("test",)
+    held_out: tuple[base.Split, ...] = ("validation",) if experiment.data.validation_fraction else ()
+    return ("train", *held_out, "test")
 
 
 def run_address(experiment: Experiment) -> str:
@@ -207,18 +181,11 @@ def _opened(
         say(f"new run at {storage.uri}")
     else:
         say(f"continuing {storage.uri}")
-    run = Run(
-        experiment=experiment,
-        root=root,
-        storage=storage,
-        record=record,
-        tracker=tracker,
-        lease=lease,
-    )
+    stored = StoredRecord(storage, "run.json", record, lease)
     if not records_only:
-        run.record |= provenance.environment()
-        run.save()
-    return run
+        stored.content |= provenance.environment()
+        stored.save()
+    return Run(experiment=experiment, root=root, stored=stored, tracker=tracker)
 
 
 def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:
@@ -259,11 +226,6 @@ def recorded(experiment: Experiment) -> dict[str, Any]:
     """Return an experiment as records hold it, without user and password of the tracking server."""
     config: dict[str, Any] = redacted(to_dict(experiment))
     return {**config, "tracking_uri": config["tracking_uri"].replace("***@", "")}
-
-
-def now() -> str:
-    """Return the time in UTC, to the second, in ISO format."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage, tracking_uri: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,45 +17,47 @@ from pipeline.data import pyramids, shards
 from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
 from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, report, results
-from pipeline.run_directory import Run, kinds_of_targets
+from pipeline.run_directory import Run, kinds_of_targets, shapes_of, splits_of
 from pipeline.runtime.console import Bar, say, stage
+from pipeline.runtime.storage import Storage
+from pipeline.runtime.stored_record import StoredRecord
 from pipeline.training import exports, jobs, monitor, train
 
 
-def make_pyramids(run: Run) -> ShardSets:
+def make_pyramids(experiment: Experiment, stored: StoredRecord, root: Storage) -> ShardSets:
     """Build the shard sets of every split (stage 1).
 
     The training images have one shard set for each kind of targets that a model reads.
     """
-    e = run.experiment
+    e, record = experiment, stored.content
     addresses: dict[str, str] = {}
-    with run.timed("pyramids"):
-        for split in run.splits:
+    with stored.timed("pyramids"):
+        for split in splits_of(e):
             for targets in kinds_of_targets(e) if split == "train" else ("none",):
                 title = f"pyramids: {split}" + (f", {targets} targets" if targets != "none" else "")
                 with stage(title) as bar:
                     shard_set = pyramids.build(
                         e.data,
                         e.pyramids,
-                        run.root,
+                        root,
                         split,
                         targets=targets,
                         progress=functools.partial(_report_images, bar),
                     )
                     shard_set.verify()
                 addresses[f"train/{targets}" if split == "train" else split] = shard_set.address
-                rows = {**(run.record["data"] or {}).get("rows", {}), split: shard_set.num_rows}
-                run.record["data"] = {**(run.record["data"] or {}), "rows": rows}
+                rows = {**(record["data"] or {}).get("rows", {}), split: shard_set.num_rows}
+                record["data"] = {**(record["data"] or {}), "rows": rows}
     without_levels = pyramids.address_of(e.data, e.pyramids, "train", targets="none") if e.trains else ""
-    run.record["data"] |= {
+    record["data"] |= {
         "source": e.data.source,
         "hash": content_hash(without_levels, addresses["test"]),
         "bare": without_levels,
         "splits": addresses,
-        "levels": list(run.shapes.sizes),
+        "levels": list(shapes_of(e).sizes),
     }
-    run.save()
-    return existing_pyramids(run, verified=True)
+    stored.save()
+    return existing_pyramids(record["data"], root, verified=True)
 
 
 def _report_images(bar: Bar, done: int, total: int) -> None:
@@ -69,17 +72,18 @@ class ShardSets:
     test: shards.ShardSet
 
 
-def existing_pyramids(run: Run, *, verified: bool = False) -> ShardSets:
+def existing_pyramids(data: Mapping[str, Any], root: Storage, *, verified: bool = False) -> ShardSets:
     """Return the shard sets that stage 1 has made.
 
     Args:
+        data: ``data`` of the record.
+        root: the storage.
         verified: they were verified just now.
 
     Raises:
         DataError: a shard set is missing or damaged.
     """
-    data = run.record["data"]
-    sets = {name: shards.load(run.root, address) for name, address in data["splits"].items()}
+    sets = {name: shards.load(root, address) for name, address in data["splits"].items()}
     if not verified:
         for shard_set in sets.values():
             shard_set.verify()
@@ -96,14 +100,19 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     for name, config in run.experiment.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
-    with run.timed("train"), stage(results.model_stage(run.experiment)) as bar:
+    with run.stored.timed("train"), stage(results.model_stage(run.experiment)) as bar:
         models = train.train(
-            run.experiment, run.shapes, sets.training, run.root, TrainProgress(run, bar), run.tracker.uri
+            run.experiment,
+            shapes_of(run.experiment),
+            sets.training,
+            run.root,
+            TrainProgress(run, bar),
+            run.tracker.uri,
         )
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
         say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
-    run.save()
+    run.stored.save()
     return as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
 
 
@@ -142,7 +151,7 @@ class TrainProgress(monitor.Progress):
             "images_per_second": model["images_per_second"],
             "autoencoder": "autoencoder" in model["parameters"],
         }
-        run.save()
+        run.stored.save()
         run.publish()
         accuracy = model["validation"].get("accuracy")
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
@@ -189,11 +198,11 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
 
 
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
-    """Attack every model, and derive worst cases, flags and images (stage 3)."""
-    with run.timed("attack"), stage("attack") as bar:
+    """Attack every model under every threat model, and derive worst cases, flags and images (stage 3)."""
+    with run.stored.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
         run.record["evaluations"] = evaluations
-        run.save()
+        run.stored.save()
         names = [m.name for m in models]
         judgements = worst_case.EvaluationRecords(run.root, evaluations, run.experiment.evaluation.chunk_size)
         run.record["worst_case"] = worst_case.worst_cases(names, run.experiment, judgements)
@@ -203,13 +212,13 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
             models, test, run.experiment, run.root, judgements, progress=bar.update
         )
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
-    run.save()
+    run.stored.save()
     run.publish()
 
 
 def make_report(run: Run) -> None:
     """Make table, plots and HTML from the records alone (stage 4)."""
-    with run.timed("report"), stage("report"):
+    with run.stored.timed("report"), stage("report"):
         report.build(run.storage, run.root)
 
 

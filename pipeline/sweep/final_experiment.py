@@ -17,12 +17,16 @@ from pipeline.recipes.suites import full_suite
 def final_experiment(
     experiment: Experiment, model: str, point: Point, suite: Literal["full", "recipe"] = "full"
 ) -> Experiment:
-    """The evaluation of the chosen configuration beside an undefended network and its control.
+    """Return the evaluation of the choice beside an undefended network and its control.
+
+    Images and chunks are the recipe's.
 
     Args:
         model: the recipe's name of the model that was varied.
-        suite: the attacks and threat models. full: :func:`pipeline.recipes.suites.full_suite` at the budget of the recipe's first attack that
-            has one, else at the field's usual one; recipe: the recipe's own. Images and chunks are the recipe's either way.
+        point: the chosen values.
+        suite: the attacks and threat models. ``full``: :func:`pipeline.recipes.suites.full_suite`
+            at the budget of the recipe's first attack that has one, else at the field's standard.
+            ``recipe``: the recipe's own.
     """
     texts = {parse_spec(text)[0]: text for text in experiment.models}
     name, fields = parse_spec(texts[model])
@@ -32,24 +36,25 @@ def final_experiment(
     undefended = [
         texts[n]
         for n, c in models.items()
-        # a choice without a defense may be the recipe's own undefended model, which is then no control of it
+        # A choice without a defense may be the recipe's own undefended model, which is then no
+        # control of it.
         if c.defense == "none"
         and (c.arch, c.width) == (chosen.arch, chosen.width)
         and c.canonical() != chosen.canonical()
     ][:2]
-    taken = {models[parse_spec(text)[0]].seed for text in undefended}
+    taken = {models[_name_of(text)].seed for text in undefended}
     taken |= {chosen.seed} if chosen.defense == "none" else set()
     free = (seed for seed in range(3) if seed not in taken)
-    names = (n for n in ("no_defense", "control") if n not in map(_base, undefended))
+    names = (n for n in ("no_defense", "control") if n not in map(_name_of, undefended))
     while len(undefended) < 2:
         undefended.append(f"{next(names)}:defense=none,seed={next(free)},arch={chosen.arch},width={chosen.width}")
-    kept = {*map(_base, undefended), "best", "*"}
+    names_left = {*map(_name_of, undefended), "best", "*"}
     evaluation = experiment.evaluation
     if suite == "full":
         evaluation = replace(
             evaluation, attacks=_full_suite(experiment), threat_models=("white_box", "black_box", "transfer")
         )
-    threats = [t for t in evaluation.threat_models if ":" not in t or t.partition(":")[2] in kept]
+    threats = [t for t in evaluation.threat_models if ":" not in t or t.partition(":")[2] in names_left]
     source = evaluation.transfer_source
     return replace(
         experiment,
@@ -59,7 +64,7 @@ def final_experiment(
         evaluation=replace(
             evaluation,
             threat_models=tuple(threats) or ("white_box",),
-            transfer_source=source if source in kept else "",
+            transfer_source=source if source in names_left else "",
         ),
         figures=(),
         paper="",
@@ -71,8 +76,8 @@ def final_experiment(
 def _full_suite(experiment: Experiment) -> tuple[str, ...]:
     data = experiment.data
     specs = map(AttackSpec.parse, experiment.evaluation.attacks)
-    given = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), None)
-    eps, norm = given or (standard_eps(data.channels, data.image_size, "linf"), "linf")
+    standard = standard_eps(data.channels, data.image_size, "linf"), "linf"
+    eps, norm = next(((s.eps, str(s.norm)) for s in specs if s.eps is not None), standard)
     return full_suite(f"{eps}", norm, data.channels)
 
 
@@ -80,5 +85,5 @@ def _as_text(point: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in point.items()}
 
 
-def _base(text: str) -> str:
+def _name_of(text: str) -> str:
     return parse_spec(text)[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from components.config import Experiment, TrainConfig
@@ -18,73 +17,103 @@ from pipeline.runtime import provenance
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage
+from pipeline.runtime.stored_record import StoredRecord, now
 from pipeline.sweep.final_experiment import final_experiment
 from pipeline.sweep.options import SweepOptions
 from pipeline.sweep.preflight import preflight_experiment, varied_model
 from pipeline.sweep.report import mlflow_sweep
 from pipeline.sweep.space_file import load_space
-from pipeline.tracking import server, tracker
+from pipeline.sweep.trials.entry import TrialEntry, trials_of
+from pipeline.tracking import server
+from pipeline.tracking.tracker import Tracker
 from pipeline.training import gpu_memory
 
 
 @dataclass
-class Sweep(run_directory.Run):
-    """A sweep on its storage. ``record`` is sweep.json; ``experiment`` the recipe as the command line left it."""
+class Sweep:
+    """A sweep on its storage. Make it with :func:`open_sweep`."""
 
+    experiment: Experiment
+    """The recipe with the overrides of the command line."""
+    root: Storage
+    stored: StoredRecord
+    """sweep.json in sweeps/<recipe>-<space>-<hash> below root."""
+    tracker: Tracker
     space: Space
     options: SweepOptions
     model: str
-    """Name, in the recipe, of the model that is varied."""
+    """Name of the recipe's model that the trials vary."""
     base: TrainConfig
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """Guards the record, which the driver's threads share."""
+    """Config of that model."""
 
-    def save(self) -> None:
-        with self.lock:
-            if self.lease is not None:
-                self.lease.check()
-            self.storage.write_json("sweep.json", self.record)
+    @property
+    def record(self) -> dict[str, Any]:
+        """The content of sweep.json."""
+        return self.stored.content
+
+    @property
+    def storage(self) -> Storage:
+        """The sweep's directory."""
+        return self.stored.storage
+
+    @property
+    def trials(self) -> list[TrialEntry]:
+        """The trials that the record has by now."""
+        return trials_of(self.record)
+
+    def trial(self, number: int) -> TrialEntry:
+        """Return the entry of a trial; numbers count from 1."""
+        return TrialEntry.from_json(self.record["trials"][number - 1])
+
+    def put(self, *trials: TrialEntry) -> None:
+        """Put trials into the record, each in the place of its number or behind the last one."""
+        with self.stored.lock:
+            for trial in trials:
+                self.record["trials"][trial.number - 1 : trial.number] = [trial.to_json()]
 
     def publish(self) -> None:
-        with self.lock:
+        """Publish what the record holds by now to MLflow."""
+        with self.stored.lock:
             record = copy.deepcopy(self.record)
-        # not under the lock: what is read from storage must not hold up the trials
+        # Publishing reads from the storage. It happens outside the lock so that it does not hold up
+        # the trials.
         with self.tracker.excused("records"):
             mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root)
 
     def final(self, point: Point) -> Experiment:
-        """:func:`final_experiment`, as the options ask for it."""
+        """Return the experiment that tests a point on test images as the options say."""
         return final_experiment(
             self.experiment, self.model, point, "recipe" if self.options.evaluate == "recipe" else "full"
         )
 
-    @property
-    def trials(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.record["trials"]
-        return found
 
+def sweep_address(experiment: Experiment, space_name: str, space: Space, seed: int) -> str:
+    """Return ``sweeps/<recipe>-<space>-<hash>``.
 
-def sweep_address(experiment: Experiment, name: str, space: Space, seed: int) -> str:
-    """``sweeps/<recipe>-<space>-<hash>``. How many trials there are is not part of it: more of them go on with the same sweep."""
-    said = {k: v for k, v in space.to_dict().items() if k != "trials"}
-    return f"sweeps/{experiment.name}-{name}-{content_hash(run_directory.run_address(experiment), said, seed)}"
+    The number of trials is not part of it: with more trials the same sweep goes on.
+    """
+    settings = {k: v for k, v in space.to_dict().items() if k != "trials"}
+    return (
+        f"sweeps/{experiment.name}-{space_name}-{content_hash(run_directory.run_address(experiment), settings, seed)}"
+    )
 
 
 def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Experiment]:
     """Check all that can be checked before compute is spent, join Ray, and open the sweep's record.
 
     Returns:
-        The sweep, which is this process's from then on, and an experiment with a model for each trial (:func:`preflight_experiment`).
+        The sweep, which this process holds from then on, and an experiment with a model for each
+        trial (:func:`preflight_experiment`).
 
     Raises:
         UserError: one of its kinds, naming what, where and what to do.
     """
-    name, space = load_space(options)
+    space_name, space = load_space(options)
     model, base = varied_model(experiment, space)
-    probed = preflight_experiment(experiment, space, base, options.seed)
+    preflight = preflight_experiment(experiment, space, base, options.seed)
     root = Storage(experiment.storage)
     root.check_writable()
-    storage = root / sweep_address(experiment, name, space, options.seed)
+    storage = root / sweep_address(experiment, space_name, space, options.seed)
     if options.resume and not storage.exists("sweep.json"):
         raise UserError(
             f"there is no sweep at {storage.uri} to go on with: leave out --resume, or give the settings that it has"
@@ -100,9 +129,8 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     sweep = Sweep(
         experiment=experiment,
         root=root,
-        storage=storage,
-        record={},
-        tracker=tracker.Tracker(uri, storage, experiment=experiment_name, echo=say),
+        stored=StoredRecord(storage, "sweep.json", {}),
+        tracker=Tracker(uri, storage, experiment=experiment_name, echo=say),
         space=space,
         options=options,
         model=model,
@@ -110,41 +138,42 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     )
     for point in space.points(options.seed) or [{}]:
         sweep.final(point)
-    run_directory.check_and_join(experiment, probed, sweep.shapes, root, uri)
-    gpu_memory.check_gpu_memory(probed, sweep.shapes)
-    sweep.lease = Lease(storage).acquire()  # before its record is read
+    shapes = run_directory.shapes_of(experiment)
+    run_directory.check_and_join(experiment, preflight, shapes, root, uri)
+    gpu_memory.check_gpu_memory(preflight, shapes)
+    sweep.stored.lease = Lease(storage).acquire()  # before the record is read
     try:
-        _open_record(sweep, name)
+        sweep.stored.content = _read_record(storage) or _new_record(sweep, space_name)
+        sweep.record.setdefault("earlier_evaluations", [])
+        sweep.stored.content |= {"space": space.to_dict(), "finished": None, **provenance.environment()}
+        sweep.stored.save()
     except BaseException:
-        sweep.lease.release()
+        sweep.stored.release()
         raise
-    return sweep, probed
+    return sweep, preflight
 
 
-def _open_record(sweep: Sweep, space_name: str) -> None:
-    storage, experiment = sweep.storage, sweep.experiment
+def _read_record(storage: Storage) -> dict[str, Any] | None:
     record = records.read_record(storage, "sweep.json") if storage.exists("sweep.json") else None
     say(f"{'continuing' if record else 'new sweep at'} {storage.uri}")
-    if record is not None:
-        sweep.record = record
-    else:
-        sweep.record = {
-            "schema": SCHEMA,
-            "name": experiment.name,
-            "space_name": space_name,
-            "seed": sweep.options.seed,
-            "model": sweep.model,
-            "base": to_dict(sweep.base),
-            "experiment": run_directory.recorded(experiment),
-            "created": run_directory.now(),
-            "data": None,
-            "trials": [],
-            "references": {},
-            "front": [],
-            "choice": None,
-            "evaluation": None,
-            "stages": {},
-        }
-    sweep.record.setdefault("earlier_evaluations", [])
-    sweep.record |= {"space": sweep.space.to_dict(), "finished": None, **provenance.environment()}
-    sweep.save()
+    return record
+
+
+def _new_record(sweep: Sweep, space_name: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "name": sweep.experiment.name,
+        "space_name": space_name,
+        "seed": sweep.options.seed,
+        "model": sweep.model,
+        "base": to_dict(sweep.base),
+        "experiment": run_directory.recorded(sweep.experiment),
+        "created": now(),
+        "data": None,
+        "trials": [],
+        "references": {},
+        "front": [],
+        "choice": None,
+        "evaluation": None,
+        "stages": {},
+    }

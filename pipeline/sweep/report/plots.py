@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +15,11 @@ from pipeline.sweep.report.summary import finished, interval, references, robust
 NEUTRAL, FRONT, CHOICE = "#9ca3af", "#0072b2", "#d55e00"
 BINS_PER_DECADE = 1
 MAX_BINS = 8
+"""Most bins of a logarithmic range of real numbers."""
+UNIFORM_BINS = 4
+"""Bins of a linear range of real numbers."""
 MAX_CELLS = 12
-"""A heat map has no more values along an axis."""
+"""Most values of a range of whole numbers along an axis of the heat map."""
 PLOTS = {
     "pareto": "Clean against robust accuracy on validation images; the line joins what no other trial exceeds in both",
     "parallel": "Every finished trial as a line over its parameters and results",
@@ -24,30 +28,24 @@ PLOTS = {
 
 
 def pareto(record: Mapping[str, Any]) -> bytes:
-    """Robust over clean accuracy with 95 % intervals of the former; front and choice marked."""
+    """Plot robust over clean accuracy with 95 % intervals, and mark front and choice."""
     figure, (axis,) = style.grid(1, columns=1, width=3.6, height=4.4)
     trials = finished(record)
     choice = record["choice"]["trial"]
     for trial in trials:
-        last, (low, high) = trial["epochs"][-1], interval(trial)
-        number = trial["number"]
+        low, high = interval(trial)
+        number = trial.number
         colour = CHOICE if number == choice else FRONT if number in record["front"] else NEUTRAL
-        x, y = 100 * last["clean"], 100 * last["robust"]
+        x, y = 100 * trial.last.clean, 100 * trial.last.robust
         axis.errorbar(x, y, yerr=[[y - 100 * low], [100 * high - y]], color=colour, linewidth=0.7, alpha=0.5, zorder=2)
-        axis.plot(
-            x, y, "o" if number != choice else "*", color=colour, markersize=5 if number != choice else 12, zorder=3
-        )
+        marker, size = ("*", 12) if number == choice else ("o", 5)
+        axis.plot(x, y, marker, color=colour, markersize=size, zorder=3)
         if colour != NEUTRAL:
             axis.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    front = sorted((t for t in trials if t["number"] in record["front"]), key=lambda t: t["epochs"][-1]["clean"])
-    axis.plot(
-        [100 * t["epochs"][-1]["clean"] for t in front],
-        [100 * t["epochs"][-1]["robust"] for t in front],
-        color=FRONT,
-        linewidth=1,
-    )
-    for name, found in references(record).items():
-        x, y = 100 * found["clean"], 100 * found["robust"]
+    front = sorted((t for t in trials if t.number in record["front"]), key=lambda t: t.last.clean)
+    axis.plot([100 * t.last.clean for t in front], [100 * t.last.robust for t in front], color=FRONT, linewidth=1)
+    for name, scores in references(record).items():
+        x, y = 100 * scores["clean"], 100 * scores["robust"]
         axis.plot(x, y, "D", color="#111827", markersize=5, zorder=3)
         axis.annotate(name, (x, y), xytext=(6, -9), textcoords="offset points", fontsize=8)
     axis.set_xlabel("clean accuracy, validation (%)")
@@ -57,7 +55,7 @@ def pareto(record: Mapping[str, Any]) -> bytes:
 
 
 def parallel(record: Mapping[str, Any]) -> bytes:
-    """Parallel coordinates: a line per finished trial, darker where it is more robust."""
+    """Plot parallel coordinates: a line per finished trial, darker where it is more robust."""
     from matplotlib import colormaps
 
     trials = sorted(finished(record), key=robust_of)
@@ -65,9 +63,9 @@ def parallel(record: Mapping[str, Any]) -> bytes:
     axes: dict[str, list[float]] = {}
     ticks: dict[str, list[tuple[float, str]]] = {}
     for name in names:
-        axes[name], ticks[name] = _scaled(record["space"]["parameters"][name], [t["parameters"][name] for t in trials])
+        axes[name], ticks[name] = _scaled(record["space"]["parameters"][name], [t.parameters[name] for t in trials])
     for name, key in (("clean %", "clean"), ("robust %", "robust")):
-        values = [100 * t["epochs"][-1][key] for t in trials]
+        values = [100 * getattr(t.last, key) for t in trials]
         low, high = math.floor(min(values)), math.ceil(max(values))
         span = max(high - low, 1)
         axes[name] = [(v - low) / span for v in values]
@@ -77,7 +75,7 @@ def parallel(record: Mapping[str, Any]) -> bytes:
     axis.spines[["left", "bottom"]].set_visible(False)
     shade = colormaps["viridis_r"]
     for i, trial in enumerate(trials):
-        chosen = trial["number"] == record["choice"]["trial"]
+        chosen = trial.number == record["choice"]["trial"]
         axis.plot(
             range(len(axes)),
             [values[i] for values in axes.values()],
@@ -97,7 +95,7 @@ def parallel(record: Mapping[str, Any]) -> bytes:
 
 
 def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Values of one parameter on an axis from 0 to 1, and its ticks."""
+    """Return the values of one parameter on an axis from 0 to 1, and the axis's ticks."""
     kind = domain["domain"]
     if kind == "Choice":
         allowed = domain["values"]
@@ -115,24 +113,26 @@ def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[floa
     return [(v - low) / (high - low) for v in values], [((m - low) / (high - low), f"{m:g}") for m in marks]
 
 
-def mapped(record: Mapping[str, Any]) -> list[str]:
-    """The parameters along the axes of the heat map; what the paper has a claim of comes first."""
+def mapped_parameters(record: Mapping[str, Any]) -> list[str]:
+    """Return the parameters of the heat map: those of the paper's claim, or the first two."""
     names = list(record["space"]["parameters"])
     return ["lam", "shared_blocks"] if {"lam", "shared_blocks"} <= set(names) else names[:2]
 
 
 def heat_map(record: Mapping[str, Any]) -> bytes | None:
-    """Mean robust accuracy over lambda and shared blocks, where the space has both, else over its first two parameters; ranges of
-    real numbers in bins. None: there is one parameter."""
-    names = mapped(record)
+    """Plot mean robust accuracy over two parameters; None if the space has one.
+
+    Ranges of real numbers are divided into bins.
+    """
+    names = mapped_parameters(record)
     if len(names) < 2:
         return None
     trials = finished(record)
     places, labels = [], []
     for name in names:
-        where, text = _cells(record["space"]["parameters"][name], [t["parameters"][name] for t in trials])
-        places.append(where)
-        labels.append(text)
+        cells, cell_labels = _cells(record["space"]["parameters"][name], [t.parameters[name] for t in trials])
+        places.append(cells)
+        labels.append(cell_labels)
     sums = np.zeros((len(labels[1]), len(labels[0])))
     counts = np.zeros_like(sums)
     for trial, x, y in zip(trials, *places, strict=True):
@@ -158,7 +158,7 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
 
 
 def _cells(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[int], list[str]]:
-    """Cell of each value along an axis, and the cells' labels."""
+    """Return the cell of each value along an axis, and the cells' labels."""
     kind = domain["domain"]
     if kind == "Choice":
         allowed = list(domain["values"])
@@ -168,8 +168,9 @@ def _cells(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[int],
         return [v - low for v in values], [str(v) for v in range(low, high + 1)]
     log = kind == "LogUniform"
     begin, end = (math.log10(low), math.log10(high)) if log else (low, high)
-    count = min(MAX_BINS, max(2, round((end - begin) * BINS_PER_DECADE))) if log else MAX_BINS // 2
+    count = min(MAX_BINS, max(2, round((end - begin) * BINS_PER_DECADE))) if log else UNIFORM_BINS
+    shares = [((math.log10(v) if log else v) - begin) / (end - begin) for v in values]
     edges = [begin + (end - begin) * i / count for i in range(count + 1)]
-    told = [10**e if log else e for e in edges]
-    found = [min(count - 1, int((((math.log10(v) if log else v) - begin) / (end - begin)) * count)) for v in values]
-    return found, [f"{told[i]:.2g} to\n{told[i + 1]:.2g}" for i in range(count)]
+    texts = [f"{10**edge if log else edge:.2g}" for edge in edges]
+    labels = [f"{left} to\n{right}" for left, right in itertools.pairwise(texts)]
+    return [min(count - 1, int(share * count)) for share in shares], labels

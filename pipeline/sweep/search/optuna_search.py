@@ -1,11 +1,10 @@
-"""A space in Optuna's terms, and the search over it. A module of its own, since only TPE needs Optuna."""
+"""Search by Optuna's TPE. A module of its own, since only TPE needs Optuna."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
@@ -14,47 +13,55 @@ from components.search_space import DRAWS_PER_TRIAL, Choice, IntRange, LogUnifor
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Parameter -> Optuna's distribution of its domain."""
-    found: dict[str, BaseDistribution] = {}
+    """Return Optuna's distribution of each parameter."""
+    result: dict[str, BaseDistribution] = {}
     for name, domain in space.parameters.items():
         if isinstance(domain, Choice):
-            found[name] = CategoricalDistribution(tuple(domain.values))
+            result[name] = CategoricalDistribution(tuple(domain.values))
         elif isinstance(domain, IntRange):
-            found[name] = IntDistribution(domain.low, domain.high)
+            result[name] = IntDistribution(domain.low, domain.high)
         else:
-            found[name] = FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
-    return found
+            result[name] = FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
+    return result
 
 
 class UnrepeatedSearch(OptunaSearch):
-    """Ray Tune's search by Optuna, which proposes no point a second time: trained from the same seed it would be the same model.
+    """Ray Tune's search by Optuna, but it proposes no point twice.
+
+    The same point and seed would train the same model again.
 
     Args:
-        space: what is searched.
-        asked: the points that were proposed before. Those that the study has waiting (``enqueue_trial``) come all the same.
+        space: the space to search.
+        proposed: points that were proposed before. Those that the study has waiting
+            (``enqueue_trial``) come all the same.
         more: arguments of OptunaSearch.
     """
 
-    def __init__(self, space: Space, asked: Iterable[Point], **more: Any) -> None:
+    def __init__(self, space: Space, proposed: Iterable[Point], **more: Any) -> None:
         super().__init__(distributions(space), **more)
         self._points = space
-        self._asked = {_key(point) for point in asked}
+        self._proposed = {_key(point) for point in proposed}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next point; ``Searcher.FINISHED`` once the space has no more."""
-        study: Study = self._ot_study
+    @property
+    def study(self) -> Any:
+        """Optuna's study, in which the trials are."""
+        return self._ot_study
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next point, or ``Searcher.FINISHED`` once the space has no more."""
         for _ in range(DRAWS_PER_TRIAL):
-            waiting = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-            point = super().suggest(trial_id)
-            if waiting or _key(point) not in self._asked:
-                self._asked.add(_key(point))
+            waiting = bool(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+            point: Any = super().suggest(trial_id)
+            if waiting or _key(point) not in self._proposed:
+                self._proposed.add(_key(point))
                 return point
-            study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)  # the sampler learns nothing from it
-            if self._points.size == len(self._asked):
+            # The sampler learns nothing from a failed trial.
+            self.study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
+            if self._points.size == len(self._proposed):
                 return str(self.FINISHED)
-        left = (p for p in self._points.grid() if _key(p) not in self._asked)
-        if point := next(left, None):
-            study.enqueue_trial(point)
+        unproposed = (p for p in self._points.grid() if _key(p) not in self._proposed)
+        if point := next(unproposed, None):
+            self.study.enqueue_trial(point)
         return self.suggest(trial_id)
 
 

@@ -1,74 +1,126 @@
-"""Ray Tune over the trials of a sweep: what proposes them, what stops them early, and their events into the sweep's record."""
+"""Runs the trials of a sweep under Ray Tune."""
 
 from __future__ import annotations
 
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
-
-import ray
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from components.fields import content_hash
-from pipeline.runtime import user_errors
+from pipeline.runtime.storage import Storage
+from pipeline.runtime.user_errors import unwrap
+from pipeline.sweep.search.early_stopping import early_stopping
+from pipeline.sweep.search.monitor import TRIAL_DEATHS, SweepMonitor, sweep_stopper, tune_callback
+from pipeline.sweep.sweep_directory import Sweep
+from pipeline.sweep.trials.entry import TrialEntry
 from pipeline.sweep.trials.plan import SweepPlan
-from pipeline.sweep.trials.queue import JobQueue
-from pipeline.sweep.trials.states import ENDED
+from pipeline.sweep.trials.pool import TrainingPool
+from pipeline.sweep.trials.queue import start_queue
+from pipeline.sweep.trials.states import DIVERGED
 from pipeline.sweep.trials.trial import run_trial
-from pipeline.sweep.trials.workers import TrainingPool
+from pipeline.sweep.trials.worker import serve, worker_settings
 from pipeline.training import ray_runs
 from pipeline.training.jobs import TrainingJob
 
-if TYPE_CHECKING:
-    from pipeline.sweep.sweep_directory import Sweep
-from pipeline.sweep.search.early_stopping import early_stopping
-from pipeline.sweep.search.monitor import TRIAL_DEATHS, SweepMonitor, _callback, _stopper
-
 
 def runs_at_once(sweep: Sweep, left: int) -> int:
-    """How many Ray Train runs serve the trials."""
+    """Return how many Ray Train runs serve the trials and references that are left."""
     room = min(ray_runs.parallel_runs(sweep.experiment), max(1, left) * sweep.experiment.seeds)
     return min(room, sweep.options.max_concurrent) if sweep.options.max_concurrent else room
 
 
 def run_trials(
-    sweep: Sweep, plan: SweepPlan, pending: Sequence[Mapping[str, Any]], references: Sequence[TrainingJob] = ()
+    sweep: Sweep,
+    plan: SweepPlan,
+    pending: Sequence[TrialEntry],
+    proposals: int = 0,
+    references: Sequence[TrainingJob] = (),
 ) -> None:
-    """Run what is left under Ray Tune, and the references beside it. Every event is in the record at once.
+    """Run trials under Ray Tune, and references beside them. Events are in the record at once.
+
+    Args:
+        pending: the trials of the record to run.
+        proposals: how many more TPE is to propose.
+        references: models that are measured like those of a trial.
 
     Raises:
-        UserError: the workers could not be kept up, or storage or shards failed. The trials that run then go on with the next command.
+        UserError: the workers could not be kept up, or storage or shards failed. The next command
+            continues the trials.
     """
-    # before ray.tune is imported: no files of its own beside ours, no output, Ctrl-C as everywhere
+    left = len(pending) + proposals
+    runs = runs_at_once(sweep, left + len(references))
+    attempts = sweep.experiment.scaling.max_failures + 1
+    queue = start_queue(attempts)
+    monitor = SweepMonitor(sweep, plan, queue, references)
+    deaths = attempts * (left + len(references))
+    pool = _start_pool(sweep, plan, monitor, runs, deaths)
+    try:
+        with monitor.shown():
+            if left:
+                with _tune_files(sweep.root) as files:
+                    _make_tuner(monitor, files, runs, pending, proposals).fit()
+            monitor.wait_for_references()
+    except Exception as e:
+        pool.close()
+        error = monitor.error or unwrap(e)  # Tune wraps what a callback raises.
+        if error is None:
+            raise
+        raise error from None
+    # A user who interrupts does not wait for the pool.
+    pool.close()
+    if monitor.error is not None:
+        raise monitor.error
+
+
+def _start_pool(sweep: Sweep, plan: SweepPlan, monitor: SweepMonitor, runs: int, deaths: int) -> TrainingPool:
+    """Start the Ray Train runs, each of which survives so many deaths of its workers."""
+    threads = sweep.experiment.scaling.threads_per_worker
+    settings = worker_settings(monitor.queue, plan, threads, token=secrets.token_hex(8))
+
+    def fit(number: int) -> None:
+        config = {**settings, "run": number}
+        ray_runs.fit_workers(serve, config, sweep.experiment, sweep.root, max_failures=deaths)
+
+    return TrainingPool(monitor.queue, runs, fit, fail=monitor.fail)
+
+
+@contextmanager
+def _tune_files(root: Storage) -> Iterator[Storage]:
+    """Yield a directory for Tune's own files, which are of no use afterwards."""
+    files = root / f"ray/{secrets.token_hex(8)}"
+    try:
+        yield files
+    finally:
+        with suppress(OSError):
+            root.fs.delete_dir(files.root)
+
+
+def _make_tuner(monitor: SweepMonitor, files: Storage, runs: int, pending: Sequence[TrialEntry], proposals: int) -> Any:
+    # Set these before ray.tune is imported: Tune writes no files beside ours, prints nothing, and
+    # leaves Ctrl-C to us.
     for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
         os.environ[name] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial whose process died is said by us
-    scaling, space = sweep.experiment.scaling, sweep.space
-    runs = runs_at_once(sweep, len(pending) + len(references))
-    attempts = scaling.max_failures + 1
-    # no CPU: the workers may have them all
-    queue = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
-    following = SweepMonitor(sweep, plan, queue, references)
-    deaths = attempts * (len(pending) + len(references))
-    pool = TrainingPool(queue, runs, plan, sweep.experiment, sweep.root, deaths=deaths, fail=following.fail)
-    # one more trial than runs, so that no worker waits for the next; TPE had better wait for what it learns from
-    at_once = max(1, runs // sweep.experiment.seeds) + (space.search != "tpe")
-    # a byte of memory: Tune has no trials without any resource
-    trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan, queue=queue), {"memory": 1})
-    files = sweep.root / f"ray/{secrets.token_hex(8)}"
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The monitor reports trials whose process died.
+    sweep = monitor.sweep
+    # Keep one extra trial queued so that no worker idles. Not for TPE: it proposes better points
+    # from finished trials.
+    at_once = max(1, runs // sweep.experiment.seeds) + (sweep.space.search != "tpe")
+    # Tune does not run trials without any resource, so each asks for a byte of memory.
+    trainable = tune.with_parameters(run_trial, plan=monitor.plan, queue=monitor.queue)
     param_space, search = search_algorithm(sweep, pending)
-    tuner = tune.Tuner(
-        trainable,
+    return tune.Tuner(
+        tune.with_resources(trainable, {"memory": 1}),
         param_space=param_space,
         tune_config=tune.TuneConfig(
-            num_samples=len(pending) if search else 1,
+            num_samples=len(pending) + proposals if search else 1,
             search_alg=search,
-            scheduler=early_stopping(following),
+            scheduler=early_stopping(monitor),
             max_concurrent_trials=at_once,
             reuse_actors=True,
         ),
@@ -78,69 +130,49 @@ def run_trials(
             storage_filesystem=files.fs,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=TRIAL_DEATHS),
-            callbacks=[_callback(following)],
-            stop=_stopper(following),
+            callbacks=[tune_callback(monitor)],
+            stop=sweep_stopper(monitor),
         ),
     )
-    try:
-        with following.shown():
-            if pending:
-                tuner.fit()
-            following.wait_for_references()
-        pool.close()
-    except Exception as e:
-        pool.close()
-        # Tune wraps what a callback raises
-        mine = following.error or user_errors.unwrap(e)
-        if mine is None:
-            raise
-        raise mine from None
-    finally:  # where the user interrupts, nobody waits for the pool
-        with suppress(OSError):
-            sweep.root.fs.delete_dir(files.root)
-    if following.error is not None:
-        raise following.error
 
 
-def search_algorithm(sweep: Sweep, pending: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], Any]:
-    """Tune's param_space and search algorithm (None: the points as listed)."""
+def search_algorithm(sweep: Sweep, pending: Sequence[TrialEntry]) -> tuple[dict[str, Any], Any]:
+    """Return Tune's param_space and search algorithm (None if the points are known beforehand)."""
     if sweep.space.search != "tpe":
         from ray import tune
 
-        points = [{"number": t["number"], "values": t["parameters"]} for t in pending]
+        points = [{"number": trial.number, "values": trial.parameters} for trial in pending]
         return {"listed": tune.grid_search(points)}, None
     import optuna
 
     from pipeline.sweep.search.optuna_search import UnrepeatedSearch, distributions
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = optuna.storages.InMemoryStorage()
+    storage = optuna.storages.InMemoryStorage()
     space = distributions(sweep.space)
-    study = optuna.create_study(storage=known, study_name="sweep", directions=["maximize", "maximize"])
+    study = optuna.create_study(storage=storage, study_name="sweep", directions=["maximize", "maximize"])
     for trial in sweep.trials:
-        if trial["state"] in ENDED:
-            study.add_trial(
-                optuna.trial.create_trial(params=trial["parameters"], distributions=space, values=_scores(trial))
-            )
+        if trial.is_settled:
+            scores = _scores(trial)
+            study.add_trial(optuna.trial.create_trial(params=trial.parameters, distributions=space, values=scores))
         else:
-            study.enqueue_trial(trial["parameters"])
-    # continued, it must not draw again what it drew
+            study.enqueue_trial(trial.parameters)
+    # The seed depends on the number of trials, so that a sweep that goes on does not draw the same
+    # points again.
     seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    asked = [trial["parameters"] for trial in sweep.trials]
     search = UnrepeatedSearch(
         sweep.space,
-        asked,
+        [trial.parameters for trial in sweep.trials],
         metric=["clean", "robust"],
         mode=["max", "max"],
-        sampler=sampler,
-        storage=known,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        storage=storage,
         study_name="sweep",
     )
     return {}, search
 
 
-def _scores(trial: Mapping[str, Any]) -> list[float]:
-    if trial["state"] == "diverged":  # to the search it is as bad as can be
+def _scores(trial: TrialEntry) -> list[float]:
+    if trial.state == DIVERGED:  # The search avoids its point.
         return [0.0, 0.0]
-    return [trial["epochs"][-1]["clean"], trial["epochs"][-1]["robust"]]
+    return [trial.last.clean, trial.last.robust]

@@ -1,4 +1,4 @@
-"""What a sweep maximises: clean and robust accuracy on validation images, measured on a training worker after an epoch."""
+"""The objective of a sweep: clean and robust accuracy on validation images after each epoch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pipeline.runtime.storage import Storage
 from pipeline.sweep.trials.plan import Objective
 
 CHUNK = 50
-"""Images attacked together. Each chunk has its own random stream, so the number of ranks changes no result."""
+"""Images per chunk. Each chunk has its own random stream, so results do not depend on the ranks."""
 
 
 class RobustAccuracyMeter:
-    """Measures models by one objective. Made on every rank; each attacks its share of the chunks.
+    """Measures models by one objective. Every rank has one, which attacks its share of the chunks.
 
     Args:
-        root: where ``objective.validation`` lies.
+        root: storage of ``objective.validation``.
 
     Raises:
         DataError: the validation shards are missing or damaged.
@@ -38,7 +38,7 @@ class RobustAccuracyMeter:
         self.rank, self.world, self.device = rank, world, device
         self.spec = AttackSpec.parse(objective.attack)
         validation = shards.load(root, objective.validation)
-        # a draw, since a source may be sorted by class
+        # The images are drawn at random, since a source may be sorted by class.
         order = draw_order(np.arange(validation.num_rows, dtype=np.int64), seed=0)
         self.rows: list[int] = order[: objective.images].tolist()
         columns: dict[str, list[np.ndarray]] = {"image": [], "label": []}
@@ -50,37 +50,46 @@ class RobustAccuracyMeter:
 
     @true_float32()
     def robust_accuracy(self, classifier: nn.Module) -> float:
-        """Share of the images that are still right under the attack; in eval mode, in true float32. All ranks must call it.
+        """Return the share of the images that are classified correctly under the attack.
+
+        All ranks must call it. The model is in eval mode and computes in true float32.
 
         Raises:
             AttackViolation: the attack broke its own rules.
         """
         was_training = classifier.training
         classifier.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for chunk, start in enumerate(range(0, len(self.rows), CHUNK)):
             if chunk % self.world == self.rank:
-                right += self._right(classifier, slice(start, start + CHUNK), chunk)
+                correct += self._count_correct(classifier, slice(start, start + CHUNK), chunk)
         if self.world > 1:
-            dist.all_reduce(right)
+            dist.all_reduce(correct)
         classifier.train(was_training)
-        return int(right) / len(self.rows)
+        return int(correct) / len(self.rows)
 
-    def _right(self, classifier: nn.Module, rows: slice, chunk: int) -> Tensor:
+    def _count_correct(self, classifier: nn.Module, rows: slice, chunk: int) -> Tensor:
         images = self.images[rows].to(self.device).float() / 255
         labels = self.labels[rows].to(self.device)
         generator = torch.Generator().manual_seed(stream_seed(0, chunk))
-        early = self.spec.can_stop_on_success  # judged on the very model that they are made on
+        # The examples are judged on the very model that they are made on, so the first success is
+        # enough.
+        early = self.spec.can_stop_on_success
         examples = run_attack(self.spec, classifier, images, labels, stop_on_success=early, generator=generator)
         verify_examples(images, examples, self.rows[rows], self.spec)
         with torch.no_grad():
-            return (classifier(examples).argmax(1) == labels).sum()
+            correct: Tensor = (classifier(examples).argmax(1) == labels).sum()
+        return correct
 
     def record(self, classifier: nn.Module, epoch: int, clean: float, training_seconds: float) -> dict[str, Any]:
-        """What ``objectives/<hash>/epoch-*.json`` holds: accuracies as fractions, seconds. All ranks must call it.
+        """Measure a model, and return the content of ``objectives/<hash>/epoch-*.json``.
+
+        All ranks must call it.
 
         Args:
-            clean: accuracy on the whole validation split.
+            epoch: counts from 0.
+            clean: accuracy on the whole validation split, in [0, 1].
+            training_seconds: how long the epoch was trained.
         """
         begin = time.monotonic()
         robust = self.robust_accuracy(classifier)

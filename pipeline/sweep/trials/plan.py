@@ -1,4 +1,4 @@
-"""What a sweep's trials train and how they are judged."""
+"""The models that a sweep's trials train, and how they are judged."""
 
 from __future__ import annotations
 
@@ -16,66 +16,71 @@ OBJECTIVE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is measured of a model after each epoch, on validation images."""
+    """The measurement of a model after each epoch, on validation images."""
 
     attack: str
     """Canonical text of an AttackSpec."""
     images: int
+    """How many images are attacked at the most."""
     validation: str
-    """Address of the shard set."""
+    """Address of the validation images."""
 
     @property
     def directory(self) -> str:
-        """Below a model's: ``objectives/<hash>``. Models are shared with runs that measure something else, or nothing."""
+        """``objectives/<hash>`` in a model's directory, which other objectives may share."""
         return f"objectives/{content_hash(OBJECTIVE_VERSION, self.attack, self.images, self.validation)}"
 
     def file(self, epoch: int) -> str:
-        """Of an epoch, counted from 0 as in ``history/``."""
+        """Return the file of an epoch, which counts from 0 as in ``history/``."""
         return f"{self.directory}/epoch-{epoch:05d}.json"
 
 
 def trial_config(experiment: Experiment, base: TrainConfig, point: Point) -> TrainConfig:
-    """The first model of a trial: the recipe's model ``base`` with the point's values.
+    """Return the first model of a trial: the recipe's model ``base`` with the point's values.
 
     Raises:
-        ConfigError: the values do not go together, with one another or with the recipe, or make nothing that a sweep can judge.
+        ConfigError: the values do not go together, with one another or with the recipe, or a sweep
+            cannot judge the model.
     """
-    # by way of text, as in an experiment's models: 1 and 1.0 are one value, and so one address
+    # Values pass through text, as in an experiment's models: 1 and 1.0 are one value, and so one
+    # address.
     config = replace_typed(base, {name: str(value) for name, value in point.items()}, "space")
     if config.defense == "comdefend":
         raise ConfigError.of("space: defense", config.defense, "that of a classifier: a reformer alone has no accuracy")
     if not config.epochs:
         raise ConfigError.of("space: epochs", 0, "at least 1 in a sweep, which trains")
     evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
-    # the recipe's own checks, of this model alone
+    # Run the recipe's own checks on this model alone.
     replace(experiment, train=config, models=("trial",), evaluation=evaluation, figures=(), paper="")
     return config
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """What all trials of a sweep have in common. Picklable."""
+    """Settings that all trials of a sweep share. Picklable."""
 
     root: str
     """URI of the storage."""
     experiment: Experiment
-    """The recipe: how many models a trial has (their seeds are SEED_STRIDE apart, as in ``Experiment.replicates``), on what."""
+    """The recipe. A trial trains one model for each of its seeds, which are SEED_STRIDE apart."""
     base: TrainConfig
+    """Config of the model that is varied."""
     shapes: Shapes
     data: TrainingData
     weights: str
+    """Pretrained weights below root, or empty."""
     objective: Objective
 
     def jobs(self, point: Point) -> list[TrainingJob]:
-        """The models of one trial, one for each seed.
+        """Return the models of a trial, one for each seed.
 
         Raises:
             ConfigError: the point's values do not go together, with one another or with the recipe.
         """
         jobs = []
-        given = trial_config(self.experiment, self.base, point)
+        first = trial_config(self.experiment, self.base, point)
         for replicate in range(self.experiment.seeds):
-            config = replace(given, seed=given.seed + SEED_STRIDE * replicate).canonical()
+            config = replace(first, seed=first.seed + SEED_STRIDE * replicate).canonical()
             reads, identity = self.data.for_model(config)
             address = model_address(config, self.shapes, identity, self.experiment.scaling.workers, self.weights)
             jobs.append(

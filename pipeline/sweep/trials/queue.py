@@ -1,94 +1,146 @@
-"""Ray actor between the trials of a sweep and the workers that train their models."""
+"""Queue between the trials of a sweep and the workers that train their models."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import Any, cast
 
-from pipeline.sweep.trials.states import FAILED, TRAINING, WAITING
+from pipeline.sweep.trials.states import FAILED, TRAINING, WAITING, ModelState
+
+Request = Mapping[str, Any]
+"""A model to train: :meth:`pipeline.training.jobs.TrainingJob.order`."""
+
+
+class NoRequest(Enum):
+    """Answers of a queue that has no model to train."""
+
+    YET = "yet"
+    ANY_MORE = "any more"
 
 
 class JobQueue:
-    """Between the trials of a sweep, which want models, and its Ray Train runs, which train them. A Ray actor.
+    """Hands the models that trials request to the Ray Train runs. A Ray actor.
 
-    It holds no truth: what is trained lies on storage, and each trial says again and again what it wants. So a queue that is
-    lost and started anew fills itself. (It may then give away a model that a run is just training: both write the same.)
+    It is only a cache: the storage says what is trained, and trials repeat their requests. So a
+    lost queue refills itself. (It may then hand out a model that a run is just training. Both would
+    write the same files.)
 
     Args:
-        attempts: how often a model is given out whose workers died; it may be what kills them.
+        attempts: how often a model is handed out whose workers died. It may be what kills them.
     """
 
     def __init__(self, attempts: int) -> None:
         self._attempts = attempts
-        self._wanted: dict[str, dict[str, Any]] = {}
+        self._requests: dict[str, Request] = {}
         self._followers: dict[str, set[str]] = {}
-        self._held: dict[str, int] = {}
-        self._given: Counter[str] = Counter()
-        self._ended: dict[str, tuple[str, str]] = {}
+        self._holders: dict[str, int] = {}
+        self._times_taken: Counter[str] = Counter()
+        self._ends: dict[str, tuple[ModelState, str]] = {}
         self._closed = False
         self._error = ""
 
-    def follow(self, orders: Sequence[Mapping[str, Any]], trial: str) -> list[tuple[str, str]]:
-        """Have these models trained, in order; said again, nothing changes. State and reason (if it failed) of each."""
+    def follow(self, requests: Sequence[Request], trial: str) -> list[tuple[ModelState, str]]:
+        """Request models in order, and return the state of each and the reason if it failed.
+
+        A repeated request changes nothing.
+        """
         states = []
-        for order in orders:
-            address = order["address"]
+        for request in requests:
+            address = request["address"]
             self._followers.setdefault(address, set()).add(trial)
-            if address not in self._ended:
-                self._wanted.setdefault(address, dict(order))
-            where = (TRAINING if address in self._held else WAITING), ""
-            states.append(self._ended.get(address, where))
+            if address not in self._ends:
+                self._requests.setdefault(address, dict(request))
+            state: ModelState = TRAINING if address in self._holders else WAITING
+            states.append(self._ends.get(address, (state, "")))
         return states
 
     def leave(self, trial: str) -> None:
-        """A trial is over: what it alone wanted is not trained further."""
+        """Drop the requests of a trial that is over. Its models are trained on only for others."""
         for followers in self._followers.values():
             followers.discard(trial)
-        for address in [a for a in self._wanted if not self._followers[a] and a not in self._held]:
-            del self._wanted[address]
+        for address in [a for a in self._requests if not self._followers[a] and a not in self._holders]:
+            del self._requests[address]
 
-    def take(self, run: int) -> dict[str, Any] | None:
-        """The next model for a Ray Train run: {} if there is none yet, None if there will be none any more.
+    def take(self, run: int) -> Request | NoRequest:
+        """Return the next model for a Ray Train run.
 
-        A run that still holds one was started again, since its workers died: it goes on with that.
+        A run that still holds one was started again because its workers died. It gets that one
+        again.
         """
-        for address in [a for a, holder in self._held.items() if holder == run]:
-            del self._held[address]
-            if self._followers.get(address) and self._given[address] >= self._attempts:
-                reason = f"its workers died {self._given[address]} times (out of memory?)"
+        for address in [a for a, holder in self._holders.items() if holder == run]:
+            del self._holders[address]
+            if self._followers.get(address) and self._times_taken[address] >= self._attempts:
+                reason = f"its workers died {self._times_taken[address]} times (out of memory?)"
                 self.end(address, FAILED, reason)
         if self._closed:
-            return None
-        for address, order in self._wanted.items():
-            if address not in self._held and self._followers[address]:
-                self._held[address] = run
-                self._given[address] += 1
-                return order
-        return {}
+            return NoRequest.ANY_MORE
+        for address, request in self._requests.items():
+            if address not in self._holders and self._followers[address]:
+                self._holders[address] = run
+                self._times_taken[address] += 1
+                return request
+        return NoRequest.YET
 
     def cancelled(self, address: str, run: int) -> bool:
-        """Asked between two epochs by the run that trains it."""
-        self._held[address] = run  # said anew to a queue that was lost
+        """Tell the run that trains a model whether to leave it. The run asks after every epoch."""
+        self._holders[address] = run  # A queue that was lost learns it anew.
         return self._closed or (address in self._followers and not self._followers[address])
 
-    def end(self, address: str, state: str, reason: str = "") -> None:
-        """A model is done, diverged or failed, for its reason; or, with no state, was left."""
-        self._held.pop(address, None)
-        self._wanted.pop(address, None)
-        if not state:  # its workers live
-            self._given[address] -= 1
-        if state and not (state == FAILED and self._error):  # it follows from that
-            self._ended[address] = state, reason
+    def end(self, address: str, state: ModelState, reason: str = "") -> None:
+        """Note that a model is done, diverged or failed."""
+        self._drop(address)
+        if state == FAILED and self._error:  # The sweep's error caused it.
+            return
+        self._ends[address] = state, reason
+
+    def put_back(self, address: str) -> None:
+        """Take a model back that its run left. No worker died, so it is no attempt."""
+        self._drop(address)
+        self._times_taken[address] -= 1
+
+    def _drop(self, address: str) -> None:
+        self._holders.pop(address, None)
+        self._requests.pop(address, None)
 
     def close(self, error: str = "") -> None:
-        """Nothing is given out any more; with an error, which is of no one model, the sweep ends with it."""
+        """Close the queue. ``error`` is a failure of no single model; it ends the sweep."""
         self._closed, self._error = True, self._error or error
 
     def error(self) -> str:
-        """What :meth:`close` was first told, if anything."""
+        """Return the first error that closed the queue, or "" if none did."""
         return self._error
 
-    def lost(self, run: int) -> None:
-        """A Ray Train run ended for good: others may have what it held."""
-        self._held = {address: holder for address, holder in self._held.items() if holder != run}
+    def release(self, run: int) -> None:
+        """Let others have the model of a Ray Train run that ended for good."""
+        self._holders = {address: holder for address, holder in self._holders.items() if holder != run}
+
+
+class RemoteQueue:
+    """A JobQueue in a Ray actor, with the methods of a local one. Picklable.
+
+    Args:
+        actor: handle of the actor.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteQueue, (self._actor,)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        import ray
+
+        remote = getattr(self._actor, method).remote
+        return lambda *arguments: ray.get(remote(*arguments))
+
+
+def start_queue(attempts: int) -> JobQueue:
+    """Start a queue in a Ray actor, and return it as if it were local."""
+    import ray
+
+    # It needs no CPU of its own: the workers may have them all.
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(JobQueue).remote(attempts)
+    return cast(JobQueue, RemoteQueue(actor))

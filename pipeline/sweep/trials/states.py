@@ -1,13 +1,29 @@
-"""States of trials and of the models that they ask for."""
+"""States of trials and of the models that they request."""
 
 from __future__ import annotations
 
-DIVERGED, FAILED, DONE, WAITING, TRAINING = "diverged", "failed", "done", "waiting", "training"
+from typing import Final, Literal
 
+TrialState = Literal["pending", "running", "finished", "stopped", "diverged", "failed"]
+ModelState = Literal["waiting", "training", "done", "diverged", "failed"]
 
-ENDS = ("finished", "stopped", "diverged", "failed")
-"""States of a trial that is over, though a failed one is tried again by the next command."""
+PENDING: Final = "pending"
+RUNNING: Final = "running"
+FINISHED: Final = "finished"
+"""The trial was trained to its end."""
+STOPPED: Final = "stopped"
+"""Early stopping ended the trial."""
 
-FINISHED, RUNNING = "finished", "running"
-ENDED = ("finished", "stopped", "diverged")
-"""States that stay; a trial that failed otherwise is tried again by the next command."""
+WAITING: Final = "waiting"
+TRAINING: Final = "training"
+DONE: Final = "done"
+"""The model is exported and measured."""
+
+DIVERGED: Final = "diverged"
+"""The loss was not finite."""
+FAILED: Final = "failed"
+
+OVER: Final = (FINISHED, STOPPED, DIVERGED, FAILED)
+"""States of a trial that does not run any more. The next command tries a failed trial again."""
+SETTLED: Final = (FINISHED, STOPPED, DIVERGED)
+"""States of a trial that no command runs again."""

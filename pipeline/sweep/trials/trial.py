@@ -1,6 +1,8 @@
-"""A trial of a sweep as Ray Tune runs it: says which models it wants, follows their records on storage, reports each epoch.
+"""A trial of a sweep as Ray Tune runs it.
 
-No torch here: a trial's process does no more than that (pipeline/sweep/trials/workers.py trains).
+It requests its models, follows their records on storage, and reports each epoch. This module does
+not import torch. A trial's process trains nothing (pipeline/sweep/trials/worker.py does), so it
+must stay small.
 """
 
 from __future__ import annotations
@@ -12,86 +14,93 @@ from contextlib import suppress
 from typing import Any
 
 from components.errors import UserError
-from components.search_space import Point
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.sweep.trials.plan import Objective, SweepPlan
+from pipeline.sweep.trials.queue import JobQueue
 from pipeline.sweep.trials.states import DIVERGED, FAILED, FINISHED, RUNNING
 from pipeline.training.jobs import TrainingJob
 
 POLL_S = 0.5
+WORST = {"clean": 0.0, "robust": 0.0}
+"""Scores of a trial that failed, so that the search avoids its point."""
 
 
-def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: Any) -> None:
-    """The trainable. Killed and started again, it finds everything on storage and tells it again.
+def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: JobQueue) -> None:
+    """Run a trial: the trainable of Ray Tune.
+
+    A trial that was killed and started again finds everything on storage and reports it again. A
+    trial that fails reports that instead of raising, since Tune would start it again.
 
     Args:
         config: {"listed": {"values": point, ...}}, or the point itself.
-        queue: handle of a JobQueue actor.
     """
-    import ray
     from ray import tune
 
-    # no exception where it cannot be: Tune would try again. To the search it is as bad as can be
-    bad = {"clean": 0.0, "robust": 0.0, "state": FAILED}
     try:
         jobs = plan.jobs(config["listed"]["values"] if "listed" in config else config)
     except UserError as e:
         seconds = {"training_seconds": 0.0, "objective_seconds": 0.0}
-        tune.report({**bad, **seconds, "epoch": plan.base.epochs, "reason": str(e)})
+        tune.report({**WORST, **seconds, "epoch": plan.base.epochs, "state": FAILED, "reason": str(e)})
         return
     trial = tune.get_context().get_trial_id()
-    orders = [job.request() for job in jobs]
-    followed = TrialProgress(jobs, plan.objective, Storage(plan.root))
+    requests = [job.request() for job in jobs]
+    progress = TrialProgress(jobs, plan.objective, Storage(plan.root))
     while True:
-        states = ray.get(queue.follow.remote(orders, trial))
+        states = queue.follow(requests, trial)
         results = []
-        with suppress(StorageError, OSError):  # out of reach: the workers, who must write, know when to give up
-            results = followed.new_results()
+        # If the storage is out of reach, the workers, which must write to it, decide when to give
+        # up.
+        with suppress(StorageError, OSError):
+            results = progress.new_results()
         for result in results:
             tune.report(result)
-        if followed.finished:
+        if progress.finished:
             return
         for state, reason in states:
             if state in (DIVERGED, FAILED):
-                tune.report({**bad, **followed.totals(), "state": state, "reason": reason})
+                tune.report({**WORST, **progress.totals(), "state": state, "reason": reason})
                 return
         time.sleep(POLL_S)
 
 
 class TrialProgress:
-    """The objectives of a trial's models as they appear on storage."""
+    """Follows the objectives of a trial's models on the storage."""
 
     def __init__(self, jobs: Sequence[TrainingJob], objective: Objective, root: Storage) -> None:
         self.jobs, self.objective, self.root = jobs, objective, root
         self.finished = False
-        self._found: list[dict[int, dict[str, Any]]] = [{} for _ in jobs]
-        self._told = -1
+        self._measured: list[dict[int, dict[str, Any]]] = [{} for _ in jobs]
+        """For each model: epoch -> record of its objective."""
+        self._last_reported = -1
 
     def new_results(self) -> list[dict[str, Any]]:
-        """A result for each epoch that all models have by now and that was not given before; the last one only once every
-        model is exported, since a trial that has reported it is over."""
-        whole = True
-        for job, found in zip(self.jobs, self._found, strict=True):
+        """Return a result for each epoch that all models have reached since the last call.
+
+        The last epoch's result comes only once every model is exported: a trial that has reported
+        it is over.
+        """
+        exported = True
+        for job, measured in zip(self.jobs, self._measured, strict=True):
             home = self.root / job.address
-            whole = home.exists("model.json") and whole  # asked first: what it counts is there by then
+            # Check model.json first: it is written last, so all objectives exist once it does.
+            exported = home.exists("model.json") and exported
             for name in home.list(self.objective.directory):
                 epoch = int(name.removeprefix("epoch-").removesuffix(".json"))
-                if epoch not in found:
+                if epoch not in measured:
                     try:
-                        found[epoch] = home.read_json(f"{self.objective.directory}/{name}")
-                    except StorageError:  # being replaced: at the next look
-                        whole = False
+                        measured[epoch] = home.read_json(f"{self.objective.directory}/{name}")
+                    except StorageError:  # The file is being replaced. The next call reads it.
+                        exported = False
         last = self.jobs[0].config.epochs - 1
-        common = set.intersection(*(set(found) for found in self._found))
-        ready = sorted(e for e in common if e > self._told and (e < last or whole))
-        results = [self._result(e) for e in ready]
-        if ready:
-            self._told = ready[-1]
-            self.finished = self._told == last
-        return results
+        common = set.intersection(*map(set, self._measured))
+        new = sorted(e for e in common if e > self._last_reported and (e < last or exported))
+        if new:
+            self._last_reported = new[-1]
+            self.finished = self._last_reported == last
+        return [self._result(epoch) for epoch in new]
 
     def _result(self, epoch: int) -> dict[str, Any]:
-        records = [found[epoch] for found in self._found]
+        records = [measured[epoch] for measured in self._measured]
         last = epoch == self.jobs[0].config.epochs - 1
         return {
             **self.totals(),
@@ -104,26 +113,10 @@ class TrialProgress:
         }
 
     def totals(self) -> dict[str, Any]:
-        """Epochs (all of them, as a schedule counts) and seconds of training and measuring so far, over all models."""
-        records = [r for found in self._found for r in found.values()]
+        """Return the seconds of all models so far, and the number of epochs of the schedule."""
+        records = [record for measured in self._measured for record in measured.values()]
         return {
             "epoch": self.jobs[0].config.epochs,
             "training_seconds": sum(r["training_seconds"] for r in records),
             "objective_seconds": sum(r["seconds"] for r in records),
         }
-
-
-def new_entry(number: int, point: Point) -> dict[str, Any]:
-    """What ``sweep.json`` holds of a trial that has not begun."""
-    return {
-        "number": number,
-        "parameters": dict(point),
-        "state": "pending",
-        "reason": "",
-        "epochs": [],
-        "models": [],
-        "seconds": 0.0,
-        "training_seconds": 0.0,
-        "objective_seconds": 0.0,
-        "started": None,
-    }

@@ -14,17 +14,20 @@ from pipeline.runtime import console as runtime_console
 from pipeline.runtime.console import PLAIN_INTERVAL_S
 from pipeline.sweep.report import live_table
 from pipeline.sweep.report.live_table import LOG_INTERVAL_S, LOG_ROWS, LOG_WIDTH, SPARE_LINES, TrialTable
+from pipeline.sweep.trials.entry import EpochScores, TrialEntry
+from pipeline.sweep.trials.states import TrialState
 
 
-def entry(number: int, state: str, robust: float | None = None) -> dict[str, Any]:
-    return {
-        "number": number,
-        "parameters": {"lam": 0.0123 * number, "shared_blocks": number % 4 + 1},
-        "state": state,
-        "reason": "at step 7" if state == "diverged" else "",
-        "epochs": [] if robust is None else [{"epoch": 2, "clean": 0.912, "robust": robust}],
-        "seconds": 41.6 if robust is not None else 0.0,
-    }
+def entry(number: int, state: TrialState, robust: float | None = None) -> dict[str, Any]:
+    epochs = () if robust is None else (EpochScores(epoch=2, clean=0.912, robust=robust, each=(), n=100),)
+    return TrialEntry(
+        number=number,
+        parameters={"lam": 0.0123 * number, "shared_blocks": number % 4 + 1},
+        state=state,
+        reason="at step 7" if state == "diverged" else "",
+        epochs=epochs,
+        seconds=41.6 if epochs else 0.0,
+    ).to_json()
 
 
 def record(*trials: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def test_the_live_table_follows_the_record_while_the_sweep_runs(terminal: io.Str
         live[1] = "step 3 of 16"
         trials["trials"][0] = entry(1, "running", 0.25)
         trials["trials"][1] = entry(2, "diverged")
-        table.tell()  # is for logs
+        table.print_progress()  # It prints to logs only.
     assert "0 of 3 trials ended" in first
     assert rows(first) == [["1", "0.0123", "2", "(waiting)"], ["2", "0.0246", "3", "(waiting)"]]
     last = terminal.getvalue()[len(first) :]
@@ -114,9 +117,9 @@ def test_a_log_gets_lines_and_a_table_once_more_trials_have_ended(
             number = second // 30 + 1
             trials["trials"][number - 1] = entry(number, "finished", 0.01 * number)
         before = len(log.getvalue())
-        table.tell()
-        if "trials ended" in (said := log.getvalue()[before:]):
-            tables, most = tables + 1, max(most, len(rows(said)))
+        table.print_progress()
+        if "trials ended" in (printed := log.getvalue()[before:]):
+            tables, most = tables + 1, max(most, len(rows(printed)))
             if tables == 1:
                 assert second == 15, "the first that ends is shown at once"
     assert tables == 600 // LOG_INTERVAL_S, "not one for each trial"
@@ -124,10 +127,10 @@ def test_a_log_gets_lines_and_a_table_once_more_trials_have_ended(
     lines = log.getvalue().count("most robust so far") + log.getvalue().count("running: 1 (waiting)")
     assert 600 / PLAIN_INTERVAL_S - 2 * tables <= lines <= 600 / PLAIN_INTERVAL_S
     for _ in range(2):
-        said = len(log.getvalue())
+        before = len(log.getvalue())
         clock.now += LOG_INTERVAL_S + 1
-        table.tell()
-    assert "trials ended" not in log.getvalue()[said:], "nothing new"
+        table.print_progress()
+    assert "trials ended" not in log.getvalue()[before:], "nothing new"
 
 
 def test_a_log_is_as_wide_as_the_table_needs(log: io.StringIO) -> None:

@@ -22,6 +22,7 @@ from pipeline import run_directory, stages
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime.console import Bar
 from pipeline.runtime.storage import Storage
+from pipeline.runtime.stored_record import StoredRecord
 from pipeline.tracking.server import check_reachable
 from pipeline.tracking.tracker import Tracker
 
@@ -213,7 +214,10 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
     mlflow_run.start_run(tracker, record)
     progress = stages.TrainProgress(
         run_directory.Run(
-            experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker
+            experiment=fake_run.experiment(),
+            root=root,
+            stored=StoredRecord(run, "run.json", record.to_json()),
+            tracker=tracker,
         ),
         Bar("train", None),
     )

@@ -19,7 +19,9 @@ from pipeline import run_directory, stages
 from pipeline.evaluation import plan
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime.storage import Storage
+from pipeline.runtime.stored_record import StoredRecord
 from pipeline.sweep.report import mlflow_sweep
+from pipeline.sweep.trials.entry import TrialEntry
 from pipeline.tracking.registry import weights_digest
 from pipeline.tracking.tracker import Tracker
 
@@ -78,7 +80,10 @@ def test_a_registration_that_fails_ends_no_run(
     mlflow_run.start_run(tracker, record)
     mlflow_run.start_model(tracker, record, "defend")
     state = run_directory.Run(
-        experiment=fake_run.experiment(), root=root, storage=run, record=record.to_json(), tracker=tracker
+        experiment=fake_run.experiment(),
+        root=root,
+        stored=StoredRecord(run, "run.json", record.to_json()),
+        tracker=tracker,
     )
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
     stages.register(state, [lost])
@@ -109,7 +114,7 @@ def test_best_is_of_the_latest_conclusion_and_every_sweep_keeps_its_own(
         lines: list[str] = []
         tracker = Tracker(uri, sweep, echo=lines.append)
         mlflow_sweep.start_sweep(tracker, record)
-        alias = mlflow_sweep.trial_alias(trials[chosen])
+        alias = mlflow_sweep.trial_alias(TrialEntry.from_json(trials[chosen]))
         tracker.start(alias, alias, parent="run")
         example = np.zeros((1, 1, 28, 28), np.float32)
         tracker.register_model(alias, networks[chosen], example, **mlflow_sweep.choice_version(record, sweep))

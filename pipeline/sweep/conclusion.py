@@ -1,0 +1,100 @@
+"""Conclusion of a sweep: front, choice, report, and the test of the choice on test images."""
+
+from __future__ import annotations
+
+from components.errors import UserError
+from components.search_space import choose, pareto_front
+from pipeline import run
+from pipeline.records import SCHEMA
+from pipeline.run_directory import recorded, run_address
+from pipeline.runtime.console import say
+from pipeline.runtime.stored_record import now
+from pipeline.stages import example_input
+from pipeline.sweep.report import html, mlflow_sweep, summary
+from pipeline.sweep.sweep_directory import Sweep
+from pipeline.sweep.trials.entry import TrialEntry
+from pipeline.training import exports
+
+
+def conclude(sweep: Sweep) -> None:
+    """Put front and choice into the record, write the choice as a recipe, and report.
+
+    Raises:
+        UserError: no trial was trained to its end.
+    """
+    finished = summary.finished(sweep.record)
+    if not finished:
+        reasons = "; ".join(dict.fromkeys(t.reason for t in sweep.trials if t.reason)) or "none was run"
+        raise UserError(f"no trial of {sweep.storage.uri} was trained to its end: {reasons}")
+    scores = [(trial.last.clean, trial.last.robust) for trial in finished]
+    chosen = finished[choose(scores, sweep.space.clean_tolerance)]
+    with sweep.stored.lock:
+        before = sweep.record["choice"]
+        if before and before["parameters"] != chosen.parameters:
+            _put_away_evaluation(sweep)
+        sweep.record["front"] = [finished[i].number for i in pareto_front(scores)]
+        sweep.record["choice"] = {
+            "trial": chosen.number,
+            "parameters": chosen.parameters,
+            "clean": chosen.last.clean,
+            "robust": chosen.last.robust,
+            "rule": summary.rule(sweep.space.clean_tolerance),
+        }
+        final = sweep.final(chosen.parameters)
+        sweep.storage.write_json("best.json", {"schema": SCHEMA, "experiment": recorded(final)})
+        sweep.stored.save()
+    say(summary.conclusion(sweep.record))
+    write_report(sweep)
+    register_choice(sweep, chosen)
+
+
+def write_report(sweep: Sweep) -> None:
+    """Write the report of a sweep that has a choice, and publish the record."""
+    html.build(sweep.record, sweep.storage)
+    sweep.publish()
+
+
+def register_choice(sweep: Sweep, chosen: TrialEntry) -> None:
+    """Register the chosen model (of several seeds the first) in MLflow."""
+    path = chosen.models[0].path
+    data = sweep.experiment.data
+    with sweep.tracker.excused("registration of the chosen model"):
+        arch = str(chosen.parameters.get("arch", sweep.base.arch))
+        sweep.tracker.register_model(
+            mlflow_sweep.trial_alias(chosen),
+            exports.load_classifier(sweep.root.join(path), trusted=arch),
+            example_input(data.channels, data.image_size),
+            metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen.parameters},
+            **mlflow_sweep.choice_version(sweep.record, sweep.storage),
+        )
+
+
+def evaluate_choice(sweep: Sweep) -> None:
+    """Test the chosen configuration on test images as an ordinary run.
+
+    It happens once, unless the choice or its attacks have changed.
+    """
+    final = sweep.final(sweep.record["choice"]["parameters"])
+    address = run_address(final)
+    with sweep.stored.lock:
+        if sweep.record["evaluation"] != address:
+            _put_away_evaluation(sweep)
+            sweep.record["evaluation"] = address
+        earlier = [e for e in sweep.record["earlier_evaluations"] if e["evaluation"] != address]
+        sweep.record["earlier_evaluations"] = earlier
+        sweep.stored.save()
+    again = f" (these images have been attacked before, for {len(earlier)} earlier evaluation(s))" if earlier else ""
+    say(f"evaluation of the choice on test images, once{again}: {sweep.root.uri}/{address}")
+    with sweep.stored.timed("evaluation"):
+        # The trials' compute is spent. If MLflow does not answer now, what there is to publish
+        # waits for it.
+        run.execute("run", final, needs_tracking=False)
+
+
+def _put_away_evaluation(sweep: Sweep) -> None:
+    """Keep in the record that test images were used before, and for which choice."""
+    record = sweep.record
+    if record["evaluation"]:
+        choice = {k: record["choice"][k] for k in ("trial", "parameters")}
+        record["earlier_evaluations"].append({"evaluation": record["evaluation"], "date": now(), **choice})
+        record["evaluation"] = None
