@@ -31,7 +31,7 @@ Trains Defend++ and the models that it is compared with, attacks all of them, an
                                                                stage 3 on a classifier that was not trained here; --help
   python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
   python pipeline/main.py sweep RECIPE --space FILE [--FIELD VALUE ...]
-                                                               search settings on validation images, test the choice; --help
+                                                               search settings, test the choice; --help
   python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
   python pipeline/main.py recipes                              the recipes and what they cost
   python pipeline/main.py --version                            the version of this project

@@ -24,7 +24,8 @@ from pipeline.training import exports, pretrained, weights_file
 
 MAX_MODEL_NAME_BYTES = MAX_NAME_BYTES - len("attack-")
 USAGE = """\
-main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME] [--FIELD VALUE ...]
+main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME]
+               [--FIELD VALUE ...]
 
   --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH,
            torchvision:WEIGHTS; FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
@@ -89,8 +90,8 @@ def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shape
     """
     if described is None and not options.arch:
         raise ConfigError(
-            "--arch is missing: name the network that the weights are of, since the file, which this project did not export, "
-            "does not say (main.py attack --help)"
+            "--arch is missing: name the network of the weights, since the file does not say it. Only files that this "
+            "project exported do (main.py attack --help)"
         )
     train, data, pyramids = TrainConfig(), DataConfig(), PyramidConfig()
     if described is not None:
@@ -168,7 +169,7 @@ def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, S
     elif described is not None and own.is_own(described[0].arch):
         named = described[0].arch
         raise ConfigError(
-            f"{text} says that {named} builds its network. A file does not decide which code is imported: if you trust that "
-            f"module, add --arch {named}"
+            f"{text} says that {named} builds its network. A file does not decide which code is imported: "
+            f"if you trust that module, add --arch {named}"
         )
     return described

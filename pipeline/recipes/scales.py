@@ -9,7 +9,7 @@ from pipeline.recipes.mnist import mnist, mnist_slim
 from pipeline.recipes.suites import attacks
 
 SCALES = {
-    "smoke": "a minute or two on 2 cores, on the bundled sample whatever the table's data set; its numbers mean nothing",
+    "smoke": "a minute or two on 2 cores, always on the bundled sample; its numbers mean nothing",
     "slim": "10,000 images of MNIST, width 16, on a CPU: hours",
     "fast": "about the paper's clean accuracy in a tenth of its epochs, for one GPU",
     "paper": "the paper's own hyper-parameters (sec. 4.1) and, where it has none, ours (docs/method.md), for one GPU",

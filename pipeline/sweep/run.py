@@ -131,7 +131,8 @@ def announcement(sweep: Sweep, left: int, runs: int) -> list[str]:
     return [
         f"{done + left} trials{fewer}{f', {done} done already' if done else ''}, {space.search} search over {domains}",
         f"  each: model {sweep.model!r} of {experiment.name}, {seeds}{sweep.base.epochs} epochs{stopping}",
-        f"  judged on validation images: clean accuracy, and under white-box {space.attack} on up to {space.images} of them",
+        "  judged on validation images: clean accuracy, and accuracy under white-box "
+        f"{space.attack} on up to {space.images} of them",
         f"  the choice: {tests[sweep.options.evaluate]}",
         f"  at once: {runs} model{'s' if runs > 1 else ''}, each on {scaling.workers} worker(s) of {resources}",
     ]

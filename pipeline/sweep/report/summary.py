@@ -141,8 +141,8 @@ def earlier_choices(record: Mapping[str, Any]) -> list[str]:
     for number, choice in enumerate(record.get("earlier_evaluations") or [], 1):
         when = f" on {labels.when(choice['date'])}" if choice.get("date") else ""
         sentences.append(
-            f"Choice no. {number} was tested on the test images{when}, before the sweep went on: trial {choice['trial']}: "
-            f"{parameters_text(choice['parameters'])}: {choice['evaluation']}"
+            f"Choice no. {number} was tested on the test images{when}, before the sweep went on: "
+            f"trial {choice['trial']}: {parameters_text(choice['parameters'])}: {choice['evaluation']}"
         )
     return sentences
 

@@ -1,4 +1,4 @@
-"""The command line: what a user types, and the one clear error for what cannot be, before compute is spent."""
+"""The command line: what a user types, and one clear error for bad input, before compute is spent."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "parts"),
     [
         (["fly"], ["unknown command 'fly'", "run", "pyramids"]),
         (["run", "mnist-dmeo"], ["unknown recipe 'mnist-dmeo'; did you mean mnist-demo"]),
@@ -133,25 +133,25 @@ def test_where_a_run_is_kept_is_no_part_of_what_it_is() -> None:
     ],
 )
 def test_an_impossible_setting_is_one_clear_error(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], told: list[str]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     if "--storage" not in arguments and arguments[0] == "run":
         arguments = [*arguments, "--storage", str(tmp_path)]
     message = error_of(capsys, arguments, 2)
-    for part in told:
+    for part in parts:
         assert part in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"), [(["--train.lamda", "1"], "train.lam"), (["--train.epochs", "many"], "--train.epochs")]
+    ("arguments", "parts"), [(["--train.lamda", "1"], "train.lam"), (["--train.epochs", "many"], "--train.epochs")]
 )
 def test_an_unknown_field_or_type_ends_with_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str], parts: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         parse_experiment("run", ["mnist-demo", *arguments])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert parts in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -229,7 +229,8 @@ def test_the_report_of_a_run_that_never_was_is_told(capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_no_code_is_run_at_import_that_a_worker_could_trip_over() -> None:
     """Workers import these modules: parsing arguments or starting Ray there would kill them."""
-    code = "import sys; sys.argv = ['x', '--nonsense']; import pipeline.main, pipeline.training.train, pipeline.evaluation.attack, pipeline.data.pyramids, ray; assert not ray.is_initialized()"
+    modules = "pipeline.main, pipeline.training.train, pipeline.evaluation.attack, pipeline.data.pyramids, ray"
+    code = f"import sys; sys.argv = ['x', '--nonsense']; import {modules}; assert not ray.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ})
 
 
@@ -237,11 +238,11 @@ def test_data_config_defaults_are_the_bundled_sample() -> None:
     assert DataConfig().source == "sample:mnist"
 
 
-# -- what the terminal, the pipe or the Python can do to a command ----------------------------------------------------------
+# -- what the terminal, the pipe or the Python can do to a command -------------------------------
 
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a line of bash in which ``main`` is the command line; its status is that of ``main``, whoever reads its output."""
+    """Run a line of bash in which ``main`` is the command line. Its status is that of ``main``."""
     script = f'main() {{ "{sys.executable}" "{ROOT / "pipeline" / "main.py"}" "$@"; }}; set -o pipefail; {command}'
     return subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **environment}, check=False
@@ -282,9 +283,10 @@ def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(tmp_path: P
 
 @pytest.mark.parametrize("reader", ["| tail -n 1", "| head -n 1", ">&-", "> /dev/full"])
 def test_the_table_at_the_end_of_a_run_cannot_fail_it(reader: str) -> None:
-    """All was computed, and then the table had a character that the terminal lacks: the run was marked as failed."""
+    """A character that the terminal lacks must not fail a run after all was computed."""
     code = (
-        "from pipeline.runtime import standard_streams; standard_streams.harden(); from pipeline.runtime.console import console, say; "
+        "from pipeline.runtime import standard_streams; standard_streams.harden(); "
+        "from pipeline.runtime.console import console, say; "
         "from rich.table import Table; [say('ε = 8/255') for _ in range(9)]; console.print(Table('δ', title='±'))"
     )
     done = shell(
@@ -346,7 +348,8 @@ def test_the_version_needs_no_dependency(tmp_path: Path) -> None:
 
 def test_a_typo_is_answered_without_loading_the_libraries() -> None:
     for arguments in ("'rnu'", "'run', 'mnist-dmeo'", "'sweep', 'mnist-smoke', '--trials', 'x'", "'sweep', '--help'"):
-        code = f"from pipeline.main import main; main([{arguments}]); import sys; sys.exit({{'torch', 'ray', 'mlflow', 'numpy'}} & set(sys.modules) or 0)"
+        heavy = "{'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules)"
+        code = f"from pipeline.main import main; main([{arguments}]); import sys; sys.exit({heavy} or 0)"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 

@@ -1,4 +1,4 @@
-"""A classifier that was not trained here: from its file to a verdict."""
+"""An external model: from its file to a verdict."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stranger(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """What a training run of ours leaves: Defend++ of another width and normalisation."""
+    """Return an export of a training run: Defend++ of another width and normalisation."""
     shapes = Shapes(image_size=32, channels=3, num_classes=7, sizes=level_sizes(32))
     config = TrainConfig(width=4, arch="resnet18", normalize_mean=(0.5,) * 3, normalize_std=(0.2,) * 3)
     exports.export(Storage(str(tmp_path / "ours")), build_net(config, shapes), config, shapes)
@@ -111,7 +111,7 @@ def test_attacks_and_threat_models_are_set_one_without_the_other(stranger: Path,
 
 
 def test_the_suite() -> None:
-    """What it must hold, whatever else: see docs/evaluation.md."""
+    """Check the attacks that docs/evaluation.md promises."""
     grey = full_suite("0.3")
     assert {"pgd:eps=0.3,steps=40,restarts=3", "autoattack:eps=0.3", "square:eps=0.3"} < set(grey)
     assert {
@@ -130,7 +130,7 @@ def test_the_suite() -> None:
 
 @pytest.mark.parametrize("name", [*RECIPES, "a stranger's"])
 def test_the_step_size_of_cw_goes_by_the_images(name: str, stranger: Path) -> None:
-    """In 5 x 20 steps, 0.01 hardly moves the black and white pixels of MNIST, and 0.5 jumps over what natural images have."""
+    """In 5 x 20 steps, 0.01 hardly moves MNIST's black and white pixels, and 0.5 is too coarse for natural images."""
     colour = ("--model", str(stranger), "--arch", "own_network:make", "--data.channels", "3")
     experiment = RECIPES[name].make() if name in RECIPES else asked(*colour)
     specs = [AttackSpec.parse(a) for a in experiment.evaluation.attacks]
@@ -251,11 +251,11 @@ def verdict(storage: Path, name: str) -> tuple[Path, dict[str, Any]]:
     return directory, json.loads((directory / "run.json").read_text())
 
 
-# -- the auto-encoder beside the classifier --------------------------------------------------------------------------------
+# -- the auto-encoder beside the classifier ------------------------------------------------------
 
 
 def defended(directory: Path, shapes: Shapes = GREY, **settings: Any) -> Path:
-    """A Defend++ export of few channels; its classifier's file."""
+    """Export Defend++ of few channels, and return its classifier's file."""
     config = TrainConfig(**{"width": 4, "shared_blocks": 2, **settings})
     exports.export(Storage(str(directory)), build_net(config, shapes), config, shapes)
     return directory / "classifier.safetensors"
@@ -270,7 +270,7 @@ class Told(monitor.Progress):
 
 
 def taken(storage: Path, *arguments: str) -> tuple[plan.Model, list[str]]:
-    """The model that an ``attack --model`` attacks, and what it said of its auto-encoder."""
+    """Return the model that ``attack --model`` attacks, and why it has no auto-encoder."""
     experiment, told = asked(*arguments, "--storage", str(storage)), Told()
     data = experiment.data
     sizes = level_sizes(data.image_size, experiment.pyramids.levels)
@@ -364,7 +364,7 @@ def test_our_own_export_meets_the_attacker_who_knows_its_auto_encoder(
 def test_a_librarys_network_from_a_local_file(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str
 ) -> None:
-    """Its state_dict through the command; what is attacked has the logits of the library's own network."""
+    """Pass its state_dict to the command. The attacked network has the logits of the library's own."""
     library, _, name = arch.partition(":")
     module = pytest.importorskip("torchvision.models" if library == "torchvision" else library)
     make = module.get_model if library == "torchvision" else module.create_model
@@ -395,8 +395,10 @@ def test_a_librarys_network_from_a_local_file(
 def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     ray_cluster: str, stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Few steps of each kind of attack; then the model that this run registered, out of MLflow, with other tasks: the same verdict on
-    every sample."""
+    """Attack a file, then the model that this run registered in MLflow, with other tasks.
+
+    The verdict on every sample is the same.
+    """
     storage = tmp_path / "storage"
     attacks = (
         "noise:eps=0.3",

@@ -1,4 +1,4 @@
-"""Random configs, attack specs and command lines: each is accepted or refused with a clear error, never anything else."""
+"""Random configs, attack specs and command lines: each is accepted or refused with a clear error."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from pipeline.training import train
 
 
 def test_an_undefended_model_is_swept_over_values_that_are_its_own_and_its_controls() -> None:
-    """A trial may be the recipe's own model, and the choice its source or control: neither is refused as its own control."""
+    """A trial may be the recipe's own model, and the choice may be its source or control."""
     e = recipe()
     space = Space(parameters={"lr": Choice([e.train.lr, 0.01])}, model="no_defense", search="grid")
     name, base = preflight.varied_model(e, space)

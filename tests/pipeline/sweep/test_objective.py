@@ -48,7 +48,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     labels = torch.from_numpy(columns["label"][whole.rows]).long()
 
     def right_under(attack: str) -> int:
-        """The attack itself, with early leaving as between model and judge, chunk by chunk from the chunks' own random streams."""
+        """Count the images that are right under the attack, with the random stream of each chunk."""
         spec, found = AttackSpec.parse(attack), 0
         for chunk, (x, y) in enumerate(zip(images.split(objective.CHUNK), labels.split(objective.CHUNK), strict=True)):
             generator = torch.Generator().manual_seed(stream_seed(0, chunk))

@@ -28,8 +28,8 @@ from pipeline.tracking import tracker
 
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
 
-GRID = """SPACE = Space(parameters={"lr": Choice([0.05, 1e30]), "shared_blocks": Choice([1, 4])}, search="grid", trials=0,
-    attack="pgd:eps=0.1,steps=2", images=20)"""
+GRID = """SPACE = Space(parameters={"lr": Choice([0.05, 1e30]), "shared_blocks": Choice([1, 4])}, search="grid",
+    trials=0, attack="pgd:eps=0.1,steps=2", images=20)"""
 
 
 def start(arguments: list[str], address: str) -> subprocess.Popen[str]:
@@ -49,7 +49,7 @@ def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 400) -
 
 
 def processes(*titles: str) -> list[psutil.Process]:
-    """Of this test's cluster alone: they descend from this process."""
+    """Return processes of this test's cluster, which descend from this process."""
     found = []
     for p in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -73,7 +73,10 @@ def server(tmp_path: Path) -> Iterator[MlflowServer]:
 
 @pytest.fixture(scope="module")
 def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """A grid of four trials, two of which diverge; killed on the way: the driver, then a training worker and a trial's process."""
+    """Sweep a grid of four trials, two of which diverge. Return the storage, the space and the output.
+
+    On the way the driver is killed, then a training worker and a trial's process.
+    """
     storage = tmp_path_factory.mktemp("swept")
     space = write_space(storage / "grid.py", GRID)
     process = start(command(space, storage, "--no-evaluate"), ray_cluster)

@@ -1,4 +1,4 @@
-"""A worker of a sweep without Ray: it takes models out of a queue, trains and measures them, and says how they ended."""
+"""A worker of a sweep, without Ray: it trains and measures models, and reports how they ended."""
 
 from __future__ import annotations
 
