@@ -1,6 +1,6 @@
-"""The records of a run as types: ``run.json``, and what ``sweep.json`` has in common with it (docs/records.md).
+"""The record of a run as types, and what a sweep's has in common with it (docs/records.md).
 
-A run writes its record as a plain dictionary while it works. Whoever reads the record takes these types.
+While a run works, it writes its record as a plain dictionary. Readers of the record use these types.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class EvaluationEntry(_Entry):
 
     @property
     def curve(self) -> Json | None:
-        """Accuracy over the norm allowed, {norm, eps, accuracy}. None for an attack within a budget."""
+        """Accuracy over the norm allowed: {norm, eps, accuracy}. None for attacks within a budget."""
         curve: Json | None = self.metrics.get("curve")
         return curve
 
@@ -155,7 +155,7 @@ class Reliability(_Entry):
 
 @dataclass(frozen=True, kw_only=True)
 class Record(_Entry):
-    """What ``run.json`` and ``sweep.json`` both hold: the config, and what everything was made with."""
+    """The part that ``run.json`` and ``sweep.json`` share: config, code, machine and times."""
 
     name: str
     experiment: Experiment
@@ -174,7 +174,7 @@ class Record(_Entry):
     @classmethod
     def _parsed(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         values["experiment"] = from_dict(Experiment, values["experiment"])
-        # Storage sorts the keys of JSON objects. People read them in the order in which things happen.
+        # Storage sorts the keys of JSON objects. People read them in the order of events.
         values["stages"] = in_order(values.get("stages", {}), ("pyramids", "train", "attack", "report"))
         if rows := values.get("data", {}).get("rows"):
             values["data"] = {**values["data"], "rows": in_order(rows, ("train", "validation", "test"))}
@@ -195,7 +195,7 @@ class RunRecord(Record):
     worst_case: tuple[WorstCase, ...] | None = field(default=None, metadata=_OPTIONAL)
     worst_case_pairs: tuple[WorstCasePair, ...] | None = field(default=None, metadata=_OPTIONAL)
     reliability: Mapping[str, Reliability] | None = field(default=None, metadata=_OPTIONAL)
-    """Model -> tests of the attacks on it, in the order of the config. None before the attacks have run."""
+    """Model -> tests of the attacks on it, in config order. None before the attacks have run."""
     diverged: Mapping[str, int] | None = field(default=None, metadata=_OPTIONAL)
     """Model -> step at which its loss was not finite."""
 

@@ -22,7 +22,7 @@ def first_replicates(names: Iterable[str], bases: Mapping[str, str]) -> list[str
 
 
 def roles_of(experiment: Experiment) -> dict[str, str]:
-    """Return model -> source, control, defended or given (not trained here), in the config's order."""
+    """Return model -> source, control, defended or given (not trained here), in config order."""
     configs = experiment.model_configs()
     sources = {experiment.transfer_source_of(name) for name in configs}
 
@@ -37,7 +37,7 @@ def roles_of(experiment: Experiment) -> dict[str, str]:
 
 
 def references(experiment: Experiment) -> list[str]:
-    """Return the models, as named in the recipe, that others of their architecture are compared with.
+    """Return the models, as named in the recipe, that all others are compared with.
 
     For each architecture, these are the first control and the model that the paper calls ours:
     ``defend``, or ``defend-ARCH`` where a table has several. If no model has that name, it is the

@@ -8,14 +8,15 @@ Differences from the authors' code:
 
 - The readout sees the network's outputs, not its features. So any module will do, and outputs that
   hide a gradient are part of the test.
-- It is Fisher's discriminant for the best separable of 64 points, not a logistic regression for one.
+- It is Fisher's discriminant for the best separable of 64 points, not a logistic regression for
+  one.
 - Its logits are as large as the network's own margin, and at least 1, the authors' value. So a loss
   that saturates on the network saturates here.
 - Each image is attacked alone, because it has a readout of its own and an attack may drop samples
   from its batch.
 
-AutoAttack is tested part by part, without its Square. Square needs no gradient, so on a network that
-masks gradients it would pass for all four. Square is tested if it is an attack of its own.
+AutoAttack is tested part by part, without its Square. Square needs no gradient, so on a network
+that masks gradients it would pass for all four. Square is tested if it is an attack of its own.
 
 An attack that chooses a target is tested with the runner-up as its target, which is the planted
 class. No other class can be reached, whatever the network.
@@ -100,7 +101,7 @@ def active_test(
         spec: the attack. It runs as for white-box examples.
         eps: distance of the planted point in the norm of ``spec``; that of ``spec`` if it has one.
         fast: the copy of ``model`` that the attack searches on, as it does for examples
-            (components/attacks/fast_copy.py). Points are planted in ``model``, and ``model`` judges.
+            (components/attacks/fast_copy.py). Points are planted in ``model``, which also judges.
         generator: CPU generator of all points and of the attack.
         n_inner: class-0 points per image, the clean image included.
         batch: points that go through the network at a time.

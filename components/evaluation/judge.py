@@ -25,7 +25,7 @@ Columns = Mapping[str, np.ndarray[Any, Any]]
 
 
 def largest_norm(norm: str, eps: float) -> float:
-    """Return the largest norm that an example of budget ``eps`` may have, with tolerance for rounding."""
+    """Return the largest norm that an example of budget ``eps`` may have, rounding included."""
     return eps + min(LINF_TOLERANCE, eps) if norm == "linf" else eps * (1 + L2_TOLERANCE)
 
 

@@ -27,7 +27,7 @@ Mask = np.ndarray[Any, Any]
 
 
 def standard_budgets(channels: int, image_size: int) -> Budgets:
-    """Return the standard budgets of MNIST (grey), CIFAR-10 (RGB up to 64 pixels) or ImageNet (larger RGB)."""
+    """Return the budgets of MNIST (grey), CIFAR-10 (RGB up to 64 pixels) or ImageNet (larger)."""
     if channels == 1:
         return _MNIST
     return _CIFAR10 if image_size <= 64 else _IMAGENET
@@ -138,6 +138,6 @@ def worst_case(evaluations: Sequence[Columns], norm: str, eps: float) -> Mask:
 
 
 def broken(columns: Columns, norm: str, eps: float) -> Mask:
-    """Return bool [N]: samples that are misclassified without an attack or by an example within eps."""
+    """Return bool [N]: samples misclassified without an attack or by an example within eps."""
     broken: Mask = ~worst_case([columns], norm, eps)
     return broken

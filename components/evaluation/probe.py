@@ -17,9 +17,9 @@ from components.precision import true_float32
 _SUM_TOLERANCE = 1e-4
 """Tolerance of the sum of probabilities, absolute."""
 _BATCH_TOLERANCE = 1e-4
-"""Most by which the outputs for an image may differ between batches, relative to the largest output."""
+"""Most by which outputs for an image may differ between batches, relative to the largest output."""
 _NOISE_FACTOR = 3
-"""The outputs of a random network depend on the batch if they differ by this many times its noise."""
+"""A random network depends on the batch if its outputs differ by this many times its noise."""
 TINY_GRADIENT = 1e-30
 """L2 norm below which attacks in either norm begin to fail (docs/reliability.md)."""
 _PASSES = 5

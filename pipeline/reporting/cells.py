@@ -9,7 +9,7 @@ from pipeline.reporting.records import Row
 
 
 def beside_title(record: RunRecord) -> str:
-    """Return the title of our values beside the paper's: which table, which scale, and the brackets."""
+    """Return the title of our values beside the paper's: table, scale, and what the brackets hold."""
     experiment = record.experiment
     scale = f", scale {experiment.scale}" if experiment.scale else ""
     over = ": lowest to highest bound over the seeds" if experiment.seeds > 1 else ""
@@ -60,7 +60,7 @@ def head(column: Row) -> list[str]:
 
 
 def cell(column: Row, row: Row) -> list[str]:
-    """Return the lines of a cell: accuracy, interval, and the median norm if the attack minimises one."""
+    """Return the lines of a cell: accuracy, interval, and the median norm if there is one."""
     values = row["cells"].get(column["key"])
     if values is None:
         return ["(source)" if row["role"] == "source" and column["threat_model"] == labels.TRANSFER else "-"]

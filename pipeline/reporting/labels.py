@@ -50,7 +50,7 @@ def threat_title(threat: str) -> str:
 
 
 def attack_labels(attacks: Iterable[str]) -> dict[str, str]:
-    """Return a short, unique label for each attack: ``bim``, or ``bim_eps0.1`` beside other BIMs."""
+    """Return a unique label for each attack: ``bim``, or ``bim_eps0.1`` beside other BIMs."""
     short = {attack: short_name(attack) for attack in dict.fromkeys(["none", *attacks])}
     labels = {}
     for attack, name in short.items():

@@ -14,7 +14,7 @@ from pipeline.reporting.records import Row
 
 
 def markdown(record: RunRecord) -> str:
-    """Return the description and the tables for places that show Markdown, as MLflow's page of a run."""
+    """Return the description and the tables, also for MLflow's page of a run."""
     data = results.table(record)
     heads = [
         " ".join(
@@ -72,13 +72,13 @@ def _models(record: RunRecord) -> list[str]:
 
 
 def made_with_section(made: Mapping[str, str]) -> list[str]:
-    """Return :func:`made_with` as a section in Markdown. A table without its run must still say it."""
+    """Return :func:`made_with` as a section, so that a table without its run still says it."""
     lines = (f"- {key}: `{text}`" if key == "Command" else f"- {key}: {text}" for key, text in made.items())
     return ["", "### Made with", "", *lines]
 
 
 def made_with(record: Record, stages: Mapping[str, float] | None = None) -> dict[str, str]:
-    """Return command, code, hardware, versions and seconds of a run or a sweep, as far as they are known.
+    """Return command, code, hardware, versions and seconds, as far as they are known.
 
     Args:
         record: the run or the sweep.
@@ -137,7 +137,7 @@ def _reliability(record: RunRecord) -> list[str]:
 
 
 def _across(record: RunRecord) -> list[str]:
-    """Return the tables over several evaluations: over the seeds, differences, and the paper's values."""
+    """Return the tables over several evaluations: seeds, differences, and the paper's values."""
     together = results.across(record)
     lines: list[str] = []
     if seeds := together["over_seeds"]:

@@ -1,4 +1,4 @@
-"""A run in MLflow, made from its records: a parent run, a run per model, and a run per evaluation."""
+"""A run in MLflow, made from its records: a parent run, and a run per model and evaluation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def start_model(tracker: Tracker, record: RunRecord, name: str, time: float | No
         "records": record.models[name].path if name in record.models else None,
         "warning": next((row["sentence"] for row in verdicts.near_chance(record) if row["model"] == name), None),
     }
-    # The parent has what all models share. Repeat it here, so that MLflow's comparison of models is complete.
+    # Log also what all models share, so that MLflow's comparison of models is complete.
     params = flatten(record.model_config(name))
     tracker.start(f"model/{name}", name, parent="run", tags=tags, params=params, time=time)
 
@@ -84,7 +84,7 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
         begin = unix_time(record.created)
         with tracker.excused(f"first epoch of {name}"):
             begin = _first_step(root, model) or begin
-        # Start the run of a model also if its files cannot be read: its evaluations are children of the run.
+        # Start the run also if the model's files cannot be read: evaluations are its children.
         start_model(tracker, record, name, begin)
         with tracker.excused(f"model {name}"):
             _publish_model(tracker, root, record, name, model, begin)
@@ -109,7 +109,7 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
 
 
 def _first_step(root: Storage, model: ModelEntry) -> float | None:
-    """Return when a model took its first step (unix seconds); None for a model without a history."""
+    """Return when a model took its first step (unix seconds); None without a history."""
     history = records.history_files(root, model.path)
     steps = records.read_epoch(root, history[0])["steps"] if history else []
     return float(steps[0]["time"]) if steps else None
@@ -159,7 +159,7 @@ def publish_evaluation(
     name = _evaluation_name(evaluation.threat_model, label)
     alias = f"evaluation/{evaluation.model}/{name}"
     created = unix_time(record.created)
-    # MLflow lists the youngest run first. A millisecond between two runs gives the order of the table.
+    # MLflow lists the youngest run first. A millisecond apart, runs keep the table's order.
     begin = None if created is None else created + 1 - order / 1000
     params = {
         "threat_model": evaluation.threat_model,

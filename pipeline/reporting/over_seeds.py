@@ -45,7 +45,7 @@ def spread(values: Sequence[float]) -> Row:
 
 
 def over_seeds(record: RunRecord) -> list[Row]:
-    """Return mean and spread over the replicates of each model under each attack; [] for one seed."""
+    """Return mean and spread over the replicates of each model and attack; [] for one seed."""
     if record.experiment.seeds < 2:
         return []
     rows = []
@@ -157,7 +157,7 @@ def _worst_by_seed(record: RunRecord) -> dict[tuple[str, str, str, float], dict[
 
 
 def worst_over_seeds(record: RunRecord) -> list[Row]:
-    """Return mean and spread of the worst case over the replicates of each model; [] for one seed."""
+    """Return mean and spread of the worst case over each model's replicates; [] for one seed."""
     if record.experiment.seeds < 2:
         return []
     return [

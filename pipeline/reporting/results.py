@@ -37,7 +37,7 @@ def norms_over_seeds(row: Mapping[str, Any]) -> str:
 
 
 def table(record: RunRecord) -> dict[str, Any]:
-    """Return the result table: ``columns`` (threat model x attack), and ``rows`` (models) of cells."""
+    """Return the result table: ``columns`` (threat model x attack) and ``rows`` (models)."""
     columns = _columns(record)
     keys = {(c["threat_model"], c["attack"]): c["key"] for c in columns}
     rows = []
@@ -140,7 +140,7 @@ def model_stage(experiment: Experiment) -> str:
 
 
 def across(record: RunRecord) -> dict[str, list[Row]]:
-    """Return the statistics over several evaluations: ``over_seeds``, ``differences`` and ``paper``."""
+    """Return statistics over several evaluations: ``over_seeds``, ``differences``, ``paper``."""
     differences: list[Row] = []
     worst: list[Row] = []
     references = roles.references(record.experiment)
@@ -170,7 +170,7 @@ def across(record: RunRecord) -> dict[str, list[Row]]:
 
 
 def _worst_differences(record: RunRecord, rows: list[Row]) -> list[Row]:
-    """Return differences of worst cases with their titles, and whether they rest on an untrusted attack."""
+    """Return differences of worst cases with titles, marked if an attack is untrusted."""
     untrusted = {(w["model"], w["budget"]) for w in worst_over_seeds(record) if w["untrusted"]}
     titled = []
     for row in map(worst_titled, rows):

@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class RunPlots:
-    """Draws the plots of a run. Each method returns a plot, or None if the run has no data for it."""
+    """The plots of a run. A method per plot returns None if the run has no data for it."""
 
     record: RunRecord
     gallery: Arrays

@@ -38,7 +38,7 @@ _UNDECIDED = "there were too few images, or random search finds the planted exam
 
 
 def norms_note(record: RunRecord) -> str:
-    """Return the sentence that explains median norms; "" if no attack of the run minimises a norm."""
+    """Return the sentence that explains median norms; "" if no attack minimises a norm."""
     if not any(e.curve for e in record.evaluations):
         return ""
     return (

@@ -22,7 +22,9 @@ TERMINAL_WIDTH = 100
 
 
 def print_table(run: Storage, *, console: Console | None = None) -> None:
-    """Print the tables of a run; plain text of at most TERMINAL_WIDTH columns if there is no terminal.
+    """Print the tables of a run.
+
+    Without a terminal, this is plain text of at most TERMINAL_WIDTH columns.
 
     Raises:
         DataError: ``run.json`` is missing or corrupt.

@@ -1,4 +1,4 @@
-"""Networks, honest ones and with planted defects, and what the flags say of them."""
+"""Honest networks, networks with planted defects, and the flags that they raise."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from components.evaluation.active_test import active_test
 from components.evaluation.flags import Flag, Judged, flags
 from components.evaluation.judge import judge
 from components.evaluation.probe import probe
-
-SINGLE, OTHERS = "iterative_weaker_than_single_step", "black_box_or_transfer_stronger"
 
 EPS = 0.1
 NAMES = [
@@ -54,7 +52,7 @@ def untrained_cnn(seed: int) -> nn.Module:
 
 
 def trained(x: Tensor, y: Tensor, eps: float = 0.0) -> nn.Module:
-    """A small CNN after 120 steps; with eps, on examples of one PGD step."""
+    """Train a small CNN for 120 steps; with eps, on examples of one PGD step."""
     model = untrained_cnn(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -111,7 +109,7 @@ def judged_by(model: nn.Module, batch: Batch, threat: str, text: str) -> Judged:
 def flags_of(
     model: nn.Module, batch: Batch, attacks: tuple[str, ...] = (), norm: Any = "linf", eps: float = EPS
 ) -> dict[str, Flag]:
-    """Everything at once; what is measured must survive JSON on the way."""
+    """Measure everything, pass it through JSON, and return the flags by name."""
     measured = probe(model, *batch, eps=eps, norm=norm, generator=seeded())
     active = [
         active_test(model, batch[0][:16], spec, eps=spec.eps or 1.5, generator=seeded(1))
@@ -183,7 +181,7 @@ ALIVE = {"zero": 0, "not_finite": 0, "tiny": 0}
 
 
 def runs(key: str, counts: dict[float, int], n: int = N) -> list[dict[str, Any]]:
-    """``count`` of n images are correct, the first ones."""
+    """Return runs in which the first ``count`` of n images are correct."""
     return [{key: value, "correct": [i < count for i in range(n)]} for value, count in counts.items()]
 
 
@@ -193,7 +191,7 @@ def dependence(images: int, n: int = N) -> dict[str, Any]:
 
 
 def clean_probe(**change: Any) -> dict[str, Any]:
-    """What an ordinary network gives."""
+    """Return the probe of an ordinary network."""
     return {
         "n": N,
         "clean_correct": N,

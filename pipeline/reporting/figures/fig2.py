@@ -77,7 +77,7 @@ def _draw(arrays: Mapping[str, np.ndarray], n: int, sizes: Sequence[int]) -> Fig
                     image = 0.5 + image / (2 * max(float(np.abs(image).max()), 1e-6))
                 images.show_image(axis, image)
             else:
-                # Draw in the frame of the whole map, so that the coefficients a level lacks stay white.
+                # Use the frame of the whole map: coefficients that a level lacks stay white.
                 extent = (0, sizes[m], sizes[m], 0)
                 shown = axis.imshow(maps[kind][m][i], norm=norm, cmap="cividis", interpolation="nearest", extent=extent)
                 axis.set(xlim=(0, sizes[0]), ylim=(sizes[0], 0), xticks=[], yticks=[])

@@ -288,7 +288,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
         ]
         right = 1.05 * max(ends) or 1.0
         for model, curve in models.items():
-            # A curve ends at the largest norm of the model's own examples. Accuracy stays constant beyond it.
+            # Beyond the largest norm of the model's own examples, accuracy stays constant.
             eps = [*curve["eps"], max(right, curve["eps"][-1])]
             axis.plot(eps, 100 * np.array([*curve["accuracy"], curve["accuracy"][-1]]), **styles[model])
         axis.set_xlim(0, right)
@@ -301,7 +301,7 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
 
 
 def heat_maps(matrices: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndarray]]) -> Figure:
-    """Draw accuracy by the model that examples were made on (rows) and the model that judged them (columns).
+    """Draw accuracy by the model that examples were made on and the model that judged them.
 
     Args:
         matrices: title -> (sources, judges, fractions [sources, judges]; nan if not measured).
