@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from components.errors import DataError
 from components.training.schedule import PHASES
+from pipeline.evaluation import chunks
 from pipeline.records import SCHEMA, RunRecord
 from pipeline.runtime.storage import Storage, read_arrays
 
@@ -84,18 +83,13 @@ def read_gallery(run: Storage) -> dict[str, np.ndarray]:
 
 
 def read_judged(root: Storage, path: str) -> dict[str, np.ndarray]:
-    """Read the columns of one ``judged/<hash>``, sorted by sample index.
+    """Read the columns of one ``judged/<hash>``, in the order of the samples.
 
     Raises:
         DataError: there is no chunk, or a chunk is corrupt.
+        StorageError: a chunk is missing.
     """
-    chunks = [name for name in root.list(path) if name.endswith(".parquet")]
-    if not chunks:
+    count = sum(name.endswith(".parquet") for name in root.list(path))
+    if not count:
         raise DataError(f"{root.uri}/{path} has no records of an evaluation; run the same command again")
-    columns = ["index", "label", "adversarial_prediction"]
-    try:
-        tables = [pq.read_table(pa.BufferReader(root.read_bytes(f"{path}/{name}")), columns=columns) for name in chunks]
-    except (pa.ArrowInvalid, OSError, KeyError) as e:
-        raise DataError(f"{root.uri}/{path} is corrupt ({e}); delete it and run the same command again") from e
-    table = pa.concat_tables(tables).sort_by("index")
-    return {name: table.column(name).to_numpy() for name in columns}
+    return chunks.read_chunks(root / path, count)

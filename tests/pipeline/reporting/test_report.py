@@ -326,8 +326,9 @@ def test_missing_and_corrupt_records_are_named(tmp_path: Path) -> None:
         b"[]",
         "epoch-00001.json is not the record of an epoch",
     )
-    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", b"PAR1", "judged/defend-transfer-fgsm is corrupt")
-    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", None, "not of the same samples")
+    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", b"PAR1", "fgsm/chunk-00001.parquet is corrupt")
+    refused("judged/defend-transfer-fgsm/chunk-00001.parquet", None, "chunk-00001.parquet")
+    refused("judged/defend-transfer-fgsm/chunk-00002.parquet", None, "not of the same samples")
     report.build(run, root)  # and all of that was put right again
 
 
