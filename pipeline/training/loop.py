@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from components.training.schedule import Phase, learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
 from pipeline.runtime.storage import Storage
 from pipeline.training import checkpoints
-from pipeline.training.ranks import Ranks
 
 VALIDATION_BATCH = 500
 FINITE_CHECK_STEPS = 100
@@ -33,6 +33,37 @@ FINITE_CHECK_STEPS = 100
 
 Live = Callable[[int, int, Callable[[], float]], None]
 """Callback after each step: (steps done, steps in all, function that returns the last loss)."""
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks that train a model together.
+
+    Only rank 0 asks the storage what is left to train and where to continue. Each rank could get
+    another answer on a network file system that caches directories, or beside another run.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def agreed(self, ask: Callable[[], T]) -> T:
+        """Call ``ask`` on rank 0, and return its answer or raise its error on every rank."""
+        if self.world == 1:
+            return ask()
+        answer: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                answer[0] = ask()
+            except Exception as e:
+                answer[1] = e
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]  # type: ignore[no-any-return]
 
 
 class RankData:

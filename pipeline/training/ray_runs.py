@@ -15,7 +15,7 @@ from pipeline.runtime import interrupts
 from pipeline.runtime.storage import Storage
 from pipeline.training.assignment import ATTEMPT
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingJob
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import Ranks
 from pipeline.training.worker_group import record_failure, train_models
 
 MAX_CONTROLLER_FAILURES = 3

@@ -20,8 +20,7 @@ from pipeline.training import pretrained
 from pipeline.training.assignment import Assignment
 from pipeline.training.finished_models import export_trained
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
-from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import NonFiniteLoss, RankData, Ranks, TrainingLoop
 
 LIVE_INTERVAL_S = 1.0
 """Time between two writes of live.json, and between two looks at it."""

@@ -21,8 +21,7 @@ from pipeline.sweep.trials.queue import JobQueue, NoRequest, Request
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED, ModelState
 from pipeline.training import exports, worker_group
 from pipeline.training.jobs import NOT_FINITE
-from pipeline.training.loop import NonFiniteLoss, TrainingLoop
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import NonFiniteLoss, Ranks, TrainingLoop
 
 POLL_S = 0.3
 

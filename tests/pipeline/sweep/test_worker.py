@@ -18,7 +18,7 @@ from pipeline.sweep.trials.queue import JobQueue, NoRequest
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED, TRAINING, WAITING
 from pipeline.sweep.trials.worker import SweepWorker, Task, Work, worker_settings
 from pipeline.training.jobs import NOT_FINITE, TrainingData
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

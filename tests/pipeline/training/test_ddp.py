@@ -26,8 +26,7 @@ from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline.runtime.storage import Storage
-from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import NonFiniteLoss, RankData, Ranks, TrainingLoop
 
 pytestmark = pytest.mark.slow
 WORLD = 2

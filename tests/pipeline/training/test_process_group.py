@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.runtime import network_interface
+from pipeline.training import process_group
 
 NODES = {"left": "10.213.77.1", "right": "10.213.77.2"}
 RANK = """
 import sys
 from datetime import timedelta
 import torch, torch.distributed as dist
-from pipeline.runtime.network_interface import name_interface
+from pipeline.training.process_group import name_interface
 rank, mine, master = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 name_interface(mine)
 dist.init_process_group("gloo", init_method=f"tcp://{master}:29517", rank=rank, world_size=2, timeout=timedelta(seconds=30))
@@ -96,17 +96,17 @@ def test_the_first_try_on_two_nodes_works(nodes: dict[str, list[str]]) -> None:
 def test_the_interface_is_the_one_that_bears_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for interface, addresses in psutil.net_if_addrs().items():
         for address in (a.address for a in addresses if a.family == socket.AF_INET):
-            assert network_interface.interface_of(address) == interface
-    assert network_interface.interface_of("192.0.2.1") == ""
-    for variable in network_interface.INTERFACE_VARIABLES:
+            assert process_group.interface_of(address) == interface
+    assert process_group.interface_of("192.0.2.1") == ""
+    for variable in process_group.INTERFACE_VARIABLES:
         monkeypatch.setenv(variable, "")
         monkeypatch.delenv(variable)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "chosen")
-    network_interface.name_interface("127.0.0.1")
+    process_group.name_interface("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "chosen", "what the user has set stays"
     monkeypatch.delenv("NCCL_SOCKET_IFNAME")
-    network_interface.name_interface("127.0.0.1")
+    process_group.name_interface("127.0.0.1")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
-    network_interface.name_interface("192.0.2.1")
+    process_group.name_interface("192.0.2.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"

@@ -29,8 +29,7 @@ from pipeline.data.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.runtime.storage import Storage
 from pipeline.training import worker_group
 from pipeline.training.jobs import FAILED_MODEL
-from pipeline.training.loop import TrainingLoop
-from pipeline.training.ranks import Ranks
+from pipeline.training.loop import Ranks, TrainingLoop
 from pipeline.training.worker_group import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
 pytestmark = pytest.mark.slow
