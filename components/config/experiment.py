@@ -74,8 +74,8 @@ class EvaluationConfig:
             canonical = str(AttackSpec.parse(attack))
             if canonical in texts:
                 raise ConfigError(
-                    f"evaluation.attacks must have each attack once; {texts[canonical]} and {attack} are both {canonical}: "
-                    "leave one out"
+                    f"evaluation.attacks must have each attack once; {texts[canonical]} and {attack} "
+                    f"are both {canonical}: leave one out"
                 )
             texts[canonical] = attack
         for threat_model in self.threat_models:

@@ -259,8 +259,8 @@ class TrainConfig:
             self.noise_location == "none" or self.defense in ("none", "defend++"),
             "train.noise_location",
             self.noise_location,
-            f"none with defense={self.defense!r}, whose training adds no such noise; set it on the models that have it, "
-            "as in --models NAME:noise_location=latent",
+            f"none with defense={self.defense!r}, whose training adds no such noise; set it on the models that have "
+            "it, as in --models NAME:noise_location=latent",
         )
         check(
             0 <= self.adversarial_epochs <= self.epochs,

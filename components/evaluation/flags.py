@@ -156,11 +156,11 @@ def _others_stronger(judged: Sequence[Judged]) -> Flag:
         name="black_box_or_transfer_stronger",
         fired=bool(stronger),
         measured="; ".join(evidence or sentences)
-        or "Not measurable: no white-box attack beside another attack of its norm and budget (autoattack, which ends in "
-        "a Square, does not count).",
+        or "Not measurable: no white-box attack beside another attack of its norm and budget (autoattack, which ends "
+        "in a Square, does not count).",
         remedy="A white-box attack could have made the same examples, so its gradient is masked or the attack is too "
-        "weak. Approximate what masks the gradient (BPDA), add a score-based attack (Square), and report the worst case "
-        "over all attacks.",
+        "weak. Approximate what masks the gradient (BPDA), add a score-based attack (Square), and report the worst "
+        "case over all attacks.",
         attacks=tuple(stronger),
     )
 
@@ -260,8 +260,8 @@ def _zero_gradients(probe: Mapping[str, Any]) -> Flag:
         name="zero_gradients",
         fired=any(dead.values()),
         measured=f"Of {n} correct images, {'; '.join(parts)}." if n else _NOTHING_CORRECT,
-        remedy="The network itself passes no gradient on. Replace the step that stops it by a differentiable one in the "
-        "backward pass (BPDA), or attack by scores alone (Square)."
+        remedy="The network itself passes no gradient on. Replace the step that stops it by a differentiable one in "
+        "the backward pass (BPDA), or attack by scores alone (Square)."
         if dead["margin"]
         else "Only the loss saturates. Instead of the cross entropy, attack the margin of the logits, free of their "
         "scale (DLR), or divide the logits by a constant.",
@@ -306,8 +306,8 @@ def _not_logits(probe: Mapping[str, Any]) -> Flag:
         measured={
             "logits": "The outputs are not probabilities.",
             "probabilities": "The outputs are probabilities: the cross entropy applies a second softmax to them.",
-            "log_probabilities": "The outputs are logarithms of probabilities. Their cross entropy and margin are those "
-            "of the logits.",
+            "log_probabilities": "The outputs are logarithms of probabilities. Their cross entropy and margin are "
+            "those of the logits.",
         }[probe["output"]],
         remedy="Attack the logits before the (log-)softmax: its gradient vanishes where the network is sure.",
     )
@@ -331,5 +331,6 @@ def _active_test(test: Mapping[str, Any]) -> str:
     undecided = " (decides nothing)" if test["passed"] is None else ""
     return (
         f"{test['attack']}{without} found {test['found']} of {test['n']} planted examples ({test['norm']} "
-        f"{test['eps']:.4g}), {RANDOM_POINTS} random points {test['random_found']}, {test['left_out']} left out{undecided}"
+        f"{test['eps']:.4g}), {RANDOM_POINTS} random points {test['random_found']}, "
+        f"{test['left_out']} left out{undecided}"
     )

@@ -136,7 +136,8 @@ def plan_decoder(units: Sequence[UnitShape], sizes: Sequence[int]) -> DecoderPla
         steps.append(min(stage.size_in, sizes[-1]))
         if steps[-1] != steps[-2] and not reaches(steps[-2], steps[-1]):
             raise refuse(
-                f"whose last level stride 2 reaches from the latent map: {' -> '.join(map(str, steps))} (of {sizes[-1]})"
+                f"whose last level stride 2 reaches from the latent map: {' -> '.join(map(str, steps))} "
+                f"(of {sizes[-1]})"
             )
     if steps[-1] != sizes[-1]:
         raise refuse(f"whose last level {sizes[-1]} is reached from {steps[0]} pixels: {' -> '.join(map(str, steps))}")

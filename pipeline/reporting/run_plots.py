@@ -78,7 +78,8 @@ class RunPlots:
         """Draw accuracy over the norm, for examples that were made on the model itself."""
         caption = (
             "Minimal-norm attacks: the accuracy that is left if only examples up to that norm count. A white-box "
-            "attack can break every image of a differentiable network at some norm. What differs is how large that norm is."
+            "attack can break every image of a differentiable network at some norm. "
+            "What differs is how large that norm is."
         )
         return self._curves("Accuracy over the norm of the perturbation", caption, transferred=False)
 

@@ -1,4 +1,4 @@
-"""The paper's lambda with every number of shared blocks: trained from several seeds (--seeds 3), it shows the seeds' noise."""
+"""The paper's lambda with every number of shared blocks. With --seeds 3 it shows how much seeds differ."""
 
 from components.search_space import Choice, Space
 

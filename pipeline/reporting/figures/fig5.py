@@ -44,8 +44,8 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
     ranked = "; ".join(f"{attack}: {mean_l2[attack]:.3g}" for attack in sorted(mean_l2, key=lambda a: -mean_l2[a]))
     caption = (
         f"The first {n} test images and their white-box examples, made on {model} (✓ still right, ✗ wrong). Below "
-        f"each example: its perturbation × {factor:g} (mid-grey is 0, clipped to the range of images) and the norms of the "
-        "perturbation, for images in [0,1]. These are illustrations. They are too few to conclude from. Paper, "
+        f"each example: its perturbation × {factor:g} (mid-grey is 0, clipped to the range of images) and the norms of "
+        "the perturbation, for images in [0,1]. These are illustrations. They are too few to conclude from. Paper, "
         'sec. 4.4, on ImageNet: "One can clearly see that BIM attack is more visible." Mean L2 norm over the images '
         f"shown, largest first: {ranked}."
     )
