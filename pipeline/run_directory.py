@@ -177,7 +177,7 @@ def _opened(
         storage.delete_stale(directory, HALF_WRITTEN_S)
     record = _read_record(storage)
     if record is None:
-        record = _new_record(experiment)
+        record = new_record(experiment)
         say(f"new run at {storage.uri}")
     else:
         say(f"continuing {storage.uri}")
@@ -208,7 +208,8 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
             )
 
 
-def _new_record(experiment: Experiment) -> dict[str, Any]:
+def new_record(experiment: Experiment) -> dict[str, Any]:
+    """Return the run.json of a run that has computed nothing yet (docs/records.md)."""
     return {
         "schema": SCHEMA,
         "name": experiment.name,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 
 from components.attacks import fast_copy
 from components.attacks.spec import AttackSpec
+from components.config import Experiment
 from components.evaluation.judge import judge
-from components.fields import to_dict
 from pipeline.evaluation import attack, attack_tasks, chunks, plan
 from pipeline.recipes.registry import RECIPES
+from pipeline.records import RunRecord
 from pipeline.reporting.sentences import explanation
+from pipeline.run_directory import new_record
 from pipeline.runtime import cluster, tasks
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage, StorageError
@@ -176,6 +179,11 @@ def test_what_does_not_fit_image_by_image_is_told() -> None:
         attack_tasks.judge_in_batches(Small(model, 0), x, x, y)
 
 
+def record_of(experiment: Experiment, entry: dict[str, Any]) -> RunRecord:
+    """A run with one evaluation."""
+    return RunRecord.from_json({**new_record(experiment), "evaluations": [entry]})
+
+
 def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the tasks' files to run.json's entry, and what is said of it."""
     model, x = convnet(0).eval(), near_grey(8, side=8)
@@ -206,18 +214,16 @@ def test_split_chunks_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     e = plan.Evaluation(model=one, source=one, threat_model="white_box", attack=job["attack"])
     entry = attack.evaluation_entry(e, ("examples/a", "judged/a"), 2, experiment, root)
     assert (entry["n"], entry["chunks_split_for_memory"]) == (8, 1)
-    record = {"experiment": to_dict(experiment), "evaluations": [entry]}
-    assert explanation(record)[-1].endswith("so with other random starts: a under white_box, PGD, eps 0.1, 2 steps.")
+    ending = "in smaller batches, with other random starts: a under white_box, PGD, eps 0.1, 2 steps."
+    assert explanation(record_of(experiment, entry))[-1].endswith(ending)
     del entry["chunks_split_for_memory"]
+    whole = json.dumps(explanation(record_of(experiment, entry)))
+    assert "smaller batches" not in whole
+    assert "bfloat16" not in whole
     bfloat16 = replace(experiment, evaluation=replace(experiment.evaluation, search_precision="bfloat16"))
-    record_of_bfloat16 = {**record, "experiment": to_dict(bfloat16)}
-    assert explanation(record_of_bfloat16)[-1].endswith("All verdicts are float32.")
+    assert explanation(record_of(bfloat16, entry))[-1].endswith("All verdicts are float32.")
     # these chunks searched in float32
     entry = attack.evaluation_entry(e, ("examples/a", "judged/a"), 2, bfloat16, root)
     assert entry["chunks_searched_in_float32"] == 2
-    assert (
-        "In float32 after all, where there is no such copy of the network: PGD, eps 0.1, 2 steps on a."
-        in explanation({**record_of_bfloat16, "evaluations": [entry]})[-1]
-    )
-    assert "bfloat16" not in json.dumps(explanation(record))
-    assert "smaller batches" not in json.dumps(explanation(record))
+    in_float32 = "no bfloat16 copy, so the search was in float32: PGD, eps 0.1, 2 steps on a."
+    assert in_float32 in explanation(record_of(bfloat16, entry))[-1]
