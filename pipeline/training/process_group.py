@@ -15,6 +15,25 @@ INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 """Prefix of the name in each library's variable. To NCCL, eth1 without it also means eth10."""
 
 
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
+        worker_group.execute(_name_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class NodeTorchConfig(TorchConfig):
+    """Ray Train's setup of torch.distributed, after each worker has named its network interface."""
+
+    @property
+    def backend_cls(self):  # type: ignore[no-untyped-def]
+        return _Backend
+
+
+def _name_interface_of_node() -> None:
+    name_interface(ray.util.get_node_ip_address())
+
+
 def name_interface(address: str) -> None:
     """Let gloo and NCCL use the network interface of this node's address, before they start.
 
@@ -33,22 +52,3 @@ def interface_of(address: str) -> str:
             if a.family in (socket.AF_INET, socket.AF_INET6) and a.address.partition("%")[0] == address:
                 return str(interface)
     return ""
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group, backend_config):  # type: ignore[no-untyped-def]
-        worker_group.execute(_name_interface_of_node)
-        super().on_start(worker_group, backend_config)
-
-
-@dataclass
-class NodeTorchConfig(TorchConfig):
-    """Ray Train's setup of torch.distributed, after each worker has named its network interface."""
-
-    @property
-    def backend_cls(self):  # type: ignore[no-untyped-def]
-        return _Backend
-
-
-def _name_interface_of_node() -> None:
-    name_interface(ray.util.get_node_ip_address())
