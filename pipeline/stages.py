@@ -198,7 +198,7 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
 
 
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
-    """Attack every model under every threat model, and derive worst cases, flags and images (stage 3)."""
+    """Attack every model, and derive worst cases, flags and images (stage 3)."""
     with run.stored.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
         run.record["evaluations"] = evaluations

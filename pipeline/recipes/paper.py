@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from components.config import Experiment
+from components.threat_models import BLACK_BOX, EVERY_SOURCE, TRANSFER, WHITE_BOX, transfer_from
 from pipeline.recipes.scales import cifar10, imagenet, mnist_scale
 from pipeline.recipes.suites import full_suite
 
@@ -123,8 +124,10 @@ def _across_networks(base: Experiment, table: str, shared: int) -> Experiment:
         f"defend-resnet18:seed=1,shared_blocks={shared}",
     )
     attacks = tuple(a for a in base.evaluation.attacks if a.startswith(("noise", "fgsm")))
-    made_on = tuple(f"transfer:{row}-{arch}" for arch in ("resnet18", "vgg16") for row in ("no_defense", "defend"))
-    evaluation = replace(base.evaluation, attacks=attacks, threat_models=("white_box", "transfer", *made_on))
+    made_on = tuple(
+        transfer_from(f"{row}-{arch}") for arch in ("resnet18", "vgg16") for row in ("no_defense", "defend")
+    )
+    evaluation = replace(base.evaluation, attacks=attacks, threat_models=(WHITE_BOX, TRANSFER, *made_on))
     return replace(base, models=models, evaluation=evaluation)
 
 
@@ -141,7 +144,7 @@ def table8(scale: str) -> Experiment:
 def fig2(scale: str) -> Experiment:
     """Show low-pass and pyramid images with their frequency maps."""
     base = mnist_scale("fig2", scale)
-    evaluation = replace(base.evaluation, attacks=("noise:eps=0.2",), threat_models=("white_box",))
+    evaluation = replace(base.evaluation, attacks=("noise:eps=0.2",), threat_models=(WHITE_BOX,))
     train = replace(base.train, epochs=1)
     return replace(base, models=UNDEFENDED[:1], figures=("fig2",), evaluation=evaluation, train=train, seeds=1)
 
@@ -149,7 +152,7 @@ def fig2(scale: str) -> Experiment:
 def fig5(scale: str) -> Experiment:
     """Show adversarial examples of each attack, on ImageNet."""
     base = imagenet("fig5", scale)
-    evaluation = replace(base.evaluation, threat_models=("white_box",), test_images=8, chunk_size=8)
+    evaluation = replace(base.evaluation, threat_models=(WHITE_BOX,), test_images=8, chunk_size=8)
     return replace(base, models=UNDEFENDED[:1], figures=("fig5",), evaluation=evaluation)
 
 
@@ -209,7 +212,7 @@ def robustness(scale: str) -> Experiment:
     evaluation = replace(
         base.evaluation,
         attacks=attacks,
-        threat_models=("white_box", "black_box", "transfer", "transfer:*"),
+        threat_models=(WHITE_BOX, BLACK_BOX, TRANSFER, EVERY_SOURCE),
         test_images=images,
         chunk_size=chunk_size,
         reliability_images=reliability_images,

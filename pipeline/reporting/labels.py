@@ -9,10 +9,9 @@ from typing import Any
 from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 from components.fields import parse_spec
-from components.threat_models import BLACK_BOX, CLEAN, GREY_BOX, RANDOM, WHITE_BOX
+from components.threat_models import BLACK_BOX, CLEAN, GREY_BOX, RANDOM, TRANSFER, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 
-TRANSFER = "transfer"
 THREATS = {
     CLEAN: "clean",
     RANDOM: "random (control)",

@@ -11,6 +11,7 @@ from components.config import Experiment
 from components.evaluation.metrics import standard_eps
 from components.fields import parse_spec, replace_typed
 from components.search_space import Point
+from components.threat_models import BLACK_BOX, TRANSFER, WHITE_BOX, split_threat_model
 from pipeline.recipes.suites import full_suite
 
 
@@ -52,9 +53,9 @@ def final_experiment(
     evaluation = experiment.evaluation
     if suite == "full":
         evaluation = replace(
-            evaluation, attacks=_full_suite(experiment), threat_models=("white_box", "black_box", "transfer")
+            evaluation, attacks=_full_suite(experiment), threat_models=(WHITE_BOX, BLACK_BOX, TRANSFER)
         )
-    threats = [t for t in evaluation.threat_models if ":" not in t or t.partition(":")[2] in names_left]
+    threats = [t for t in evaluation.threat_models if split_threat_model(t)[1] in ("", *names_left)]
     source = evaluation.transfer_source
     return replace(
         experiment,
@@ -63,7 +64,7 @@ def final_experiment(
         models=(*undefended, best),
         evaluation=replace(
             evaluation,
-            threat_models=tuple(threats) or ("white_box",),
+            threat_models=tuple(threats) or (WHITE_BOX,),
             transfer_source=source if source in names_left else "",
         ),
         figures=(),

@@ -15,6 +15,7 @@ from components.config import Experiment, TrainConfig
 from components.errors import ConfigError
 from components.fields import MAX_NAME_BYTES
 from components.search_space import Point, Space, ends
+from components.threat_models import WHITE_BOX
 from pipeline.sweep.trials.plan import trial_config
 
 DRAWS = 100
@@ -89,7 +90,7 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
     models: dict[TrainConfig, str] = {_network_of(base): "base"}
     for number, point in enumerate(points, 1):
         models.setdefault(_network_of(trial_config(experiment, base, point)), _model_text(number, point))
-    evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
+    evaluation = replace(experiment.evaluation, threat_models=(WHITE_BOX,), transfer_source="")
     return replace(
         experiment, train=base, models=tuple(models.values()), seeds=1, evaluation=evaluation, figures=(), paper=""
     )

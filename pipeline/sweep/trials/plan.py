@@ -8,6 +8,7 @@ from components.config import SEED_STRIDE, Experiment, Shapes, TrainConfig
 from components.errors import ConfigError
 from components.fields import content_hash, replace_typed
 from components.search_space import Point
+from components.threat_models import WHITE_BOX
 from pipeline.training.jobs import TrainingData, TrainingJob, model_address
 
 OBJECTIVE_VERSION = 2
@@ -49,7 +50,7 @@ def trial_config(experiment: Experiment, base: TrainConfig, point: Point) -> Tra
         raise ConfigError.of("space: defense", config.defense, "that of a classifier: a reformer alone has no accuracy")
     if not config.epochs:
         raise ConfigError.of("space: epochs", 0, "at least 1 in a sweep, which trains")
-    evaluation = replace(experiment.evaluation, threat_models=("white_box",), transfer_source="")
+    evaluation = replace(experiment.evaluation, threat_models=(WHITE_BOX,), transfer_source="")
     # Run the recipe's own checks on this model alone.
     replace(experiment, train=config, models=("trial",), evaluation=evaluation, figures=(), paper="")
     return config
