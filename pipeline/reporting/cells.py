@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.threat_models import CLEAN, RANDOM
+from components.threat_models import CLEAN, RANDOM, TRANSFER
 from pipeline.records import RunRecord
 from pipeline.reporting import labels
 from pipeline.reporting.records import Row
@@ -63,7 +63,7 @@ def cell(column: Row, row: Row) -> list[str]:
     """Return the lines of a cell: accuracy, interval, and the median norm if there is one."""
     values = row["cells"].get(column["key"])
     if values is None:
-        return ["(source)" if row["role"] == "source" and column["threat_model"] == labels.TRANSFER else "-"]
+        return ["(source)" if row["role"] == "source" and column["threat_model"] == TRANSFER else "-"]
     interval = interval_text(values["accuracy_low"], values["accuracy_high"])
     lines = [labels.percent(values["accuracy"]) + labels.mark(values), interval]
     return [*lines, *filter(None, [labels.median_norm(values) if column["minimal_norm"] else ""])]

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from components.config import PRINTED_IN
 from components.errors import ConfigError, DataError
-from components.threat_models import CLEAN, RANDOM, WHITE_BOX
+from components.threat_models import CLEAN, RANDOM, TRANSFER, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
-from pipeline.reporting.labels import TRANSFER, parsed_attack
+from pipeline.reporting.labels import parsed_attack
 from pipeline.reporting.over_seeds import by_seed, spread
 from pipeline.reporting.records import Row
 

@@ -13,12 +13,11 @@ import numpy as np
 from components.config import Experiment, roles
 from components.errors import DataError
 from components.evaluation.statistics import mcnemar
-from components.threat_models import CLEAN
+from components.threat_models import CLEAN, TRANSFER
 from pipeline.records import SCHEMA, EvaluationEntry, RunRecord
 from pipeline.reporting import over_seeds, paper
 from pipeline.reporting.labels import (
     THREATS,
-    TRANSFER,
     attack_labels,
     attack_text,
     attack_title,

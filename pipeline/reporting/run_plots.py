@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from components.config import roles
-from components.threat_models import CLEAN, RANDOM
+from components.threat_models import CLEAN, RANDOM, TRANSFER
 from pipeline.records import RunRecord
 from pipeline.reporting import cells, labels, results, sentences, verdicts
 from pipeline.reporting.figures import draw
@@ -196,7 +196,7 @@ def _curve_panels(record: RunRecord, *, transferred: bool) -> dict[str, dict[str
     """Return title -> model -> curve, of examples that were made on other models or of the rest."""
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for threat in dict.fromkeys((*labels.THREATS, *(e.threat_model for e in record.evaluations))):
-        if threat.startswith(labels.TRANSFER) != transferred:
+        if threat.startswith(TRANSFER) != transferred:
             continue
         for e in record.evaluations:
             if e.threat_model == threat and e.curve:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, WHITE_BOX
+from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, TRANSFER, WHITE_BOX
 from pipeline.records import RunRecord
 from pipeline.reporting import over_seeds
 from pipeline.reporting.labels import (
     THREATS,
-    TRANSFER,
     UNTRUSTED,
     attack_text,
     attack_title,
