@@ -50,6 +50,7 @@ def run_trials(
         UserError: the workers could not be kept up, or storage or shards failed. The next command
             continues the trials.
     """
+    _import_tune()
     left = len(pending) + proposals
     runs = runs_at_once(sweep, left + len(references))
     attempts = sweep.experiment.scaling.max_failures + 1
@@ -73,6 +74,20 @@ def run_trials(
     pool.close()
     if monitor.error is not None:
         raise monitor.error
+
+
+def _import_tune() -> None:
+    """Import Ray Tune with our settings: it writes no files, prints nothing and leaves Ctrl-C to us.
+
+    The threads of the pool import ray.train, which fails while another thread imports ray.tune.
+    """
+    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
+        os.environ[name] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    import ray.tune  # noqa: F401
+
+    # The monitor reports trials whose process died.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 def _start_pool(sweep: Sweep, plan: SweepPlan, monitor: SweepMonitor, runs: int, deaths: int) -> TrainingPool:
@@ -99,14 +114,8 @@ def _tune_files(root: Storage) -> Iterator[Storage]:
 
 
 def _make_tuner(monitor: SweepMonitor, files: Storage, runs: int, pending: Sequence[TrialEntry], proposals: int) -> Any:
-    # Set these before ray.tune is imported: Tune writes no files beside ours, prints nothing, and
-    # leaves Ctrl-C to us.
-    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER"):
-        os.environ[name] = "1"
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The monitor reports trials whose process died.
     sweep = monitor.sweep
     # Keep one extra trial queued so that no worker idles. Not for TPE: it proposes better points
     # from finished trials.
