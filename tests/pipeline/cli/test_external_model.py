@@ -427,7 +427,7 @@ def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     assert {a.partition(":")[0] for a in record["reliability"]["net"]["active"]} == {"pgd", "autoattack", "square"}
     assert [s.stem for s in storage.glob("pyramids/*/manifest.json")] == ["manifest"]  # of the test images alone
     html = (directory / "report" / "report.html").read_text()
-    for part in ("given, not trained here", "Worst case per sample", "Could the attacks find anything?"):
+    for part in ("external, not trained here", "Worst case per sample", "Could the attacks find anything?"):
         assert part in html
 
     registered = "mlflow:models:/attack-net-net@newest"
