@@ -33,6 +33,7 @@ def written(directory: Path, part: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (directory / f"{part}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_step_on_the_same_device_has_the_same_loss(checks: ModuleType, tmp_path: Path) -> None:
     rows = checks.Rows(tmp_path, "check")
     shapes = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
@@ -43,6 +44,7 @@ def test_step_on_the_same_device_has_the_same_loss(checks: ModuleType, tmp_path:
     assert row["apart"] == 0
 
 
+@pytest.mark.slow
 def test_step_that_computes_something_else_fails(
     checks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +72,7 @@ def test_failed_measurement_is_a_row_and_the_next_one_runs(checks: ModuleType, t
     assert "1 failed\n- speed: first: RuntimeError: no such kernel" in printed
 
 
+@pytest.mark.slow
 def test_training_step_and_attack_pass_are_measured(checks: ModuleType, tmp_path: Path) -> None:
     rows = checks.Rows(tmp_path, "speed")
     step = checks.make_step("defend", 28, 2, "fused", CPU, True)
