@@ -25,8 +25,6 @@ from pipeline.tracking import server
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import exports, gpu_memory, jobs, train
 
-STAGES = ("pyramids", "train", "attack", "report")
-
 
 @dataclass
 class Run:

@@ -36,11 +36,6 @@ def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
     return "autoencoder" if epoch % cycle < config.autoencoder_epochs else "classifier"
 
 
-def phase_at(step: int, steps_per_epoch: int, config: TrainConfig) -> Phase:
-    """Return the phase of an optimisation step (0-based, counted over the whole run)."""
-    return phase_at_epoch(step // steps_per_epoch, config)
-
-
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
     """Return the learning rate of an optimisation step (0-based), whatever its phase.
 
