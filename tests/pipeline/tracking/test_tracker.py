@@ -24,6 +24,7 @@ from mlflow_view import (
 )
 
 from components.errors import UserError
+from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import mlflow_sweep
@@ -203,7 +204,7 @@ def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -
     run = fake_run.write(root, evaluations=False)
     record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
     tracker = Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
-    mlflow_run.start_run(tracker, record)
+    mlflow_run.start_run(tracker, RunRecord.from_json(record))
     mlflow_sweep.start_sweep(tracker, a_sweep(run, [a_trial(1, root)], seeds=1) | {"data": record["data"]})
 
 
