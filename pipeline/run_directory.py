@@ -230,7 +230,8 @@ def recorded(experiment: Experiment) -> dict[str, Any]:
 def finished_model_names(experiment: Experiment, shapes: Shapes, root: Storage, tracking_uri: str) -> set[str]:
     """Return the names of the experiment's models that are finished on the storage.
 
-    It reads the source's files to hash them."""
+    It reads the source's files to hash them.
+    """
 
     def address(split: base.Split, targets: Targets) -> str:
         return pyramids.address_of(experiment.data, experiment.pyramids, split, targets=targets)

@@ -91,9 +91,9 @@ def test_what_cannot_fit_is_named_with_what_to_change() -> None:
     with pytest.raises(ResourceError, match=r"model big does not fit.*64 images.*train\.batch_size"):
         refuse_what_does_not_fit(experiment, SHAPES, big - 1)
     # what is trained already, or given, needs no room
-    refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda name: name == "big")
+    refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda: {"big"})
     with pytest.raises(ResourceError, match="model big"):
-        refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda name: name == "small")
+        refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda: {"small"})
     given = replace(experiment, models=("big:defense=none,width=32,epochs=0,pretrained=x.pth",))
     refuse_what_does_not_fit(given, SHAPES, 1)
     # more workers share the batch
@@ -129,7 +129,7 @@ def test_a_run_is_refused_before_anything_is_computed(
 def test_models_that_are_trained_are_not_counted(gpus: None, tmp_path: Path) -> None:
     experiment = replace(RECIPES["mnist-smoke"].make(), scaling=ScalingConfig(gpu=True))
     root = Storage(str(tmp_path))
-    trained = partial(run_directory.finished_model_names, experiment, SHAPES, root)
+    trained = partial(run_directory.finished_model_names, experiment, SHAPES, root, "")
     with pytest.raises(ResourceError, match="model no_defense"):
         gpu_memory.check_gpu_memory(experiment, SHAPES, trained)
     address = partial(pyramids.address_of, experiment.data, experiment.pyramids)
