@@ -8,7 +8,7 @@ Foolbox comes with the development extra; `pip install --no-deps torchattacks` a
 the others. All get the same network with frozen parameters, images, budget, steps and queries. The undefended network shows what is
 broken at once, the robust one what an attack spends on samples that withstand.
 
-"ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/search.py);
+"ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/fast_copy.py);
 "ours, bfloat16" on the copy that evaluation.search_precision=bfloat16 takes.
 The floor is what the passes of "ours" alone cost: images sent forward, and forward and backward, counted while it runs, times
 what such an image costs in a full batch, right before and after.

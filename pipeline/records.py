@@ -243,6 +243,23 @@ class RunRecord(Record):
         return trained or to_dict(self.experiment.model_configs()[name].canonical())
 
 
+def drop_unreadable(record: dict[str, Any]) -> list[str]:
+    """Empty the computed sections of a run's record that cannot be read, and return their names.
+
+    The stages write these sections anew, so damage in them need not stop a run that continues.
+    """
+    computed = ("models", "evaluations", "worst_case", "worst_case_pairs", "reliability", "diverged")
+    header = {key: value for key, value in record.items() if key not in computed}
+    damaged = []
+    for section in computed:
+        try:
+            RunRecord.from_json({**header, section: record.get(section)})
+        except (DataError, AttributeError, TypeError, ValueError):
+            damaged.append(section)
+            record.pop(section)
+    return damaged
+
+
 def in_order(values: Mapping[str, Value], first: Sequence[str]) -> dict[str, Value]:
     """Return ``values`` with the keys ``first`` at the beginning, and the others after them."""
     return {name: values[name] for name in dict.fromkeys((*first, *values)) if name in values}

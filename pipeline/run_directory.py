@@ -12,8 +12,9 @@ from components.errors import UserError
 from components.fields import content_hash, to_dict
 from pipeline.data import pyramids
 from pipeline.data.shard_plan import Targets
-from pipeline.data.sources import base, open
-from pipeline.records import SCHEMA
+from pipeline.data.sources import base
+from pipeline.data.sources.open import check_source
+from pipeline.records import SCHEMA, drop_unreadable
 from pipeline.reporting import mlflow_run, records
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
@@ -156,7 +157,7 @@ def check_and_join(
     for line in train.check_models(networks, shapes, tracking_uri):
         say(line)
     scaling, attacked = experiment.scaling, experiment.evaluation.test_images
-    for line in open.check_source(experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers):
+    for line in check_source(experiment.data, trains=networks.trains, attacked=attacked, workers=scaling.workers):
         say(line)
     with stage("Ray"):
         cluster.connect()
@@ -179,6 +180,9 @@ def _opened(
         say(f"new run at {storage.uri}")
     else:
         say(f"continuing {storage.uri}")
+        if not records_only and (damaged := drop_unreadable(record)):
+            say(f"  {', '.join(damaged)} of run.json cannot be read: they are written anew")
+            record = new_record(experiment) | record
     stored = StoredRecord(storage, "run.json", record, lease)
     if not records_only:
         stored.content |= provenance.environment()

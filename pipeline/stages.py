@@ -121,6 +121,7 @@ class TrainProgress(monitor.Progress):
 
     def __init__(self, run: Run, bar: Bar) -> None:
         self.run, self.bar = run, bar
+        self._started: set[str] = set()
 
     def on_live(self, done: int, total: int, note: str) -> None:
         self.bar.update(done, total, note)
@@ -130,7 +131,9 @@ class TrainProgress(monitor.Progress):
             since = f"from {resumed['from']}" if resumed["from"] else "from the beginning"
             say(f"  {name}: damaged: {', '.join(resumed['damaged'])}; training went on {since}")
         tracker = self.run.tracker
-        mlflow_run.start_model(tracker, RunRecord.from_json(self.run.record), name, record["steps"][0]["time"])
+        if name not in self._started:
+            mlflow_run.start_model(tracker, RunRecord.from_json(self.run.record), name, record["steps"][0]["time"])
+            self._started.add(name)
         # Otherwise the epoch is read from its file when the model is finished.
         if not tracker.is_behind:
             tracker.history(f"model/{name}", record["epoch"], lambda: record)

@@ -101,8 +101,7 @@ class DataConfig:
     """Seed of that hash."""
     train_limit: int = 0
     """Number of training images, drawn from the whole split by subset_seed before the validation
-    split.
-    0: all."""
+    split. 0: all."""
     test_limit: int = 0
     """Number of test images, drawn from the whole split by subset_seed. 0: all."""
     subset_seed: int = 0

@@ -232,7 +232,8 @@ class Experiment:
         }
         for setting, (ok, allowed) in rules.items():
             check(ok, f"models[{name}].{setting}", getattr(config, setting), allowed)
-        if config.defense == "defend++" and len(level_sizes(self.data.image_size, self.pyramids.levels)) < 2:
+        levels = len(level_sizes(self.data.image_size, self.pyramids.levels))
+        if config.defense == "defend++" and levels < 2:
             if self.pyramids.levels == 1:
                 raise ConfigError.of("pyramids.levels", 1, "0 or at least 2 for Defend++")
             raise ConfigError.of(

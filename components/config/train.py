@@ -99,8 +99,7 @@ class TrainConfig:
     2019: 2.4 on MNIST, 1 on CIFAR-10). 0: no limit."""
     adversarial_share: float = 1.0
     """adversarial only: share of the examples' loss; the clean images have the rest (Goodfellow et
-    al.
-    2015: 0.5)."""
+    al. 2015: 0.5)."""
     adversarial_epochs: int = 0
     """adversarial only: number of adversarial epochs, after clean ones. 0: all."""
     reformer_sigma: float = 20.0

@@ -208,13 +208,16 @@ def _curve_panels(record: RunRecord, *, transferred: bool) -> dict[str, dict[str
 def _gallery_rows(record: RunRecord, gallery: Arrays) -> dict[str, list[tuple[str, str]]]:
     """Return model -> (label of a row, key in the gallery), in the order of the gallery."""
     rows: dict[str, list[tuple[str, str]]] = {}
+    # Galleries of early revisions name an attack without its settings.
+    specs = {labels.short_name(e.attack): e.attack for e in record.evaluations}
     examples = [name.removeprefix("adversarial__") for name in gallery if name.startswith("adversarial__")]
     for key in examples:
         # A model's name may begin with another's, so the longest one that fits is meant.
         matching = [model for model in record.roles if key.startswith(f"{model}__")]
         if matching:
             model = max(matching, key=len)
-            title, settings = labels.attack_title(key.removeprefix(f"{model}__"))
+            attack = key.removeprefix(f"{model}__")
+            title, settings = labels.attack_title(specs.get(attack, attack))
             label = f"white-box {title}\n{settings.replace(', ', chr(10))}".strip()
             rows.setdefault(model, []).append((label, key))
     return {model: rows[model] for model in record.roles if model in rows}

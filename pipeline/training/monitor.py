@@ -90,6 +90,9 @@ class TrainingMonitor:
                 self.look()
 
     def _look_safely(self) -> None:
+        """Look, and announce an error that passes. The last look raises one that does not."""
+        if self._lost is not None:
+            return
         try:
             self.look()
         except LeaseLost as e:

@@ -36,8 +36,8 @@ def train_models(requests: Sequence[dict[str, Any]], root: Storage, ranks: Ranks
     """Train models one after the other; every rank of a worker group calls it.
 
     A model that fails is recorded (FAILED_MODEL, NOT_FINITE) and does not stop the next ones. A
-    model
-    that another run trains is left to that run: this group trains the others first and then waits.
+    model that another run trains is left to that run: this group trains the others first and then
+    waits.
 
     Args:
         requests: see :meth:`pipeline.training.jobs.TrainingJob.request`.

@@ -11,7 +11,7 @@ import pytest
 
 from components.errors import DataError
 from components.fields import to_dict
-from pipeline.records import Record, RunRecord
+from pipeline.records import Record, RunRecord, drop_unreadable
 from pipeline.reporting.records import read_run
 from pipeline.runtime.storage import Storage
 
@@ -107,3 +107,22 @@ def test_an_entry_that_is_no_object_is_named(value: dict[str, Any], entry: Any) 
     value["evaluations"][1] = entry
     with pytest.raises(DataError, match="entry 1 of evaluations is no JSON object"):
         RunRecord.from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("section", "damaged"),
+    [
+        ("models", {"defend": {"train": {}}}),
+        ("models", ["defend"]),
+        ("evaluations", [{"model": "defend", "metrics": {"accuracy": 0.9}}]),
+        ("evaluations", [{"model": "defend", "threat_model": "clean", "attack": "none", "n": 3, "metrics": 3}]),
+        ("worst_case", [{"model": "defend"}]),
+        ("reliability", {"defend": 3}),
+    ],
+)
+def test_a_damaged_section_is_written_anew(value: dict[str, Any], section: str, damaged: Any) -> None:
+    """Only what cannot be read is dropped: a run that continues computes it again from the files on storage."""
+    broken = {**value, section: damaged}
+    assert drop_unreadable(broken) == [section]
+    assert broken == {k: v for k, v in value.items() if k != section}
+    assert drop_unreadable(dict(value)) == []

@@ -1,7 +1,7 @@
 """The figures of the paper that a recipe asks for (``Experiment.figures``), drawn from records.
 
 The caption of a figure says what was measured, on what and on how many images, and what the paper
-says of its own figure. ``pipeline/evaluation/gallery.py`` describes figures.npz, which it writes.
+says of its own figure. ``pipeline/evaluation/figure_data.py`` describes the arrays of figures.npz.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pipeline.sweep.trials.states import FAILED, TRAINING, WAITING, ModelState
 
 Request = Mapping[str, Any]
-"""A model to train: :meth:`pipeline.training.jobs.TrainingJob.order`."""
+"""A model to train: :meth:`pipeline.training.jobs.TrainingJob.request`."""
 
 
 class NoRequest(Enum):

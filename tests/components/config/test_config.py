@@ -476,3 +476,13 @@ def test_a_seed_that_every_model_overrides_is_refused() -> None:
 def test_figures_are_the_papers() -> None:
     assert_refused(lambda: experiment(figures=("fig3",)), "figures", "fig3", "fig2, fig5, fig6, fig7, fig8")
     assert_refused(lambda: experiment(seeds=0), "seeds", 0, "at least 1")
+
+
+def test_levels_that_the_images_do_not_have_are_refused_also_without_defend() -> None:
+    with pytest.raises(ConfigError, match=r"pyramids\.levels is 4; it must be 1 to 3"):
+        Experiment(
+            name="x",
+            models=("a:defense=none",),
+            pyramids=PyramidConfig(levels=4),
+            evaluation=EvaluationConfig(threat_models=("white_box",)),
+        )

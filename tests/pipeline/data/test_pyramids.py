@@ -31,7 +31,8 @@ from components.errors import DataError
 from pipeline.data import pyramids, shards
 from pipeline.data.pyramids import address_of, build
 from pipeline.data.shards import MANIFEST, ShardSet, load
-from pipeline.data.sources import base, open
+from pipeline.data.sources import base
+from pipeline.data.sources.open import open_source
 from pipeline.runtime.storage import Storage, StorageError
 
 DATA = DataConfig(train_limit=700, test_limit=130)
@@ -63,7 +64,7 @@ def files(storage: Storage, address: str) -> dict[str, bytes]:
 
 @pytest.mark.cluster
 def test_rows_are_those_of_the_source_in_order(train: ShardSet) -> None:
-    source = open.open_source(DATA, "train")
+    source = open_source(DATA, "train")
     rows = base.split_rows(source, "train")
     images, labels = source.read(rows)
     assert train.num_rows == len(rows)
@@ -137,7 +138,7 @@ def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
     assert test.shard_rows == (100, 30)
     assert len({train.address, held_out.address, test.address}) == 3
     rows = np.concatenate([s.read_rows(0, s.num_rows)["index"] for s in (train, held_out)])
-    np.testing.assert_array_equal(np.sort(rows), open.open_source(DATA, "train").numbers)
+    np.testing.assert_array_equal(np.sort(rows), open_source(DATA, "train").numbers)
 
 
 @pytest.mark.cluster
@@ -164,7 +165,7 @@ def test_shared_data_sets(
     data = DataConfig(source=f"parquet:{shared_data / name}", image_size=size, channels=channels, test_limit=rows)
     made = build(data, PyramidConfig(rows_per_shard=rows - 10), storage, "test")
     columns = made.read_rows(0, rows)
-    source = open.open_source(data, "test")
+    source = open_source(data, "test")
     np.testing.assert_array_equal(columns["image"], source.read(np.arange(rows))[0][base.split_rows(source, "test")])
     levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, made.level_sizes)
     assert len(levels) == (4 if size == 224 else 3)
@@ -223,7 +224,7 @@ def test_manifest(train: ShardSet, storage: Storage) -> None:
     manifest = json.loads(files(storage, train.address)[MANIFEST])
     assert manifest["version"] == shards.FORMAT_VERSION
     assert manifest["source"]["source"] == "sample:mnist"
-    assert manifest["fingerprint"] == open.open_source(DATA, "train").fingerprint
+    assert manifest["fingerprint"] == open_source(DATA, "train").fingerprint
     assert sum(s["rows"] for s in manifest["shards"]) == manifest["num_rows"] == train.num_rows
     assert not any("time" in key or "date" in key for key in manifest)
     # float16 rounds values below 1 by 2.4e-4 at most, those that overshoot it by twice that
