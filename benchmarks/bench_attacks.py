@@ -4,8 +4,9 @@
     python benchmarks/bench_attacks.py --clock cpu      # on a machine that does other work too
     python benchmarks/bench_attacks.py --device cuda --samples 1000 --width 64
 
-Needs the development extra (Foolbox). Both sides get the same images, labels, steps and step sizes, and the same network
-with frozen parameters: Foolbox would otherwise compute their gradients too (ours never does; not freezing costs it 3 %).
+The development extra installs Foolbox. Both sides get the same images, labels, steps and step sizes.
+Both attack the same network with frozen parameters: Foolbox would otherwise compute the parameters'
+gradients too, which costs it 3 %. Our attacks never compute them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ EPS = 0.2
 
 
 class SmallResNet(nn.Sequential):
-    """torchvision's residual blocks at three sizes: large enough that the passes, not Python, take the time."""
+    """torchvision's residual blocks at three sizes, so large that the passes dominate Python's time."""
 
     def __init__(self, width: int) -> None:
         def stage(inside: int, outside: int, stride: int) -> BasicBlock:
@@ -64,7 +65,11 @@ class SmallResNet(nn.Sequential):
 
 
 def load(directory: Path, split: str, rows: int) -> tuple[Tensor, Tensor]:
-    """The first rows of an MNIST split in Hugging Face's Parquet layout: float32 [N,1,28,28] in [0,1], int64 [N]."""
+    """Read the first rows of an MNIST split in Hugging Face's Parquet layout.
+
+    Returns:
+        Images float32 [N,1,28,28] in [0,1], and labels int64 [N].
+    """
     file = next(iter(sorted(directory.rglob(f"{split}*.parquet"))), None)
     if file is None:
         raise SystemExit(f"no {split}*.parquet below {directory}; give --data DIR")
@@ -75,13 +80,17 @@ def load(directory: Path, split: str, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, *, adversarial: bool) -> nn.Module:
-    """One-cycle Adam; ``adversarial``: on FGSM examples from a random start (Wong et al. 2020)."""
+    """Train with one-cycle Adam and return the network in eval mode, with frozen parameters.
+
+    Args:
+        adversarial: train on FGSM examples from a random start (Wong et al. 2020).
+    """
     batch = 100
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * (len(images) // batch))
     for epoch in range(epochs):
         order = torch.randperm(len(images)).to(images.device)
-        # training collapses at full strength from the start
+        # Training collapses if it starts at full strength.
         eps = EPS * min(1.0, (epoch + 1) / max(epochs - 2, 1))
         for rows in order.split(batch)[: len(images) // batch]:
             x, y = images[rows], labels[rows]
@@ -100,6 +109,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, *, adve
 
 
 def seconds(call: Callable[[], object], args: argparse.Namespace) -> float:
+    """Measure the seconds of a call by the chosen clock."""
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     if args.device == "cuda":
         torch.cuda.synchronize()
@@ -111,7 +121,7 @@ def seconds(call: Callable[[], object], args: argparse.Namespace) -> float:
 
 
 def passes(model: nn.Module, x: Tensor, y: Tensor, backward: int, forward: int) -> None:
-    """The floor: an attack's passes to the images and back, and its forward passes, with nothing around them."""
+    """Run the passes of an attack alone: ``backward`` of them forward and back, ``forward`` only forward."""
     for _ in range(backward):
         leaf = x.detach().requires_grad_()
         torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
@@ -121,9 +131,9 @@ def passes(model: nn.Module, x: Tensor, y: Tensor, backward: int, forward: int) 
 
 
 def peers(model: nn.Module, x: Tensor, y: Tensor, device: str) -> dict[str, tuple[Callable[[], Tensor], int, int]]:
-    """Spec -> (Foolbox's run of it, our forward + backward passes, our forward passes)."""
+    """Map each spec to Foolbox's attack, our passes forward and back, and our passes only forward."""
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device=device)
-    wanted = fb.criteria.Misclassification(y)
+    criterion = fb.criteria.Misclassification(y)
     pgd = fb.attacks.LinfPGD(steps=40, abs_stepsize=2.5 * EPS / 40)
     ddn = fb.attacks.DDNAttack(steps=100)
     spec = AttackSpec.parse("cw")
@@ -131,13 +141,14 @@ def peers(model: nn.Module, x: Tensor, y: Tensor, device: str) -> dict[str, tupl
         binary_search_steps=5, steps=20, stepsize=spec.lr, initial_const=spec.initial_const, abort_early=False
     )
     return {
-        f"pgd:eps={EPS},steps=40": (lambda: pgd.run(wrapped, x, wanted, epsilon=EPS), 40, 0),
-        "ddn:steps=100": (lambda: ddn.run(wrapped, x, wanted), 100, 1),
-        "cw:steps=20,binary_search_steps=5": (lambda: cw.run(wrapped, x, wanted), 1 + 5 * 19, 5),
+        f"pgd:eps={EPS},steps=40": (lambda: pgd.run(wrapped, x, criterion, epsilon=EPS), 40, 0),
+        "ddn:steps=100": (lambda: ddn.run(wrapped, x, criterion), 100, 1),
+        "cw:steps=20,binary_search_steps=5": (lambda: cw.run(wrapped, x, criterion), 1 + 5 * 19, 5),
     }
 
 
 def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
+    """Print success, norms and times of our attacks, of Foolbox's and of the passes alone."""
     indices = range(len(x))
     print(
         "| attack | success ours | peer | median L2 ours | peer | s ours | s peer | ours/peer | s floor | ours/floor |"
@@ -151,29 +162,29 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
             generator = torch.Generator().manual_seed(args.seed)
             results["ours"] = run_attack(spec, model, x, y, generator=generator)
 
-        def theirs(peer: Callable[[], Tensor] = peer, results: dict[str, Tensor] = results) -> None:
+        def run_peer(peer: Callable[[], Tensor] = peer, results: dict[str, Tensor] = results) -> None:
             examples = peer()
-            # Foolbox's C&W returns a black image where it found nothing, which would count as an example
-            found = examples.flatten(1).any(dim=1).view(-1, 1, 1, 1)
-            results["peer"] = torch.where(found, examples, x)
+            # If Foolbox's C&W fails, it returns a black image, which would count as an example.
+            succeeded = examples.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+            results["peer"] = torch.where(succeeded, examples, x)
 
         def floor(backward: int = backward, forward: int = forward) -> None:
             passes(model, x, y, backward, forward)
 
-        calls: list[tuple[str, Callable[[], None]]] = [("ours", ours), ("peer", theirs), ("floor", floor)]
+        calls: list[tuple[str, Callable[[], None]]] = [("ours", ours), ("peer", run_peer), ("floor", floor)]
         times: dict[str, list[float]] = {name: [] for name, _ in calls}
         for _ in range(args.repetitions):
             torch.manual_seed(args.seed)
             for name, call in calls:
                 times[name].append(seconds(call, args))
-            # another one goes first each time, so that none always runs on the warmer machine
+            # Rotate the order, so that no method always runs on the warmer machine.
             calls.append(calls.pop(0))
         rows = {}
         for name, examples in results.items():
             verify_examples(x, examples, indices, spec)
             rows[name] = summarize(judge(model, x, examples, y), spec, 0.0)
         median = {name: statistics.median(values) for name, values in times.items()}
-        # ratios within a repetition, so that a machine that slows down for a while slows both sides
+        # Take the ratios within a repetition: a temporary slowdown of the machine then affects both sides.
         to_peer, to_floor = (
             statistics.median(a / b for a, b in zip(times["ours"], times[other], strict=True))
             for other in ("peer", "floor")
@@ -188,6 +199,7 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
 
 
 def stop_on_success(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
+    """Print robust accuracy and time of PGD with and without early stopping."""
     spec = AttackSpec.parse(f"pgd:eps={EPS},steps=40")
     print(f"\nEarly leaving, {spec}, white-box\n")
     print("| model | clean | robust accuracy, all steps | leaving early | s all steps | s leaving early | speed-up |")
@@ -196,24 +208,25 @@ def stop_on_success(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: ar
         times: dict[bool, list[float]] = {False: [], True: []}
         metrics = {}
         for _ in range(args.repetitions):
-            for leave in times:
+            for stop in times:
                 results: list[Tensor] = []
 
-                def attack(model: nn.Module = model, leave: bool = leave, results: list[Tensor] = results) -> None:
+                def attack(model: nn.Module = model, stop: bool = stop, results: list[Tensor] = results) -> None:
                     generator = torch.Generator().manual_seed(args.seed)
-                    results.append(run_attack(spec, model, x, y, stop_on_success=leave, generator=generator))
+                    results.append(run_attack(spec, model, x, y, stop_on_success=stop, generator=generator))
 
-                times[leave].append(seconds(attack, args))
-                metrics[leave] = summarize(judge(model, x, results[0], y), spec, 0.0)
-        full, left = statistics.median(times[False]), statistics.median(times[True])
+                times[stop].append(seconds(attack, args))
+                metrics[stop] = summarize(judge(model, x, results[0], y), spec, 0.0)
+        full, early = statistics.median(times[False]), statistics.median(times[True])
         print(
             f"| {name} | {metrics[False]['clean_accuracy']:.3f} | {metrics[False]['accuracy']:.3f} "
-            f"| {metrics[True]['accuracy']:.3f} | {full:.2f} | {left:.2f} | {full / left:.1f}x |",
+            f"| {metrics[True]['accuracy']:.3f} | {full:.2f} | {early:.2f} | {full / early:.1f}x |",
             flush=True,
         )
 
 
 def main() -> None:
+    """Train both networks, attack them and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=50, help="test images attacked")
     parser.add_argument("--repetitions", type=int, default=7, help="interleaved; medians are printed")
@@ -232,15 +245,15 @@ def main() -> None:
         parser.error("--clock cpu says nothing about a GPU")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    # timings and success are claimed for float32
+    # The printed times and success rates are those of float32.
     torch.backends.cudnn.allow_tf32 = False
 
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
     print(
-        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, foolbox {fb.__version__}\n"
-        f"n={args.samples} test images, {args.repetitions} interleaved repetitions (medians of seconds and of ratios), seed {args.seed}, "
-        f"width {args.width}, {args.train_images} training images"
+        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, foolbox {fb.__version__}\n"
+        f"n={args.samples} test images, {args.repetitions} interleaved repetitions (medians of seconds and of ratios), "
+        f"seed {args.seed}, width {args.width}, {args.train_images} training images"
     )
     images, labels = (t.to(args.device) for t in load(args.data, "train", args.train_images))
     x, y = (t.to(args.device) for t in load(args.data, "test", args.samples))

@@ -1,10 +1,11 @@
-"""What fewer passes buy: early leaving and the order of AutoAttack's cascade, in passes per image.
+"""Passes per image that early stopping and the order of AutoAttack's cascade save.
 
     python benchmarks/bench_passes.py                   # a few minutes on one core
     python benchmarks/bench_passes.py --samples 50 --networks robust
 
-Counted, not timed: the figures are exact on a busy machine, too. Networks, images, budgets and seed are those of bench_suite.py; every search
-runs on the stand-in, as the pipeline's do. The row of the authors' AutoAttack needs it installed (see there).
+Passes are counted, not timed, so the figures are exact on a busy machine too. Networks, images,
+budgets and seed are those of bench_suite.py. Every attack searches on the network's fast copy, as in the
+pipeline. The row of the authors' AutoAttack appears if it is installed (bench_suite.py says how).
 """
 
 from __future__ import annotations
@@ -31,16 +32,20 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 AS_PUBLISHED = ("apgd", "apgd-t", "fab-t", "square")
 
 
-def parts(model: nn.Module, args: argparse.Namespace, leaving: bool) -> dict[str, Attack]:
-    """The four of the cascade, drawing one after the other. Without leaving, a sample takes all steps towards all targets;
-    Square's leave at once, always."""
+def parts(model: nn.Module, args: argparse.Namespace, stop: bool) -> dict[str, Attack]:
+    """Return the four attacks of the cascade, which draw from one generator in turn.
+
+    Args:
+        stop: stop attacking a sample once it is misclassified. Otherwise it takes all steps towards
+            all targets. Square always stops.
+    """
     generator = torch.Generator().manual_seed(args.seed)
     ball = {"eps": EPS, "generator": generator}
-    gradient = {**ball, "steps": args.steps, "stop_on_success": leaving}
+    gradient = {**ball, "steps": args.steps, "stop_on_success": stop}
 
     def fab(x: Tensor, y: Tensor) -> Tensor:
-        found = fab_t(model, x, y, steps=args.steps, enough=EPS if leaving else 0.0, generator=generator)
-        return found.where(((found - x).flatten(1).abs().amax(dim=1) <= EPS).view(-1, 1, 1, 1), x)
+        examples = fab_t(model, x, y, steps=args.steps, enough=EPS if stop else 0.0, generator=generator)
+        return examples.where(((examples - x).flatten(1).abs().amax(dim=1) <= EPS).view(-1, 1, 1, 1), x)
 
     return {
         "apgd": lambda x, y: apgd(model, x, y, **gradient),
@@ -51,70 +56,75 @@ def parts(model: nn.Module, args: argparse.Namespace, leaving: bool) -> dict[str
 
 
 def cascade(
-    order: Sequence[str], model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, leaving: bool = True
+    order: Sequence[str], model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, stop: bool = True
 ) -> Tensor:
-    """:func:`autoattack` in any order, each attack on what the ones before it left."""
-    attacks, result = parts(model, args, leaving), x.clone()
+    """Run :func:`autoattack` in any order: each attack gets the samples that withstood the previous ones."""
+    attacks, result = parts(model, args, stop), x.clone()
     with torch.no_grad():
-        left = (model(x).argmax(1) == y).nonzero().squeeze(1)
+        remaining = (model(x).argmax(1) == y).nonzero().squeeze(1)
         for name in order:
-            if not len(left):
+            if not len(remaining):
                 break
-            found = attacks[name](x[left], y[left])
-            broken = model(found).argmax(1) != y[left]
-            result[left[broken]] = found[broken]
-            left = left[~broken]
+            examples = attacks[name](x[remaining], y[remaining])
+            broken = model(examples).argmax(1) != y[remaining]
+            result[remaining[broken]] = examples[broken]
+            remaining = remaining[~broken]
     return result
 
 
 def same_as_ours(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> bool:
-    """Whether the cascade counted here is the one that users get; budgets so small that all four have something to do."""
-    few = argparse.Namespace(**{**vars(args), "steps": 2, "queries": 3})
+    """Check that the cascade counted here returns the examples of :func:`autoattack`.
+
+    The budgets are so small that some samples reach each of the four attacks.
+    """
+    small = argparse.Namespace(**{**vars(args), "steps": 2, "queries": 3})
     generator = torch.Generator().manual_seed(args.seed)
-    ours = autoattack(model, x, y, eps=EPS, steps=few.steps, queries=few.queries, generator=generator)
-    return torch.equal(cascade(AS_PUBLISHED, model, x, y, few), ours)
+    ours = autoattack(model, x, y, eps=EPS, steps=small.steps, queries=small.queries, generator=generator)
+    return torch.equal(cascade(AS_PUBLISHED, model, x, y, small), ours)
 
 
 def count(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> tuple[Passes, Tensor]:
-    """Passes, and who withstood, bool [N]."""
+    """Return the passes of an attack, and which samples withstood it (bool [N])."""
     torch.manual_seed(0)
-    with counted(model) as seen:
-        found = attack(x, y)
+    with counted(model) as passes:
+        examples = attack(x, y)
     with torch.no_grad():
-        return seen, model(found.clamp(0, 1)).argmax(1) == y
+        return passes, model(examples.clamp(0, 1)).argmax(1) == y
 
 
 def report(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
-    def row(what: str, seen: Passes, stands: Tensor, base: Passes | None = None) -> None:
-        share = "" if base is None else f"{seen.all / base.all:.2f}"
-        per_image = f"{seen.all / len(x):.1f} | {seen.backward / len(x):.1f}"
-        print(f"| {name}, {what} | {stands.double().mean():.3f} | {per_image} | {share} |", flush=True)
+    """Print the passes of each attack alone and of the cascade in several orders."""
+
+    def row(what: str, passes: Passes, withstood: Tensor, base: Passes | None = None) -> None:
+        share = "" if base is None else f"{passes.all / base.all:.2f}"
+        per_image = f"{passes.all / len(x):.1f} | {passes.backward / len(x):.1f}"
+        print(f"| {name}, {what} | {withstood.double().mean():.3f} | {per_image} | {share} |", flush=True)
 
     def seeded() -> torch.Generator:
         return torch.Generator().manual_seed(args.seed)
 
     single: dict[str, Callable[[bool], Attack]] = {
-        "bim": lambda leaving: lambda x, y: bim(model, x, y, eps=EPS, steps=args.steps, stop_on_success=leaving),
-        "pgd": lambda leaving: (
-            lambda x, y: pgd(model, x, y, eps=EPS, steps=args.steps, stop_on_success=leaving, generator=seeded())
+        "bim": lambda stop: lambda x, y: bim(model, x, y, eps=EPS, steps=args.steps, stop_on_success=stop),
+        "pgd": lambda stop: (
+            lambda x, y: pgd(model, x, y, eps=EPS, steps=args.steps, stop_on_success=stop, generator=seeded())
         ),
-        **{part: lambda leaving, part=part: parts(model, args, leaving)[part] for part in AS_PUBLISHED},
+        **{part: lambda stop, part=part: parts(model, args, stop)[part] for part in AS_PUBLISHED},
     }
     alone: dict[str, tuple[Passes, Tensor]] = {}
-    nobody_leaves, stands_all = Passes(), torch.ones_like(y, dtype=torch.bool)
+    all_steps, withstood_all = Passes(), torch.ones_like(y, dtype=torch.bool)
     for attack, make in single.items():
-        seen, stands = count(model, x, y, make(False))
+        passes, withstood = count(model, x, y, make(False))
         if attack in AS_PUBLISHED:
-            nobody_leaves.forward += seen.forward
-            nobody_leaves.backward += seen.backward
-            stands_all &= stands
+            all_steps.forward += passes.forward
+            all_steps.backward += passes.backward
+            withstood_all &= withstood
         if attack == "square":
-            alone[attack] = seen, stands
-            row("square (always leaving)", seen, stands)
+            alone[attack] = passes, withstood
+            row("square (always leaving)", passes, withstood)
             continue
-        row(f"{attack}, all steps", seen, stands)
+        row(f"{attack}, all steps", passes, withstood)
         alone[attack] = count(model, x, y, make(True))
-        row(f"{attack}, leaving", *alone[attack], seen)
+        row(f"{attack}, leaving", *alone[attack], passes)
 
     cheapest = tuple(sorted(AS_PUBLISHED, key=lambda part: alone[part][0].all))
     strongest = tuple(sorted(AS_PUBLISHED, key=lambda part: (int(alone[part][1].sum()), alone[part][0].all)))
@@ -126,21 +136,22 @@ def report(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Nam
         "Square first": ("square", *AS_PUBLISHED[:3]),
     }.items():
         orders[order] = f"{orders[order]}, {label}" if order in orders else label
-    row("autoattack, nobody leaves", nobody_leaves, stands_all, nobody_leaves)
-    between = count(model, x, y, lambda x, y: cascade(AS_PUBLISHED, model, x, y, args, leaving=False))
-    row("autoattack, leaving between its attacks", *between, nobody_leaves)
+    row("autoattack, nobody leaves", all_steps, withstood_all, all_steps)
+    between = count(model, x, y, lambda x, y: cascade(AS_PUBLISHED, model, x, y, args, stop=False))
+    row("autoattack, leaving between its attacks", *between, all_steps)
     also = orders.pop(AS_PUBLISHED, "")
     whole = count(model, x, y, lambda x, y: cascade(AS_PUBLISHED, model, x, y, args))
-    row(f"autoattack, leaving within them, too{also and f' ({also})'}", *whole, nobody_leaves)
+    row(f"autoattack, leaving within them, too{also and f' ({also})'}", *whole, all_steps)
     if importlib.util.find_spec("autoattack") is not None:
         budget = {"norm": "Linf", "eps": EPS, "steps": args.steps, "queries": args.queries, "seed": args.seed}
         row("the authors' AutoAttack", *count(model, x, y, lambda x, y: authors_cascade(model, x, y, **budget)))
     for order, label in orders.items():
-        found = count(model, x, y, lambda x, y, order=order: cascade(order, model, x, y, args))
-        row(f"autoattack, {label}: {' > '.join(order)}", *found, nobody_leaves)
+        measured = count(model, x, y, lambda x, y, order=order: cascade(order, model, x, y, args))
+        row(f"autoattack, {label}: {' > '.join(order)}", *measured, all_steps)
 
 
 def main() -> None:
+    """Train the networks and print the table of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20, help="test images attacked")
     parser.add_argument("--steps", type=int, default=40, help="of every attack but Square")
@@ -159,8 +170,9 @@ def main() -> None:
     images, labels = (t.to(args.device) for t in load(data, "train", args.train_images))
     x, y = (t.to(args.device) for t in load(data, "test", args.samples))
     print(
-        f"Python {platform.python_version()}, torch {torch.__version__}; n={args.samples}, linf, eps {EPS}, steps {args.steps}, "
-        f"queries {args.queries}, seed {args.seed}, width {args.width}, {args.train_images} training images\n"
+        f"Python {platform.python_version()}, torch {torch.__version__}; n={args.samples}, linf, eps {EPS}, "
+        f"steps {args.steps}, queries {args.queries}, seed {args.seed}, width {args.width}, "
+        f"{args.train_images} training images\n"
     )
     print(
         "| network, attack | robust accuracy | forward passes per image | backward | share of the passes of all steps |"

@@ -1,12 +1,13 @@
-"""What searching in bfloat16 costs in success, and what it saves: evaluation.search_precision, float32 against bfloat16.
+"""Success and time of attacks that search in bfloat16 instead of float32 (evaluation.search_precision).
 
     python benchmarks/bench_precision.py                # about 10 minutes on one core
     python benchmarks/bench_precision.py --clock cpu    # on a machine that does other work too
     python benchmarks/bench_precision.py --model DIR/classifier.safetensors --eps 0.25 --from 1000
 
-Both search on the stand-in and are judged by the network, as in the pipeline. Samples that fall to one and not to the other are counted
-both ways, and beside them those that float32 wins and loses with another seed: FGSM apart, attacks begin at random. Images are of the training
-half of the bundled sample, which no network here is judged by.
+Both search on the network's fast copy and are judged by the network itself, as in the pipeline. The table
+counts the samples that only one of the two breaks, in both directions. For scale it also counts those
+that float32 gains and loses with another seed: all attacks but FGSM start at random. The images come
+from the training half of the bundled sample; the networks trained here do not see them.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ATTACKS = (
 
 
 def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args: argparse.Namespace) -> None:
+    """Print a row for each attack on one network."""
     exact, bfloat16 = make_fast_copy(model, x[:8]), make_fast_copy(model, x[:8], bfloat16=True)
     with torch.no_grad():
         clean = model(x).argmax(1) == y
@@ -40,20 +42,21 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args:
         broken: dict[str, Tensor] = {}
         times: dict[str, float] = {}
 
-        def run(who: str, fast: nn.Module | None, seed: int, spec: AttackSpec = spec) -> None:
+        def run(search: str, fast: nn.Module | None, seed: int, spec: AttackSpec = spec) -> None:
             generator = torch.Generator().manual_seed(seed)
-            found = run_attack_on_copy(
+            examples = run_attack_on_copy(
                 spec, model, fast, x, y, stop_on_success=spec.can_stop_on_success, generator=generator
             )
             with torch.no_grad():
-                broken[who] = (model(found).argmax(1) != y) & clean  # noqa: B023 -- called before the next attack
+                # This runs before `broken` is bound to the next attack's results.
+                broken[search] = (model(examples).argmax(1) != y) & clean  # noqa: B023
 
-        for who, fast, seed in (
+        for search, fast, seed in (
             ("float32", exact, args.seed),
             ("bfloat16", bfloat16, args.seed),
             ("again", exact, args.seed + 1),
         ):
-            times[who] = seconds(lambda who=who, fast=fast, seed=seed: run(who, fast, seed), args)
+            times[search] = seconds(lambda search=search, fast=fast, seed=seed: run(search, fast, seed), args)
         base = broken["float32"]
         pairs = [f"-{int((base & ~broken[w]).sum())} +{int((broken[w] & ~base).sum())}" for w in ("bfloat16", "again")]
         print(
@@ -64,6 +67,7 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, args:
 
 
 def main() -> None:
+    """Train the networks, or load the one that is given, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=200, help="images attacked")
     parser.add_argument("--from", dest="first", type=int, default=4000, help="the first of them")
@@ -85,11 +89,12 @@ def main() -> None:
     x, y = images[args.first :], labels[args.first :]
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
     print(
-        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"n={len(x)}, seed {args.seed}\n"
+        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; n={len(x)}, seed {args.seed}\n"
     )
     print(
-        "| network, attack | broken in float32 | in bfloat16 | its difference | float32, other seed | time, of float32's |"
+        "| network, attack | broken in float32 | in bfloat16 | its difference | float32, other seed "
+        "| time, of float32's |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
     if args.model:

@@ -3,8 +3,9 @@
     python benchmarks/bench_pyramids.py                 # about 1 minute
     python benchmarks/bench_pyramids.py --clock cpu     # on a machine that does other work too
 
-The three take turns in every repetition, on the same images in the same batches. torch-dct and scipy.fft transform each
-image once and go back from its low-frequency block to every level. Exits with 1 where a goal is missed.
+The three methods take turns in every repetition, on the same images in the same batches. torch-dct and
+scipy.fft transform each image once and go back from its low-frequency block to every level. The exit
+status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ MIN_SECONDS = 0.1
 
 
 def ours(images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Compute all levels with this project's code."""
     return lowpass_pyramid(images, sizes)
 
 
 def by_torch_dct(images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Compute all levels with torch-dct."""
     spectrum = torch_dct.dct_2d(images, norm="ortho")
     return [images, *(torch_dct.idct_2d(spectrum[..., :k, :k] * (k / sizes[0]), norm="ortho") for k in sizes[1:])]
 
 
 def by_scipy(images: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Compute all levels with scipy.fft."""
     spectrum = scipy.fft.dctn(images.numpy(), norm="ortho", axes=(-2, -1))
     blocks = (spectrum[..., :k, :k] * np.float32(k / sizes[0]) for k in sizes[1:])
     return [images, *(torch.from_numpy(scipy.fft.idctn(b, norm="ortho", axes=(-2, -1))) for b in blocks)]
@@ -60,6 +64,7 @@ METHODS: dict[str, Callable[[Tensor, Sequence[int]], list[Tensor]]] = {
 
 
 def main() -> int:
+    """Print the speeds of all cases. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=25)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
@@ -69,7 +74,8 @@ def main() -> int:
     torch.manual_seed(SEED)
     machine = hardware()
     print(
-        f"{machine['cpu']}, {machine['cpus']} CPUs, {torch.backends.cpu.get_cpu_capability()}; 1 thread; {arguments.clock} clock"
+        f"{machine['cpu']}, {machine['cpus']} CPUs, {torch.backends.cpu.get_cpu_capability()}; "
+        f"1 thread; {arguments.clock} clock"
     )
     print(", ".join(f"{p} {version(p)}" for p in ("torch", "torch-dct", "scipy", "numpy")), end="; ")
     print(
@@ -90,7 +96,7 @@ def main() -> int:
         speeds: dict[str, list[float]] = {m: [] for m in METHODS}
         for _ in range(arguments.repetitions):
             for name, method in METHODS.items():
-                # the slower ones need fewer runs for as long a measurement
+                # The slower methods need fewer runs to be measured for as long.
                 repeated = runs if name == "ours" else max(1, runs // 4)
                 speeds[name].append(batch / _seconds(method, images, sizes, repeated, clock))
         medians = {m: statistics.median(s) for m, s in speeds.items()}
@@ -100,7 +106,8 @@ def main() -> int:
         print(
             f"{f'{size}x{size}x{channels}':>9} {batch:>5} {str(sizes).replace(' ', ''):>14}"
             + "".join(f"{medians[m]:>14,.0f}" for m in METHODS)
-            + f"   {ratios['torch-dct']:>5.1f} (>={goal:.0f})   {ratios['scipy.fft']:>5.2f} (>=1)   {'met' if ok else 'MISSED'}"
+            + f"   {ratios['torch-dct']:>5.1f} (>={goal:.0f})   {ratios['scipy.fft']:>5.2f} (>=1)   "
+            + ("met" if ok else "MISSED")
         )
     return 0 if met else 1
 
@@ -112,7 +119,7 @@ def _seconds(
     runs: int,
     clock: Callable[[], float],
 ) -> float:
-    """Mean seconds of a run."""
+    """Return the mean seconds of a run."""
     start = clock()
     for _ in range(runs):
         method(images, sizes)

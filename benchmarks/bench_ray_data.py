@@ -1,12 +1,15 @@
-"""The pyramids stage on Ray Data against a plain loop in one process, per core: decode, levels, write of the same shards.
+"""Throughput per core of the pyramids stage on Ray Data, against a plain loop in one process.
 
     python benchmarks/bench_ray_data.py --data ../shared/data/mnist       # about 2 minutes
     python benchmarks/bench_ray_data.py                                   # the bundled sample, 6,000 images
 
-Both write the same files (compared byte for byte at the end). They take turns in every repetition. Ray's workers are up and
-have imported torch before anything is timed; what that takes is printed apart. "Per core" is images per second and CPU that
-Ray was given; "per CPU second" counts the processor time of all of Ray's processes, its services included, and so holds on a
-machine that does other work too. Exits with 1 where the goal of 0.7 is missed by the chosen clock.
+Both decode the images, compute the levels and write the same shards, which are compared byte for byte
+at the end. They take turns in every repetition. Ray's workers have started and imported torch before
+anything is timed; the time of this start-up is printed separately.
+
+"Per core" is images per second and per CPU that Ray was given. "Per CPU second" counts the processor
+time of all of Ray's processes, its services included, so it also holds on a machine that does other
+work. The exit status is 1 if the chosen clock misses the goal of 0.7.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ SEED = 0
 
 
 def plain_loop(data: DataConfig, config: PyramidConfig, storage: Storage) -> int:
-    """What the stage does, with nothing of Ray; images made."""
+    """Build the training shards without Ray, and return the number of images."""
     plan = shard_plan.plan_shard_set(data, config, "train", "lowpass")
     directory = storage / plan.address
     entries = [pyramids.write_shard(directory, i, plan.table(i)) for i in range(plan.num_shards)]
@@ -49,18 +52,19 @@ def plain_loop(data: DataConfig, config: PyramidConfig, storage: Storage) -> int
 
 
 def on_ray(data: DataConfig, config: PyramidConfig, storage: Storage) -> int:
+    """Build the training shards on Ray Data, and return the number of images."""
     return pyramids.build(data, config, storage, "train").num_rows
 
 
 def cpu_seconds() -> float:
-    """Processor time so far of this process and of all that it started, Ray's services and workers among them."""
+    """Return the processor time so far of this process and its descendants, Ray's services included."""
     ticks, parents = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # the command in parentheses may hold blanks
+                # The command's name, in parentheses, may contain blanks.
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it ended just now
+            except OSError:  # The process has just ended.
                 continue
             parents[int(entry.name)] = int(fields[1])
             ticks[int(entry.name)] = int(fields[11]) + int(fields[12])
@@ -74,6 +78,7 @@ def cpu_seconds() -> float:
 
 
 def main() -> int:
+    """Print the throughput of both. Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="directory of Hugging Face Parquet files; empty: the bundled sample")
     parser.add_argument("--size", type=int, default=28)
@@ -103,11 +108,12 @@ def main() -> int:
         cluster.start_local(num_cpus=arguments.cpus)
         cluster_s = time.perf_counter() - start
         start = time.perf_counter()
-        # as many shards as CPUs, twice: every worker imports torch
+        # Twice as many shards as CPUs make every worker import torch.
         small = DataConfig(train_limit=2 * arguments.cpus * 50, validation_fraction=0)
         on_ray(small, PyramidConfig(rows_per_shard=50), Storage(f"{scratch}/warm"))
         print(
-            f"start-up, not counted below: ray.init {cluster_s:.1f} s, first build with its imports {time.perf_counter() - start:.1f} s"
+            f"start-up, not counted below: ray.init {cluster_s:.1f} s, "
+            f"first build with its imports {time.perf_counter() - start:.1f} s"
         )
         plain_loop(small, PyramidConfig(rows_per_shard=50), Storage(f"{scratch}/warm-loop"))
 
@@ -125,9 +131,10 @@ def main() -> int:
                 walls[name].append(time.perf_counter() - wall)
                 cpus[name].append(cpu_seconds() - cpu)
             address = pyramids.address_of(data, config, "train")
-            left, right = (Path(scratch, name, str(i), address) for name in methods)
-            names = sorted(p.name for p in left.iterdir())
-            assert filecmp.cmpfiles(left, right, names, shallow=False)[0] == names, "the two wrote different files"
+            plain_shards, ray_shards = (Path(scratch, name, str(i), address) for name in methods)
+            names = sorted(p.name for p in plain_shards.iterdir())
+            equal, _, _ = filecmp.cmpfiles(plain_shards, ray_shards, names, shallow=False)
+            assert equal == names, "the two wrote different files"
         ray.shutdown()
 
     print(f"{images} images, median of {arguments.repetitions} interleaved repetitions")

@@ -1,11 +1,13 @@
-"""How much longer a Defend++ step takes than a classifier's, against how much more arithmetic it is.
+"""Time of a Defend++ training step over a classifier's, against the ratio of their FLOPs.
 
     .venv/bin/python benchmarks/bench_step.py [--precision bfloat16 --channels-last] [--profile]
 
-Both networks are ResNet-18 on random images. Steps of the two are interleaved, so that a change of clock speed or of load
-meets both; reported are medians of whole steps (forward, backward, SGD). FLOPs: torch.utils.flop_counter, forward and
-backward. Goal: time ratio / FLOP ratio <= 1.1. On a machine that others use, wall-clock times say little (see load and the
-quartiles): take the CPU time's ratio there, with --threads 1, since threads that wait for one another count as busy.
+Both networks are ResNet-18 on random images. Their steps are interleaved, so that a change of clock
+speed or load affects both. The times are medians of whole steps (forward, backward, SGD). The FLOPs are
+those of torch.utils.flop_counter, forward and backward. The goal is time ratio / FLOP ratio <= 1.1.
+
+On a shared machine, wall-clock times are unreliable (the load and the quartiles show it). Use the ratio of
+CPU times there, with --threads 1: threads that wait for one another count as busy.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ GOAL = 1.1
 
 
 def make_step(phase: Phase, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    """A function that does one optimisation step of the phase on one fixed batch."""
+    """Return a function that takes one training step of the phase on one fixed batch."""
     config = TrainConfig(
         defense="none" if phase == "classifier" else "defend++",
         width=args.width,
@@ -67,7 +69,7 @@ def make_step(phase: Phase, args: argparse.Namespace, device: torch.device) -> C
 
 
 def flops(step: Callable[[], None]) -> int:
-    """Floating-point operations of one step, as PyTorch counts them."""
+    """Count the floating-point operations of one step."""
     counter = FlopCounterMode(display=False)
     with counter:
         step()
@@ -75,7 +77,7 @@ def flops(step: Callable[[], None]) -> int:
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of one step."""
+    """Measure the wall-clock and CPU seconds of one step."""
     begin, cpu = time.perf_counter(), time.process_time()
     step()
     if device.type == "cuda":
@@ -84,7 +86,7 @@ def seconds(step: Callable[[], None], device: torch.device) -> tuple[float, floa
 
 
 def processor(device: torch.device) -> str:
-    """The processor's name and how much of it is used."""
+    """Describe the processor and how much of it is used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -96,6 +98,7 @@ def processor(device: torch.device) -> str:
 
 
 def main() -> None:
+    """Time both steps and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=int, default=64)
@@ -142,16 +145,18 @@ def main() -> None:
         t = statistics.median(times[phase])
         print(
             f"{phase:10} {1e3 * t:8.1f} ms/step (median of n={args.repetitions}; min {1e3 * min(times[phase]):.1f}, "
-            f"max {1e3 * max(times[phase]):.1f})   {work[phase] / 1e9:8.1f} GFLOP   {work[phase] / t / 1e9:7.1f} GFLOP/s"
+            f"max {1e3 * max(times[phase]):.1f})   {work[phase] / 1e9:8.1f} GFLOP   "
+            f"{work[phase] / t / 1e9:7.1f} GFLOP/s"
         )
     if device.type == "cpu":
         print(f"load       {load:.1f} before, {os.getloadavg()[0]:.1f} after ({os.cpu_count()} CPUs)")
     time_ratio = statistics.median(times["joint"]) / statistics.median(times["classifier"])
-    # neighbours in time saw the same load: how far the ratio of one pair strays says how good the median is
+    # Steps next to each other ran under the same load: the spread of their ratios shows the median's error.
     pairs = sorted(j / c for j, c in zip(times["joint"], times["classifier"], strict=True))
     flop_ratio = work["joint"] / work["classifier"]
     print(
-        f"time ratio {time_ratio:.3f} (quartiles of pairs {pairs[len(pairs) // 4]:.3f} to {pairs[-1 - len(pairs) // 4]:.3f})"
+        f"time ratio {time_ratio:.3f} "
+        f"(quartiles of pairs {pairs[len(pairs) // 4]:.3f} to {pairs[-1 - len(pairs) // 4]:.3f})"
     )
     print(f"FLOP ratio {flop_ratio:.3f}")
     score = time_ratio / flop_ratio

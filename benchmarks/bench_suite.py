@@ -1,17 +1,20 @@
-"""Every attack of the suite against whichever peers are installed: Foolbox, torchattacks, AutoAttack's own code.
+"""Every attack of the suite against the installed peers: Foolbox, torchattacks, the authors' AutoAttack.
 
     python benchmarks/bench_suite.py                    # about 10 minutes on one core
     python benchmarks/bench_suite.py --clock cpu        # on a machine that does other work too
     python benchmarks/bench_suite.py --device cuda --samples 500 --width 64
 
-Foolbox comes with the development extra; `pip install --no-deps torchattacks` and, from github.com/fra31/auto-attack, `autoattack` bring
-the others. All get the same network with frozen parameters, images, budget, steps and queries. The undefended network shows what is
-broken at once, the robust one what an attack spends on samples that withstand.
+The development extra installs Foolbox. `pip install --no-deps torchattacks` installs torchattacks, and
+github.com/fra31/auto-attack has `autoattack`. All get the same images, budget, steps and queries, and the
+same network with frozen parameters. The undefended network shows the cost of samples that break at once,
+the robust one that of samples that withstand.
 
-"ours" searches on the network itself, as the peers do; "ours, stand-in" on its faster copy, as the pipeline does (components/attacks/fast_copy.py);
-"ours, bfloat16" on the copy that evaluation.search_precision=bfloat16 takes.
-The floor is what the passes of "ours" alone cost: images sent forward, and forward and backward, counted while it runs, times
-what such an image costs in a full batch, right before and after.
+"ours" searches on the network itself, as the peers do. "ours, stand-in" searches on its fast copy, as the
+pipeline does (components/attacks/fast_copy.py). "ours, bfloat16" searches on the copy of
+evaluation.search_precision=bfloat16.
+
+The floor is the cost of the passes of "ours" alone. It counts the images sent forward, and forward and
+back, and multiplies them by the cost of such an image in a full batch, measured right before and after.
 """
 
 from __future__ import annotations
@@ -39,41 +42,43 @@ Attack = Callable[[], Tensor]
 
 @dataclass
 class Passes:
-    """Images that a network has seen."""
+    """Number of images in the passes of a network."""
 
     forward: int = 0
-    """Sent forward only."""
+    """Images sent only forward."""
     backward: int = 0
-    """Sent forward and back."""
+    """Images sent forward and back."""
 
     @property
     def all(self) -> int:
+        """Return the images of all passes."""
         return self.forward + self.backward
 
 
 @contextmanager
 def counted(*models: nn.Module) -> Iterator[Passes]:
-    """What all of them see together, meanwhile."""
-    found = Passes()
+    """Count the images that all models together receive within the block."""
+    counts = Passes()
 
-    def look(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count_images(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            found.backward += len(args[0])
+            counts.backward += len(args[0])
         else:
-            found.forward += len(args[0])
+            counts.forward += len(args[0])
 
-    handles = [model.register_forward_hook(look) for model in models]
+    handles = [model.register_forward_hook(count_images) for model in models]
     try:
-        yield found
+        yield counts
     finally:
         for handle in handles:
             handle.remove()
 
 
 def foolbox_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    """Return Foolbox's attacks by our names."""
     import foolbox as fb
 
-    wrapped, wanted = fb.PyTorchModel(model, bounds=(0, 1), device=args.device), fb.criteria.Misclassification(y)
+    wrapped, criterion = fb.PyTorchModel(model, bounds=(0, 1), device=args.device), fb.criteria.Misclassification(y)
     cw = AttackSpec.parse("cw")
     step = 2.5 * EPS / args.steps
     bim = fb.attacks.LinfBasicIterativeAttack(steps=args.steps, abs_stepsize=step)
@@ -82,20 +87,21 @@ def foolbox_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Names
         binary_search_steps=5, steps=20, stepsize=cw.lr, initial_const=cw.initial_const, abort_early=False
     )
 
-    def found(examples: Tensor) -> Tensor:
-        # Foolbox's C&W returns a black image where it found nothing, which would count as an example
+    def successes(examples: Tensor) -> Tensor:
+        # If Foolbox's C&W fails, it returns a black image, which would count as an example.
         return torch.where(examples.flatten(1).any(dim=1).view(-1, 1, 1, 1), examples, x)
 
     return {
-        "fgsm": lambda: fb.attacks.LinfFastGradientAttack(random_start=False).run(wrapped, x, wanted, epsilon=EPS),
-        "bim": lambda: bim.run(wrapped, x, wanted, epsilon=EPS),
-        "pgd": lambda: pgd.run(wrapped, x, wanted, epsilon=EPS),
-        "ddn": lambda: fb.attacks.DDNAttack(steps=args.steps).run(wrapped, x, wanted),
-        "cw": lambda: found(search.run(wrapped, x, wanted)),
+        "fgsm": lambda: fb.attacks.LinfFastGradientAttack(random_start=False).run(wrapped, x, criterion, epsilon=EPS),
+        "bim": lambda: bim.run(wrapped, x, criterion, epsilon=EPS),
+        "pgd": lambda: pgd.run(wrapped, x, criterion, epsilon=EPS),
+        "ddn": lambda: fb.attacks.DDNAttack(steps=args.steps).run(wrapped, x, criterion),
+        "cw": lambda: successes(search.run(wrapped, x, criterion)),
     }
 
 
 def torchattacks_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    """Return the attacks of torchattacks by our names."""
     import torchattacks as ta
 
     step = 2.5 * EPS / args.steps
@@ -113,13 +119,17 @@ def torchattacks_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.
 def authors_cascade(
     model: nn.Module, x: Tensor, y: Tensor, *, norm: str, eps: float, steps: int, queries: int, seed: int
 ) -> Tensor:
-    """The authors' standard AutoAttack with budgets of our own, ``norm`` as they spell it: Linf or L2."""
+    """Run the authors' standard AutoAttack with the given budgets.
+
+    Args:
+        norm: in the authors' spelling, ``Linf`` or ``L2``.
+    """
     from autoattack import AutoAttack
     from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
     device = str(x.device)
     standard = AutoAttack(model, norm=norm, eps=eps, seed=seed, version="standard", device=device, verbose=False)
-    # APGD lays out its checkpoints when it is made: with n_iter set later it would take few steps on the schedule of 100
+    # APGD fixes its checkpoints when it is built. Setting n_iter later would keep the schedule of 100 steps.
     options = {"n_iter": steps, "norm": norm, "eps": eps, "seed": seed, "device": device, "logger": standard.logger}
     standard.apgd = APGDAttack(model, **options)
     standard.apgd_targeted = APGDAttack_targeted(model, n_target_classes=9, **options)
@@ -130,6 +140,7 @@ def authors_cascade(
 
 
 def autoattack_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, Attack]:
+    """Return the attacks of the authors' AutoAttack by our names."""
     from autoattack.autopgd_base import APGDAttack, APGDAttack_targeted
     from autoattack.fab_pt import FABAttack_PT
     from autoattack.square import SquareAttack
@@ -142,16 +153,16 @@ def autoattack_attacks(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
         )
 
     def smallest() -> Tensor:
-        # FAB's perturb() leaves a sample at the first class within eps, and gives nothing beyond; ours minimises over all classes
+        # FAB's perturb() stops at the first class within eps and returns nothing beyond eps. Ours minimises over
+        # all classes, so this calls the search of each class.
         attack = FABAttack_PT(model, n_iter=args.steps, targeted=True, **linf)
         best, best_norm = x, torch.full((len(x),), torch.inf, device=x.device)
         for rank in range(2, 11):
             attack.target_class = rank
             out = attack.attack_single_run(x, y, is_targeted=True)
             norm = (out - x).flatten(1).abs().amax(1)
-            norm = norm.where(
-                norm > 0, torch.inf
-            )  # the clean image where it found nothing: no pass is needed to see it
+            # A failed search returns the clean image. Its norm shows that without another pass.
+            norm = norm.where(norm > 0, torch.inf)
             best = out.where((norm < best_norm).view(-1, 1, 1, 1), best)
             best_norm = norm.minimum(best_norm)
         return best
@@ -170,7 +181,7 @@ PEERS = {"foolbox": foolbox_attacks, "torchattacks": torchattacks_attacks, "auto
 
 
 def specs(args: argparse.Namespace) -> dict[str, AttackSpec]:
-    """What is run, by the name that peers have it under."""
+    """Return the specs of our attacks by name."""
     texts = {
         "fgsm": f"fgsm:eps={EPS}",
         "bim": f"bim:eps={EPS},steps={args.steps}",
@@ -187,6 +198,7 @@ def specs(args: argparse.Namespace) -> dict[str, AttackSpec]:
 
 
 def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
+    """Print the rows of every attack on one network."""
     available = {
         peer: make(model, x, y, args) for peer, make in PEERS.items() if importlib.util.find_spec(peer) is not None
     }
@@ -203,49 +215,51 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
             calls["ours, bfloat16"] = lambda spec=spec: _ours(spec, model, x, y, args, bfloat16)
         calls |= {peer: attacks[attack] for peer, attacks in available.items() if attack in attacks}
         results: dict[str, Tensor] = {}
-        seen: dict[str, Passes] = {}
-        times: dict[str, list[float]] = {who: [] for who in calls}
+        counts: dict[str, Passes] = {}
+        times: dict[str, list[float]] = {method: [] for method in calls}
         over_floor: list[float] = []
         order = list(calls)
         for _ in range(args.repetitions):
-            for who in order:
+            for method in order:
                 torch.manual_seed(args.seed)
-                each = _pass_seconds(model, x, y, args) if who == "ours" else []
-                with counted(*models) as seen[who]:
-                    times[who].append(seconds(_kept(calls[who], results, who), args))
-                if who == "ours":
-                    # before and after it: a shared machine is not as fast at all times
+                each = _pass_seconds(model, x, y, args) if method == "ours" else []
+                with counted(*models) as counts[method]:
+                    times[method].append(seconds(_storing(calls[method], results, method), args))
+                if method == "ours":
+                    # The speed of a shared machine varies, so the passes are timed before and after the attack.
                     each += _pass_seconds(model, x, y, args)
                     back, forth = (statistics.median(kind) for kind in zip(*each, strict=True))
-                    over_floor.append(times[who][-1] / (seen[who].backward * back + seen[who].forward * forth))
-            order.append(order.pop(0))  # none always runs on the warmer machine
+                    over_floor.append(
+                        times[method][-1] / (counts[method].backward * back + counts[method].forward * forth)
+                    )
+            order.append(order.pop(0))  # No method always runs on the warmer machine.
         ours = statistics.median(times["ours"])
         print(
             f"| {name} | {attack} | ours | {_success(spec, model, x, y, results['ours'])} | {ours:.2f} | | "
-            f"{statistics.median(over_floor):.2f} | {seen['ours'].all / len(x):.0f} |",
+            f"{statistics.median(over_floor):.2f} | {counts['ours'].all / len(x):.0f} |",
             flush=True,
         )
-        for who in [w for w in calls if w != "ours"]:
-            ratio = statistics.median(a / b for a, b in zip(times["ours"], times[who], strict=True))
-            success = _success(spec, model, x, y, results[who])
-            passed = f"{seen[who].all / len(x):.0f}"
+        for method in [w for w in calls if w != "ours"]:
+            ratio = statistics.median(a / b for a, b in zip(times["ours"], times[method], strict=True))
+            success = _success(spec, model, x, y, results[method])
+            passed = f"{counts[method].all / len(x):.0f}"
             print(
-                f"| | | {who} | {success} | {statistics.median(times[who]):.2f} | {ratio:.2f} | | {passed} |",
+                f"| | | {method} | {success} | {statistics.median(times[method]):.2f} | {ratio:.2f} | | {passed} |",
                 flush=True,
             )
 
 
 def _pass_seconds(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """Seconds that an image takes forward and back, and forward alone, in a full batch; several times."""
+    """Measure the seconds of an image in a full batch: forward and back, and only forward. Repeat it."""
     kinds = ((1, 0), (0, 1))
     return [
         tuple(seconds(lambda b=b, f=f: passes(model, x, y, b, f), args) / len(x) for b, f in kinds) for _ in range(5)
     ]
 
 
-def _kept(call: Attack, results: dict[str, Tensor], who: str) -> Callable[[], None]:
+def _storing(call: Attack, results: dict[str, Tensor], method: str) -> Callable[[], None]:
     def run() -> None:
-        results[who] = call().detach()
+        results[method] = call().detach()
 
     return run
 
@@ -258,16 +272,18 @@ def _ours(
 
 
 def _success(spec: AttackSpec, model: nn.Module, x: Tensor, y: Tensor, examples: Tensor) -> str:
-    """Success rate, and for a minimal-norm attack the median norm."""
+    """Return the success rate as text, with the median norm of a minimal-norm attack."""
     bounded = examples.clamp(0, 1)
     verify_examples(x, bounded, range(len(x)), spec)
     columns = judge(model, x, bounded, y)
-    found = shown_metrics({"metrics": summarize(columns, spec, 0.0), "n": len(x)})
-    median = found[f"{found['norm']}_median"] if found["norm"] else None  # None of too few examples
-    return f"{found['success_rate']:.3f}" + ("" if median is None else f", {spec.norm} {median:.4f}")
+    metrics = shown_metrics({"metrics": summarize(columns, spec, 0.0), "n": len(x)})
+    # The median of too few examples is None.
+    median = metrics[f"{metrics['norm']}_median"] if metrics["norm"] else None
+    return f"{metrics['success_rate']:.3f}" + ("" if median is None else f", {spec.norm} {median:.4f}")
 
 
 def main() -> None:
+    """Train the networks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=100, help="test images attacked")
     parser.add_argument("--repetitions", type=int, default=3, help="interleaved; medians are printed")
@@ -285,15 +301,16 @@ def main() -> None:
     if args.clock == "cpu" and args.device == "cuda":
         parser.error("--clock cpu says nothing about a GPU")
     torch.set_num_threads(args.threads)
-    torch.backends.cudnn.allow_tf32 = False  # timings and success are claimed for float32
+    torch.backends.cudnn.allow_tf32 = False  # The printed times and success rates are those of float32.
     data = ROOT / "pipeline" / "data"
     images, labels = (t.to(args.device) for t in load(data, "train", args.train_images))
     x, y = (t.to(args.device) for t in load(data, "test", args.samples))
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
     print(
-        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, torch {torch.__version__}; "
-        f"n={args.samples}, {args.repetitions} interleaved repetitions, eps {EPS}, steps {args.steps}, queries {args.queries}, seed {args.seed}, "
-        f"width {args.width}, {args.train_images} training images\n"
+        f"hardware: {hardware}; threads {args.threads}, {args.clock} time; Python {platform.python_version()}, "
+        f"torch {torch.__version__}; n={args.samples}, {args.repetitions} interleaved repetitions, eps {EPS}, "
+        f"steps {args.steps}, queries {args.queries}, seed {args.seed}, width {args.width}, "
+        f"{args.train_images} training images\n"
     )
     print("| network | attack | who | success, median norm | s | ours/peer | ours/floor | passes per image |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

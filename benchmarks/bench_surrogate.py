@@ -1,4 +1,4 @@
-"""Which surrogate gradient of ComDefend's bits makes the strongest white-box attack.
+"""Strength of the white-box attack on ComDefend by the surrogate gradient of its bits.
 
     python benchmarks/bench_surrogate.py                                   # about 12 minutes on one core
     python benchmarks/bench_surrogate.py --device cuda --width 16 --steps 400 --samples 500
@@ -67,7 +67,7 @@ def train(config: TrainConfig, images: Tensor, labels: Tensor, steps: int) -> nn
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, text: str) -> tuple[float, float]:
-    """Return the accuracy in % that an attack leaves, and the median L2 norm of its successes (NaN if there is none)."""
+    """Return the accuracy in % under an attack, and the median L2 norm of its successes (NaN without any)."""
     examples = run_attack(AttackSpec.parse(text), model, x, y, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wrong = model(examples).argmax(1) != y
@@ -78,6 +78,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, text: str) -> tuple[float, f
 
 @true_float32()
 def main() -> None:
+    """Train both networks for each seed, attack them and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=8, help="of both networks; 64 is the paper's")
     parser.add_argument("--steps", type=int, default=300, help="training steps of each network")
@@ -113,14 +114,14 @@ def main() -> None:
             error = (reformer(x) - x).square().mean().item()
         print(
             f"seed {seed}: clean {clean[0]:.1f} % bare, {clean[1]:.1f} % reformed; MSE {error:.4f}; code rms "
-            f"{code.square().mean().sqrt().item():.0f}, {100 * (code.abs() < reformer.sigma).float().mean().item():.0f} % "
-            "of the code within sigma",
+            f"{code.square().mean().sqrt().item():.0f}, "
+            f"{100 * (code.abs() < reformer.sigma).float().mean().item():.0f} % of the code within sigma",
             flush=True,
         )
         for name, width in WIDTHS.items():
             reformer.surrogate_width = width * reformer.sigma
-            left = [measure(model, x, y, text) for text in attacks]
-            results[name].append([*(accuracy for accuracy, _ in left), left[-1][1]])
+            measured = [measure(model, x, y, text) for text in attacks]
+            results[name].append([*(accuracy for accuracy, _ in measured), measured[-1][1]])
     print("\n| surrogate width | " + " | ".join(f"{a}: accuracy left %" for a in attacks) + " | ddn: median L2 |")
     print("| --- |" + " --- |" * (len(attacks) + 1))
     for name, rows in results.items():

@@ -1,9 +1,10 @@
-"""Training through Ray Train with one worker against the same step in a plain PyTorch loop with the same threads.
+"""Speed of training through Ray Train with one worker, against the same step in a plain PyTorch loop.
 
     python benchmarks/bench_train.py [--width 64] [--epochs 2] [--images 2000] [--repetitions 3]
 
-Prints images/s of both and their ratio, pair by pair (goal: at least 0.95). Start-up, data loading and checkpoints are not
-in the figure: it is the time inside an epoch, as the run's own record has it.
+Both use the same number of threads. The output is the images/s of both and their ratio, pair by pair. The
+goal is a ratio of at least 0.95. The figures count the time inside an epoch, as a run's record does:
+start-up, data loading and checkpoints are not included.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pipeline.training.jobs import TrainingData
 
 
 def plain_loop(data: loop.RankData, config, shapes: Shapes) -> float:  # type: ignore[no-untyped-def]
-    """Images/s of the joint step written out, without any of the pipeline's training code around it."""
+    """Return the images/s of the joint step in a plain loop, without the pipeline's training code."""
     net = build_net(config, shapes).train()
     optimizer = torch.optim.SGD(
         net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -58,6 +59,7 @@ def plain_loop(data: loop.RankData, config, shapes: Shapes) -> float:  # type: i
 
 
 def main() -> None:
+    """Train with both, pair by pair, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)
@@ -79,7 +81,8 @@ def main() -> None:
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
     print(provenance.hardware()["cpu"], provenance.versions())
     print(
-        f"width {arguments.width}, {arguments.images} images, batch {config.batch_size}, threads {arguments.threads}, seed {config.seed}"
+        f"width {arguments.width}, {arguments.images} images, batch {config.batch_size}, threads {arguments.threads}, "
+        f"seed {config.seed}"
     )
     cluster.connect()
     with tempfile.TemporaryDirectory() as directory:
@@ -91,10 +94,11 @@ def main() -> None:
         for i in range(arguments.repetitions):
             plain = plain_loop(data, config, shapes)
             model = train.train(experiment, shapes, read, root)["defend"]
-            root.fs.delete_dir((root / model["path"]).root)  # a finished model would be taken as it is
+            root.fs.delete_dir((root / model["path"]).root)  # A finished model would be reused.
             ratios.append(model["images_per_second"] / plain)
             print(
-                f"pair {i}: plain {plain:.1f} images/s, Ray Train {model['images_per_second']:.1f} images/s, ratio {ratios[-1]:.3f}"
+                f"pair {i}: plain {plain:.1f} images/s, Ray Train {model['images_per_second']:.1f} images/s, "
+                f"ratio {ratios[-1]:.3f}"
             )
     print(f"median ratio {statistics.median(ratios):.3f} (goal: at least 0.95), n = {arguments.repetitions} pairs")
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What this project does on a GPU that is lent for minutes and reaches no network, most telling measurements first.
+# Check and measure this project on a GPU machine that is available for minutes and has no network.
+# The most informative measurements come first.
 #
 #   benchmarks/gpu.sh [--bundle DIR] [--parts "1 2 3"] [--limits "90 150 480"] [--quick] [--device cuda|cpu]
 #                     [--storage DIR] [--run "RECIPE [OPTIONS]"]...
@@ -9,12 +10,13 @@
 #   part 3   whole runs through Ray: each --run in turn (default: "table1-fast --seeds 1")
 #
 #   --bundle DIR   packages (and data) from infra/offline-bundle.sh, where they are not installed
-#   --limits       seconds of each part; part 3's limit holds for each run
-#   --storage DIR  where the runs of part 3 are kept; the same command continues them (default: $OUT/storage)
-#   --quick        tiny sizes, to see that everything runs, on a CPU too
+#   --limits       seconds of each part; part 3's limit applies to each run
+#   --storage DIR  storage of part 3's runs; the same command continues them (default: $OUT/storage)
+#   --quick        tiny sizes, to check that everything runs, also on a CPU
 #
-# Rows go to $OUT (default: runs/gpu) as JSON lines while they are measured, with log.txt and records.tar.gz (part 3's records,
-# without weights and images). Ends with all rows as tables; the exit status is 1 if anything failed.
+# Each row goes to $OUT (default: runs/gpu) as a line of JSON once it is measured. $OUT also gets log.txt
+# and records.tar.gz (part 3's records, without weights and images). The script ends with all rows as
+# tables. The exit status is 1 if anything failed.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,7 +43,7 @@ mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 STORAGE=${STORAGE:-$OUT/storage}
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true RAY_ADDRESS=local PYTHONUNBUFFERED=1
-unset PYTHONDONTWRITEBYTECODE # see Makefile
+unset PYTHONDONTWRITEBYTECODE # The Makefile says why.
 PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && [ -z "$BUNDLE" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
 
 DATA=()
@@ -49,11 +51,11 @@ if [ -n "$BUNDLE" ]; then
   SITE=${TMPDIR:-/tmp}/defendpp-site-$(sha256sum <"$BUNDLE/site.tar.xz" | cut -c1-16)
   if [ ! -d "$SITE" ]; then
     rm -rf "$SITE.part" && mkdir -p "$SITE.part"
-    # Python's own tarfile where tar or xz is missing
+    # Python's tarfile replaces tar and xz where they are missing.
     tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" ||
       "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' \
         "$BUNDLE/site.tar.xz" "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
-    "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null # else each of Ray's first processes compiles the same files
+    "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null # Otherwise each of Ray's first processes compiles the same files.
     mv "$SITE.part" "$SITE"
   fi
   export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
@@ -61,12 +63,13 @@ if [ -n "$BUNDLE" ]; then
 fi
 
 FAILED=()
-# part NAME LIMIT ARGUMENTS...: one part of gpu_checks.py, ended after LIMIT seconds
+# Run one part of gpu_checks.py for at most LIMIT seconds: part NAME LIMIT ARGUMENTS...
 part() {
   local name=$1 limit=$2 begin=$SECONDS
   shift 2
   echo "== $name, at most $limit s" | tee -a "$OUT/log.txt"
-  timeout --kill-after 10 "$limit" "$PYTHON" "$ROOT/benchmarks/gpu_checks.py" "$@" --out "$OUT" 2>&1 | tee -a "$OUT/log.txt"
+  timeout --kill-after 10 "$limit" "$PYTHON" "$ROOT/benchmarks/gpu_checks.py" "$@" --out "$OUT" 2>&1 |
+    tee -a "$OUT/log.txt"
   local status=${PIPESTATUS[0]}
   [ "$status" = 124 ] || [ "$status" = 137 ] && echo "$name: cut off after $limit s" | tee -a "$OUT/log.txt"
   [ "$status" = 0 ] || FAILED+=("$name (exit status $status)")
@@ -82,7 +85,7 @@ for number in $PARTS; do
       for run in "${RUNS[@]}"; do
         part "part 3: $run" $((LIMIT3 + 60)) pipeline "$run" --limit "$LIMIT3" --storage "$STORAGE" "${DATA[@]}"
       done
-      # records alone: weights, checkpoints, shards and examples are too large to take away
+      # Weights, checkpoints, shards and examples are too large to copy, so pack only the records.
       (cd "$STORAGE" 2>/dev/null && find . -type f -size -5000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
         ! -name '*.npz' -print0 | tar --create --gzip --null --files-from - --file "$OUT/records.tar.gz") ||
         FAILED+=("records.tar.gz")

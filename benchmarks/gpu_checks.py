@@ -1,12 +1,13 @@
-"""Does this project work on this GPU, and how near to the GPU's limits is it? benchmarks/gpu.sh runs the parts of this file.
+"""Correctness of this project on a GPU, and its speed against the GPU's limits. benchmarks/gpu.sh runs it.
 
     python benchmarks/gpu_checks.py check    --out DIR [--device cuda|cpu] [--quick]    part 1: correct on this device
-    python benchmarks/gpu_checks.py speed    --out DIR [--device cuda|cpu] [--quick]    part 2: ceilings and fractions of them
+    python benchmarks/gpu_checks.py speed    --out DIR [--device cuda|cpu] [--quick]    part 2: ceilings and fractions
     python benchmarks/gpu_checks.py pipeline --out DIR --storage DIR "RECIPE ARGS"      part 3: a whole run through Ray
     python benchmarks/gpu_checks.py table    --out DIR                                  the rows of all parts as tables
 
-Each measurement is appended to DIR/PART.jsonl and flushed, so a process that is killed loses no finished row. A measurement
-that fails becomes a row with its error, and the next one runs. The exit status is 1 if any row failed.
+Each measurement is appended to DIR/PART.jsonl and flushed, so a process that is killed loses no finished
+row. A measurement that fails becomes a row with its error, and the next one runs. The exit status is 1
+if any row failed.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ VARIANTS = ("eager", "fused", "graph", "compile", "compile+graph")
 
 
 class Rows:
-    """The JSON-lines file of one part: every row is on disk once it is measured."""
+    """JSON-lines file of one part. Each row is written to disk once it is measured."""
 
     def __init__(self, directory: Path, part: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ class Rows:
         """Turn an exception of one measurement into a failed row."""
         try:
             yield
-        except Exception as e:  # whatever fails is named, and the next measurement runs
+        except Exception as e:  # Every kind of failure becomes a row, and the next measurement runs.
             trace = traceback.format_exc(limit=-4)
             self.add(name, ok=False, error=f"{type(e).__name__}: {e}"[:2000], trace=trace[-2000:], **values)
 
@@ -115,19 +116,19 @@ def _short(value: Any) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions of Python and of the packages that matter, the processor, the GPU and the revision."""
+    """Return the versions of Python and the main packages, the processor, the GPU and the revision."""
     machine = provenance.hardware()
-    found = {**provenance.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
+    details = {**provenance.versions(), "cpus": machine["cpus"], "cuda": torch.version.cuda}
     if machine["gpus"]:
-        found |= {"gpu": machine["gpus"][0], "cudnn": torch.backends.cudnn.version()}
-    return {**found, "revision": provenance.revision(ROOT)["revision"] or provenance.source_hash(ROOT) or "unknown"}
+        details |= {"gpu": machine["gpus"][0], "cudnn": torch.backends.cudnn.version()}
+    return {**details, "revision": provenance.revision(ROOT)["revision"] or provenance.source_hash(ROOT) or "unknown"}
 
 
-# -- part 1 ----------------------------------------------------------------------------------------------------------------
+# --- part 1
 
 
 def random_batch(shapes: Shapes, size: int, *, levels: bool = True) -> Batch:
-    """Return a batch of random images on the CPU, always the same."""
+    """Return a batch of random images on the CPU, the same one at each call."""
     generator = torch.Generator().manual_seed(0)
     side = shapes.sizes[0]
     images = torch.randint(256, (size, shapes.channels, side, side), dtype=torch.uint8, generator=generator)
@@ -144,7 +145,7 @@ def moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def noise_from_cpu(config: TrainConfig, step: int) -> Noise | None:
-    """Return the noise of a step drawn on the CPU whatever the device, so that two devices can be compared."""
+    """Draw the noise of a step on the CPU for any device, so that two devices can be compared."""
     draw = gaussian_noise(config, step, 0, torch.device("cpu"))
     return None if draw is None else lambda x: x + draw(torch.zeros(x.shape)).to(x)
 
@@ -152,7 +153,7 @@ def noise_from_cpu(config: TrainConfig, step: int) -> Noise | None:
 def losses_of_steps(
     net: nn.Module, phase: Phase, config: TrainConfig, batch: Batch, sizes: tuple[int, ...], *, same_noise: bool
 ) -> list[float]:
-    """Take two training steps and return their losses; the second one shows that the first one's update was right."""
+    """Take two training steps and return their losses. The second loss checks the first step's update."""
     device = batch.images.device
     if config.channels_last:
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -169,7 +170,10 @@ def losses_of_steps(
 
 
 def check_models(rows: Rows, device: torch.device, quick: bool) -> None:
-    """Compare a float32 step of every model of table 1 and table 3 with the CPU's; then take one in bfloat16, channels_last."""
+    """Compare a float32 step of every model of tables 1 and 3 with the CPU's.
+
+    Also take a step in bfloat16 with channels_last.
+    """
     for table in ("table1", "table3"):
         experiment = RECIPES[f"{table}-{'smoke' if quick else 'fast'}"].make()
         data = experiment.data
@@ -188,7 +192,11 @@ def check_models(rows: Rows, device: torch.device, quick: bool) -> None:
 def check_step(
     rows: Rows, name: str, phase: Phase, config: TrainConfig, shapes: Shapes, device: torch.device, size: int
 ) -> None:
-    """Add the row of one model in one phase: float32 on CPU and device, and bfloat16 with channels_last on the device."""
+    """Add the row of one model in one phase.
+
+    It holds the losses of float32 on the CPU and the device, and of bfloat16 with channels_last on the
+    device.
+    """
     with rows.guarded(name):
         plain = dataclasses.replace(config, precision="float32", channels_last=False)
         batch = random_batch(shapes, size, levels=stored_levels(config))
@@ -201,7 +209,7 @@ def check_step(
         apart = [abs(a - b) / max(abs(b), 1e-8) for a, b in zip(ours, cpu, strict=True)]
         apart16 = abs(bfloat16[0] - cpu[0]) / max(abs(cpu[0]), 1e-8)
         first = SECOND_LOSS_TOLERANCE if phase == "adversarial" else LOSS_TOLERANCE
-        # noise drawn on the device is other noise than the CPU's: that loss is only looked at, not compared
+        # Noise drawn on the device differs from the CPU's. That loss is reported, but not compared.
         comparable = gaussian_noise(config, 0, 0, device) is None
         ok = apart[0] <= first and apart[1] <= SECOND_LOSS_TOLERANCE
         ok16 = all(x == x and abs(x) < float("inf") for x in bfloat16)
@@ -263,16 +271,16 @@ def check_attacks(rows: Rows, device: torch.device, quick: bool) -> None:
 
 
 def attacked(text: str, net: DefendNet, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """Run an attack on a network; return its examples and the seconds."""
+    """Run an attack on a network and return its examples and the seconds."""
     spec = AttackSpec.parse(text)
     auxiliary = None
     if spec.name == "adaptive":
         auxiliary = adaptive_objective(net.autoencoder, images, spec.objective or "", spec.weight or 1.0)
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    found = run_attack(spec, net.classifier, images, labels, auxiliary=auxiliary, generator=generator)
+    examples = run_attack(spec, net.classifier, images, labels, auxiliary=auxiliary, generator=generator)
     synchronize(images.device)
-    return found, time.perf_counter() - begin
+    return examples, time.perf_counter() - begin
 
 
 def compare_examples(
@@ -336,23 +344,26 @@ def check_collectives(rows: Rows, device: torch.device, quick: bool) -> None:
 
 
 def check(rows: Rows, device: torch.device, quick: bool) -> None:
-    """Part 1: is everything right on this device?"""
+    """Run part 1: compare everything on this device with the CPU."""
     check_collectives(rows, device, quick)
     check_models(rows, device, quick)
     check_attacks(rows, device, quick)
 
 
-# -- part 2 ----------------------------------------------------------------------------------------------------------------
+# --- part 2
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float) -> float:
-    """Return the median seconds of a call: 5 groups of as many calls as fit a fifth of the budget, one synchronisation each."""
+    """Return the median seconds of a call over 5 groups of calls.
+
+    A group has as many calls as fit a fifth of the budget, and one synchronisation.
+    """
     call()
     synchronize(device)
     begin = time.perf_counter()
@@ -372,7 +383,7 @@ def seconds_of(call: Callable[[], object], device: torch.device, budget_s: float
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Allow TF32 in convolutions and matrix products, or forbid it, for a while."""
+    """Allow or forbid TF32 in convolutions and matrix products within a ``with`` block."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -382,8 +393,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def measure_ceilings(rows: Rows, device: torch.device, quick: bool, budget_s: float) -> dict[str, float]:
-    """Measure what the device can do: bytes per second of a copy, FLOP per second of a matrix product in each precision."""
-    found: dict[str, float] = {}
+    """Measure bytes per second of a copy, and FLOP per second of a matrix product in each precision."""
+    ceilings: dict[str, float] = {}
     with rows.guarded("ceiling copy"):
         source = torch.empty((1 << 24) if quick else (1 << 30), dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
@@ -400,9 +411,9 @@ def measure_ceilings(rows: Rows, device: torch.device, quick: bool, budget_s: fl
             a = torch.randn(side, side, generator=generator, device=device).to(dtype)
             b, c = a.flip(0).contiguous(), torch.empty_like(a)
             seconds = seconds_of(functools.partial(torch.mm, a, b, out=c), device, budget_s)
-            found[precision] = 2 * side**3 / seconds
-            rows.add(f"ceiling matmul {precision}", ok=True, side=side, tflops=found[precision] / 1e12)
-    return found
+            ceilings[precision] = 2 * side**3 / seconds
+            rows.add(f"ceiling matmul {precision}", ok=True, side=side, tflops=ceilings[precision] / 1e12)
+    return ceilings
 
 
 def flops_of(call: Callable[[], object]) -> float:
@@ -417,7 +428,7 @@ def flops_of(call: Callable[[], object]) -> float:
 def make_step(
     defense: str, size: int, batch_size: int, variant: str, device: torch.device, quick: bool
 ) -> Callable[[], object]:
-    """Return a function that takes one training step on one batch, in bfloat16 with channels_last, in one of VARIANTS."""
+    """Return a function that takes a step on one batch in bfloat16, channels_last, in one of VARIANTS."""
     config = TrainConfig(
         defense="none" if defense == "no_defense" else "defend++",
         width=4 if quick else 64,
@@ -467,7 +478,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 def measure_training(
     rows: Rows, device: torch.device, quick: bool, budget_s: float, variants: tuple[str, ...], ceiling: float
 ) -> None:
-    """Measure images per second of a training step: models x image sizes x variants."""
+    """Measure the images per second of training steps for all models, image sizes and variants."""
     settings = [(28, 4), (32, 4)] if quick else [(28, 256), (32, 256), (224, 64)]
     work: dict[tuple[str, int], float] = {}
     for variant in variants:
@@ -503,7 +514,7 @@ def measure_training(
 
 
 def measure_attacks(rows: Rows, device: torch.device, quick: bool, budget_s: float, ceilings: dict[str, float]) -> None:
-    """Measure passes (forward and backward to the images) per second: alone, as a CUDA graph, and inside PGD."""
+    """Measure passes to the images and back per second: alone, as a CUDA graph, and inside PGD."""
     net = trained_net(device, 4 if quick else 64, 2 if quick else 60).classifier.requires_grad_(False)
     torch.backends.cudnn.benchmark = False
     images, _ = sample_images(5000)
@@ -529,15 +540,15 @@ def measure_chunk(rows: Rows, net: nn.Module, images: Tensor, precision: str, bu
     def losses(logits: Tensor, _: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    def one_pass() -> None:
+    def single_pass() -> None:
         loss_gradient(net, images, losses)
 
-    # PyTorch's counter follows backward(), but not autograd.grad(), which an attack calls
+    # PyTorch's counter follows backward(), but not autograd.grad(), which the attacks call.
     work = flops_of(lambda: losses(net(images.detach().requires_grad_()), images).sum().backward())
     spec = AttackSpec.parse("pgd:eps=0.1,steps=10")
     kinds: dict[str, Callable[[], tuple[Callable[[], object], int]]] = {
-        "pass": lambda: (one_pass, 1),
-        "pass, graph": lambda: (captured(one_pass), 1),
+        "pass": lambda: (single_pass, 1),
+        "pass, graph": lambda: (captured(single_pass), 1),
         "pgd": lambda: (
             (lambda: run_attack(spec, net, images, labels, generator=torch.Generator().manual_seed(0))),
             10,
@@ -557,7 +568,7 @@ def measure_chunk(rows: Rows, net: nn.Module, images: Tensor, precision: str, bu
 
 
 def speed(rows: Rows, device: torch.device, quick: bool) -> None:
-    """Part 2: ceilings and fractions of them. What takes longest to prepare (compilation) comes last."""
+    """Run part 2: ceilings and fractions of them. Compilation takes longest to prepare and comes last."""
     budget_s = 0.02 if quick else 0.5
     ceilings = measure_ceilings(rows, device, quick, budget_s)
     peak = ceilings.get("bfloat16", 0.0)
@@ -567,16 +578,16 @@ def speed(rows: Rows, device: torch.device, quick: bool) -> None:
         measure_training(rows, device, quick, budget_s, VARIANTS[3:], peak)
 
 
-# -- part 3 ----------------------------------------------------------------------------------------------------------------
+# --- part 3
 
 
 def pipeline(rows: Rows, command: str, storage: str, data: str, limit_s: float) -> None:
-    """Part 3: run one recipe through Ray in a process of its own; add its wall-clock and the seconds of its stages.
+    """Run part 3: one recipe through Ray in its own process. Add its wall-clock and its stages' seconds.
 
     Args:
         command: a recipe and its options, as pipeline/main.py takes them after ``run``.
-        data: a directory of Parquet files that replaces a source which would be downloaded; empty: none.
-        limit_s: the run is interrupted after so many seconds; the same command continues it.
+        data: directory of Parquet files that replaces the source torchvision:mnist, or an empty string.
+        limit_s: seconds after which the run is interrupted. The same command continues it.
     """
     arguments = shlex.split(command)
     recipe = RECIPES.get(arguments[0])
@@ -608,7 +619,7 @@ def pipeline(rows: Rows, command: str, storage: str, data: str, limit_s: float) 
 
 
 def interrupted(process: subprocess.Popen[bytes]) -> int:
-    """End a run as Ctrl-C does, and with force where that takes over 20 seconds. Returns its exit status."""
+    """End a run as Ctrl-C does, or by force after 20 seconds, and return its exit status."""
     for sign, wait_s in ((signal.SIGINT, 20.0), (signal.SIGKILL, 5.0)):
         os.killpg(process.pid, sign)
         try:
@@ -619,7 +630,7 @@ def interrupted(process: subprocess.Popen[bytes]) -> int:
 
 
 def newest_record(storage: Path, recipe: str, since: float) -> dict[str, Any]:
-    """Return the run.json of a recipe that was written last, or {} if none was written since a time."""
+    """Return the newest run.json of a recipe, or {} if none was written since a time."""
     files = sorted(storage.glob("runs/*/run.json"), key=lambda f: f.stat().st_mtime)
     if not files or files[-1].stat().st_mtime < since:
         return {}
@@ -627,7 +638,7 @@ def newest_record(storage: Path, recipe: str, since: float) -> dict[str, Any]:
     return record
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------------
+# --- tables
 
 
 def table(directory: Path) -> None:
@@ -654,7 +665,7 @@ def _cell(value: Any) -> str:
 
 
 def main() -> int:
-    """Run one part. Returns the exit status."""
+    """Run one part and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("check", "speed", "pipeline", "table"))
     parser.add_argument(

@@ -9,22 +9,22 @@
 # Settings, from the environment; give `stop` and `status` the same LOCAL_RAY_PORT:
 #   LOCAL_RAY_PORT             6379   port of the head (GCS); names the state directory
 #   LOCAL_RAY_DASHBOARD_PORT   8265   dashboard and Jobs API
-#   LOCAL_RAY_CLIENT_PORT     10001   Ray client server: nothing here uses it, but `ray start` always starts one
+#   LOCAL_RAY_CLIENT_PORT     10001   Ray client server; nothing here uses it, but `ray start` always starts it
 #   LOCAL_RAY_AGENT_PORT      52365   dashboard agent
 # Every port listens on 127.0.0.1 only; infra/README.md lists them.
-#   LOCAL_RAY_CPUS, LOCAL_RAY_GPUS    what Ray may use; unset: what it finds
+#   LOCAL_RAY_CPUS, LOCAL_RAY_GPUS    CPUs and GPUs that Ray may use; unset: those it finds
 #   RAY                               the ray command; unset: .venv/bin/ray, else ray in PATH
-# The token is Ray's own: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, made if none exists.
+# The token is Ray's: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. It is created if none exists.
 set -euo pipefail
-umask 077 # the token is the user's alone
+umask 077 # Only the user may read the token.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 port=${LOCAL_RAY_PORT:-6379}
 dashboard_port=${LOCAL_RAY_DASHBOARD_PORT:-8265}
 client_port=${LOCAL_RAY_CLIENT_PORT:-10001}
 agent_port=${LOCAL_RAY_AGENT_PORT:-52365}
-# Closed to others, because Ray opens its own directory below to all; short, because Ray puts Unix sockets there, whose
-# paths end at 107 characters.
+# The directory is closed to other users, because Ray opens its own directory inside to everyone. Its path is
+# short, because Ray puts Unix sockets there, whose paths are limited to 107 characters.
 state=/tmp/defendpp-$(id -u)-$port
 ray_dir=$state/r
 pid_file=$state/head.pid
@@ -34,12 +34,14 @@ die() {
   exit 1
 }
 
-# Living processes of our session (no zombies): `start` gives the head a session of its own, which its children stay in.
+# Print the pids of a session's processes, without zombies. `start` gives the head its own session, and its
+# children stay in it.
 session_pids() {
   pgrep -s "$1" -U "$(id -u)" -r D,I,R,S,T || true
 }
 
-# Prints the recorded head's pid, which is its session's id too, if that is not from before the last restart.
+# Print the recorded head's pid, which is also its session's id, and its start time. Fail if the machine has
+# restarted since.
 recorded_head() {
   local pid start_time boot
   [[ -r $pid_file ]] || return 1
@@ -48,7 +50,7 @@ recorded_head() {
   echo "$pid $start_time"
 }
 
-# The same if the head lives and is still ours: pids are reused.
+# Print the recorded head's pid if it is still the same process: pids are reused.
 running_head() {
   local pid start_time recorded
   recorded=$(recorded_head) || return 1
@@ -61,8 +63,8 @@ boot_id() {
   cat /proc/sys/kernel/random/boot_id
 }
 
-# Field 22 of /proc/PID/stat: with the pid it names one process until the machine restarts. Empty where there is none, or
-# only a zombie.
+# Print the start time of a process (field 22 of /proc/PID/stat), or nothing if it is gone or a zombie. Together
+# with the pid it identifies the process until the machine restarts.
 start_time_of() {
   local stat fields
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
@@ -70,7 +72,7 @@ start_time_of() {
   [[ ${fields[0]} == Z ]] || echo "${fields[19]}"
 }
 
-# Refuse what Ray would answer with a traceback.
+# Refuse ports for which Ray would print a traceback.
 check_ports() {
   local names=(LOCAL_RAY_PORT LOCAL_RAY_DASHBOARD_PORT LOCAL_RAY_CLIENT_PORT LOCAL_RAY_AGENT_PORT)
   local ports=("$port" "$dashboard_port" "$client_port" "$agent_port") i j
@@ -101,7 +103,8 @@ find_ray() {
 }
 
 start() {
-  command -v setsid >/dev/null || die "needs setsid (util-linux); on another system use 'ray start --head' and 'ray stop'"
+  command -v setsid >/dev/null ||
+    die "needs setsid (util-linux); on another system use 'ray start --head' and 'ray stop'"
   command -v pgrep >/dev/null || die "needs pgrep (procps)"
   local ray head args
   ray=$(find_ray)
@@ -112,16 +115,17 @@ start() {
   [[ -d $state ]] || mkdir -m 700 "$state"
   [[ -O $state && ! -L $state ]] || die "$state belongs to someone else"
   chmod 700 "$state"
-  rm -rf "$ray_dir" # logs of the last time
+  rm -rf "$ray_dir" # It holds the logs of the last start.
 
   export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
   # Without this, Ray resolves 127.0.0.1 to an address that other machines reach. Despite its name it works on Linux.
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
-  # A job's `python` is looked up in the head's PATH: it has to be the one that has Ray.
+  # A job's `python` is looked up in the head's PATH. It must be the Python that has Ray.
   PATH=$(cd "$(dirname "$(command -v "$ray")")" && pwd):$PATH
   export PATH
-  unset RAY_ADDRESS # else `ray start --head` refuses
-  "$ray" get-auth-token --generate >/dev/null 2>&1 || die "no token; see: RAY_AUTH_MODE=token $ray get-auth-token --generate"
+  unset RAY_ADDRESS # `ray start --head` refuses to start if it is set.
+  "$ray" get-auth-token --generate >/dev/null 2>&1 ||
+    die "no token; see: RAY_AUTH_MODE=token $ray get-auth-token --generate"
 
   args=(
     --head --block --disable-usage-stats "--port=$port"
@@ -132,19 +136,20 @@ start() {
   )
   [[ -z ${LOCAL_RAY_CPUS:-} ]] || args+=("--num-cpus=$LOCAL_RAY_CPUS")
   [[ -z ${LOCAL_RAY_GPUS:-} ]] || args+=("--num-gpus=$LOCAL_RAY_GPUS")
-  # not a process-group leader here, so setsid does not fork and $! is the head itself
+  # This process is no process-group leader, so setsid does not fork and $! is the head itself.
   setsid "$ray" start "${args[@]}" </dev/null >"$state/head.log" 2>&1 &
   head=$!
   echo "$head $(start_time_of "$head") $(boot_id)" >"$pid_file"
 
   trap 'stop; exit 130' INT TERM
-  # asks the Jobs API with the token: ready means that a submission will be taken
+  # Ask the Jobs API with the token. Once it answers, it accepts submissions.
   for ((i = 0; i < 60; i++)); do
     if ! running_head >/dev/null; then
       tail -n 20 "$state/head.log" >&2
       die "the head died; log: $state/head.log"
     fi
-    if port_is_taken "$dashboard_port" && "$ray" job list --address "http://127.0.0.1:$dashboard_port" >/dev/null 2>&1; then
+    if port_is_taken "$dashboard_port" &&
+      "$ray" job list --address "http://127.0.0.1:$dashboard_port" >/dev/null 2>&1; then
       break
     fi
     sleep 1
@@ -175,7 +180,7 @@ TEXT
 stop() {
   local head pids
   if ! head=$(running_head); then
-    # a head that died alone may leave children behind: they keep its session's id, and no process gets that pid meanwhile
+    # A head that died may leave children behind. They keep its session's id, so no other process gets that pid.
     head=$(recorded_head) || head=
     head=${head%% *}
     if [[ -z $head || -n $(start_time_of "$head") || -z $(session_pids "$head") ]]; then
@@ -185,14 +190,14 @@ stop() {
     fi
     echo "the head is gone; stopping what it left"
   fi
-  kill -TERM "$head" 2>/dev/null || true # `ray start --block` stops its children when it gets this
+  kill -TERM "$head" 2>/dev/null || true # `ray start --block` stops its children on SIGTERM.
   for ((i = 0; i < 40; i++)); do
     [[ -n $(session_pids "$head") ]] || break
     sleep 0.5
   done
   pids=$(session_pids "$head")
   if [[ -n $pids ]]; then
-    # shellcheck disable=SC2086 # one pid a word
+    # shellcheck disable=SC2086 # Each word is a pid.
     kill -KILL $pids 2>/dev/null || true
     sleep 0.5
   fi
