@@ -1,4 +1,4 @@
-"""Fixtures of all tests. One Ray cluster serves the whole session: starting one takes 5-8 s."""
+"""Fixtures of all tests. One Ray cluster serves the whole session, because its start takes 5 to 8 s."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
-# before Ray and MLflow are imported by any test
+# These variables must be set before any test imports Ray or MLflow.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"  # as pipeline.tracking sets it, whichever test imports mlflow first
-os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody takes this node away; it costs each run 7 s of CPU
-# else tests starve beside anything else that runs; Ray spells it so
+os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"  # pipeline.tracking sets the same level.
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
+    "0"  # A local node is never preempted, and the watcher costs each run 7 s of CPU.
+)
+# With Ray's default niceness, tests starve beside other processes. Ray spells the name in mixed case.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
-os.environ["RAY_ADDRESS"] = "local"  # never join a cluster that happens to run on this machine
-# a test publishes to an MLflow of its own, and never to that of the person who starts it
+os.environ["RAY_ADDRESS"] = "local"  # Never join a cluster that already runs on this machine.
+# A test publishes to its own MLflow, never to that of the person who runs the tests.
 for _name in [name for name in os.environ if name.startswith("MLFLOW_TRACKING_")]:
     del os.environ[_name]
 for _name in ("MLFLOW_EXPERIMENT_NAME", "DEFENDPP_REVISION"):
     os.environ.pop(_name, None)
 
-# The same examples in every run: a failure can be repeated, and a time limit would be one of the machine.
+# Hypothesis draws the same examples in every run, so failures repeat. A deadline would depend on the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
@@ -36,7 +38,7 @@ TESTS = Path(__file__).resolve().parent
 SHARED_DATA = TESTS.parents[1] / "shared" / "data"
 
 
-@functools.cache  # asked for each of two thousand tests
+@functools.cache  # pytest asks for each of two thousand tests.
 def _uses_session_cluster(file: Path) -> bool:
     return re.search(r"\bray_cluster\b", file.read_text()) is not None
 
@@ -50,9 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class OneRay(LoadScopeScheduling):
-    """Scheduler for ``pytest -n 2``: files that use the session's cluster in one process, other files one by one in the other.
+    """Scheduler for ``pytest -n 2`` that starts Ray in one process only.
 
-    Two clusters under load starve each other on two cores. (xdist 3.8's own loadgroup does not work with pytest 9.2.)
+    One process runs the files that use the session's cluster, the other one the remaining files. Two
+    clusters under load starve each other on two cores. (xdist 3.8's own loadgroup does not work with
+    pytest 9.2.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -66,13 +70,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
-    """A local Ray cluster of 4 logical CPUs; its address, which a subprocess may join."""
+    """Start a local Ray cluster of 4 logical CPUs, and give its address, which a subprocess may join."""
     import ray
 
     from pipeline.runtime import cluster
 
     with pytest.MonkeyPatch.context() as environment:
-        # workers inherit it: classes that tests define are imported there by name
+        # Workers inherit PYTHONPATH. They import the classes that tests define by name.
         folders = [TESTS.parent, *sorted({file.parent for file in TESTS.rglob("*.py")})]
         environment.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)), prepend=os.pathsep)
         cluster.start_local(num_cpus=4, object_store_memory=500_000_000)
@@ -82,7 +86,11 @@ def ray_cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """On networks this small a second thread gains nothing, and on a busy machine waiting for it costs twentyfold."""
+    """Run PyTorch on one thread.
+
+    On small networks a second thread gains nothing. On a busy machine, waiting for it takes twenty times
+    as long.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -93,14 +101,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def mute() -> Iterator[str]:
-    """The address of a server that takes connections and never answers."""
+    """Start a server that accepts connections and never answers, and give its address."""
     with socket.create_server(("127.0.0.1", 0), backlog=100) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Directory of the complete MNIST, CIFAR-10 and Imagenette Parquet files, where a machine has them."""
+    """Give the directory of the complete MNIST, CIFAR-10 and Imagenette files, or skip the test."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not on this machine")
     return SHARED_DATA

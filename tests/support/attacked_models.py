@@ -12,7 +12,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def linear(classes: int, pixels: int = 16, seed: int = 0, scale: float = 1) -> nn.Module:
-    """Logits W x + b with the boundaries close to the grey image, so that [0,1] does not bind."""
+    """Return a linear model with boundaries so close to the grey image that [0,1] does not bind."""
     layer = nn.Linear(pixels, classes)
     with torch.no_grad():
         layer.weight.copy_(scale * torch.randn(classes, pixels, generator=seeded(seed)))
@@ -52,7 +52,11 @@ def norm_of(delta: Tensor, norm: str | None) -> np.ndarray:
 
 
 def distances(model: nn.Module, x: Tensor, order: float) -> np.ndarray:
-    """Exact distance of each sample to the nearest boundary of a linear model; ``order`` is that of the dual norm."""
+    """Return the exact distance of each sample to the nearest boundary of a linear model.
+
+    Args:
+        order: order of the dual norm.
+    """
     weight = model[1].weight.detach().double()
     logits = model(x).detach().double()
     own = logits.argmax(dim=1)
@@ -66,7 +70,7 @@ def distances(model: nn.Module, x: Tensor, order: float) -> np.ndarray:
 
 
 class Counting(nn.Module):
-    """Counts the rows of every pass, with and without gradient."""
+    """A network that counts the rows of every pass, with and without gradient."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class Counting(nn.Module):
 
 
 class Small(nn.Module):
-    """A network on a device that holds ``room`` images."""
+    """A network on a device whose memory holds ``room`` images."""
 
     def __init__(self, inner: nn.Module, room: int) -> None:
         super().__init__()

@@ -1,14 +1,15 @@
 """Inputs of the frozen comparison with the authors' attacks, and the script that freezes their figures.
 
-``tests/components/attacks/test_authors_reference.py`` runs our attacks on these inputs and compares them with the figures
-in ``tests/support/authors_reference.json``. Those come from the authors' own code, which is not part of this
-repository. To make them again, clone https://github.com/fra31/auto-attack (APGD, FAB and Square) and
+``tests/components/attacks/test_authors_reference.py`` runs our attacks on these inputs and compares
+them with the figures in ``tests/support/authors_reference.json``. Those come from the authors' own code,
+which is not part of this repository. To make them again, clone
+https://github.com/fra31/auto-attack (APGD, FAB and Square) and
 https://github.com/jeromerony/adversarial-library (DDN, by its author, and C&W), and run, from the root,
 
     PYTHONPATH=.:CLONE:OTHER_CLONE python tests/support/authors_reference.py
 
 The script imports the two packages and changes nothing in how they search. It only supplies the random
-numbers (theirs and ours draw in different orders) and watches the model's inputs.
+numbers (their code and ours draw in different orders) and records the model's inputs.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from torch import Tensor, nn
 
 FIGURES = Path(__file__).with_suffix(".json")
 POOL, CHANNELS, SIDE, CLASSES, HIDDEN = 60, 2, 17, 6, 24
-# Images of the pool on which rounding decides no step of APGD (tried: relative noise of 3e-7 in the pixels).
+# On these images of the pool, rounding decides no step of APGD. Relative noise of 3e-7 in the pixels shows it.
 CHOSEN = (6, 21, 22, 24, 26, 35, 37, 40, 46, 47)
 SAMPLES = len(CHOSEN)
-# On the last image a documented difference decides: whether the first step counts at APGD-T's first checkpoint.
+# A documented difference matters on the last image: whether APGD-T's first checkpoint counts the first step.
 APGD_T_SAMPLES = SAMPLES - 1
 PIXELS = CHANNELS * SIDE * SIDE
 TARGETS = 3
@@ -92,19 +93,19 @@ class Network(nn.Module):
 
 
 def inputs(network: nn.Module) -> tuple[Tensor, Tensor]:
-    """Images float32 [N,C,H,W], two sevenths of whose pixels are 0 or 1, and the network's predictions."""
+    """Return images float32 [N,C,H,W], two sevenths of their pixels 0 or 1, and their predictions."""
     x = (1.4 * of_the_chosen(Draws(2)) - 0.2).clamp(0, 1)
     with torch.no_grad():
         return x, network(x).argmax(dim=1)
 
 
 def aims(y: Tensor, targeted: bool) -> Tensor:
-    """The classes to hand to DDN and C&W: for a targeted attack, the ones to reach."""
+    """Return the classes for DDN and C&W: the targets of a targeted attack, else the labels."""
     return (y + 1) % CLASSES if targeted else y
 
 
 def start_draws(run: int) -> Tensor:
-    """Numbers from which run ``run`` of APGD, or of a restart of FAB, makes its random start."""
+    """Draw the numbers of a random start, for a run of APGD or a restart of FAB."""
     return of_the_chosen(Draws(100 + run))
 
 
@@ -135,7 +136,7 @@ def norms(delta: Tensor, norm: str) -> Tensor:
 
 
 def freeze_apgd(network: Network, x: Tensor, y: Tensor, norm: str, loss: str) -> dict[str, Any]:
-    """Freeze every iterate, the iterate of the highest loss, and who withstands."""
+    """Freeze every iterate, the iterate of the highest loss, and which samples withstand."""
     from autoattack.autopgd_base import APGDAttack
 
     attack = APGDAttack(network, n_iter=APGD_STEPS, norm=norm.capitalize(), eps=EPS[norm], loss=loss, device="cpu")
@@ -152,7 +153,7 @@ def freeze_apgd(network: Network, x: Tensor, y: Tensor, norm: str, loss: str) ->
 
 
 def freeze_apgd_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str, Any]:
-    """Freeze, for each target, the samples that are left and their iterates, and who withstands all."""
+    """Freeze the remaining samples and their iterates for each target, and which samples withstand all."""
     from autoattack.autopgd_base import APGDAttack_targeted
 
     runs: list[dict[str, Any]] = []
@@ -168,15 +169,15 @@ def freeze_apgd_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str
             return result
 
     options = {"n_iter": APGD_T_STEPS, "norm": norm.capitalize(), "eps": EPS[norm], "device": "cpu"}
-    found = Watched(network, n_target_classes=TARGETS, **options).perturb(x, y)
-    return {"runs": runs, "robust": (network(found).argmax(1) == y).int().tolist()}
+    examples = Watched(network, n_target_classes=TARGETS, **options).perturb(x, y)
+    return {"runs": runs, "robust": (network(examples).argmax(1) == y).int().tolist()}
 
 
 def freeze_fab_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str, Any]:
     """Freeze the iterates and norms towards each target, and of a restart towards the first.
 
-    The restart begins within half the smallest norm found so far, as in the paper. Their ``perturb``
-    would forget that norm, so it is handed over as the radius.
+    The restart begins within half the smallest norm so far, as in the paper. The authors' ``perturb``
+    forgets that norm, so this passes it as the radius.
     """
     from autoattack.fab_pt import FABAttack_PT
 
@@ -187,10 +188,10 @@ def freeze_fab_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str,
         attack.target_class = target
         network.seen.clear()
         with starting_from(lambda: start_draws(0)):
-            found = attack.attack_single_run(x, y, use_rand_start=restart, is_targeted=True)
-        passes = numbers(network.seen[2:])  # the first two are those of the clean images
-        fooled = network(found).argmax(1) != y
-        sizes = torch.where(fooled, norms(found - x, norm), torch.inf)
+            examples = attack.attack_single_run(x, y, use_rand_start=restart, is_targeted=True)
+        passes = numbers(network.seen[2:])  # The first two passes are those of the clean images.
+        fooled = network(examples).argmax(1) != y
+        sizes = torch.where(fooled, norms(examples - x, norm), torch.inf)
         return {"passes": passes, "norms": numbers([sizes])[0]}
 
     runs = [run(target, restart=False) for target in range(2, TARGETS + 2)]
@@ -199,56 +200,56 @@ def freeze_fab_t(network: Network, x: Tensor, y: Tensor, norm: str) -> dict[str,
 
 
 def freeze_square(network: Network, x: Tensor, y: Tensor, norm: str, rescale: bool) -> dict[str, Any]:
-    """Freeze every proposal for the samples that are left, and who withstands.
+    """Freeze every proposal for the remaining samples, and which samples withstand.
 
-    Theirs never puts a square at the lower and right edges, which the paper allows and ours does: here
-    it may, by the draw of the corners. Nothing else is different from their code.
+    The authors' code never puts a square at the lower and right edges. The paper allows it, and our
+    code does it. Here the draw of the corners allows it too; nothing else differs from their code.
     """
     from autoattack.square import SquareAttack
 
     draws = SquareDraws().of
 
     class Supplied(SquareAttack):
-        left = torch.arange(SAMPLES)
+        remaining = torch.arange(SAMPLES)
 
         def random_choice(self, shape: list[int]) -> Tensor:
-            own = shape[0] == len(self.left) and len(shape) == 4
+            own = shape[0] == len(self.remaining) and len(shape) == 4
             drawn = 2.0 * draws["signs"].integers(0, 2, (SAMPLES, *shape[1:]) if own else tuple(shape)) - 1
-            return drawn[self.left] if own else drawn
+            return drawn[self.remaining] if own else drawn
 
         def random_int(self, low: int = 0, high: int = 1, shape: Any = (1,)) -> Tensor:
             return draws["corners"].integers(low, high + 1, tuple(shape))
 
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             margin, loss = super().margin_and_loss(x, y)
-            self.left = self.left[margin > 0]
+            self.remaining = self.remaining[margin > 0]
             return margin, loss
 
         def attack_single_run(self, x: Tensor, y: Tensor) -> Any:
             network.seen.clear()
-            queries, found = super().attack_single_run(x, y)
+            queries, examples = super().attack_single_run(x, y)
             self.queries, self.passes = queries, numbers(network.seen)
-            return queries, found
+            return queries, examples
 
     options = {"n_queries": QUERIES, "norm": norm.capitalize(), "eps": SQUARE_EPS[norm], "device": "cpu"}
     attack = Supplied(network, resc_schedule=rescale, **options)
     with starting_from(lambda: draws["orientations"](1)):
-        found = attack.perturb(x, y)
-    return {"passes": attack.passes, "robust": (network(found).argmax(1) == y).int().tolist()}
+        examples = attack.perturb(x, y)
+    return {"passes": attack.passes, "robust": (network(examples).argmax(1) == y).int().tolist()}
 
 
 def freeze_ddn(network: Network, x: Tensor, y: Tensor, targeted: bool) -> dict[str, Any]:
-    """Freeze every iterate but the last, which theirs does not look at, and the smallest norm among them."""
+    """Freeze every iterate but the last, which their code does not evaluate, and the smallest norm."""
     from adv_lib.attacks import ddn
 
     network.seen.clear()
     options = {"steps": DDN["steps"], "γ": DDN["gamma"], "init_norm": DDN["initial_norm"], "levels": None}
-    found = ddn(network, x, aims(y, targeted), targeted=targeted, **options)
-    return {"passes": numbers(network.seen), "norms": numbers([norms(found - x, "l2")])[0]}
+    examples = ddn(network, x, aims(y, targeted), targeted=targeted, **options)
+    return {"passes": numbers(network.seen), "norms": numbers([norms(examples - x, "l2")])[0]}
 
 
 def freeze_cw(network: Network, x: Tensor, y: Tensor, targeted: bool) -> dict[str, Any]:
-    """Freeze every iterate of every search step, and the smallest norm found."""
+    """Freeze every iterate of every search step, and the smallest norm."""
     from adv_lib.attacks import carlini_wagner_l2
 
     network.seen.clear()
@@ -257,11 +258,11 @@ def freeze_cw(network: Network, x: Tensor, y: Tensor, targeted: bool) -> dict[st
         "learning_rate": CW["lr"],
         "initial_const": CW["initial_const"],
         "binary_search_steps": CW["binary_search_steps"],
-        "max_iterations": CW["steps"] + 1,  # theirs looks at an iterate before its step, not after
+        "max_iterations": CW["steps"] + 1,  # Their code evaluates an iterate before its step, not after.
         "abort_early": False,
     }
-    found = carlini_wagner_l2(network, x, aims(y, targeted), targeted=targeted, **options)
-    return {"passes": numbers(network.seen), "norms": numbers([norms(found - x, "l2")])[0]}
+    examples = carlini_wagner_l2(network, x, aims(y, targeted), targeted=targeted, **options)
+    return {"passes": numbers(network.seen), "norms": numbers([norms(examples - x, "l2")])[0]}
 
 
 def source(package: Any, repository: str) -> str:
@@ -271,7 +272,8 @@ def source(package: Any, repository: str) -> str:
 
 
 def freeze() -> dict[str, Any]:
-    sys.modules["visdom"] = mock.Mock()  # adversarial-library imports it for plots
+    """Run all attacks of the authors and return their figures."""
+    sys.modules["visdom"] = mock.Mock()  # adversarial-library imports visdom for plots.
     import adv_lib
     import autoattack
 

@@ -1,9 +1,9 @@
 """Inputs of the frozen comparison with ComDefend's published training loss, and the script that freezes it.
 
-``tests/components/models/test_comdefend.py`` compares our loss and its gradients on these inputs with the figures in
-``tests/support/comdefend_reference.json``. Those come from the authors' own ``train`` function, which is not part
-of this repository. To make them again, clone https://github.com/jiaxiaojunQAQ/Comdefend and run, from
-the root,
+``tests/components/models/test_comdefend.py`` compares our loss and its gradients on these inputs with
+the figures in ``tests/support/comdefend_reference.json``. Those come from the authors' own ``train``
+function, which is not part of this repository. To make them again, clone
+https://github.com/jiaxiaojunQAQ/Comdefend and run, from the root,
 
     PYTHONPATH=.:CLONE python tests/support/comdefend_reference.py
 
@@ -51,7 +51,7 @@ def fill(com: nn.Module, rec: nn.Module, case: str) -> None:
 
 
 def images_and_noise(case: str) -> tuple[Tensor, Tensor]:
-    """Images float32 [2,3,8,8] and standard noise [2,12,8,8], which the authors subtract from the code."""
+    """Return images float32 [2,3,8,8] and the noise [2,12,8,8] that the authors subtract from the code."""
     images, noise = Draws(4)(2, 3, 8, 8), 2 * (2 * Draws(5)(2, 12, 8, 8) - 1)
     return (0.5 + 0.01 * (images - 0.5) if case == "penalty" else images), noise
 
@@ -64,7 +64,10 @@ def gradient_norms(network: nn.Module) -> list[float]:
 
 
 class Centred(nn.Module):
-    """Their encoder on images minus 0.5, which their TensorFlow script subtracts and their Torch script does not."""
+    """The authors' encoder on images minus 0.5.
+
+    Their TensorFlow script subtracts 0.5; their Torch script does not.
+    """
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ def freeze_case(case: str) -> dict[str, Any]:
     com, rec = authors.encoder(), authors.decoder()
     fill(com, rec, case)
     images, noise = images_and_noise(case)
-    optimizer = mock.Mock()  # they call zero_grad and step: the gradients stay
+    optimizer = mock.Mock()  # The authors call zero_grad and step. The mock keeps the gradients.
     printed = io.StringIO()
     with (
         contextlib.redirect_stdout(printed),

@@ -1,4 +1,4 @@
-"""The command line as a user starts it, on a small run."""
+"""The command line, as a user starts it, on a small run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = [
     "mnist-smoke",
     *("--data.train-limit", "400", "--data.test-limit", "20"),
     *("--scaling.workers", "1", "--scaling.cpus-per-worker", "0.5", "--scaling.cpus-per-attack", "2"),
-    *("--scaling.parallel-models", "1"),  # each Train run starts five processes; test_tables trains side by side
+    *("--scaling.parallel-models", "1"),  # Each Ray Train run starts five processes.
 ]
 
 
@@ -40,14 +40,14 @@ def run_well(arguments: list[str], address: str) -> str:
 
 
 def run_here(arguments: list[str]) -> None:
-    """The same in this process, on the session's cluster: no second start of Python."""
+    """Run a command in this process, on the session's cluster, which saves a start of Python."""
     assert main(arguments[len(MAIN) :]) == 0
 
 
 def record_of(storage: Path) -> dict[str, Any]:
     (file,) = storage.glob("runs/*/run.json")
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record
 
 
 def files_below(directory: Path, pattern: str) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ from torch import nn
 
 
 def convolutions(module: nn.Module) -> list[tuple[str, int, int, int, int]]:
-    """(kind, in, out, kernel, stride) of every convolution off the skips, in order."""
+    """Return (kind, in, out, kernel, stride) of every convolution outside the skips, in order."""
     out = []
     for name, m in module.named_modules():
         if isinstance(m, nn.Conv2d | nn.ConvTranspose2d) and "skip" not in name:

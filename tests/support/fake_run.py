@@ -1,4 +1,4 @@
-"""A small but complete run directory (docs/records.md) with made-up, plausible numbers: for tests of what reads records."""
+"""A small but complete run directory (docs/records.md) with made-up numbers, to test readers of records."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MODELS = ("no_defense", "control", "defend")
 ATTACKS = ("noise:eps=0.2", "fgsm:eps=0.2", "bim:eps=0.2,steps=40", "ddn:steps=60")
 STEPS_PER_EPOCH, EPOCHS, N, CHUNK = 12, 4, 300, 100
 BEGIN = 1_780_000_000.0
-"""2026-05-28T20:26:40Z, when the run began."""
+"""Start of the run, 2026-05-28T20:26:40Z."""
 
-# share of test images still right, by (model, threat model, attack): the prototype's table in the project's notes
+# Accuracy by model, threat model and attack. The numbers come from the prototype's table in the project's notes.
 RIGHT = {
     ("no_defense", "random", "noise"): 0.94,
     ("control", "random", "noise"): 0.95,
@@ -90,7 +90,7 @@ def write(root: Storage, *, evaluations: bool = True, gallery: bool = True, fini
 
 
 def write_with_figures(root: Storage, **parts: bool) -> Storage:
-    """Write the run as :func:`write`, with every figure of the paper asked for."""
+    """Write the run as :func:`write`, with every figure of the paper requested."""
     run = write(root, **parts)
     record = run.read_json("run.json")
     record["experiment"]["figures"] = ["fig2", "fig5", "fig6", "fig7", "fig8"]

@@ -52,7 +52,7 @@ def untrained_cnn(seed: int) -> nn.Module:
 
 
 def trained(x: Tensor, y: Tensor, eps: float = 0.0) -> nn.Module:
-    """Train a small CNN for 120 steps; with eps, on examples of one PGD step."""
+    """Train a small CNN for 120 steps, with eps on examples of one PGD step."""
     model = untrained_cnn(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -115,24 +115,24 @@ def flags_of(
         active_test(model, batch[0][:16], spec, eps=spec.eps or 1.5, generator=seeded(1))
         for spec in map(AttackSpec.parse, attacks)
     ]
-    again = json.loads(json.dumps([measured, active], allow_nan=False))
-    assert again == [measured, active]
+    parsed = json.loads(json.dumps([measured, active], allow_nan=False))
+    assert parsed == [measured, active]
     judged = [
         judged_by(model, batch, "white_box", f"fgsm:eps={EPS}"),
         judged_by(model, batch, "white_box", f"pgd:eps={EPS},steps=20"),
         judged_by(model, batch, "random", f"noise:eps={EPS}"),
     ]
-    made = flags(again[0], judged, again[1])
-    assert [f.name for f in made] == NAMES
-    for flag in made:
+    raised = flags(parsed[0], judged, parsed[1])
+    assert [f.name for f in raised] == NAMES
+    for flag in raised:
         assert flag.measured
         assert flag.remedy
         json.dumps(flag.to_dict(), allow_nan=False)
-    return {f.name: f for f in made}
+    return {f.name: f for f in raised}
 
 
-def fired(made: dict[str, Flag]) -> set[str]:
-    return {name for name, flag in made.items() if flag.fired}
+def fired(raised: dict[str, Flag]) -> set[str]:
+    return {name for name, flag in raised.items() if flag.fired}
 
 
 ITERATED = (
@@ -154,7 +154,7 @@ STRONG = (
 
 
 class Table(nn.Module):
-    """Outputs that depend on the mean pixel: given by a function of [N]."""
+    """A network whose outputs are a function of the mean pixel of each image, [N]."""
 
     def __init__(self, rows: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

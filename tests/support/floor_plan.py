@@ -1,7 +1,8 @@
 """Print the floor plan of this repository: ``.venv/bin/python tests/support/floor_plan.py [DIRECTORY]``.
 
-For each package: files, lines, the longest file and the longest function body. For the imports: how many levels they have, and
-which modules import one another in a circle. ``lint-imports`` (in ``make check``) enforces their order.
+For each package it shows the files, the lines, the longest file and the longest function body. For the
+imports it shows their number of levels and the modules that import one another in a circle.
+``lint-imports`` (in ``make check``) enforces their order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TOPS = ("pipeline", "components", "tune_spaces")
 
 
 def longest_function(file: Path) -> tuple[int, str]:
-    """Return the lines and the name of a file's longest function body, its docstring left out."""
+    """Return the lines and the name of a file's longest function body, without its docstring."""
     longest = (0, "")
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -43,7 +44,7 @@ def print_sizes(root: Path) -> None:
 
 
 def circles_and_levels(imports: dict[str, set[str]]) -> tuple[list[list[str]], int]:
-    """Return the modules that import one another in a circle, and the length of the longest chain of imports (Tarjan)."""
+    """Return the modules in circles of imports, and the length of the longest chain (Tarjan)."""
     number: dict[str, int] = {}
     low: dict[str, int] = {}
     level: dict[str, int] = {}

@@ -49,7 +49,7 @@ def hub(directory: Path, *names: str, classes: int = 3) -> DataConfig:
 
 
 def folders(directory: Path, *names: str, classes: int = 2) -> DataConfig:
-    """Write image files, named SPLIT/CLASS/FILE."""
+    """Write image files with the names SPLIT/CLASS/FILE."""
     for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(PNG)
@@ -57,7 +57,7 @@ def folders(directory: Path, *names: str, classes: int = 2) -> DataConfig:
 
 
 def outcome(data: DataConfig) -> str:
-    """Open, check and read a data set whole: "read", or the text of the one error that was raised."""
+    """Open, check and read a whole data set. Return "read", or the text of the error."""
     try:
         check_source(data, trains=False)
         source = open_source(data, "test")

@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 class MlflowServer:
-    """In its own process group, on a free port that it keeps.
+    """A server in its own process group, on a free port that it keeps.
 
     Args:
         database: SQLAlchemy URI of the backend store.
@@ -45,7 +45,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 self._command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 240  # a busy machine takes more than a minute
+        deadline = time.monotonic() + 240  # On a busy machine the start takes more than a minute.
         while time.monotonic() < deadline:
             assert self._process.poll() is None, self._log.read_text()
             try:
@@ -56,12 +56,12 @@ class MlflowServer:
         raise AssertionError(self._log.read_text())
 
     def pause(self) -> None:
-        """Stop every process of the server: it still takes connections, and answers none."""
+        """Stop every process of the server. It still accepts connections, but answers none."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Go on after :meth:`pause`."""
+        """Continue after :meth:`pause`."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGCONT)
 

@@ -19,7 +19,7 @@ DatabaseMaker = Callable[[Path], str]
 
 
 def silent(line: str) -> None:
-    raise AssertionError(f"nothing was to be said, but: {line}")
+    raise AssertionError(f"unexpected message: {line}")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -117,7 +117,7 @@ def expect_fake_run(client: MlflowClient, run: Storage) -> None:
 
 
 def forget_publication(run: Storage, uri: str) -> None:
-    """Make tracking.json what a process leaves that is killed before it writes the file."""
+    """Reset tracking.json to the state of a process that was killed before it wrote the file."""
     file = run.read_json("tracking.json")
     file["uris"][uri].update(published=[], runs={}, status={})
     run.write_json("tracking.json", file)
@@ -140,7 +140,7 @@ def a_trial(number: int, root: Storage, *models: str, state: str = "finished", *
         "epochs": epochs if homes else [],
         "models": [{"seed": i, "path": h.uri.removeprefix(root.uri + "/")} for i, h in enumerate(homes)],
         "seconds": 5.0,
-        "training_seconds": 0.0,  # another run trained them
+        "training_seconds": 0.0,  # Another run trained the models.
         "objective_seconds": 1.0,
         "started": "2026-05-28T21:00:00+00:00",
         **more,

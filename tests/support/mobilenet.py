@@ -1,4 +1,4 @@
-"""A network of a user's own, with an adapter: torchvision's MobileNetV2."""
+"""A user's own network with an adapter: torchvision's MobileNetV2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ MOBILENET = Adapter(
         (tuple(f"features.{i}" for i in range(14, 18)),),
     ),
     depths=((2,), (2,), (3,), (7,), (4,)),
-    # features.18 widens 320 channels to 1280 for the classification: left to the head, or the decoder would mirror 1280
+    # features.18 widens 320 channels to 1280 for the classification. It belongs to the head, so that the
+    # decoder does not mirror 1280 channels.
     head=("features.18", "global_average", "flatten", "classifier"),
 )
 

@@ -26,7 +26,7 @@ def images(n: int = 3, channels: int = 3, size: int = 32) -> Tensor:
 
 
 def unsettle(net: nn.Module) -> None:
-    """Give batch norm statistics values of their own, so that a mix-up shows."""
+    """Give each batch norm statistic a different value, so that a mix-up shows."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for name, b in net.named_buffers():

@@ -1,4 +1,4 @@
-"""Networks of a user's own that are unusual in how they keep, save or change tensors; each function is a MODULE:FUNCTION."""
+"""A user's own networks that keep, save or change tensors unusually. The functions can be named as --arch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from components.models.adapter import Adapter
 
 
 class Tied(Net):
-    """The same layers under two names, as in networks that keep a list of them."""
+    """A network with the same layers under two names, as if it kept a list of them."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
@@ -35,7 +35,7 @@ class Constants(nn.Module):
 
 
 class Wrapped(nn.Module):
-    """All keys begin with ``module.``, and belong to it: torch's AveragedModel and many wrappers are built so."""
+    """A wrapper whose keys all begin with ``module.``, like torch's AveragedModel and many others."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Wrapped(nn.Module):
 
 
 class Normalizing(Net):
-    """Has methods and attributes of the names that this project once used for its own."""
+    """A network with methods and attributes whose names this project once used itself."""
 
     adapter = "none"
 
@@ -58,21 +58,21 @@ class Normalizing(Net):
 
 
 class InPlace(Net):
-    """Normalises the very tensor that it is given."""
+    """A network that normalises its input in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.sub_(0.1307).div_(0.3081))
 
 
 class InPlaceInTraining(Net):
-    """Adds noise to the very tensor that it is given, while it is trained."""
+    """A network that adds noise to its input in place during training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.add_(torch.randn_like(x)) if self.training else x)
 
 
 class Buffered(Net):
-    """With one more tensor in its state."""
+    """A network with one more tensor in its state."""
 
     def __init__(self, channels: int, num_classes: int, tensor: Tensor) -> None:
         super().__init__(channels, num_classes)
@@ -80,7 +80,7 @@ class Buffered(Net):
 
 
 class Hooked(Net):
-    """Its ``state_dict`` is not what it computes with."""
+    """A network whose ``state_dict`` differs from the weights that it computes with."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
@@ -92,7 +92,7 @@ def _negated(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata:
 
 
 class Extra(Net):
-    """Keeps something in its state that is not a tensor."""
+    """A network whose state holds an object that is not a tensor."""
 
     def get_extra_state(self) -> Any:
         return {"calls": 3}
@@ -102,7 +102,7 @@ class Extra(Net):
 
 
 class Drawn(Net):
-    """Draws a projection that is not part of its state from NumPy's stream, which no seed of this project reaches."""
+    """A network with a random projection outside its state, from NumPy's stream, which is not seeded here."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__(channels, num_classes)
@@ -113,7 +113,7 @@ class Drawn(Net):
 
 
 class Remembering(Net):
-    """Learns running statistics in training that its state does not hold."""
+    """A network with running statistics that its state does not hold."""
 
     running: Tensor
 
@@ -128,7 +128,7 @@ class Remembering(Net):
 
 
 class Returning(Net):
-    """Returns its logits in something else."""
+    """A network that returns its logits within another object."""
 
     def __init__(self, channels: int, num_classes: int, make: Any) -> None:
         super().__init__(channels, num_classes)
@@ -139,7 +139,7 @@ class Returning(Net):
 
 
 class Blocks(nn.Module):
-    """Small enough for a test, with the parts that an adapter names."""
+    """A small network with the parts that an adapter names."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def with_complex128(num_classes: int, channels: int, image_size: int, width: int
 
 def quantized() -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch announces the end of this type, which files of today still hold
+        warnings.simplefilter("ignore")  # torch deprecates this type, but existing files hold it.
         return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
 
 

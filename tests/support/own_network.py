@@ -1,4 +1,4 @@
-"""A stranger's network, as a user of ``attack --model`` would have it: no adapter, nothing of this project."""
+"""A user's network for ``attack --model``, without an adapter and without any code of this project."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Two convolutions and a head; ``forward`` uses operations that have no module."""
+    """Two convolutions and a head. ``forward`` uses operations that have no module."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Net(nn.Module):
 
 
 class Drawing(Net):
-    """A randomised defense: noise on every image and on the logits, from torch's global stream."""
+    """A randomised defense with noise on images and logits, from torch's global stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x + 0.2 * torch.randn_like(x))
@@ -30,7 +30,7 @@ class Drawing(Net):
 
 
 class Large(Net):
-    """Takes more memory than there is as soon as it is trained on more than a few images at a time, or says so."""
+    """A network that reports too little memory when it is trained on more than 8 images at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) > 8:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def form(value: Any) -> Any:
-    """Return a record with the type of each value in its place; lists by the forms of their items."""
+    """Replace each value of a record by its type, and each list by the forms of its items."""
     if isinstance(value, dict):
         return {key: form(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -14,13 +14,17 @@ from pipeline.data.sources.open import open_source
 
 
 def digits(split: str, rows: int) -> tuple[Tensor, Tensor]:
-    """The first ``rows`` images of a split, float32 [rows,1,28,28] in [0,1], and their labels."""
+    """Return the first images of a split, float32 [rows,1,28,28] in [0,1], and their labels."""
     images, labels = open_source(DataConfig(), split).read(np.arange(rows))
     return torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
 
 
-def trained_cnn(epochs: int, seen: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda model, x, y: x) -> nn.Module:
-    """A CNN of two convolutions, trained on 2,000 images; ``seen`` is what it is shown of a batch."""
+def trained_cnn(epochs: int, craft: Callable[[nn.Module, Tensor, Tensor], Tensor] = lambda model, x, y: x) -> nn.Module:
+    """Train a CNN of two convolutions on 2,000 images.
+
+    Args:
+        craft: function of the model, images and labels that returns the images to train on.
+    """
     x, y = digits("train", 2000)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -31,9 +35,9 @@ def trained_cnn(epochs: int, seen: Callable[[nn.Module, Tensor, Tensor], Tensor]
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(epochs):
             for rows in torch.randperm(len(x)).split(50):
-                own = seen(model, x[rows], y[rows])
+                inputs = craft(model, x[rows], y[rows])
                 optimizer.zero_grad()
-                F.cross_entropy(model(own), y[rows]).backward()
+                F.cross_entropy(model(inputs), y[rows]).backward()
                 optimizer.step()
     model.zero_grad(set_to_none=True)
     return model.eval()

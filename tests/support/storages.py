@@ -11,7 +11,7 @@ from pipeline.runtime.storage import Storage
 
 
 class FsspecStorage(Storage):
-    """A local directory reached as any file system of fsspec is, not by pyarrow's own local one."""
+    """A local directory that is accessed through fsspec, like remote file systems."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -19,7 +19,7 @@ class FsspecStorage(Storage):
 
 
 class Flaky(LocalFileSystem):
-    """A file system whose connection is lost in so many of the next calls."""
+    """A file system whose next ``failures`` calls lose the connection."""
 
     failures = 0
     error: OSError = OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7, Couldn't connect")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class Terminal:
-    """A command with a terminal of its own, killed at the end of a ``with`` block. ``text`` is what it has shown so far."""
+    """A command with its own terminal, killed at the end of a ``with`` block. ``text`` is its output so far."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self.text = ""
@@ -29,11 +29,11 @@ class Terminal:
             os.waitpid(self.pid, 0)
 
     def read(self) -> bool:
-        """Take in what is shown within a moment. False where the command has closed its terminal."""
+        """Read the output of the next 50 ms. Return False once the command has closed its terminal."""
         if select.select([self._fd], [], [], 0.05)[0]:
             try:
                 data = os.read(self._fd, 1 << 16)
-            except OSError:  # what Linux says where the other end is closed
+            except OSError:  # Linux raises this once the other end is closed.
                 return False
             self.text += data.decode(errors="replace")
             return bool(data)
@@ -49,7 +49,7 @@ class Terminal:
         os.write(self._fd, b"\x03")
 
     def end(self, timeout_s: float = 60) -> int:
-        """Wait for the command's end. Returns its exit status (negative: the signal that killed it)."""
+        """Wait for the command's end and return its exit status (negative: the signal that killed it)."""
         deadline = time.monotonic() + timeout_s
         while self.read():
             if time.monotonic() > deadline:
