@@ -1,7 +1,8 @@
-"""Golden addresses and records: what a change of the code must not change.
+"""Golden addresses and records, which a change of the code must not change.
 
-Models, examples and records are found again by content addresses, so a renamed address is lost compute. Where an address or a
-record's form changes on purpose, write the new ones down with ``python tests/end_to_end/test_golden.py`` and say why in the commit.
+Storage finds models, examples and records by content addresses, so a changed address loses compute. After
+an intended change of an address or of a record's form, write the new ones with
+``python tests/end_to_end/test_golden.py`` and give the reason in the commit.
 """
 
 from __future__ import annotations
@@ -76,16 +77,16 @@ def addresses(name: str) -> dict[str, Any]:
 
 
 def fake_records(storage: Path) -> dict[str, Any]:
-    """Return what the report writes for the made-up run of tests/support/fake_run.py, which is the same on every machine."""
+    """Return the tables of the report on the made-up run of tests/support/fake_run.py."""
     run = fake_run.write(Storage(str(storage)))
     report.build(run, Storage(str(storage)))
     return {"table.json": run.read_json("report/table.json"), "table.csv": run.read_bytes("report/table.csv").decode()}
 
 
 def golden(storage: Path) -> dict[str, Any]:
-    """Return everything that this file holds fast, as JSON."""
-    found = {"addresses": {name: addresses(name) for name in NAMES}, "records": fake_records(storage)}
-    written: dict[str, Any] = json.loads(json.dumps(found))
+    """Return all golden addresses and records, as JSON."""
+    contents = {"addresses": {name: addresses(name) for name in NAMES}, "records": fake_records(storage)}
+    written: dict[str, Any] = json.loads(json.dumps(contents))
     return written
 
 

@@ -82,14 +82,14 @@ def test_training_step_and_attack_pass_are_measured(checks: ModuleType, tmp_path
     alone, in_pgd = written(tmp_path, "speed")
     assert (alone["name"], in_pgd["name"]) == ("pass float32 4", "pgd float32 4")
     seconds = float(str(alone["ms_per_pass"])) / 1e3
-    # forward, gradients of the weights and of the images: 2 FLOP each per weight and image
+    # The forward pass and the gradients of weights and images each take 2 FLOP per weight and image.
     assert float(str(alone["of_ceiling"])) * 1e9 * seconds == pytest.approx(3 * 2 * 784 * 10 * 4)
 
 
 @pytest.mark.parametrize("script", ["benchmarks/gpu.sh", "infra/offline-bundle.sh"])
 def test_script_explains_itself_and_refuses_unknown_options(script: str) -> None:
-    shown = subprocess.run([ROOT / script, "--help"], capture_output=True, text=True, check=True)
-    assert Path(script).name in shown.stdout
+    usage = subprocess.run([ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    assert Path(script).name in usage.stdout
     refused = subprocess.run([ROOT / script, "--no-such-option"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "no option --no-such-option" in refused.stderr

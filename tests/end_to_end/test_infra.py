@@ -1,4 +1,4 @@
-"""What can be known of infra/ without Docker, Kubernetes or a cloud: that its files agree with the code and with each other."""
+"""Agreement of the files of infra/ with the code and with each other, without Docker, Kubernetes or a cloud."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_rayjob_entrypoint_is_a_command_that_the_command_line_accepts() -> None:
     from pipeline.cli.recipe_arguments import parse_experiment
 
     job = load("kuberay/rayjob.yaml")["spec"]
-    assert job["submissionMode"] == "HTTPMode"  # the others expand the variables in a pod that lacks them
+    assert job["submissionMode"] == "HTTPMode"  # The other modes expand the variables in a pod that lacks them.
     settings = {"DEFENDPP_STORAGE": "s3://bucket/runs", "DEFENDPP_TRACKING_URI": "http://mlflow:5000"}
     text = re.sub(r"\$(\w+)", lambda m: settings[m[1]], job["entrypoint"])
     python, script, command, *arguments = shlex.split(text)
@@ -94,7 +94,7 @@ def test_rayjob_entrypoint_is_a_command_that_the_command_line_accepts() -> None:
     assert (experiment.storage, experiment.tracking_uri) == tuple(settings.values())
     assert experiment.scaling.gpu is True
     assert experiment.scaling.gpus_per_attack > 0
-    assert experiment.scaling.wait_s > 0  # the workers may still be starting
+    assert experiment.scaling.wait_s > 0  # The workers may still be starting.
     assert experiment.scaling.workers == job["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
 
 
@@ -110,7 +110,7 @@ def test_names_in_the_readme_are_those_of_the_manifests() -> None:
 
 
 def dockerfile_stages() -> dict[str, list[str]]:
-    """Instructions of each stage, continued lines joined."""
+    """Return the instructions of each stage, with continued lines joined."""
     text = re.sub(r"\\\n", " ", (INFRA / "Dockerfile").read_text())
     stages: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -156,7 +156,7 @@ def test_every_install_in_the_dockerfile_is_constrained() -> None:
 
 
 def test_image_knows_the_revision_that_it_was_built_from() -> None:
-    # What changes at each commit is built last.
+    # The layers that change with each commit are built last.
     *rest, argument, label, file, _, _ = dockerfile_stages()["ray"]
     assert argument == "ARG REVISION="
     assert label == "LABEL org.opencontainers.image.revision=$REVISION"
@@ -185,11 +185,11 @@ def test_documented_submissions_are_those_that_the_local_cluster_prints(page: st
     submissions = re.findall(r"^(\S*ray) (job submit .*? python pipeline/main\.py)", text, re.MULTILINE)
     assert submissions
     assert set(submissions) == {("ray", " ".join(printed))}
-    assert text.index(". .venv/bin/activate") < text.index("ray job submit")  # which puts `ray` on PATH
+    assert text.index(". .venv/bin/activate") < text.index("ray job submit")  # Activation puts `ray` on PATH.
 
 
 def test_launcher_fits_rays_schema_and_gives_every_node_the_token() -> None:
-    spec = importlib.util.find_spec("ray")  # not imported: that takes a second
+    spec = importlib.util.find_spec("ray")  # Importing Ray would take a second.
     assert spec is not None
     assert spec.origin is not None
     schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -197,7 +197,9 @@ def test_launcher_fits_rays_schema_and_gives_every_node_the_token() -> None:
     jsonschema.validate(launcher, schema)
     types = launcher["available_node_types"]
     assert launcher["head_node_type"] in types
-    assert all("resources" in node for node in types.values())  # Ray refuses a type without, its schema says so later
+    assert all(
+        "resources" in node for node in types.values()
+    )  # Ray refuses a type without resources before its schema does.
     assert launcher["docker"]["image"] == IMAGE
     assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
     assert launcher["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
@@ -210,7 +212,7 @@ def test_env_example_lists_exactly_the_variables_of_compose() -> None:
     assert used == set(listed)
     required = set(re.findall(r"\$\{(\w+):\?", compose))
     assert required == {"POSTGRES_PASSWORD", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY"}
-    assert {listed[name] for name in required} == {""}  # no secret is committed
+    assert {listed[name] for name in required} == {""}  # No secret is committed.
     for name, default in re.findall(r"\$\{(\w+):-([^}]*)\}", compose):
         assert listed[name] == default
     assert ".env" in (INFRA / ".gitignore").read_text().split()
@@ -250,7 +252,7 @@ def test_local_cluster_script_tells_usage_and_leaves_alone_what_it_did_not_start
     usage = subprocess.run([script], capture_output=True, text=True)
     assert usage.returncode == 1
     assert "start|status|stop" in usage.stderr
-    environment = {"PATH": "/usr/bin:/bin", "LOCAL_RAY_PORT": "1"}  # a port on which no user starts a head
+    environment = {"PATH": "/usr/bin:/bin", "LOCAL_RAY_PORT": "1"}  # No user starts a head on this port.
     stop = subprocess.run([script, "stop"], capture_output=True, text=True, env=environment)
     assert (stop.returncode, stop.stdout) == (0, "not running on port 1\n")
 
@@ -276,17 +278,17 @@ def test_local_cluster_script_refuses_ports_that_ray_cannot_take(settings: dict[
 
 
 CITED_HOSTS = {"apache.org", "arxiv.org", "creativecommons.org", "example.org", "github.com", "keepachangelog.com"}
-API_GROUPS = {"nvidia.com", "ray.io"}  # of Kubernetes resources: no host is asked
+API_GROUPS = {"nvidia.com", "ray.io"}  # These are groups of Kubernetes resources, not hosts.
 HOST = re.compile(
     r"(?<![\w.-])(?:[a-z0-9-]+\.)+(?:(?:cn|com|dev|io|net|org)(?=(?::\d+)?/[\w-])|(?:io|org)(?![\w.(\[-]|\.\w))",
     re.IGNORECASE,
 )
-"""A host name in front of a path (a URL without its scheme, an image reference), or alone if nothing but hosts ends so."""
+"""A host name before a path (a URL without its scheme, an image reference), or alone with an unambiguous ending."""
 INDEX_OPTION = re.compile(r"index[-_]url|(?:extra|default)[-_]index|find[-_]links|trusted[-_]host", re.IGNORECASE)
 
 
 def tracked_texts() -> dict[str, str]:
-    """Text of every tracked file that is text, by path."""
+    """Return the content of every tracked text file by path."""
     listing = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
     texts = {}
     for name in filter(None, listing.split("\0")):
@@ -296,13 +298,13 @@ def tracked_texts() -> dict[str, str]:
 
 
 def image_references() -> list[str]:
-    """Every container image that a file of infra/ names."""
+    """Return every container image that a file of infra/ names."""
     texts = "\n".join(p.read_text() for p in INFRA.rglob("*") if p.suffix == ".yaml" or p.name == "Dockerfile")
     return re.findall(r"(?:^FROM|^\s*-?\s*image:|--from=)\s*(\S+)", texts, re.MULTILINE)
 
 
-# Packages and images come from where the user's own pip, uv and container engine are configured to take them from. Hosts
-# are told by their shape and held against those that are cited, so this file need not list registries either.
+# The user's configuration of pip, uv and the container engine says where packages and images come from. The
+# test finds hosts by their form and allows only the cited ones, so this file lists no registries either.
 def test_no_tracked_file_names_a_package_registry() -> None:
     texts = tracked_texts()
     assert {"README.md", "docs/LOG.md", "constraints.txt", "infra/Dockerfile", "tests/end_to_end/test_infra.py"} < set(
@@ -310,7 +312,7 @@ def test_no_tracked_file_names_a_package_registry() -> None:
     )
     hosts = {(match[0].lower(), name) for name, text in texts.items() for match in HOST.finditer(text)}
     domains = {(".".join(host.split(".")[-2:]), name) for host, name in hosts}
-    assert {domain for domain, _ in domains} >= {"arxiv.org", "github.com", "ray.io"}  # the pattern finds what is there
+    assert {domain for domain, _ in domains} >= {"arxiv.org", "github.com", "ray.io"}  # The pattern finds these hosts.
     assert {(domain, name) for domain, name in domains if domain not in CITED_HOSTS | API_GROUPS} == set()
     assert [name for name, text in texts.items() if not name.startswith("tests/") and INDEX_OPTION.search(text)] == []
 

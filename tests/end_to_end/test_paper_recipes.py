@@ -1,4 +1,4 @@
-"""The paper's tables at scale smoke through the real command line: every defense, network, threat model and data size runs."""
+"""The paper's tables at scale smoke, through the real command line."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.training.exports import load_reformed
 pytestmark = pytest.mark.cluster
 
 
-# one Ray Train run after the other: each starts five processes, which costs more than these models' training
+# One Ray Train run follows the other. Each starts five processes, which costs more than the training.
 ONE_RUN = ("--scaling.parallel-models", "1")
 
 
 def run_recipe(name: str, storage: Path, *more: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Its record and the data of its report."""
+    """Run a recipe, and return its record and the data of its report."""
     assert main(["run", name, "--storage", str(storage), *more]) == 0
     (directory,) = storage.glob(f"runs/{name}-*")
     record = json.loads((directory / "run.json").read_text())
@@ -35,23 +35,23 @@ Result = tuple[Path, dict[str, Any], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def defenses(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """Every defense on MNIST: table 2 with Adv. PGD and the PGD column."""
+    """Run every defense on MNIST: table 2 with Adv. PGD and the PGD column."""
     storage = tmp_path_factory.mktemp("tables")
     return storage, *run_recipe("table2-pgd-smoke", storage, *ONE_RUN)
 
 
 def test_every_defense_meets_its_threat_models(defenses: Result) -> None:
     _, record, table = defenses
-    found: dict[str, set[str]] = {}
+    threat_models: dict[str, set[str]] = {}
     for e in record["evaluations"]:
-        found.setdefault(e["model"], set()).add(e["threat_model"])
+        threat_models.setdefault(e["model"], set()).add(e["threat_model"])
         if e["threat_model"] in ("transfer", "grey_box"):
             assert e["source"] == "no_defense"
-    assert len(found) == 8
-    for model, threats in found.items():
-        wanted = {"clean", "random", "white_box"}
-        wanted |= {"grey_box"} if model == "comdefend" else set() if model == "no_defense" else {"transfer"}
-        assert threats == wanted, model
+    assert len(threat_models) == 8
+    for model, threats in threat_models.items():
+        expected = {"clean", "random", "white_box"}
+        expected |= {"grey_box"} if model == "comdefend" else set() if model == "no_defense" else {"transfer"}
+        assert threats == expected, model
     printed = {(r["row"], r["column"]): r["ours"] for r in table["paper"]}
     assert {o["threat_model"] for o in printed["adv_pgd", "pgd"]} == {"white_box", "transfer"}
 
@@ -76,7 +76,7 @@ def test_comdefend_stands_in_front_of_the_undefended_classifier(defenses: Result
 
 
 def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
-    """The robustness table, of models that another table has trained: no training at all, every threat model, and a verdict."""
+    """The robustness table reuses the models of another table, and adds every threat model and a verdict."""
     storage, record, _ = defenses
     before = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/model.json")}
     whole, table = run_recipe("robustness-smoke", storage, "--figures", "fig8")
@@ -88,11 +88,11 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
     with np.load(directory / "figures.npz") as figures:
         assert figures["fig8__r__defend"].shape == (8,)
 
-    made_on = {(e["source"], e["model"]) for e in whole["evaluations"] if e["threat_model"].startswith("transfer")}
+    transfers = {(e["source"], e["model"]) for e in whole["evaluations"] if e["threat_model"].startswith("transfer")}
     names = list(whole["models"])
-    assert made_on == {(a, b) for a in names for b in names if a != b}
-    said = [(e["model"], e["path"]) for e in whole["evaluations"]]
-    assert len(said) == len(set(said)), "the same examples, judged by the same model, stand there twice"
+    assert transfers == {(a, b) for a in names for b in names if a != b}
+    judgements = [(e["model"], e["path"]) for e in whole["evaluations"]]
+    assert len(judgements) == len(set(judgements)), "the same examples, judged by the same model, stand there twice"
     by_attack = {(e["model"], e["threat_model"], e["attack"].partition(":")[0]) for e in whole["evaluations"]}
     assert {m for m, _, attack in by_attack if attack == "adaptive"} == {"defend"}
     for name in names:
@@ -114,7 +114,7 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
 
 
 def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_path: Path) -> None:
-    """Table 8 without ResNet-50: 32x32 in colour, crops, the alternating schedule, every source on every network."""
+    """Table 8 without ResNet-50 has 32x32 colour images, crops, the alternating schedule and every transfer."""
     models = [m for m in RECIPES["table8-smoke"].make().models if "resnet50" not in m and "control" not in m]
     record, table = run_recipe("table8-smoke", tmp_path, *ONE_RUN, "--models", *models)
     assert set(record["models"]) == {m.partition(":")[0] for m in models}
@@ -123,18 +123,18 @@ def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_pa
         if e["threat_model"].startswith("transfer:"):
             assert e["source"] == e["threat_model"].partition(":")[2]
             assert e["source"] != e["model"]
-    # one set of examples per source, attack and early leaving, however many models judge it
-    made = {e["examples"] for e in record["evaluations"] if e["threat_model"] == "transfer:defend-vgg16"}
-    assert len(made) == 1
+    # All models judge the same set of examples of a source and an attack.
+    example_sets = {e["examples"] for e in record["evaluations"] if e["threat_model"] == "transfer:defend-vgg16"}
+    assert len(example_sets) == 1
     history = sorted((tmp_path / record["models"]["defend-vgg16"]["path"]).glob("history/*.json"))
     assert [json.loads(f.read_text())["phase"] for f in history] == ["autoencoder", "classifier", "joint"]
     levels = {name for name in record["data"]["splits"] if name.startswith("train/")}
-    assert levels == {"train/none"}  # crops take new levels
+    assert levels == {"train/none"}  # Crops need new levels, so the shards hold none.
 
 
 @pytest.mark.drill
 def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path) -> None:
-    """Table 4's setting, from pretrained weights of another number of classes."""
+    """Table 4's setting starts from pretrained weights of another number of classes."""
     weights = tmp_path / "resnet18.pth"
     network = build_classifier("resnet18", num_classes=7, channels=3, image_size=64, width=4)
     torch.save(network.state_dict(), weights)
@@ -148,7 +148,7 @@ def test_torchvisions_own_stem_and_four_levels(ray_cluster: str, tmp_path: Path)
 
 
 def test_seeds_and_a_model_that_diverges(ray_cluster: str, tmp_path: Path) -> None:
-    """Two seeds of each, trained side by side; what diverges is told, and the rest goes on."""
+    """Two seeds of each model train side by side. The report names the diverged one, and the others go on."""
     models = ("--models", "no_defense:defense=none", "control:defense=none,seed=1", "wild:seed=1,lr=1e30")
     attacks = ("--evaluation.attacks", "fgsm:eps=0.2")
     record, table = run_recipe("eq3-smoke", tmp_path, *models, *attacks, "--seeds", "2")

@@ -1,4 +1,4 @@
-"""`ray job submit` on a real local cluster with token authentication, as infra/local-cluster.sh starts and says it."""
+"""`ray job submit` on a real local cluster with token authentication, as infra/local-cluster.sh explains it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def free_ports(n: int) -> list[int]:
 
 @dataclass
 class Shell:
-    """A user's shell in which nothing of `.venv` is on PATH, and what `start` told the user to type there."""
+    """A user's shell without `.venv` on PATH, and the commands that `start` printed for it."""
 
     variables: dict[str, str]
     exports: str
     submission: str
 
     def submit(self, *arguments: str, storage: str = '"$HOME/defendpp"') -> subprocess.CompletedProcess[str]:
-        """Type the submission as it was printed, with other arguments of pipeline/main.py."""
+        """Run the printed submission with other arguments of pipeline/main.py."""
         printed = 'run mnist-demo --storage "$HOME/defendpp"'
         assert printed in self.submission
         line = self.submission.replace(printed, f"{shlex.join(arguments)} --storage {storage}")
@@ -66,7 +66,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     path = [p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != BIN]
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH", "VIRTUAL_ENV"))} | {
         "PATH": os.pathsep.join(path),
-        "HOME": str(tmp_path),  # without a token; and the storage that is printed lies there
+        "HOME": str(tmp_path),  # It holds no token, and the printed storage is there.
         "LOCAL_RAY_PORT": str(ports[0]),
         "LOCAL_RAY_DASHBOARD_PORT": str(ports[1]),
         "LOCAL_RAY_CLIENT_PORT": str(ports[2]),
@@ -76,26 +76,26 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     if not (ROOT / ".venv" / "bin" / "ray").exists():
         variables["RAY"] = str(BIN / "ray")
     script = str(ROOT / "infra" / "local-cluster.sh")
-    # to a file: the head inherits the descriptors, and a pipe would stay open as long as it lives
+    # The output goes to a file, because the head inherits the descriptors and would keep a pipe open.
     with open(tmp_path / "start.log", "w") as log:
         subprocess.run([script, "start"], env=variables, check=True, stdout=log, stderr=log, timeout=180)
-    told = (tmp_path / "start.log").read_text()
-    exports = "\n".join(re.findall(r"^  (export .*)", told, re.MULTILINE))
-    submission = re.search(r"^  cd .*\n(?:  .*\n)+", told, re.MULTILINE)
-    assert submission is not None, told
+    printed_log = (tmp_path / "start.log").read_text()
+    exports = "\n".join(re.findall(r"^  (export .*)", printed_log, re.MULTILINE))
+    submission = re.search(r"^  cd .*\n(?:  .*\n)+", printed_log, re.MULTILINE)
+    assert submission is not None, printed_log
     yield Shell(variables, exports, submission[0])
     subprocess.run([script, "stop"], env=variables, check=True, capture_output=True, timeout=120)
 
 
 def check_run(storage: Path, printed: str) -> None:
-    """Check the one run that a job left."""
+    """Check the only run of a job."""
     (file,) = storage.glob("runs/*/run.json")
     record = json.loads(file.read_text())
     assert record["finished"]
     assert {e["attack"].partition(":")[0] for e in record["evaluations"]} == {"none", "fgsm"}
     assert "white-box" in printed
     assert (storage / "mlflow.db").exists()
-    # the copy that the job ran in has no .git
+    # The job ran in a copy without .git.
     assert record["source"] == provenance.source_hash(ROOT)
     assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
 
@@ -105,7 +105,7 @@ def test_a_job_runs_the_whole_pipeline_and_a_bad_one_fails_clearly(shell: Shell,
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     check_run(tmp_path / "defendpp", done.stdout)
 
-    # "here" would be a temporary copy on the head node
+    # A relative path would lie in a temporary copy on the head node.
     bad = shell.submit("run", *SMALL, storage="here")
     assert bad.returncode != 0
     assert "storage is 'here'" in bad.stdout + bad.stderr

@@ -1,4 +1,4 @@
-"""The whole pipeline through its real command line: results, continuation, and what is killed and comes back the same."""
+"""The whole pipeline through its real command line: results, continuation, and recovery from kills."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def finished(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A complete run and what it printed."""
+    """Complete a run, and give its storage and its output."""
     storage = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as environment:
         for name, secret in SECRETS.items():
@@ -58,7 +58,7 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
     storage, printed = finished
     for part in ("pyramids: train", "train 3/3", "attack", "report", "white-box", "transfer", "n = 20"):
         assert part in printed
-    # before Ray starts; the limit of 20 leaves classes out, which is said and not refused
+    # The data is described before Ray starts. The limit of 20 images leaves out classes, which is allowed.
     assert 0 < printed.index("test: 20 images, 8 of 10 classes") < printed.index("Ray"), printed[:2000]
     (report,) = storage.glob("runs/*/report/report.html")
     assert str(report) in printed
@@ -73,7 +73,7 @@ def test_paths_of_records_in_the_readme_exist_after_a_run(finished: tuple[Path, 
 
 
 def test_records_keep_their_form(finished: tuple[Path, str]) -> None:
-    """golden_forms.json is of the revision before pipeline/ became packages; tools of users read these keys."""
+    """Users' tools read these keys. golden_forms.json holds those of an earlier revision."""
     forms = json.loads(Path(__file__).with_name("golden_forms.json").read_text())
     assert forms
     for pattern, expected in forms.items():
@@ -182,7 +182,7 @@ def test_mlflow_read_back_through_rest_has_the_tables_numbers(
 
 
 def holding(secret: str, *places: Path) -> list[str]:
-    """Files below some directories that hold a secret."""
+    """Return the files below some directories that hold a secret."""
     files = [f for place in places for f in place.rglob("*") if f.is_file()]
     assert len(files) > 10
     return [str(f) for f in files if secret.encode() in f.read_bytes()]
@@ -196,12 +196,12 @@ def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    storage, shown = finished
-    for secret in SECRETS.values():  # the run of this fixture had them in its environment
-        assert secret not in shown
+    storage, output = finished
+    for secret in SECRETS.values():  # The fixture's run had them in its environment.
+        assert secret not in output
         assert holding(secret, storage) == []
 
-    # of the tracking server: a new record, and one that was made without
+    # The tracking server's URI has a password, for a new record and for one that was made without it.
     uri = mlflow_server.uri.replace("://", "://bob:hunter2@")
     copy = tmp_path / "copy"
     shutil.copytree(storage, copy)
@@ -210,12 +210,12 @@ def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
     assert record_of(tmp_path / "new")["experiment"]["tracking_uri"] == mlflow_server.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     run_here(command("pyramids", tmp_path / "new"))
-    said = "".join(capsys.readouterr())
-    assert "***@" in said
-    assert "hunter2" not in said
+    message = "".join(capsys.readouterr())
+    assert "***@" in message
+    assert "hunter2" not in message
     assert holding("hunter2", tmp_path, storage, mlflow_server.home) == [], "the storage, and what the server keeps"
 
-    # everywhere else a URI with a secret is refused, and not repeated
+    # Everywhere else a URI with a secret is refused, and the message does not repeat it.
     for place in (
         ["run", "mnist-smoke", "--storage", "s3://AKIA:hunter2@bucket/x"],
         ["run", "mnist-smoke", "--storage", "s3://bucket/x?access_key=AKIA&secret_key=hunter2"],
@@ -228,21 +228,21 @@ def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
         ["attack", "--model", "s3://AKIA:hunter2@bucket/x.pth", "--arch", "resnet18", "--storage", str(tmp_path / "s")],
     ):
         assert main(place) in (1, 2), place
-        said = "".join(capsys.readouterr())
-        assert "hunter2" not in said, place
-        assert "holds a password or key" in said, said
+        message = "".join(capsys.readouterr())
+        assert "hunter2" not in message, place
+        assert "holds a password or key" in message, message
 
 
 def test_the_same_command_again_computes_nothing(finished: tuple[Path, str], ray_cluster: str) -> None:
     storage, _ = finished
-    kept = {
+    times = {
         f: f.stat().st_mtime_ns
         for p in ("pyramids", "models", "examples", "judged")
         for f in (storage / p).rglob("*.*")
         if f.is_file()
     }
     run_here(command("run", storage))
-    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+    assert {f: f.stat().st_mtime_ns for f in times} == times
 
 
 def test_a_lost_chunk_alone_is_computed_again_and_is_the_same(finished: tuple[Path, str], ray_cluster: str) -> None:
@@ -254,14 +254,14 @@ def test_a_lost_chunk_alone_is_computed_again_and_is_the_same(finished: tuple[Pa
         if e["model"] == "defend" and e["threat_model"] == "white_box" and e["attack"].startswith("ddn")
     ]
     examples = storage / cell["examples"] / "chunk-00001.parquet"
-    kept = {f: f.stat().st_mtime_ns for f in storage.glob("examples/*/*.parquet") if f != examples}
+    times = {f: f.stat().st_mtime_ns for f in storage.glob("examples/*/*.parquet") if f != examples}
     old = pq.read_table(examples)
     examples.unlink()
     (storage / cell["path"] / "chunk-00001.parquet").unlink()
     run_here(command("attack", storage))
     assert files_below(storage, "judged/*/*.parquet") == before
     assert pq.read_table(examples).equals(old)
-    assert {f: f.stat().st_mtime_ns for f in kept} == kept
+    assert {f: f.stat().st_mtime_ns for f in times} == times
 
 
 def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
@@ -271,7 +271,7 @@ def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
     shutil.copytree(storage, tmp_path / "s")
     for part in ("examples", "judged"):
         shutil.rmtree(tmp_path / "s" / part)
-    # of 4 CPUs: one task at a time instead of two
+    # Of 4 CPUs, this leaves room for one task at a time instead of two.
     run_here(command("attack", tmp_path / "s", "--scaling.cpus-per-attack", "4"))
     assert files_below(tmp_path / "s", "judged/*/*.parquet") == files_below(storage, "judged/*/*.parquet")
 
@@ -279,7 +279,7 @@ def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
 def test_chunks_are_shared_between_evaluations_on_more_and_on_fewer_images(
     finished: tuple[Path, str], ray_cluster: str, tmp_path: Path
 ) -> None:
-    """Whoever wants more images than yesterday pays for the further ones alone."""
+    """An evaluation on more images computes only the additional ones."""
     storage = tmp_path / "s"
     shutil.copytree(finished[0], storage)
     before = files_below(storage, "examples/*/*") | files_below(storage, "judged/*/*")
@@ -293,7 +293,7 @@ def test_chunks_are_shared_between_evaluations_on_more_and_on_fewer_images(
         first = pq.read_table(storage / e["path"] / "chunk-00000.parquet").to_pydict()
         right = [p == y for p, y in zip(first["adversarial_prediction"], first["label"], strict=True)]
         assert e["metrics"]["accuracy"] == pytest.approx(sum(right) / 10)
-    # a last chunk that is not whole is not taken for a whole one
+    # An incomplete last chunk is not taken for a full one.
     shutil.rmtree(storage / "runs")
     few = ("--evaluation.test-images", "5", "--evaluation.attacks", "fgsm:eps=0.2")
     run_here(command("run", storage, *few))
@@ -311,7 +311,7 @@ ALTERNATING = (
 
 @pytest.fixture(scope="module")
 def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model with two workers over every phase, and the shards that it was trained on."""
+    """Train a model with two workers through every phase, and keep a copy of its shards."""
     storage = tmp_path_factory.mktemp("unbroken")
     run_here(command("pyramids", storage, *ALTERNATING))
     shutil.copytree(storage, storage.with_name("shards-only"))
@@ -320,16 +320,16 @@ def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def statuses(storage: Path) -> dict[str, str]:
-    """Name -> status of the runs in the storage's MLflow database."""
+    """Return the status of each run in the storage's MLflow database, by name."""
     with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
         return dict(database.execute("select name, status from runs"))
 
 
 def open_to_other_machines() -> dict[str, set[str]]:
-    """Address and port by process, of the sockets beyond the loopback interface on which this test's processes listen."""
+    """Return the sockets beyond loopback on which this test's processes listen, by process."""
     sockets: dict[str, set[str]] = {}
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        with contextlib.suppress(psutil.Error):  # The process may have ended.
             for connection in process.net_connections("inet"):
                 address = ipaddress.ip_address(connection.laddr.ip)
                 address = getattr(address, "ipv4_mapped", None) or address
@@ -339,10 +339,10 @@ def open_to_other_machines() -> dict[str, set[str]]:
 
 
 def training_workers() -> list[psutil.Process]:
-    """Return the workers of this test's cluster alone: its processes descend from this one."""
+    """Return the workers of this test's cluster, whose processes descend from this one."""
     workers = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        with contextlib.suppress(psutil.Error):  # The process may have ended.
             workers += [process] if "RayTrainWorker" in " ".join(process.cmdline()) else []
     return workers
 
@@ -358,7 +358,7 @@ def test_worker_killed_and_driver_interrupted_and_continued_equals_unbroken_bit_
 
     with Terminal(command("train", storage, *ALTERNATING), {**os.environ, "RAY_ADDRESS": ray_cluster}) as terminal:
         terminal.wait_until(lambda _: "defend" in statuses(storage) and count_epochs() >= 2)
-        # of a cluster of this machine's own other machines reach rank 0's store alone: infra/README.md, "Ports"
+        # Other machines reach only rank 0's store of a local cluster: infra/README.md, "Ports".
         (sockets,) = open_to_other_machines().items()
         assert "RayTrainWorker" in sockets[0]
         assert len(sockets[1]) == 1
@@ -428,28 +428,28 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(
     storage = tmp_path / "s"
     shutil.copytree(unbroken.with_name("shards-only"), storage)
     absurd = ("--models", "defend:lr=1e30", "--evaluation.threat-models", "white_box")
-    # the shards are the same: a run record of these settings is all that is missing
+    # The shards exist already; this command only writes the run record of these settings.
     run_here(command("pyramids", storage, *absurd))
-    said = refused(command("train", storage, *absurd), capsys)
-    assert "not finite at step" in said
-    assert "Last good checkpoint" in said
+    message = refused(command("train", storage, *absurd), capsys)
+    assert "not finite at step" in message
+    assert "Last good checkpoint" in message
     assert not list(storage.glob("models/*/classifier.safetensors"))
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command that fails says; in this process, on the session's cluster."""
+    """Run a command that fails, in this process on the session's cluster, and return its message."""
     assert main(arguments[len(MAIN) :]) == 1
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return " ".join(said.split())
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return " ".join(message.split())
 
 
 def test_more_workers_than_there_is_room_for_is_refused_at_once(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused([*command("run", tmp_path), "--scaling.workers", "32"], capsys)
-    assert "scaling.workers" in said
-    assert "room for 8" in said
+    message = refused([*command("run", tmp_path), "--scaling.workers", "32"], capsys)
+    assert "scaling.workers" in message
+    assert "room for 8" in message
 
 
 def test_a_gpu_that_is_not_there_is_refused_at_once(

@@ -1,4 +1,4 @@
-"""Every pair of settings that the command line offers: two steps of training, four attacked images, export and back."""
+"""Every pair of settings of the command line, through training, attacks, export and loading."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def all_pairs(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Rows such that every two values of two factors meet in one of them; greedy, and the same every time."""
+    """Return rows that cover every pair of values of two factors (greedy and deterministic)."""
     names = list(factors)
-    left = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
+    uncovered = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in factors[a] for y in factors[b]}
     rows = []
-    while left:
+    while uncovered:
         row: dict[str, Any] = {}
-        for pair in sorted(left, key=repr)[:1]:
+        for pair in sorted(uncovered, key=repr)[:1]:
             row |= dict(pair)
         for name in names:
             if name not in row:
-                gain = {v: sum(_pair(names, row, name, v, other) in left for other in row) for v in factors[name]}
+                gain = {v: sum(_pair(names, row, name, v, other) in uncovered for other in row) for v in factors[name]}
                 row[name] = max(factors[name], key=lambda v: gain[v])
-        left -= {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(names, 2)}
+        uncovered -= {((a, row[a]), (b, row[b])) for a, b in itertools.combinations(names, 2)}
         rows.append(row)
     return rows
 
@@ -69,13 +69,13 @@ def _pair(names: list[str], row: dict[str, Any], name: str, value: Any, other: s
 ROWS = all_pairs(FACTORS)
 _PLAIN = {name: values[0] for name, values in FACTORS.items()}
 BEYOND: tuple[dict[str, Any], ...] = (
-    # the network of docs/networks.md, with its own copies of its last blocks and with none; every decoder needs its mirrors
+    # These are the network of docs/networks.md with some shared blocks and with all of them.
     _PLAIN
     | {"arch": OWN, "decoder": "hourglass_concat", "schedule": "alternating", "data": (32, 3), "shared_blocks": 3},
     _PLAIN | {"arch": OWN, "targets": "linear", "noise_location": "latent", "shared_blocks": 5},
-    # the fifth block, which ResNets do not have
+    # This network has a fifth block, which ResNets do not have.
     _PLAIN | {"arch": "vgg16_bn", "decoder": "hourglass_add", "schedule": "alternating", "shared_blocks": 5},
-    # the size of the paper's ImageNet
+    # This is the image size of the paper's ImageNet.
     _PLAIN | {"decoder": "hourglass", "data": (224, 3), "shared_blocks": 3, "augment": "flip"},
 )
 """What no pair reaches."""
@@ -89,7 +89,7 @@ def test_all_pairs_meet() -> None:
 
 
 class Rows(RankData):
-    """Rows in memory, with the levels that the shards of such a model would hold."""
+    """Rows in memory, with the levels that the shards of a config would hold."""
 
     def __init__(self, config: TrainConfig, shapes: Shapes, n: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -106,13 +106,13 @@ def shapes_of(size: int, channels: int) -> Shapes:
 
 
 def trained(config: TrainConfig, shapes: Shapes) -> TrainingLoop:
-    """Two steps an epoch, for as many epochs as there are; every parameter of a phase must get a gradient in it."""
+    """Train for all epochs, and check that every parameter of a phase gets a gradient."""
     loop = TrainingLoop(config, shapes, Rows(config, shapes, 8), Rows(config, shapes, 4))
     for epoch in range(config.epochs):
         record = loop.run_epoch()
         module = loop.module(phase_at_epoch(epoch, config))
-        without = [name for name, p in module.named_parameters() if p.grad is None]
-        assert not without, f"DDP would refuse {without} in phase {record['phase']}"
+        missing = [name for name, p in module.named_parameters() if p.grad is None]
+        assert not missing, f"DDP would refuse {missing} in phase {record['phase']}"
         assert all(value == value for step in record["steps"] for value in step.values())
     return loop
 
@@ -146,14 +146,14 @@ def test_pair(row: dict[str, Any], tmp_path: Path) -> None:
     loop.net.eval()
     images = loop.data.images[:4].float() / 255
     outputs = loop.net.autoencoder(images)
-    made = shapes.sizes if config.targets != "none" or config.decoder == "pyramid" else shapes.sizes[:1]
-    assert [tuple(o.shape) for o in outputs] == [(4, channels, s, s) for s in made]
+    sizes = shapes.sizes if config.targets != "none" or config.decoder == "pyramid" else shapes.sizes[:1]
+    assert [tuple(o.shape) for o in outputs] == [(4, channels, s, s) for s in sizes]
 
     exports.export(Storage(tmp_path), loop.net, config.canonical(), shapes)
     exported = exports.load_classifier(tmp_path, trusted=config.arch)
     assert torch.equal(exported(images), loop.net.classifier(images))
-    again = exports.load_autoencoder(tmp_path, trusted=config.arch)(images)
-    assert all(torch.equal(a, b) for a, b in zip(again, outputs, strict=True))
+    reloaded = exports.load_autoencoder(tmp_path, trusted=config.arch)(images)
+    assert all(torch.equal(a, b) for a, b in zip(reloaded, outputs, strict=True))
     attacked(exported, loop.data.batch(slice(0, 4)))
 
 

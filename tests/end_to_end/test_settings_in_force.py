@@ -1,4 +1,4 @@
-"""Every setting of a model is in force: it changes the weights, or it is refused, or it does not name another model."""
+"""Every setting of a model changes its weights, is refused, or leaves its address unchanged."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ NOT_TRIED = {
 
 
 def shards(targets: str) -> Shards:
-    """Return four rows in memory, whose levels are those of one kind of targets."""
-    made = Shards(4)
-    made.columns["level_1"] += targets == "linear"
-    return made
+    """Return four rows in memory with the levels of one kind of targets."""
+    data = Shards(4)
+    data.columns["level_1"] += targets == "linear"
+    return data
 
 
 def changed(config: TrainConfig, field: str) -> TrainConfig:

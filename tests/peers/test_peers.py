@@ -1,8 +1,8 @@
-"""An exported classifier in the hands of other attack libraries, unmodified; our AutoAttack beside its authors' own. Each is skipped where
-it is not installed.
+"""An exported classifier under other attack libraries, and our AutoAttack beside its authors' own.
 
-Foolbox comes with the development extra; ``pip install adversarial-robustness-toolbox`` and ``pip install --no-deps torchattacks``
-(which pins an old requests) bring the others, github.com/fra31/auto-attack AutoAttack.
+A test is skipped if its library is not installed. The development extra installs Foolbox;
+``pip install adversarial-robustness-toolbox`` and ``pip install --no-deps torchattacks`` (which pins an
+old requests) install ART and torchattacks; github.com/fra31/auto-attack has AutoAttack.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EPS, STEPS, IMAGES = 0.2, 10, 16
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[nn.Module, Tensor, Tensor]:
-    """A Defend++ classifier that tells two kinds of images apart, exported and loaded again; the images and labels."""
+    """Train, export and load a Defend++ classifier of two kinds of images; give it with images and labels."""
     shapes = Shapes(image_size=28, channels=1, num_classes=3, sizes=level_sizes(28))
     config = TrainConfig(width=4)
     net = build_net(config, shapes)
@@ -44,7 +44,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tupl
     )
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # of so few steps, the last one's statistics
+            module.momentum = 1.0  # With so few steps, the statistics are those of the last one.
     optimizer = torch.optim.Adam(net.classifier.parameters(), lr=0.01)
     for _ in range(15):
         optimizer.zero_grad()
@@ -60,7 +60,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tupl
 
 
 def check(model: nn.Module, images: Tensor, labels: Tensor, adversarial: Tensor) -> None:
-    """Within the budget, and doing harm: another library's attack works on the network as it is."""
+    """Check that the examples keep within the budget and fool the network."""
     assert float((adversarial - images).abs().max()) <= EPS + 1e-6
     assert float(adversarial.min()) >= 0
     assert float(adversarial.max()) <= 1
@@ -105,7 +105,7 @@ def test_art(exported: tuple[nn.Module, Tensor, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def cnn(one_thread: None) -> nn.Module:
-    """A small CNN, trained on FGSM examples, so that the cascade has something to search for."""
+    """Train a small CNN on FGSM examples, so that the cascade has to search."""
     fgsm = AttackSpec.parse("fgsm:eps=0.1")
     return trained_cnn(4, lambda model, x, y: run_attack(fgsm, model, x, y)).requires_grad_(False)
 
@@ -114,9 +114,9 @@ def cnn(one_thread: None) -> nn.Module:
 def test_our_autoattack_breaks_what_the_authors_breaks(
     norm: str, eps: float, cnn: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same network, images, steps and queries, sample by sample: far within what McNemar's test would let pass as noise."""
+    """Both cascades break the same samples, except at most two: far below the noise level of McNemar's test."""
     apgd = pytest.importorskip("autoattack.autopgd_base").APGDAttack
-    pytest.importorskip("foolbox")  # which the benchmark imports
+    pytest.importorskip("foolbox")  # The benchmark imports Foolbox.
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from bench_suite import authors_cascade
 
@@ -130,9 +130,9 @@ def test_our_autoattack_breaks_what_the_authors_breaks(
     x, y = digits("test", 200)
     spec = AttackSpec.parse(f"autoattack:eps={eps},norm={norm},steps=20,queries=200")
     with torch.random.fork_rng():
-        theirs = authors_cascade(cnn, x, y, norm=norm.capitalize(), eps=eps, steps=20, queries=200, seed=0)
+        authors = authors_cascade(cnn, x, y, norm=norm.capitalize(), eps=eps, steps=20, queries=200, seed=0)
     ours = run_attack(spec, cnn, x, y, generator=torch.Generator().manual_seed(0))
-    stands = [(cnn(out).argmax(1) == y).numpy() for out in (ours, theirs)]
-    assert schedules == {(20, 4)}, "theirs must have its first checkpoint at 22 % of its own steps"
-    assert 0.1 < stands[1].mean() < 0.9, "of no use unless some fall and some stand"
-    assert (stands[0] != stands[1]).sum() <= 2
+    withstood = [(cnn(out).argmax(1) == y).numpy() for out in (ours, authors)]
+    assert schedules == {(20, 4)}, "the authors' code must have its first checkpoint at 22 % of its own steps"
+    assert 0.1 < withstood[1].mean() < 0.9, "of no use unless some fall and some stand"
+    assert (withstood[0] != withstood[1]).sum() <= 2
