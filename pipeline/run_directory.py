@@ -8,8 +8,8 @@ from typing import Any, Literal
 from components.config import Experiment, level_sizes
 from components.config.data import Shapes
 from components.config.train import stored_levels
-from components.errors import UserError
-from components.fields import content_hash, to_dict
+from components.errors import ConfigError, UserError
+from components.fields import content_hash, from_dict, to_dict
 from pipeline.data import pyramids
 from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base
@@ -180,6 +180,8 @@ def _opened(
         say(f"new run at {storage.uri}")
     else:
         say(f"continuing {storage.uri}")
+        if not records_only:
+            record["experiment"] = _readable_experiment(record, experiment)
         if not records_only and (damaged := drop_unreadable(record)):
             say(f"  {', '.join(damaged)} of run.json cannot be read: they are written anew")
             record = new_record(experiment) | record
@@ -188,6 +190,18 @@ def _opened(
         stored.content |= provenance.environment()
         stored.save()
     return Run(experiment=experiment, root=root, stored=stored, tracker=tracker)
+
+
+def _readable_experiment(record: dict[str, Any], experiment: Experiment) -> Any:
+    """Return the record's experiment, or this command's if a version with other fields wrote it.
+
+    Both have the same address, so they differ at most in where and how the run is computed.
+    """
+    try:
+        from_dict(Experiment, record.get("experiment"))
+    except ConfigError:
+        return recorded(experiment)
+    return record["experiment"]
 
 
 def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:

@@ -43,9 +43,9 @@ def load_space(options: SweepOptions) -> tuple[str, Space]:
     except UserError as e:
         raise ConfigError(f"{path}: {e}") from None
     except Exception as e:  # The user's file may raise anything.
-        raise ConfigError(
-            f"{path} is not a search space: {type(e).__name__}: {e}; mend the file, or copy one of tune_spaces/"
-        ) from e
+        moved = isinstance(e, ModuleNotFoundError) and e.name == "components.search"
+        remedy = "import from components.search_space" if moved else "mend the file, or copy one of tune_spaces/"
+        raise ConfigError(f"{path} is not a search space: {type(e).__name__}: {e}; {remedy}") from e
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
         raise ConfigError(f"{path} has no SPACE = Space(...); copy a file of tune_spaces/ (docs/sweeps.md)")

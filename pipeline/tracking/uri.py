@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from components.errors import ConfigError, UserError
 from pipeline.runtime.redaction import without_password
-from pipeline.runtime.storage import Storage, link_anew
+from pipeline.runtime.storage import Storage
 
 OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
@@ -176,9 +176,13 @@ def place(path: Path, database: bytes) -> None:
             if path.exists() and is_absent(path):
                 path.unlink()
             # Unlike a rename, a link never replaces another process's database, even if files
-            # cannot be locked.
-            with contextlib.suppress(FileExistsError):
-                link_anew(str(temporary), str(path))
+            # cannot be locked. File systems without hard links get the rename, which is as whole.
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
