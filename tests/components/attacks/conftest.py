@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @pytest.fixture(scope="module")
 def mnist() -> tuple[Tensor, Tensor, nn.Module]:
-    """100 test images that a small CNN, trained for two epochs on 2,000 others, classifies, and that CNN."""
+    """Give 100 test images, their labels, and a small CNN trained for two epochs on 2,000 other images."""
     model = trained_cnn(2)
     x, y = digits("test", 150)
     right = predict(model, x) == y
@@ -21,7 +21,7 @@ def mnist() -> tuple[Tensor, Tensor, nn.Module]:
 
 @pytest.fixture(scope="module")
 def blobs() -> tuple[Tensor, Tensor, list[nn.Module]]:
-    """400 noisy images of 4 classes, and two different small networks trained on others like them."""
+    """Give 400 noisy images of 4 classes, their labels, and two small networks trained on similar images."""
     prototypes = torch.rand(4, 1, 8, 8, generator=seeded(0))
     labels = torch.arange(1200) % 4
     images = (0.25 + 0.5 * prototypes[labels] + 0.12 * torch.randn(1200, 1, 8, 8, generator=seeded(1))).clamp(0, 1)

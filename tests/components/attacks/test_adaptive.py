@@ -1,4 +1,4 @@
-"""Adaptive attackers, who know the defense."""
+"""Adaptive attacks, which know the defense."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_auxiliary_is_given_the_right_rows(mnist: tuple[Tensor, Tensor, nn.M
         calls.append(len(rows))
         return 0.01 * now.flatten(1).mean(dim=1)
 
-    # images differ by more than twice eps, so that none is within eps of another
+    # Images differ by more than twice eps, so that their neighbourhoods do not overlap.
     assert (torch.cdist(x.flatten(1), x.flatten(1), p=torch.inf) + torch.eye(30)).min() > 0.12
     for attack, options in ((bim, {}), (pgd, {"restarts": 3}), (apgd, {"restarts": 2}), (apgd, {"norm": "linf"})):
         for early in (False, True):
@@ -83,41 +83,41 @@ def test_adaptive_is_pgd_with_an_auxiliary_that_the_caller_weights() -> None:
     settings = "eps=0.05,steps=5,restarts=2"
     plain = run_attack(AttackSpec.parse(f"pgd:{settings}"), model, x, y, generator=seeded(0))
     spec = AttackSpec.parse(f"adaptive:{settings},weight=3,objective=reconstruction")
-    wanted = pgd(model, x, y, eps=0.05, steps=5, restarts=2, auxiliary=tripled, generator=seeded(0))
+    expected = pgd(model, x, y, eps=0.05, steps=5, restarts=2, auxiliary=tripled, generator=seeded(0))
     out = run_attack(spec, model, x, y, auxiliary=tripled, generator=seeded(0))
-    assert torch.equal(out, wanted)
+    assert torch.equal(out, expected)
     assert not torch.equal(out, plain)
-    # what adds nothing changes nothing, to the bit
+    # An auxiliary term of zero changes no bit.
     out = run_attack(spec, model, x, y, auxiliary=lambda now, rows: 0 * now.flatten(1).sum(1), generator=seeded(0))
     assert torch.equal(out, plain)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def known(request: pytest.FixtureRequest) -> tuple[DefendNet, Tensor]:
-    """An untrained Defend++ network, whose auto-encoder shares two of its four blocks or all, in eval mode, and six images."""
+    """Give an untrained Defend++ network that shares two or four blocks, in eval mode, and six images."""
     sizes = level_sizes(28)
     config = TrainConfig(width=4, shared_blocks=request.param)
     net = build_net(config, Shapes(image_size=28, channels=1, num_classes=10, sizes=sizes))
     assert isinstance(net, DefendNet)
     images = torch.rand(6, 1, 28, 28, generator=seeded(3))
     net.train()
-    with torch.no_grad():  # statistics of these images, not of none
+    with torch.no_grad():  # These passes set the batch norm statistics.
         net.joint(images)
         net.classifier(images)
     return net.eval(), images
 
 
-def far(net: DefendNet, x: Tensor, clean: Tensor, objective: str) -> Tensor:
-    """What the adaptive attacker adds, by its definition, sample by sample."""
+def relative_distance(net: DefendNet, x: Tensor, clean: Tensor, objective: str) -> Tensor:
+    """Compute the term of the adaptive attack by its definition, sample by sample."""
 
-    def seen(image: Tensor) -> Tensor:
+    def features(image: Tensor) -> Tensor:
         if objective == "reconstruction":
             return net.autoencoder(image[None])[0]
         for block in net.autoencoder.encoder:
             image = block(image if image.ndim == 4 else image[None])
         return image
 
-    pairs = [(seen(a), seen(b)) for a, b in zip(x, clean, strict=True)]
+    pairs = [(features(a), features(b)) for a, b in zip(x, clean, strict=True)]
     return torch.stack([((a - b) ** 2).sum() / (b**2).sum() for a, b in pairs])
 
 
@@ -130,14 +130,14 @@ def test_what_the_adaptive_attacker_adds(objective: str, known: tuple[DefendNet,
     x = (clean + 0.1 * torch.randn(clean.shape, generator=seeded(4))).clamp(0, 1)
     term = adaptive_objective(net.autoencoder, clean, objective, 3.0)
     with torch.no_grad():
-        wanted = 3 * far(net, x, clean, objective)
-        assert (wanted > 1e-4).all()
-        torch.testing.assert_close(term(x, torch.arange(6)), wanted, rtol=1e-4, atol=1e-7)
+        expected = 3 * relative_distance(net, x, clean, objective)
+        assert (expected > 1e-4).all()
+        torch.testing.assert_close(term(x, torch.arange(6)), expected, rtol=1e-4, atol=1e-7)
         assert (term(clean, torch.arange(6)) < 1e-9).all()
-        # who is left, in any order, is measured against its own clean image
-        left = torch.tensor([4, 1, 3])
-        torch.testing.assert_close(term(x[left], left), wanted[left], rtol=1e-4, atol=1e-7)
-        assert not torch.allclose(term(x[left], torch.arange(3)), wanted[left], rtol=0.01)
+        # Each remaining sample, in any order, is compared with its own clean image.
+        remaining = torch.tensor([4, 1, 3])
+        torch.testing.assert_close(term(x[remaining], remaining), expected[remaining], rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(term(x[remaining], torch.arange(3)), expected[remaining], rtol=0.01)
 
 
 def test_with_all_blocks_shared_the_latent_is_the_classifiers_last_map(known: tuple[DefendNet, Tensor]) -> None:
@@ -149,9 +149,9 @@ def test_with_all_blocks_shared_the_latent_is_the_classifiers_last_map(known: tu
         net.classifier(clean)
         net.classifier(x)
         hook.remove()
-        found = adaptive_objective(net.autoencoder, clean, "latent", 1.0)(x, torch.arange(6))
-    wanted = (maps[1] - maps[0]).flatten(1).square().sum(1) / maps[0].flatten(1).square().sum(1)
-    assert torch.allclose(found, wanted, rtol=1e-4) == (net.shared_blocks == 4)
+        terms = adaptive_objective(net.autoencoder, clean, "latent", 1.0)(x, torch.arange(6))
+    expected = (maps[1] - maps[0]).flatten(1).square().sum(1) / maps[0].flatten(1).square().sum(1)
+    assert torch.allclose(terms, expected, rtol=1e-4) == (net.shared_blocks == 4)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -174,7 +174,7 @@ def test_the_gradient_of_what_the_adaptive_attacker_adds(objective: str, known: 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_latent_of_zero_leaves_the_adaptive_attacker_a_direction(objective: str) -> None:
-    """Black images have a latent and a reconstruction of exactly zero; whatever is brighter has not."""
+    """Black images have a latent and a reconstruction of exactly zero; brighter images do not."""
 
     class Tenfold(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -193,39 +193,45 @@ def test_a_latent_of_zero_leaves_the_adaptive_attacker_a_direction(objective: st
     assert values.isfinite().all()
     assert slope.isfinite().all()
     assert (slope > 0).all()
-    assert values[1].item() == pytest.approx(0.36)  # 0.3^2 / 0.5^2, as ever
+    assert values[1].item() == pytest.approx(0.36)  # 0.3^2 / 0.5^2
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_adaptive_attack_moves_what_the_auto_encoder_sees(
     objective: str, known: tuple[DefendNet, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the pipeline runs it, beside PGD of the same steps and starts; who leaves early leaves the others' reference alone."""
+    """The pipeline's attack beats PGD of the same steps, and stopped samples leave the others unaffected."""
     net, clean = known
     labels = predict(net.classifier, clean)
-    labels[2] = (labels[2] + 1) % 10  # wrong from the start, so it leaves at once
+    labels[2] = (labels[2] + 1) % 10  # It is misclassified, so the attack stops at once.
     settings = "eps=0.05,steps=3,restarts=2"
 
     def crafted(text: str, autoencoder: nn.Module | None, early: bool) -> Tensor:
         spec = AttackSpec.parse(text)
-        found, _ = craft(spec, net.classifier, lambda: None, autoencoder, clean, labels, stop_on_success=early, seed=0)
-        verify_examples(clean, found, range(6), spec)
-        return found
+        examples, _ = craft(
+            spec, net.classifier, lambda: None, autoencoder, clean, labels, stop_on_success=early, seed=0
+        )
+        verify_examples(clean, examples, range(6), spec)
+        return examples
 
     adaptive = f"adaptive:{settings},weight=10,objective={objective}"
     plain, knowing = crafted(f"pgd:{settings}", None, False), crafted(adaptive, net.autoencoder, False)
     with torch.no_grad():
-        assert (far(net, knowing, clean, objective) > 1.1 * far(net, plain, clean, objective)).all()
+        assert (
+            relative_distance(net, knowing, clean, objective) > 1.1 * relative_distance(net, plain, clean, objective)
+        ).all()
     calls: list[int] = []
 
-    def watched(*given: object) -> Callable[[Tensor, Tensor], Tensor]:
-        term = adaptive_objective(*given)
+    def watched(*arguments: object) -> Callable[[Tensor, Tensor], Tensor]:
+        term = adaptive_objective(*arguments)
 
         def checked(x: Tensor, rows: Tensor) -> Tensor:
             nearest = torch.cdist(x.detach().flatten(1), clean.flatten(1)).argmin(1)
             values = term(x, rows)
             with torch.no_grad():
-                torch.testing.assert_close(values, 10 * far(net, x, clean[nearest], objective), rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(
+                    values, 10 * relative_distance(net, x, clean[nearest], objective), rtol=1e-3, atol=1e-6
+                )
             calls.append(len(x))
             return values
 

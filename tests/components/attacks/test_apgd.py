@@ -47,7 +47,7 @@ def test_checkpoints_are_those_of_the_paper() -> None:
 
 def test_apgd_halves_its_step_where_it_oscillates() -> None:
     class Valley(nn.Module):
-        """The nearer every pixel is to 0.6, the more class 1: fixed steps would jump over it for ever."""
+        """The score of class 1 peaks where every pixel is 0.6. Fixed steps would jump over it for ever."""
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([torch.ones(len(x)), -(x - 0.6).abs().flatten(1).amax(dim=1)], dim=1)

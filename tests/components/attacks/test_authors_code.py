@@ -22,8 +22,8 @@ def test_budget_attacks_break_as_many_as_the_authors(
 ) -> None:
     pytest.importorskip("autoattack")
     x, y, model = mnist
-    theirs, ours = authors_and_ours(name, norm, eps, x, y, model)
-    fallen = [broken(model, out, y) for out in (theirs, ours)]
+    authors, ours = authors_and_ours(name, norm, eps, x, y, model)
+    fallen = [broken(model, out, y) for out in (authors, ours)]
     assert 5 < fallen[0].sum() < 95, "of no use unless some fall and some stand"
     assert abs(int(fallen[0].sum()) - int(fallen[1].sum())) <= (6 if name == "square" else 2)
 
@@ -33,9 +33,9 @@ def test_fab_finds_the_norms_of_the_authors(norm: str, mnist: tuple[Tensor, Tens
     pytest.importorskip("autoattack")
     x, y, model = mnist
     x, y = x[:30], y[:30]
-    # an eps that no sample reaches, else theirs leaves a sample at the first target that does
-    theirs, ours = authors_and_ours("fab-t", norm, 1e-6, x, y, model)
-    norms = [norm_of(out - x, norm) for out in (theirs, ours)]
+    # No sample reaches this eps. Otherwise the authors' code stops at the first target within it.
+    authors, ours = authors_and_ours("fab-t", norm, 1e-6, x, y, model)
+    norms = [norm_of(out - x, norm) for out in (authors, ours)]
     assert np.median(norms[1]) == pytest.approx(np.median(norms[0]), rel=0.02)
 
 
@@ -50,16 +50,16 @@ def authors_and_ours(
     with torch.random.fork_rng():
         if name in ("apgd", "apgd-dlr"):
             loss = "dlr" if name == "apgd-dlr" else "ce"
-            theirs = APGDAttack(model, n_iter=steps, loss=loss, **options).perturb(x, y)
+            authors = APGDAttack(model, n_iter=steps, loss=loss, **options).perturb(x, y)
             ours = apgd(model, x, y, eps=eps, norm=norm, steps=steps, loss=loss, generator=seeded(0))
         elif name == "apgd-t":
-            theirs = APGDAttack_targeted(model, n_iter=steps, n_target_classes=9, **options).perturb(x, y)
+            authors = APGDAttack_targeted(model, n_iter=steps, n_target_classes=9, **options).perturb(x, y)
             ours = apgd_t(model, x, y, eps=eps, norm=norm, steps=steps, generator=seeded(0))
         elif name == "square":
-            theirs = SquareAttack(model, n_queries=queries, **options).perturb(x, y)
+            authors = SquareAttack(model, n_queries=queries, **options).perturb(x, y)
             ours = square(model, x, y, eps=eps, norm=norm, queries=queries, generator=seeded(0))
         else:
-            # without the early leaving of their perturb(), as ours minimises over all targets
+            # The authors' perturb() stops early. Our code minimises over all targets, so this calls each search.
             attack = FABAttack_PT(model, n_iter=steps, targeted=True, **options)
             best, best_norm = x, np.full(len(x), np.inf)
             for target in range(2, 11):
@@ -68,6 +68,6 @@ def authors_and_ours(
                 size = np.where(broken(model, out, y), norm_of(out - x, norm), np.inf)
                 best = torch.where(torch.from_numpy(size < best_norm).view(-1, 1, 1, 1), out, best)
                 best_norm = np.minimum(size, best_norm)
-            theirs = best
+            authors = best
             ours = fab_t(model, x, y, norm=norm, steps=steps)
-    return theirs.detach(), ours
+    return authors.detach(), ours

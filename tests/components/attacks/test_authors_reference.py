@@ -2,7 +2,7 @@
 
 The figures were made once by ``tests/support/authors_reference.py``; none of the authors' code is needed here.
 Inputs, weights and random draws follow from seeds. Each test compares the image of every forward pass,
-as a fingerprint that depends on every pixel: what changes a step changes the fingerprints after it.
+as a fingerprint that depends on every pixel: a changed step changes the fingerprints after it.
 
 Of 119 mutants of our attacks (constants, schedules, losses, projections, acceptance) these tests kill 115.
 The other four change nothing here: Square's last halving (the square has one pixel before it, too; see
@@ -51,19 +51,19 @@ from components.attacks.square import square
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# fingerprints are sums of 578 pixels times numbers up to 1: one pixel that is 0.001 off shows
+# Fingerprints are sums of 578 pixels times numbers up to 1, so an error of 0.001 in one pixel shows.
 TOLERANCE = 2e-4
-# Ours keeps the norm 7e-7 below eps, for rounding. A bump in a window that had no perturbation is made of what is
-# left of the norm: 5e-4 of it where theirs has none.
+# Our code keeps the norm 7e-7 below eps, for rounding. A bump in an unperturbed window takes the rest of the
+# norm: 5e-4 of it where the authors' code has none.
 SQUARE_L2_TOLERANCE = 1e-3
-# At black and white pixels the gradient is no larger than the 1e-8 that Adam adds to its size: its rounding shows.
+# At black and white pixels the gradient is no larger than Adam's 1e-8, so its rounding shows.
 CW_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FIGURES.read_text())
-    return found
+    contents: dict[str, Any] = json.loads(FIGURES.read_text())
+    return contents
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ def test_apgd_takes_the_steps_of_the_authors(
     x, y = batch
     authors = figures[f"apgd-{loss}-{norm}"]
     with starting_from(lambda: start_draws(0)):
-        found = apgd(network, x, y, eps=EPS[norm], norm=norm, steps=APGD_STEPS, loss=loss)
+        examples = apgd(network, x, y, eps=EPS[norm], norm=norm, steps=APGD_STEPS, loss=loss)
     assert_same_passes(network.seen, authors["passes"])
-    np.testing.assert_allclose(network.fingerprints(found).numpy(), authors["best"], rtol=0, atol=TOLERANCE)
-    assert still_right(network, found, y) == authors["robust"]
+    np.testing.assert_allclose(network.fingerprints(examples).numpy(), authors["best"], rtol=0, atol=TOLERANCE)
+    assert still_right(network, examples, y) == authors["robust"]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -121,14 +121,14 @@ def test_apgd_t_takes_the_steps_of_the_authors(
     runs = itertools.count()
     options = {"eps": EPS[norm], "norm": norm, "steps": APGD_T_STEPS, "targets": TARGETS}
     with starting_from(lambda: start_draws(next(runs))[:APGD_T_SAMPLES]):
-        found = apgd_t(network, x, y, **options)
+        examples = apgd_t(network, x, y, **options)
     assert len(network.seen) == 1 + TARGETS * (APGD_T_STEPS + 1)
     for target, run in enumerate(authors["runs"]):
-        # a sample that is broken takes part in no further run of theirs
+        # In the authors' code, a broken sample takes part in no further run.
         begin = 1 + target * (APGD_T_STEPS + 1)
         ours = [row[run["rows"]] for row in network.seen[begin : begin + APGD_T_STEPS + 1]]
         assert_same_passes(ours, run["passes"])
-    assert still_right(network, found, y) == authors["robust"]
+    assert still_right(network, examples, y) == authors["robust"]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -137,10 +137,10 @@ def test_fab_t_takes_the_steps_of_the_authors(
 ) -> None:
     x, y = batch
     authors = figures[f"fab-t-{norm}"]
-    found = fab_t(network, x, y, norm=norm, steps=FAB_STEPS, targets=TARGETS)
+    examples = fab_t(network, x, y, norm=norm, steps=FAB_STEPS, targets=TARGETS)
     assert_same_passes(network.seen[1:], [row for run in authors["runs"] for row in run["passes"]])
     smallest = np.min([run["norms"] for run in authors["runs"]], axis=0)
-    np.testing.assert_allclose(norms(found - x, norm).numpy(), smallest, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(norms(examples - x, norm).numpy(), smallest, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -150,14 +150,14 @@ def test_a_restart_of_fab_t_takes_the_steps_of_the_authors(
     x, y = batch
     authors = figures[f"fab-t-{norm}"]
     with starting_from(lambda: start_draws(0)):
-        found = fab_t(network, x, y, norm=norm, steps=FAB_STEPS, targets=1, restarts=2)
+        examples = fab_t(network, x, y, norm=norm, steps=FAB_STEPS, targets=1, restarts=2)
     assert_same_passes(network.seen[1:], authors["runs"][0]["passes"] + authors["restart"]["passes"])
     smallest = np.minimum(authors["runs"][0]["norms"], authors["restart"]["norms"])
-    np.testing.assert_allclose(norms(found - x, norm).numpy(), smallest, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(norms(examples - x, norm).numpy(), smallest, rtol=0, atol=2e-5)
 
 
 def supplied_randint(norm: str) -> Callable[..., Tensor]:
-    """A torch.randint that returns the draws of the figures, in the order in which our Square asks for them."""
+    """Return a torch.randint that gives the figures' draws in the order of our Square."""
     kinds = square_kinds(norm)
     draws = SquareDraws().of
 
@@ -172,7 +172,7 @@ def square_kinds(norm: str) -> Iterator[str]:
         yield "signs"
         while True:
             yield from ("corners", "corners", "signs")
-    for _ in range(25):  # tiles of the first perturbation
+    for _ in range(25):  # These are the tiles of the first perturbation.
         yield from ("signs", "orientations")
     while True:
         yield from ("signs", "corners", "corners", "corners", "corners", "orientations")
@@ -190,13 +190,13 @@ def test_square_proposes_and_accepts_as_the_authors(
     x, y = batch
     authors = figures[f"square-{norm}" if rescale else f"square-unrescaled-{norm}"]
     monkeypatch.setattr(torch, "randint", supplied_randint(norm))
-    found = square(network, x, y, eps=SQUARE_EPS[norm], norm=norm, queries=QUERIES, rescale=rescale)
-    # ours counts the first proposal among the queries, and looks at the clean images first
+    examples = square(network, x, y, eps=SQUARE_EPS[norm], norm=norm, queries=QUERIES, rescale=rescale)
+    # Our code counts the first proposal among the queries, and evaluates the clean images first.
     assert len(network.seen) - 1 == min(QUERIES, len(authors["passes"]))
     tolerance = SQUARE_L2_TOLERANCE if norm == "l2" else TOLERANCE
     assert_same_passes(network.seen[1:], authors["passes"][:QUERIES], tolerance)
     assert len(network.seen[1]) == SAMPLES
-    assert still_right(network, found, y) == authors["robust"]
+    assert still_right(network, examples, y) == authors["robust"]
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -205,12 +205,14 @@ def test_ddn_takes_the_steps_of_its_author(
 ) -> None:
     x, y = batch
     author = figures["ddn-targeted" if targeted else "ddn"]
-    found = ddn(network, x, aims(y, targeted), targeted=targeted, **DDN)
+    examples = ddn(network, x, aims(y, targeted), targeted=targeted, **DDN)
     assert_same_passes(network.seen[:-1], author["passes"])
-    # ours looks at the last iterate, too
-    smaller = norms(found - x, "l2").numpy() < np.array(author["norms"]) - 2e-5
-    last = (network.fingerprints(found) - network.seen[-1]).abs().numpy() < 1e-9
-    np.testing.assert_allclose(norms(found - x, "l2").numpy()[~smaller], np.array(author["norms"])[~smaller], atol=2e-5)
+    # Our code also evaluates the last iterate.
+    smaller = norms(examples - x, "l2").numpy() < np.array(author["norms"]) - 2e-5
+    last = (network.fingerprints(examples) - network.seen[-1]).abs().numpy() < 1e-9
+    np.testing.assert_allclose(
+        norms(examples - x, "l2").numpy()[~smaller], np.array(author["norms"])[~smaller], atol=2e-5
+    )
     assert last[smaller].all()
 
 
@@ -220,11 +222,11 @@ def test_cw_takes_the_steps_of_the_reference(
 ) -> None:
     x, y = batch
     authors = figures["cw-targeted" if targeted else "cw"]
-    found = cw(network, x, aims(y, targeted), targeted=targeted, **CW)
+    examples = cw(network, x, aims(y, targeted), targeted=targeted, **CW)
     clean, *steps = network.seen
-    # ours looks at the clean images once, theirs at the beginning of each search step
+    # Our code evaluates the clean images once, the authors' at the beginning of each search step.
     per_search = len(steps) // CW["binary_search_steps"]
     searches = [steps[i : i + per_search] for i in range(0, len(steps), per_search)]
     ours = [row for search in searches for row in [clean, *search]]
     assert_same_passes(ours, authors["passes"], CW_TOLERANCE)
-    np.testing.assert_allclose(norms(found - x, "l2").numpy(), authors["norms"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(norms(examples - x, "l2").numpy(), authors["norms"], rtol=0, atol=1e-4)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class ByFirstPixel(nn.Module):
-    """Class 1 where the first pixel is above 0.5."""
+    """A network that predicts class 1 if the first pixel is above 0.5."""
 
     def forward(self, x: Tensor) -> Tensor:
         over = x[:, 0, 0, 0] - 0.5
@@ -29,19 +29,19 @@ class ByFirstPixel(nn.Module):
 
 def test_each_attack_of_the_cascade_sees_only_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.full((8, 1, 2, 2), 0.45)
-    x[:, 0, 0, 1] = torch.arange(8) / 10  # the name of the row
-    x[7, 0, 0, 0] = 0.55  # misclassified from the start
+    x[:, 0, 0, 1] = torch.arange(8) / 10  # This pixel identifies the row.
+    x[7, 0, 0, 0] = 0.55  # It is misclassified from the start.
     y = torch.zeros(8, dtype=torch.int64)
     module = importlib.import_module("components.attacks.autoattack")
-    seen: dict[str, list[int]] = {}
+    attacked_rows: dict[str, list[int]] = {}
     options: dict[str, dict[str, object]] = {}
 
     def stub(name: str, breaks: set[int], by: float = 0.1) -> Callable[..., Tensor]:
-        def attack(model: nn.Module, inputs: Tensor, labels: Tensor, **given: object) -> Tensor:
+        def attack(model: nn.Module, inputs: Tensor, labels: Tensor, **arguments: object) -> Tensor:
             assert torch.equal(inputs[:, 0, 0, 1], x[:, 0, 0, 1]), "the whole chunk, in its order"
             assert torch.equal(labels, y)
             rows = (~broken(model, inputs, y)).nonzero().squeeze(1).tolist()
-            seen[name], options[name] = rows, given
+            attacked_rows[name], options[name] = rows, arguments
             out = inputs.clone()
             for row in rows:
                 out[row, 0, 0, 0] += by if row in breaks else 0.01
@@ -51,15 +51,20 @@ def test_each_attack_of_the_cascade_sees_only_survivors(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(module, "apgd", stub("apgd", {1, 5}))
     monkeypatch.setattr(module, "apgd_t", stub("apgd_t", {2}))
-    monkeypatch.setattr(module, "fab_t", stub("fab_t", {0}, by=0.3))  # beyond eps
+    monkeypatch.setattr(module, "fab_t", stub("fab_t", {0}, by=0.3))  # The norm exceeds eps.
     monkeypatch.setattr(module, "square", stub("square", {4}))
     out = autoattack(ByFirstPixel(), x, y, eps=0.2, steps=7, queries=11)
     survivors = [0, 2, 3, 4, 6]
-    assert seen == {"apgd": [0, 1, 2, 3, 4, 5, 6], "apgd_t": survivors, "fab_t": [0, 3, 4, 6], "square": [0, 3, 4, 6]}
+    assert attacked_rows == {
+        "apgd": [0, 1, 2, 3, 4, 5, 6],
+        "apgd_t": survivors,
+        "fab_t": [0, 3, 4, 6],
+        "square": [0, 3, 4, 6],
+    }
     assert torch.equal(broken(ByFirstPixel(), out, y).nonzero().squeeze(1), torch.tensor([1, 2, 4, 5, 7]))
     for row in (0, 3, 6, 7):
         assert torch.equal(out[row], x[row]), "what withstood all comes back clean"
-    assert [options[name].get("steps") for name in seen] == [7, 7, 7, None]
+    assert [options[name].get("steps") for name in attacked_rows] == [7, 7, 7, None]
     assert options["square"]["queries"] == 11
     assert options["fab_t"]["enough"] == 0.2
     assert options["apgd"]["stop_on_success"] is options["apgd_t"]["stop_on_success"] is True

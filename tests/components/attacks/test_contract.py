@@ -1,4 +1,4 @@
-"""What every attack keeps to: rules, random draws, passes."""
+"""The contract of every attack: rules, random draws, passes."""
 
 from __future__ import annotations
 
@@ -99,15 +99,15 @@ def test_in_the_cascade_a_samples_draws_do_not_depend_on_who_is_left(norm: str) 
     model, x = convnet(4), torch.rand(16, 1, 8, 8, generator=seeded(4))
     y = predict(model, x)
     spec = AttackSpec.parse(f"autoattack:eps={0.05 if norm == 'linf' else 0.3},norm={norm},steps=3,queries=4")
-    wanted = run_attack(spec, model, x, y, generator=seeded(3))
-    moved = (wanted != x).flatten(1).any(dim=1)
+    expected = run_attack(spec, model, x, y, generator=seeded(3))
+    moved = (expected != x).flatten(1).any(dim=1)
     assert 0 < int(moved[4:].sum()) < 12, "some are broken on the way, some go through all four"
     wrong = y.clone()
     wrong[:4] = (wrong[:4] + 1) % 4
-    found = run_attack(spec, model, x, wrong, generator=seeded(3))
-    assert torch.equal(found[:4], x[:4]), "misclassified already"
-    # another batch size is another order of summation
-    torch.testing.assert_close(found[4:], wanted[4:], rtol=0, atol=1e-6)
+    examples = run_attack(spec, model, x, wrong, generator=seeded(3))
+    assert torch.equal(examples[:4], x[:4]), "misclassified already"
+    # Another batch size is another order of summation.
+    torch.testing.assert_close(examples[4:], expected[4:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", CASCADE_ATTACKS)
@@ -120,7 +120,7 @@ def test_model_and_random_state_are_left_alone(text: str, training: bool) -> Non
     run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
     assert [module.training for module in model.modules()] == modes
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    if not training:  # dropout draws from the global stream
+    if not training:  # Dropout draws from the global stream.
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -196,9 +196,9 @@ def test_a_sample_does_not_depend_on_who_is_left(text: str, mnist: tuple[Tensor,
     x, y, spec = x[:12], y[:12], AttackSpec.parse(text)
     options = {"stop_on_success": True} if spec.can_stop_on_success else {}
     alone = y.clone()
-    alone[1::2] = (alone[1::2] + 1) % 10  # every other sample is broken from the start
+    alone[1::2] = (alone[1::2] + 1) % 10  # Every other sample is misclassified from the start.
     together, apart = (run_attack(spec, model, x, labels, generator=seeded(0), **options) for labels in (y, alone))
-    # another batch size is another order of summation, which may flip the sign of a gradient close to zero
+    # Another batch size is another order of summation, which may flip the sign of a gradient close to zero.
     assert ((together - apart)[::2].abs() < 1e-4).double().mean() > 0.99
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planes(n: int, pixels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Points with some pixels at their walls, slopes with some zeros and of all sizes, values of either sign."""
+    """Draw points with pixels at 0 or 1, slopes of all sizes with some zeros, and values of either sign."""
     draw = seeded(seed)
     points = torch.rand(n, 1, 1, pixels, generator=draw).mul_(1.4).sub_(0.2).clamp_(0, 1)
     slopes = torch.randn(n, 1, 1, pixels, generator=draw) * 10.0 ** torch.randint(-3, 3, (n, 1, 1, 1), generator=draw)
@@ -27,10 +27,10 @@ def planes(n: int, pixels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_to_plane_takes_the_shortest_way_inside_the_box(norm: str) -> None:
     points, slopes, values = planes(60, 6, seed=0)
-    found = to_plane(points, slopes, values, norm)
+    steps = to_plane(points, slopes, values, norm)
     reached = 0
     for i in range(len(points)):
-        x, w, v, d = (t[i].double().flatten().numpy() for t in (points, slopes, values, found))
+        x, w, v, d = (t[i].double().flatten().numpy() for t in (points, slopes, values, steps))
         v = float(v[0])
         scale = np.abs(w).max()
         assert ((x + d >= -1e-6) & (x + d <= 1 + 1e-6)).all()
@@ -69,7 +69,7 @@ def test_to_plane_goes_nowhere_where_there_is_no_way(norm: str) -> None:
     assert out.isfinite().all()
     assert (out[:2] == 0).all()
     corner = (points + out)[2]
-    torch.testing.assert_close(corner, corner.round(), rtol=0, atol=1e-6)  # out of reach
+    torch.testing.assert_close(corner, corner.round(), rtol=0, atol=1e-6)  # The plane is out of reach.
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("linf", 1), ("l2", 2)])
@@ -90,7 +90,7 @@ def test_fab_on_a_linear_model_finds_the_distance_to_the_boundary(norm: str, dua
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_fab_on_a_linear_model_finds_the_nearest_point_inside_the_box(norm: str) -> None:
     model = linear(2)
-    x = torch.rand(40, 1, 4, 4, generator=seeded(3)).mul_(3).sub_(1).clamp_(0, 1)  # two pixels of three at a wall
+    x = torch.rand(40, 1, 4, 4, generator=seeded(3)).mul_(3).sub_(1).clamp_(0, 1)  # Two of three pixels are 0 or 1.
     y = predict(model, x)
     weight = (model[1].weight[1] - model[1].weight[0]).detach().view(1, 1, 4, 4).expand_as(x)
     logits = model(x).detach()
@@ -112,14 +112,14 @@ def test_fab_restarts_and_targets_never_lengthen(mnist: tuple[Tensor, Tensor, nn
     x, y, model = mnist
     x, y = x[:30], y[:30]
 
-    def found(**options: int) -> np.ndarray:
+    def smallest_norms(**options: int) -> np.ndarray:
         out = fab_t(model, x, y, norm="l2", steps=10, generator=seeded(0), **options)
         return np.where(broken(model, out, y).numpy(), norm_of(out - x, "l2"), np.inf)
 
-    one = found(targets=1)
-    assert (found(targets=4) <= one + 1e-6).all()
-    assert (found(targets=1, restarts=3) <= one + 1e-6).all()
-    assert (found(targets=4) < one - 1e-3).any()
+    one_target = smallest_norms(targets=1)
+    assert (smallest_norms(targets=4) <= one_target + 1e-6).all()
+    assert (smallest_norms(targets=1, restarts=3) <= one_target + 1e-6).all()
+    assert (smallest_norms(targets=4) < one_target - 1e-3).any()
 
 
 def test_fab_goes_to_no_further_target_when_it_has_enough(mnist: tuple[Tensor, Tensor, nn.Module]) -> None:

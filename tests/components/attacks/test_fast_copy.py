@@ -1,4 +1,4 @@
-"""Attacks that search on a faster stand-in: the same network, and nothing that it finds is lost to rounding."""
+"""Attacks that search on a fast copy of the network and lose no example to rounding."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def same_weights() -> Iterator[None]:
-    """Of networks with other random weights each time a few would lie beyond any tolerance."""
+    """Fix the random weights: for some of them, rounding exceeds every tolerance."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
 
 
 def lived_in(net: nn.Module) -> nn.Module:
-    """With the statistics of a trained network: a fresh one's batch norm is the identity, and folding it proves nothing."""
+    """Give batch norms trained statistics. Fresh ones are the identity, and folding them proves nothing."""
     generator = seeded(1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -79,12 +79,12 @@ def test_a_stand_in_has_the_same_logits_and_gradients_without_batch_norm(name: s
         (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(logits, torch.arange(6)), x)
         return logits.detach(), gradient
 
-    (wanted, slope), (found, slope_found) = passes(net), passes(fast)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
-    # a ReLU within rounding of 0 may open in one and not in the other, so not every pixel agrees
-    off = (slope - slope_found).abs() > 1e-3 * slope.abs().max()
+    (expected, slope), (copy_logits, copy_slope) = passes(net), passes(fast)
+    torch.testing.assert_close(copy_logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    # A ReLU within rounding of 0 may open in only one of the two, so not every pixel agrees.
+    off = (slope - copy_slope).abs() > 1e-3 * slope.abs().max()
     assert off.float().mean() < 0.02
-    # and the network is as it was
+    # The network itself is unchanged.
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
 
@@ -101,7 +101,7 @@ def test_a_hook_that_normalises_is_part_of_the_stand_in() -> None:
     torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
 
 
-# fifty layers of random weights, unlike trained ones, amplify rounding until gradients differ too much
+# Fifty layers of random weights, unlike trained ones, amplify rounding until the gradients differ too much.
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "50" not in name])
 def test_a_bfloat16_stand_in_is_near_and_its_logits_are_not_rounded(name: str) -> None:
     net, (channels, size) = NETWORKS[name]()
@@ -116,23 +116,23 @@ def test_a_bfloat16_stand_in_is_near_and_its_logits_are_not_rounded(name: str) -
             assert p.dtype == (torch.float32 if isinstance(module, nn.Linear) else torch.bfloat16)
             assert not p.requires_grad
     assert all(p.dtype == torch.float32 for n in (net, exact) for p in n.parameters())
-    logits, wanted = bfloat16(images).detach(), net(images).detach()
+    logits, expected = bfloat16(images).detach(), net(images).detach()
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
-    assert 1e-4 < float((logits - wanted).abs().max() / wanted.abs().max()) < 0.05
+    assert 1e-4 < float((logits - expected).abs().max() / expected.abs().max()) < 0.05
 
     def slope(model: nn.Module) -> Tensor:
         x = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
         return gradient.flatten(1)
 
-    found = slope(bfloat16)
-    assert found.dtype == torch.float32
-    assert (nn.functional.cosine_similarity(found, slope(net)) > 0.7).all()
+    gradient = slope(bfloat16)
+    assert gradient.dtype == torch.float32
+    assert (nn.functional.cosine_similarity(gradient, slope(net)) > 0.7).all()
 
 
 class Branching(nn.Module):
-    """Control flow that depends on the images."""
+    """A network whose control flow depends on the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,18 +143,18 @@ class Branching(nn.Module):
 
 
 def test_where_rounding_changes_too_much_the_stand_in_is_exact() -> None:
-    """What eight bits of an image leave over of a small difference is another network."""
+    """In eight bits, the small differences of this network are lost."""
 
     class Small(Branching):
         def forward(self, x: Tensor) -> Tensor:
             return self.net((100 + x) - 100)
 
     net, images = Small().eval(), torch.rand(8, 1, 28, 28, generator=seeded())
-    found = make_fast_copy(net, images, bfloat16=True)
-    assert found is not None
-    assert all(p.dtype == torch.float32 for p in found.parameters())
-    assert not computes_in_bfloat16(found)
-    torch.testing.assert_close(found(images), net(images), rtol=1e-4, atol=1e-4)
+    copied = make_fast_copy(net, images, bfloat16=True)
+    assert copied is not None
+    assert all(p.dtype == torch.float32 for p in copied.parameters())
+    assert not computes_in_bfloat16(copied)
+    torch.testing.assert_close(copied(images), net(images), rtol=1e-4, atol=1e-4)
 
 
 class Noisy(Branching):
@@ -163,7 +163,7 @@ class Noisy(Branching):
 
 
 class Either(Branching):
-    """One of two networks by chance, which tracing settles once and for all."""
+    """A network that is one of two at random. Tracing would fix the choice."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if torch.rand(()) < 0.5 else self.net(1 - x)
@@ -189,7 +189,7 @@ def test_a_backward_pass_that_tracing_loses_is_noticed_however_confident_the_net
 
 
 def test_without_room_for_the_copy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pipeline then takes smaller batches; searching on the network instead, unrecorded, would be another result."""
+    """The pipeline then takes smaller batches. Searching on the network itself would change the result."""
     net = lived_in(ResNet18(10, channels=1, width=4, small=True))
 
     def full(*_: Any) -> None:
@@ -201,7 +201,7 @@ def test_without_room_for_the_copy_it_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Shifted(nn.Module):
-    """A network whose boundary lies elsewhere by more than rounding: what is found on it may be worth nothing."""
+    """A network whose boundary is shifted by more than rounding, so that its examples may fail."""
 
     def __init__(self, net: nn.Module, by: float) -> None:
         super().__init__()
@@ -234,8 +234,8 @@ def test_nothing_is_lost_where_the_stand_in_sees_another_boundary(
     broken_alone = net(alone).argmax(1) != labels
     fast = Shifted(net, 0.5)
     naive = run_attack(spec, fast, images, labels, generator=seeded(7))
-    found = run_attack_on_copy(spec, net, fast, images, labels, generator=seeded(7))
-    broken = net(found).argmax(1) != labels
+    examples = run_attack_on_copy(spec, net, fast, images, labels, generator=seeded(7))
+    broken = net(examples).argmax(1) != labels
     assert broken_alone.sum() >= 30
     assert (broken >= (net(naive).argmax(1) != labels)).all()
     assert broken.sum() >= broken_alone.sum()
@@ -262,27 +262,27 @@ def test_only_what_slipped_is_searched_again_and_its_knowledge_follows_its_rows(
             return logits - 1e6 * (slips[:, None] & nn.functional.one_hot(labels, 5).bool())
 
     monkeypatch.setattr(fast_copy, "run_attack", fake)
-    asked: list[Tensor] = []
+    requested_rows: list[Tensor] = []
 
     def knows(x: Tensor, rows: Tensor) -> Tensor:
-        asked.append(rows)
+        requested_rows.append(rows)
         return torch.zeros(len(x))
 
     fast = Fooled()
-    found = run_attack_on_copy(AttackSpec.parse("pgd:eps=0.1"), net, fast, images, labels, auxiliary=knows)
-    (first, _, given), (second, again, remapped) = calls
+    examples = run_attack_on_copy(AttackSpec.parse("pgd:eps=0.1"), net, fast, images, labels, auxiliary=knows)
+    (first, _, passed), (second, again, remapped) = calls
     assert first is fast
-    assert given is knows
+    assert passed is knows
     assert second is net
     assert torch.equal(again, images[slips])
-    assert torch.equal(found[slips], images[slips] + 1)
-    assert torch.equal(found[~slips], wrong[~slips])
+    assert torch.equal(examples[slips], images[slips] + 1)
+    assert torch.equal(examples[~slips], wrong[~slips])
     remapped(again[1:], torch.tensor([1, 2]))
-    assert asked[0].tolist() == [17, 30]
+    assert requested_rows[0].tolist() == [17, 30]
 
 
 class Firm(nn.Module):
-    """Takes the images of some rows for what they are, whatever is done to them."""
+    """A network that classifies some rows correctly under every perturbation."""
 
     def __init__(self, net: nn.Module, rows: Tensor, labels: Tensor) -> None:
         super().__init__()
@@ -301,5 +301,5 @@ def test_what_the_network_gets_wrong_without_any_attack_is_not_lost(judged: tupl
     labels[:3] = (labels[:3] + 1) % 5
     wrong = torch.arange(40) < 3
     spec = AttackSpec.parse("pgd:eps=0.01,steps=3")
-    found = run_attack_on_copy(spec, net, Firm(net, wrong, labels), images, labels, generator=seeded(7))
-    assert (net(found).argmax(1) != labels)[wrong].all()
+    examples = run_attack_on_copy(spec, net, Firm(net, wrong, labels), images, labels, generator=seeded(7))
+    assert (net(examples).argmax(1) != labels)[wrong].all()

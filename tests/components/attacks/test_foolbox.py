@@ -44,12 +44,12 @@ def test_budget_attacks_agree_with_foolbox(
     labels = (y + 1) % 4 if targeted else y
     criterion = (fb.criteria.TargetedMisclassification if targeted else fb.criteria.Misclassification)(labels)
     attack = getattr(fb.attacks, peer)(**options)
-    theirs = attack.run(fb.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, criterion, epsilon=spec.eps)
+    peer_examples = attack.run(fb.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, criterion, epsilon=spec.eps)
     ours = run_attack(spec, model, x, labels, targeted=targeted)
     assert (ours != x).any()
-    # rounding may flip the sign of a gradient close to zero, rarely
-    assert ((ours - theirs).abs() < 1e-5).double().mean() > 0.995
-    assert ((predict(model, ours) == labels) == (predict(model, theirs) == labels)).double().mean() > 0.98
+    # Rounding rarely flips the sign of a gradient close to zero.
+    assert ((ours - peer_examples).abs() < 1e-5).double().mean() > 0.995
+    assert ((predict(model, ours) == labels) == (predict(model, peer_examples) == labels)).double().mean() > 0.98
 
 
 def test_ddn_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) -> None:
@@ -57,10 +57,10 @@ def test_ddn_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) 
     x, y, (model, _) = blobs
     x, y = x[:60], y[:60]
     wrapped = fb.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    theirs = fb.attacks.DDNAttack(steps=60).run(wrapped, x, fb.criteria.Misclassification(y))
+    peer_examples = fb.attacks.DDNAttack(steps=60).run(wrapped, x, fb.criteria.Misclassification(y))
     ours = ddn(model, x, y, steps=60)
-    assert (predict(model, ours) != y).sum() >= (predict(model, theirs) != y).sum()
-    norms = [norm_of(out - x, "l2") for out in (ours, theirs)]
+    assert (predict(model, ours) != y).sum() >= (predict(model, peer_examples) != y).sum()
+    norms = [norm_of(out - x, "l2") for out in (ours, peer_examples)]
     assert np.isclose(*norms, rtol=2e-3).mean() > 0.7, "the same schedule, so the same norms but for our last iterate"
 
 
@@ -73,12 +73,12 @@ def test_cw_agrees_with_foolbox(blobs: tuple[Tensor, Tensor, list[nn.Module]]) -
     attack = fb.attacks.L2CarliniWagnerAttack(
         binary_search_steps=8, steps=40, stepsize=0.05, initial_const=1.0, abort_early=False
     )
-    theirs = attack.run(wrapped, x, fb.criteria.Misclassification(y))
+    peer_examples = attack.run(wrapped, x, fb.criteria.Misclassification(y))
     ours = cw(model, x, y, binary_search_steps=8, steps=40, lr=0.05, initial_const=1.0)
-    found = theirs.flatten(1).any(dim=1)  # Foolbox returns a black image where it found nothing
-    assert found.sum() > 50
-    assert (predict(model, ours) != y)[found].all()
-    norms = [norm_of((out - x)[found], "l2") for out in (ours, theirs)]
+    succeeded = peer_examples.flatten(1).any(dim=1)  # If Foolbox fails, it returns a black image.
+    assert succeeded.sum() > 50
+    assert (predict(model, ours) != y)[succeeded].all()
+    norms = [norm_of((out - x)[succeeded], "l2") for out in (ours, peer_examples)]
     ratio = norms[0] / norms[1]
     assert np.isclose(ratio, 1, rtol=2e-3).mean() > 0.8, "the same search, so the same norms but for our last iterates"
     assert np.quantile(ratio, 0.95) < 1.002, "which only make it better"

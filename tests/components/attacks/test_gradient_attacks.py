@@ -44,7 +44,7 @@ DETERMINISTIC = tuple(text for text in GRADIENT_ATTACKS if not text.startswith("
 @pytest.mark.parametrize(
     ("attack", "scale"),
     [
-        # cross entropy points at the nearest class, not at a mixture of all, only where logits are far apart
+        # Cross entropy points at the nearest class only if the logits are far apart.
         pytest.param(lambda m, x, y: ddn(m, x, y, steps=200, initial_norm=0.1), 30, id="ddn"),
         pytest.param(lambda m, x, y: cw(m, x, y, steps=150, binary_search_steps=8, lr=0.01), 1, id="cw"),
     ],
@@ -55,12 +55,12 @@ def test_minimal_norm_on_a_linear_model_is_the_distance_to_the_boundary(
     model, x = linear(classes, scale=scale), near_grey(60)
     y = predict(model, x)
     truth = distances(model, x, order=2)
-    # a sample that sits on the boundary has no meaningful relative error
-    keep = truth > 0.01
-    assert keep.sum() > 30
+    # A sample on the boundary has no meaningful relative error.
+    off_boundary = truth > 0.01
+    assert off_boundary.sum() > 30
     adversarial = attack(model, x, y)
-    assert (predict(model, adversarial) != y)[torch.from_numpy(keep)].all()
-    ratio = norm_of(adversarial - x, "l2")[keep] / truth[keep]
+    assert (predict(model, adversarial) != y)[torch.from_numpy(off_boundary)].all()
+    ratio = norm_of(adversarial - x, "l2")[off_boundary] / truth[off_boundary]
     assert ratio.min() > 1 - 1e-3, "nothing adversarial is closer than the boundary"
     assert np.median(ratio) < 1.02
     assert np.quantile(ratio, 0.9) < 1.05
@@ -115,7 +115,7 @@ def test_noise_has_exactly_the_norm_where_nothing_is_clipped() -> None:
 
 @pytest.mark.parametrize(("value", "eps"), [(0.0, 1.5), (1.0, 0.5), (0.02, 1.5)])
 def test_noise_keeps_its_length_at_a_wall(value: float, eps: float) -> None:
-    """As on the background of a digit; clipped alone it is a third shorter than what the attacks may take."""
+    """Clipping alone would leave noise on a digit's background a third shorter than its budget."""
     x, y = torch.full((20, 1, 28, 28), value), torch.zeros(20, dtype=torch.int64)
     spec = AttackSpec(name="noise", eps=eps, norm="l2")
     noisy = run_attack(spec, nn.Identity(), x, y, generator=seeded(0))
@@ -125,13 +125,13 @@ def test_noise_keeps_its_length_at_a_wall(value: float, eps: float) -> None:
 
 def test_pgd_starts_uniformly_in_the_ball() -> None:
     flat = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
-    nn.init.zeros_(flat[1].weight)  # no gradient, so that the start is what comes back
+    nn.init.zeros_(flat[1].weight)  # Without a gradient, the attack returns its start.
     x, y = torch.full((4000, 1, 1, 2), 0.5), torch.zeros(4000, dtype=torch.int64)
     linf = pgd(flat, x, y, eps=0.4, steps=1, generator=seeded(0)) - x
     np.testing.assert_allclose(linf.abs().mean(), 0.2, atol=0.01)
     np.testing.assert_allclose(linf.abs().max(), 0.4, atol=0.001)
     radius = norm_of(pgd(flat, x, y, eps=0.4, norm="l2", steps=1, generator=seeded(0)) - x, "l2")
-    # in two dimensions the squared radius is uniform
+    # In two dimensions the squared radius is uniform.
     np.testing.assert_allclose(((radius / 0.4) ** 2).mean(), 0.5, atol=0.02)
     assert radius.max() <= 0.4 * (1 + 1e-5)
 
@@ -163,7 +163,7 @@ def test_budget_is_never_exceeded(
 ) -> None:
     name, _, norm = text.partition(",")
     steps = ",steps=4" if name in ("bim", "pgd") else ""
-    eps = eps if norm else eps / 3  # of pixels in [0,1]
+    eps = eps if norm else eps / 3  # Pixels are in [0,1].
     spec = AttackSpec.parse(f"{name}:eps={eps}{steps}{',' + norm if norm else ''}")
     x = torch.rand(5, 1, 8, 8, generator=seeded(seed))
     x = x.round() if black_and_white else x
@@ -189,7 +189,7 @@ def test_budget_is_never_exceeded(
 @pytest.mark.parametrize("training", [True, False])
 def test_model_inputs_and_random_state_are_left_alone(text: str, training: bool) -> None:
     model = convnet(0).train(training)
-    model[1].eval()  # a mode of its own, which model.train() or model.eval() would overwrite
+    model[1].eval()  # model.train() or model.eval() would overwrite this mode.
     modes = [module.training for module in model.modules()]
     x = torch.rand(4, 1, 8, 8, generator=seeded(0))
     y, before, random_state = torch.arange(4), x.clone(), torch.get_rng_state()
@@ -200,18 +200,18 @@ def test_model_inputs_and_random_state_are_left_alone(text: str, training: bool)
     assert not x.requires_grad
     assert not out.requires_grad
     assert out.data_ptr() != x.data_ptr()
-    if not training:  # dropout draws from the global stream
+    if not training:  # Dropout draws from the global stream.
         assert torch.equal(torch.get_rng_state(), random_state)
 
 
 @pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
 def test_runs_under_no_grad_with_frozen_parameters(text: str) -> None:
     model, x, y = convnet(0), near_grey(4, side=8), torch.arange(4)
-    wanted = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
+    expected = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
     model.requires_grad_(False)
     with torch.no_grad():
         out = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
-    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
@@ -253,7 +253,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(text: str, blobs: tuple[Tens
     spec = AttackSpec.parse(text)
     whole = run_attack(spec, model, x[:12], y[:12])
     parts = torch.cat([run_attack(spec, model, x[i : i + 5], y[i : i + 5]) for i in range(0, 12, 5)])[:12]
-    # another batch size is another order of summation, which may flip the sign of a gradient close to zero
+    # Another batch size is another order of summation, which may flip the sign of a gradient close to zero.
     assert ((whole - parts).abs() < 1e-4).double().mean() > 0.99
 
 
@@ -349,13 +349,13 @@ def test_stop_on_success_returns_the_first_adversarial_iterate(
     iterates = [x] + [bim(model, x, y, steps=k, **options) for k in range(1, 13)]
     broken = torch.stack([predict(model, iterate) != y for iterate in iterates])
     out = bim(model, x, y, steps=12, stop_on_success=True, **options)
-    left = 0
+    stopped = 0
     for i in range(len(x)):
-        # the twelfth iterate is returned either way, so it makes no difference whether it is adversarial
+        # The twelfth iterate is returned whether it is adversarial or not.
         first = int(broken[:, i].int().argmax()) if broken[:, i].any() else 12
-        left += first < 12
+        stopped += first < 12
         torch.testing.assert_close(out[i], iterates[first][i], rtol=0, atol=1e-5)
-    assert 20 < left < 100, "the case is of no use unless some samples leave and some stay"
+    assert 20 < stopped < 100, "the case is of no use unless some samples leave and some stay"
 
 
 @pytest.mark.parametrize("attack", [bim, pgd])

@@ -52,11 +52,11 @@ def test_cw_examples_have_the_confidence_asked_for(blobs: tuple[Tensor, Tensor, 
     margins = {}
     for confidence in (0.0, 3.0):
         out = cw(model, x, y, steps=40, lr=0.1, confidence=confidence)
-        found = (out != x).flatten(1).any(dim=1)
-        assert found.sum() > 25
-        logits = model(out).detach()[found]
-        own = logits.gather(1, y[found, None]).squeeze(1)
-        others = logits.scatter(1, y[found, None], -torch.inf).amax(dim=1)
+        succeeded = (out != x).flatten(1).any(dim=1)
+        assert succeeded.sum() > 25
+        logits = model(out).detach()[succeeded]
+        own = logits.gather(1, y[succeeded, None]).squeeze(1)
+        others = logits.scatter(1, y[succeeded, None], -torch.inf).amax(dim=1)
         margins[confidence] = others - own
     assert margins[3.0].min() >= 3 - 1e-4
     assert margins[0.0].median() < 1
@@ -64,7 +64,7 @@ def test_cw_examples_have_the_confidence_asked_for(blobs: tuple[Tensor, Tensor, 
 
 def test_ddn_leaves_a_flat_start_by_chance_and_only_by_the_generator() -> None:
     class Plateau(nn.Module):
-        """Flat within L1 distance 1 of the grey image: the gradient there is exactly zero."""
+        """A network whose gradient is exactly zero within L1 distance 1 of the grey image."""
 
         def forward(self, x: Tensor) -> Tensor:
             outside = ((x - 0.5).abs().flatten(1).sum(dim=1) - 1).relu()

@@ -1,4 +1,4 @@
-"""Median norms: of how many broken images they are, and left out where those are few; the same wherever they are shown."""
+"""Median norms, which every table shows with their number of images, or leaves out if those are few."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DDN = str(AttackSpec.parse("ddn:steps=60"))
 
 
 def metrics_of(broken: int, right: int = 200, n: int = 300, attack: str = DDN) -> dict[str, Any]:
-    """Metrics of ``n`` images of which ``right`` were classified correctly and the attack broke ``broken``, of L2 norm 0.68."""
+    """Return metrics of n images: ``right`` classified correctly, ``broken`` of them broken at L2 norm 0.68."""
     index = np.arange(n)
     columns = {
         "label": np.zeros(n, dtype=np.int32),
@@ -39,7 +39,7 @@ def metrics_of(broken: int, right: int = 200, n: int = 300, attack: str = DDN) -
 
 
 def record_of(root: Storage, transferred: int) -> tuple[Storage, dict[str, Any]]:
-    """A run whose DDN breaks all 200 images white-box, and so many of those when transferred to the control."""
+    """Write a run whose DDN breaks 200 images white-box, and ``transferred`` of them on the control."""
     run = fake_run.write(root, gallery=False)
     record = run.read_json("run.json")
     for e in record["evaluations"]:
@@ -51,12 +51,12 @@ def record_of(root: Storage, transferred: int) -> tuple[Storage, dict[str, Any]]
 
 
 def page_of(record: RunRecord, root: Storage) -> str:
-    """The report without its plots, which take seconds."""
+    """Return the report without its plots, which take seconds."""
     return report.page(record, report.table_data(record, root), [], [])
 
 
 def shown(run: Storage, root: Storage) -> dict[str, str]:
-    """The cell of the control under transferred DDN, wherever a person reads it."""
+    """Return the cell of the control under transferred DDN in every form of the table."""
     record = records.read_run(run)
     html = re.sub(r"<[^>]+>", " ", page_of(record, root))
     (cell,) = re.findall(r"control\s+control: undefended, another seed.*?\n", html)
@@ -68,51 +68,51 @@ def shown(run: Storage, root: Storage) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"), [(0, "none broken"), (1, "1 broken"), (9, "9 broken"), (10, "L2 0.68 of 10")]
+    ("broken", "text"), [(0, "none broken"), (1, "1 broken"), (9, "9 broken"), (10, "L2 0.68 of 10")]
 )
-def test_a_median_says_of_how_many_and_is_left_out_under_ten(tmp_path: Path, broken: int, said: str) -> None:
+def test_a_median_says_of_how_many_and_is_left_out_under_ten(tmp_path: Path, broken: int, text: str) -> None:
     root = Storage(tmp_path)
     run, _ = record_of(root, broken)
     cells = shown(run, root)
-    assert cells["html"].endswith(said)
-    assert cells["markdown"].endswith(f", {said} |")
-    assert said in cells["terminal"]
+    assert cells["html"].endswith(text)
+    assert cells["markdown"].endswith(f", {text} |")
+    assert text in cells["terminal"]
     assert "L2 0.68 of 200" in cells["html"], "white-box"
 
 
 @pytest.mark.parametrize("broken", [9, 10])
 def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> None:
-    """table.csv, table.json and MLflow: no median or quartile of fewer than ten images, of any attack and threat model."""
+    """table.csv, table.json and MLflow have no median or quartile of fewer than ten images."""
     root = Storage(tmp_path)
     run, stored = record_of(root, broken)
     record = records.read_run(run)
-    kept = broken >= over_seeds.MIN_FOR_MEDIAN
+    shows_median = broken >= over_seeds.MIN_FOR_MEDIAN
     rows = list(csv.DictReader(io.StringIO(markdown.to_csv(record))))
     (row,) = [r for r in rows if (r["model"], r["threat_model"], r["attack"]) == ("control", "transfer", DDN)]
     quantiles = [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")]
-    assert [bool(row[q]) for q in quantiles] == [kept] * 6
+    assert [bool(row[q]) for q in quantiles] == [shows_median] * 6
     assert row["broken"] == str(broken)
     cells = {r["model"]: r["cells"] for r in report.table_data(record, root)["rows"]}
     cell = cells["control"]["transfer/ddn"]
-    assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if kept else (None, 9))
+    assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if shows_median else (None, 9))
     published = mlflow_run.table_metrics(record, "control")
-    assert ("transfer/ddn/l2_median" in published) == kept
+    assert ("transfer/ddn/l2_median" in published) == shows_median
     assert published["transfer/ddn/broken"] == broken
-    for r in rows:  # BIM breaks nearly all of them, white-box
+    for r in rows:  # White-box BIM breaks nearly all images.
         few = int(r["broken"]) < over_seeds.MIN_FOR_MEDIAN
         assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
     assert run.read_json("run.json") == stored, "the record keeps what was measured"
 
 
 def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
-    class Kept:
-        """Takes what a Tracker takes, and keeps the metrics."""
+    class RecordingTracker:
+        """A tracker that only keeps the metrics."""
 
         def __init__(self) -> None:
-            self.found: dict[str, dict[str, Any]] = {}
+            self.published: dict[str, dict[str, Any]] = {}
 
         def metrics(self, alias: str, values: dict[str, Any]) -> None:
-            self.found[alias] = values
+            self.published[alias] = values
 
         def __getattr__(self, name: str) -> Any:
             return lambda *a, **k: None
@@ -120,22 +120,22 @@ def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
     root = Storage(tmp_path)
     run, _ = record_of(root, 4)
     record = records.read_run(run)
-    tracker = Kept()
+    tracker = RecordingTracker()
     for e in record.evaluations:
         mlflow_run.publish_evaluation(tracker, root, record, e, e.attack.partition(":")[0], 0)  # type: ignore[arg-type]
-    transferred = tracker.found["evaluation/control/transfer/ddn"]
+    transferred = tracker.published["evaluation/control/transfer/ddn"]
     assert transferred["broken"] == 4
     assert not [name for name in transferred if name.startswith(("l2_", "linf_"))]
-    white_box = tracker.found["evaluation/control/white_box/ddn"]
+    white_box = tracker.published["evaluation/control/white_box/ddn"]
     assert (white_box["broken"], white_box["l2_median"]) == (200, 0.68)
 
 
 def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:
-    """A mean over the seeds that happened to break enough would not be of the seeds that the row counts."""
+    """A mean over only the seeds with enough broken images would not match the row's number of seeds."""
     run, record = record_of(Storage(tmp_path), 0)
     record["experiment"]["seeds"] = 3
     replicates = from_dict(Experiment, record["experiment"]).replicates()
-    for counts, said in (
+    for counts, text in (
         ((10, 12, 30), "L2 0.68 of 10–30"),
         ((9, 12, 30), "9–30 broken"),
         ((0, 0, 0), "none broken"),
@@ -148,11 +148,11 @@ def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:
             )
         ]
         (row,) = over_seeds.over_seeds(RunRecord.from_json(record))
-        assert results.norms_over_seeds(row) == said
+        assert results.norms_over_seeds(row) == text
         run.write_json("run.json", {**record, "models": {}})
         out = io.StringIO()
         terminal.print_table(run, console=Console(file=out, width=160))
-        assert said in out.getvalue()
+        assert text in out.getvalue()
 
 
 def test_a_model_that_gets_nothing_right_cannot_be_broken(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def images(n: int = 4, side: int = 28, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_norm_is_right_at_every_size(size: float) -> None:
-    x = (images().double() * size).float()  # what float32 keeps of it
+    x = (images().double() * size).float()  # Round to float32.
     expected = x.double().flatten(1).norm(dim=1)
     torch.testing.assert_close(l2_norms(x).double(), expected, rtol=1e-5, atol=2e-45)
     unit = unit_l2(x)
@@ -57,7 +57,7 @@ def test_what_is_not_finite_stays_so_and_alone(value: float) -> None:
 
 
 class Confident(nn.Module):
-    """Logits of four quadrants, scaled image by image to a margin on the clean images, which changes no decision."""
+    """Logits of four quadrants, scaled per image to a margin on the clean images. Decisions stay."""
 
     def __init__(self, clean: Tensor, margin: float) -> None:
         super().__init__()
@@ -80,8 +80,10 @@ def test_an_l2_attack_is_as_strong_on_a_confident_network(attack: str, margin: f
     broken, norms = {}, {}
     for case in (0.0, margin):
         model = Confident(clean, case)
-        found = run_attack(AttackSpec.parse(attack), model, clean, labels, generator=torch.Generator().manual_seed(0))
-        broken[case] = model(found).argmax(dim=1) != labels
-        norms[case] = (found - clean).flatten(1).norm(dim=1).median().item()
+        examples = run_attack(
+            AttackSpec.parse(attack), model, clean, labels, generator=torch.Generator().manual_seed(0)
+        )
+        broken[case] = model(examples).argmax(dim=1) != labels
+        norms[case] = (examples - clean).flatten(1).norm(dim=1).median().item()
     assert 0 < broken[0.0].sum() <= broken[margin].sum() + 1
     assert norms[margin] <= 1.05 * norms[0.0]

@@ -37,7 +37,7 @@ def test_all_have_a_spec() -> None:
 @pytest.mark.parametrize(
     ("text", "canonical"),
     [
-        # addresses of results that exist already hang on the text of these
+        # Addresses of existing results depend on these texts.
         ("fgsm:eps=0.1", "fgsm:eps=0.1"),
         ("bim:eps=0.2", "bim:eps=0.2,steps=100"),
         ("pgd:eps=0.2,steps=40,restarts=1", "pgd:eps=0.2,steps=40"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Quantiser(nn.Module):
-    """No gradient at all."""
+    """A network without gradients."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -54,18 +54,18 @@ def test_square_needs_no_gradient(norm: str, eps: float, mnist: tuple[Tensor, Te
     x, y, inner = mnist
     model = Counting(Quantiser(inner))
     x, y = x[:40], y[:40]
-    # what needs a gradient finds none and says so by finding nothing
+    # An attack that needs gradients finds no example here.
     assert torch.equal(bim(model, x, y, eps=eps, norm=norm, steps=1), x)
     model.with_gradient.clear()
     model.without.clear()
-    kept = predict(model.inner, x) == y
+    correct = predict(model.inner, x) == y
     spec = AttackSpec(name="square", eps=eps, norm=norm, queries=300)
     out = run_attack(spec, model, x, y, generator=seeded(0))
     verify_examples(x, out, range(40), spec)
     assert not model.with_gradient
     assert model.without[0] == 40
-    assert model.without[1] == kept.sum()
-    assert model.without[-1] < kept.sum(), "who is broken leaves"
+    assert model.without[1] == correct.sum()
+    assert model.without[-1] < correct.sum(), "broken samples are dropped"
     assert broken(model.inner, out, y).sum() > 30
 
 
@@ -73,7 +73,7 @@ def test_square_accepts_only_what_raises_the_margin(mnist: tuple[Tensor, Tensor,
     x, y, model = mnist
     margins = []
     for queries in (1, 10, 40):
-        # the beginning of the schedule is the same for any number of queries
+        # The schedule begins the same for any number of queries.
         logits = model(square(model, x, y, eps=0.03, queries=queries, rescale=False, generator=seeded(0))).detach()
         own = logits.gather(1, y[:, None])
         margins.append((logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True) - own).squeeze(1))
@@ -86,8 +86,8 @@ def test_square_accepts_only_what_raises_the_margin(mnist: tuple[Tensor, Tensor,
 def test_squares_shrink_on_the_schedule_of_the_authors() -> None:
     share = square_module._share
     at = [0, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001, 9999]
-    wanted = [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
-    assert [share(i, 10_000) for i in at] == [0.8 / 2**k for k in wanted]
+    halvings = [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
+    assert [share(i, 10_000) for i in at] == [0.8 / 2**k for k in halvings]
     assert [share(i // 10, 1000) for i in at[2:]] == [0.8 / 2**k for k in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)]
 
 
@@ -100,7 +100,7 @@ def test_bumps_have_norm_one_a_peak_and_a_trough(side: int) -> None:
     assert (bump[side // 2 :] < 0).all()
     assert torch.equal(square_module._bump(side, True), bump.T)
     if side == 5:
-        # by hand: concentric 1, 1/4, 1/9 around the middle of 3 rows and 5 columns, from its second row outwards
+        # Computed by hand: rings of 1, 1/4 and 1/9 around the middle of 3 rows and 5 columns.
         ring = torch.tensor([[2, 1, 1, 1, 2], [2, 1, 0, 1, 2], [2, 1, 1, 1, 2]])
         peak = torch.tensor([1 + 1 / 4 + 1 / 9, 1 / 4 + 1 / 9, 1 / 9])[ring]
         torch.testing.assert_close(bump[2:] / bump[3, 2], peak / peak[1, 2])

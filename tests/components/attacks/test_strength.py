@@ -36,8 +36,11 @@ def test_apgd_is_at_least_as_strong_as_pgd(norm: str, eps: float, mnist: tuple[T
 
 
 class Ledge(nn.Module):
-    """Two logits. Flat, and right about class 0, unless the pixels of an image sum to more than ``ledge``: from a random start
-    above it gradients lead to class 1, from one below they are zero. So whether an attack breaks an image is its start's luck."""
+    """Two logits whose gradients are zero unless the pixels sum to more than ``ledge``.
+
+    Above the ledge, gradients lead from class 0 to class 1. Whether an attack succeeds depends only on
+    its random start.
+    """
 
     def __init__(self, ledge: float) -> None:
         super().__init__()
@@ -52,16 +55,18 @@ class Ledge(nn.Module):
 @pytest.mark.parametrize("attack", [pgd, apgd])
 def test_restarts_are_never_weaker(attack: Callable[..., Tensor], early: bool) -> None:
     x, y = torch.full((100, 1, 10, 10), 0.5), torch.zeros(100, dtype=torch.int64)
-    # the sum of a start's 100 offsets has a standard deviation of 0.1 * sqrt(100 / 3) = 0.58: a third is above the ledge by it
+    # The sum of a start's 100 offsets has a standard deviation of 0.1 * sqrt(100 / 3) = 0.58, so a third of
+    # the starts is above the ledge.
     model = Ledge(50 + 0.4 * 0.58)
     options = {"eps": 0.1, "steps": 2, "stop_on_success": early}
-    one, four = (
+    broken_by_one, broken_by_four = (
         broken(model, attack(model, x, y, restarts=restarts, **options, generator=seeded(0)), y) for restarts in (1, 4)
     )
-    assert (four | ~one).all()
-    # of 100, a third is expected to fall to one start and 1 - (2/3)**4, four fifths, to four: 15 either way is three deviations
-    assert int(one.sum()) == pytest.approx(34, abs=15)
-    assert int(four.sum()) == pytest.approx(81, abs=15)
+    assert (broken_by_four | ~broken_by_one).all()
+    # One start is expected to break a third of 100, four starts 1 - (2/3)**4, which is four fifths. 15 either
+    # way is three deviations.
+    assert int(broken_by_one.sum()) == pytest.approx(34, abs=15)
+    assert int(broken_by_four.sum()) == pytest.approx(81, abs=15)
 
 
 def test_of_several_restarts_the_highest_loss_is_returned(mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
@@ -76,9 +81,9 @@ def test_of_several_restarts_the_highest_loss_is_returned(mnist: tuple[Tensor, T
         logits = model(run).detach()
         loss = nn.functional.cross_entropy(logits, y, reduction="none")
         rank.append(loss + 1000 * (logits.argmax(1) != y))
-    wanted = torch.stack(rank).argmax(0)
-    torch.testing.assert_close(out, runs[wanted, torch.arange(40)], rtol=0, atol=1e-6)
-    assert len(wanted.unique()) == 3
+    best_run = torch.stack(rank).argmax(0)
+    torch.testing.assert_close(out, runs[best_run, torch.arange(40)], rtol=0, atol=1e-6)
+    assert len(best_run.unique()) == 3
 
 
 @pytest.mark.parametrize("text", ["pgd:restarts=3", "apgd:restarts=2", "apgd-t:targets=3"])

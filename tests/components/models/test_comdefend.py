@@ -1,4 +1,4 @@
-"""ComDefend: its shapes against the paper's, its loss by hand, its bits, and the gradient that an attack gets through them."""
+"""ComDefend: the paper's shapes, its loss by hand, its bits, and the gradient of an attack through them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gaussian(sigma: float, seed: int = 0) -> Callable[[Tensor], Tensor]:
 
 
 def data(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Each of four classes has its own dark and bright pixels, under uniform noise."""
+    """Draw images of four classes, each with its own dark and bright pixels, under uniform noise."""
     patterns = torch.rand(4, 1, 8, 8, generator=seeded(99)).round()
     g = seeded(seed)
     labels = torch.randint(4, (n,), generator=g)
@@ -170,7 +170,7 @@ def trained(module: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], step
 
 @pytest.fixture(scope="module")
 def defended() -> Reformed:
-    """Both parts trained in two seconds, each on clean images."""
+    """Train both parts in two seconds, each on clean images."""
     reformer = ComDefend(1, width=8)
     noise = gaussian(reformer.sigma)
     trained(reformer, lambda images, _: reformer.training_loss(images, noise)[0], steps=160, lr=2e-3)
@@ -250,7 +250,7 @@ def test_the_gradient_is_the_surrogates(reformer: ComDefend) -> None:
 
 
 def white_box(model: Reformed, forward: Callable[[Tensor], Tensor] | None = None) -> float:
-    """Accuracy left by PGD through ``forward`` in place of the reformer's own, judged on the model itself."""
+    """Return the model's accuracy under PGD through ``forward`` in place of the reformer's own."""
     images, labels = data(48, seed=1)
     attacked: nn.Module = model
     if forward is not None:
@@ -263,12 +263,14 @@ def test_an_attack_through_it_beats_one_made_on_the_classifier(defended: Reforme
     images, labels = data(48, seed=1)
     examples = pgd(defended.classifier, images, labels, eps=0.15, steps=10, generator=seeded(0))
     grey_box = accuracy(defended, examples, labels)
-    assert accuracy(defended.classifier, examples, labels) < 0.8  # it does fool what it was made on
+    assert (
+        accuracy(defended.classifier, examples, labels) < 0.8
+    )  # The examples fool the network that they were made on.
     assert white_box(defended) < grey_box - 0.2
 
 
 def test_the_surrogate_outlives_the_sigmoid_where_codes_are_large(defended: Reformed) -> None:
-    """Training takes the code to where the float32 sigmoid is flat; the surrogate still has a slope there."""
+    """Training moves the code to where the float32 sigmoid is flat. The surrogate still has a slope there."""
     reformer = defended.reformer
     assert isinstance(reformer, ComDefend)
     images, _ = data(48, seed=1)

@@ -1,4 +1,4 @@
-"""What is built from an encoder's shapes."""
+"""The decoders built from an encoder's shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("arch", "size", "units", "stages", "taps"),
     [
-        # sizes of the units' maps; of the stages'; the units that levels 0.. read
+        # The columns are the sizes of the units' maps, those of the stages, and the units that the levels read.
         ("resnet18", 28, [28, 14, 7, 4], [28, 14, 7, 4], (0, 1)),
         ("resnet18", 64, [32, 16, 8, 4, 2], [32, 16, 8, 4, 2], (0, 0, 1)),
         ("resnet50", 224, [112, 56, 28, 14, 7], [112, 56, 28, 14, 7], (0, 0, 1)),
@@ -47,7 +47,7 @@ def test_vgg_is_mirrored_by_a_chain() -> None:
     decoder = pyramid("vgg16", 32)
     assert convolutions(decoder.up[0]) == [("C", 3, 4, 3, 1), ("T", 4, 3, 3, 2)]
     assert convolutions(decoder.up[1]) == [("C", 3, 8, 3, 1), ("T", 8, 3, 3, 2)]
-    # latent 1 -> 2 -> 4 -> 8, the channels reduced to the image's at the very end
+    # The latent grows 1 -> 2 -> 4 -> 8. The last layer reduces the channels to the image's.
     assert [convolutions(b) for b in decoder.bottom] == [
         [("C", 32, 32, 3, 1)] * 2 + [("T", 32, 32, 3, 2)],
         [("C", 32, 32, 3, 1)] * 2 + [("T", 32, 16, 3, 2)],
@@ -67,22 +67,22 @@ def test_resnet50_is_mirrored_by_bottlenecks() -> None:
 
 
 def test_a_stem_of_its_own_at_224() -> None:
-    """From 64 pixels on the stem halves the size before layer1: it is stage 0, mirrored from an image to an image."""
+    """From 64 pixels on, the stem halves the size before layer1. It is stage 0, from image to image."""
     decoder = pyramid("resnet18", 224)
     assert convolutions(decoder.up[0]) == [("C", 3, 4, 3, 1), ("T", 4, 3, 3, 2)]
     assert isinstance(decoder.up[0][-1], DecodeConv)
     assert convolutions(decoder.up[1]) == [("C", 3, 4, 3, 1), *[("C", 4, 4, 3, 1)] * 2, ("T", 4, 3, 3, 2)]
-    # level 0 has no map: it reads the next smaller one, doubled; the others read a map of their size
+    # Level 0 has no map, so it reads the next smaller one, doubled. The others read a map of their size.
     assert convolutions(decoder.high[0]) == [("T", 4, 4, 3, 2), ("C", 4, 4, 3, 1), ("C", 4, 3, 3, 1)]
     assert convolutions(decoder.high[1]) == [("C", 4, 4, 3, 1), ("C", 4, 3, 3, 1)]
-    assert [len(b) for b in decoder.bottom] == [2, 2]  # layer4 then layer3: 7 -> 14 -> 28
+    assert [len(b) for b in decoder.bottom] == [2, 2]  # layer4, then layer3: 7 -> 14 -> 28
 
 
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 28), ("resnet50", 64), ("vgg16", 32)])
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("levels", [1, 2])
 def test_fewer_levels(arch: str, size: int, decoder: str, levels: int) -> None:
-    """One level: D_0 is the whole decoder, and nothing is read but the latent."""
+    """With one level, D_0 is the whole decoder and reads only the latent."""
     net = DefendNet(
         small(arch, size), shared_blocks=4, sizes=level_sizes(size, levels), channels=3, decoder=decoder
     ).eval()
@@ -93,10 +93,10 @@ def test_fewer_levels(arch: str, size: int, decoder: str, levels: int) -> None:
 @pytest.mark.parametrize("size", [15, 30, 31, 36, 44, 50, 60, 66, 72, 100, 130, 256])
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16"])
 def test_other_sizes_fit_or_are_refused(arch: str, size: int) -> None:
-    """Never a reconstruction of another size than its level's."""
+    """Every reconstruction has the size of its level."""
     with torch.device("meta"):
         classifier = small(arch, size)
-        if size % 2 ** (len(level_sizes(size)) - 1):  # a level of an odd size with one below it
+        if size % 2 ** (len(level_sizes(size)) - 1):  # A level of an odd size has a level below it.
             with pytest.raises(ConfigError, match=rf"^data\.image_size is {size}; it must be a size "):
                 DefendNet(classifier, shared_blocks=1, sizes=level_sizes(size), channels=3)
             return
@@ -110,7 +110,7 @@ def test_hourglasses_differ_in_the_connection_alone() -> None:
     plain, concat, add = (build_decoder(k, units, sizes, 3) for k in DECODERS[1:])
     for d in (plain, concat, add):
         assert isinstance(d, HourglassDecoder)
-        # features between the levels, with the channels of the encoder's maps; a 1x1 image head per level
+        # Features between the levels have the channels of the encoder's maps. Each level has a 1x1 image head.
         assert [u[-1].conv.out_channels if m == 0 else u[-1].conv2.out_channels for m, u in enumerate(d.up)] == [4, 8]
         assert all((h.kernel_size, h.out_channels) == ((1, 1), 3) for h in d.heads)
     assert [h.in_channels for h in plain.heads] == [4, 8, 8]
@@ -123,9 +123,9 @@ def test_hourglasses_differ_in_the_connection_alone() -> None:
     add.load_state_dict(plain.state_dict())
     for d in (plain, concat, add):
         d.eval()
-    without, summed = plain(features, features[-1]), add([torch.zeros_like(f) for f in features], features[-1])
-    assert all(torch.equal(a, b) for a, b in zip(without, summed, strict=True))
-    # what each level reads beside the latent: nothing, or the maps of its level and of those below
+    plain_outputs, summed = plain(features, features[-1]), add([torch.zeros_like(f) for f in features], features[-1])
+    assert all(torch.equal(a, b) for a, b in zip(plain_outputs, summed, strict=True))
+    # Beside the latent, each level reads nothing, or the maps of its level and of those below.
     for d, expected in ((plain, [[], [], []]), (add, [[0, 1], [1], []]), (concat, [[0, 1], [1], []])):
         read = [f.clone().requires_grad_() for f in features]
         for level, indices in zip(d(read, features[-1]), expected, strict=True):

@@ -1,4 +1,4 @@
-"""Networks of torchvision are those that torchvision's own builders make for weights."""
+"""torchvision's networks equal those that its own builders make for weights."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def of(arch: str, path: str) -> TrainConfig:
 
 
 def published(name: str) -> dict[str, Tensor]:
-    """Weights with torchvision's keys, as it publishes them: with auxiliary heads, and densenet's old names."""
+    """Return weights as torchvision publishes them: with auxiliary heads and densenet's old names."""
     extra = {"aux_logits": True, "init_weights": False} if name in libraries._TRANSFORMING else {}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         net = torchvision.models.get_model(name, weights=None, **extra)
         for module in net.modules():
-            if isinstance(module, torch.nn.Conv2d):  # initial weights would let no image through
+            if isinstance(module, torch.nn.Conv2d):  # Initial weights would damp every image to nothing.
                 torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         tensors = net.state_dict()
-    if name.startswith("densenet"):  # and without the counts of batch norm, which PyTorch had not yet
+    if name.startswith("densenet"):  # Old weights have no batch counts of batch norms.
         dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))([12]\.)")
         return {dotted.sub(r"\1.\2", k): t for k, t in tensors.items() if not k.endswith("num_batches_tracked")}
     return tensors
@@ -55,13 +55,13 @@ def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
     tensors = published(name)
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     monkeypatch.setattr(type(entry), "get_state_dict", lambda *_, **__: dict(tensors))
-    theirs = torchvision.models.get_model(name, weights=entry).eval()
+    reference = torchvision.models.get_model(name, weights=entry).eval()
     torch.save(tensors, tmp_path / "all.pth")
-    torch.save(theirs.state_dict(), tmp_path / "loaded.pth")
+    torch.save(reference.state_dict(), tmp_path / "loaded.pth")
     x = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     with torch.no_grad():
-        expected = theirs((x - mean) / std)
+        expected = reference((x - mean) / std)
         for where in ("torchvision:IMAGENET1K_V1", str(tmp_path / "all.pth"), str(tmp_path / "loaded.pth")):
             config = of(f"torchvision:{name}", where)
             net = build_net(config, SHAPES, pretrained.read(config)).eval()
@@ -87,12 +87,12 @@ def test_published_weights_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_whether_the_network_transforms_its_images_can_be_said(name: str) -> None:
-    def made(arch: str, pretrained: bool) -> object:
+    def transforms_input(arch: str, pretrained: bool) -> object:
         return libraries.build(arch, 10, 3, 80, pretrained=pretrained).transform_input
 
-    assert made(f"torchvision:{name}", True) is True
-    assert made(f"torchvision:{name},transform_input=false", True) is False
-    assert made(f"torchvision:{name.upper()}", True) is True
+    assert transforms_input(f"torchvision:{name}", True) is True
+    assert transforms_input(f"torchvision:{name},transform_input=false", True) is False
+    assert transforms_input(f"torchvision:{name.upper()}", True) is True
     assert libraries.explicit(f"torchvision:{name}", False).endswith("transform_input=false")
     (note,) = libraries.notes(f"torchvision:{name}", "weights.pth", MEAN)
     assert f"torchvision:{name},transform_input=false" in note
@@ -103,7 +103,7 @@ def test_whether_the_network_transforms_its_images_can_be_said(name: str) -> Non
 
 
 def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> None:
-    """Trained from scratch here, a network does not transform; its exported file is weights to the next command."""
+    """A network trained from scratch does not transform its input, also when its export is loaded as weights."""
     scratch = replace(TrainConfig(), arch="torchvision:googlenet,transform_input=false", defense="none")
     for config in (scratch, replace(scratch, arch="torchvision:googlenet", pretrained="w.pth")):
         net = build_classifier(

@@ -1,4 +1,4 @@
-"""What names a trained network."""
+"""Addresses of trained networks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def address(arch: str, **settings: Any) -> str:
 
 
 def test_addresses_of_our_networks_stay_as_they_are() -> None:
-    """Models that were trained before are found again."""
+    """Storage finds earlier models again."""
     assert address("resnet18") == "models/defended-58f8f309fa956334"
     assert address("resnet18", defense="adversarial", adversarial_attack="pgd") == "models/adversarial-e64ed538fc6ca85b"
-    # DDN's examples against a confident network were others then
+    # DDN's examples against a confident network have changed since.
     assert address("resnet18", defense="adversarial", adversarial_attack="ddn") != "models/adversarial-0e0721afd20a6f3a"
-    given = {"defense": "none", "epochs": 0, "pretrained": "x.pth"}
+    settings = {"defense": "none", "epochs": 0, "pretrained": "x.pth"}
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
-    config = TrainConfig(arch="torchvision:resnet18", **given).canonical()
+    config = TrainConfig(arch="torchvision:resnet18", **settings).canonical()
     assert model_address(config, shapes, {}, 1, "weights/0.safetensors") == "models/undefended-d572f4398ccde87f"
 
 
@@ -48,7 +48,7 @@ def test_an_edited_network_of_ones_own_is_another(tmp_path: Path, monkeypatch: p
     assert "edited" not in sys.modules, "not imported for that"
     file.write_text("ONE = 2\n")
     assert address("edited:make", defense="none") != first
-    # a reformer stands in front of any network
+    # A reformer can precede any network.
     assert address("edited:make", defense="comdefend") == address("resnet18", defense="comdefend")
     for arch in ("nosuchmodule:make", "nosuchpackage.module:make", "sys:make"):
         with pytest.raises(ConfigError, match=r"train\.arch is .*a function of a module that is a file"):
@@ -58,7 +58,7 @@ def test_an_edited_network_of_ones_own_is_another(tmp_path: Path, monkeypatch: p
 def test_an_edited_network_with_the_same_weights_is_attacked_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Examples and verdicts are named by the checksum of the exported file."""
+    """The addresses of examples and verdicts contain the checksum of the exported file."""
     file = tmp_path / "forward_edited.py"
     shapes = Shapes(image_size=28, channels=1, num_classes=10, sizes=level_sizes(28))
     config = TrainConfig(arch="forward_edited:make", defense="none")

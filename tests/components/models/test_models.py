@@ -1,4 +1,4 @@
-"""Classifier, decoder and the sharing between them: shapes, names, storage and what follows from the seed."""
+"""Classifier, decoder and the sharing between them: shapes, names, storage and seeds."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def images(n: int = 2, channels: int = 1, size: int = 28) -> Tensor:
 
 
 def unsettle(net: nn.Module) -> None:
-    """Give every weight and every batch norm statistic a value of its own, so that a mix-up shows."""
+    """Give each weight and batch norm statistic a different value, so that a mix-up shows."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for p in net.parameters():
@@ -71,7 +71,7 @@ def test_every_level_comes_out_at_its_size(size: int) -> None:
 
 @pytest.mark.parametrize("size", [15, 30, 31])
 def test_a_size_that_stride_2_does_not_mirror_is_refused(size: int) -> None:
-    """Never an output of another size than its level's."""
+    """Every output has the size of its level."""
     with pytest.raises(ConfigError, match=r"data\.image_size is \d+; it must be a size "):
         defended(channels=1, size=size)
 
@@ -92,10 +92,10 @@ def test_what_the_encoder_has_no_map_for_is_refused() -> None:
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
 def test_u_mirrors_its_stage(channels: int, size: int) -> None:
-    """U: the stage's convolutions in reverse, from an image, and a stride-2 transposed convolution to an image."""
+    """U is the stage's convolutions in reverse and a stride-2 transposed convolution, from image to image."""
     w, c = 4, channels
     up = defended(channels=c, size=size, width=w).autoencoder.decoder.up
-    # stage 0: stem and layer1, five convolutions; stage 1: layer2, four
+    # Stage 0 is the stem and layer1 with five convolutions, stage 1 is layer2 with four.
     assert convolutions(up[0]) == [
         ("C", c, w, 3, 1),
         ("C", w, w, 3, 1),
@@ -128,7 +128,7 @@ def test_bottom_mirrors_layer4_then_layer3(size: int, bottom_sizes: list[int]) -
     bottom = net.autoencoder.decoder.bottom
     assert [convolutions(block) for block in bottom] == [
         [("C", 8 * w, 8 * w, 3, 1)] * 3 + [("T", 8 * w, 4 * w, 3, 2)],
-        # the last doubling is behind it: stride 1, and only now are the channels reduced to the image's
+        # No doubling follows, so the stride is 1. The last layer reduces the channels to the image's.
         [("C", 4 * w, 4 * w, 3, 1)] * 3 + [("C", 4 * w, 3, 3, 1)],
     ]
     x = run_blocks(net.autoencoder.encoder, images(1, 3, size))[-1]
@@ -140,7 +140,7 @@ def test_bottom_mirrors_layer4_then_layer3(size: int, bottom_sizes: list[int]) -
 
 
 def test_equation_2() -> None:
-    """image_m = U(image_{m+1}) + H(E_m), and the last one is D(latent)."""
+    """image_m = U(image_{m+1}) + H(E_m), and the smallest image is D(latent)."""
     net = defended(channels=3, size=32).eval()
     unsettle(net)
     decoder, x = net.autoencoder.decoder, images(2, 3, 32)
@@ -153,7 +153,7 @@ def test_equation_2() -> None:
 
 
 def test_nothing_is_activated_after_the_last_convolutions() -> None:
-    """Weights crafted so that U, H and D end in a large negative constant: it must come through, at every level."""
+    """With these weights U, H and D end in a large negative constant, which every level must show."""
     net = defended(channels=3, size=32).eval()
     decoder = net.autoencoder.decoder
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_no_batch_norm_after_the_last_convolutions() -> None:
     for block in (decoder.up[1][-1], decoder.bottom[-1][-1]):
         assert isinstance(block, DecodeBlock)
         assert isinstance(block.bn2, nn.Identity)
-    # and inside, where features go on, there is one
+    # Inside the decoder, features do pass an activation.
     assert isinstance(decoder.bottom[0][-1].bn2, nn.BatchNorm2d)
 
 
@@ -187,7 +187,7 @@ def test_each_level_reads_its_own_encoder_map() -> None:
         [g is not None for g in torch.autograd.grad(level.sum(), features, allow_unused=True, retain_graph=True)]
         for level in levels
     ]
-    # columns: E_0, E_1, E_2, latent. Nothing taps E_2 (Fig. 4: the stack's inner map is no level's)
+    # The columns are E_0, E_1, E_2 and the latent. No level reads E_2, the stack's inner map (Fig. 4).
     assert read == [[True, True, False, True], [False, True, False, True], [False, False, False, True]]
 
 
@@ -197,8 +197,8 @@ def test_each_level_reads_its_own_encoder_map() -> None:
 @pytest.mark.parametrize("shared", [1, 2, 3, 4])
 def test_sharing_is_of_storage_and_the_rest_is_a_copy(shared: int) -> None:
     net = defended(shared, channels=3, size=32)
-    for i, (mine, theirs) in enumerate(zip(encoder_blocks(net.classifier), net.autoencoder.encoder, strict=True)):
-        pairs = list(zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True))
+    for i, (ours, reference) in enumerate(zip(encoder_blocks(net.classifier), net.autoencoder.encoder, strict=True)):
+        pairs = list(zip(ours.state_dict().values(), reference.state_dict().values(), strict=True))
         assert len(pairs) > 10
         for a, b in pairs:
             assert (a.data_ptr() == b.data_ptr()) == (i < shared)
@@ -233,7 +233,7 @@ def test_joint_is_the_classifier_and_the_autoencoder(shared: int, mean: tuple[fl
 
 
 def test_joint_runs_the_shared_blocks_once() -> None:
-    """In training mode a second run would move the batch norm statistics a second time."""
+    """In training mode a second run would update the batch norm statistics twice."""
     for shared in (1, 4):
         net = defended(shared, channels=3, size=32).train()
         net.joint(images(4, 3, 32))
@@ -242,7 +242,7 @@ def test_joint_runs_the_shared_blocks_once() -> None:
 
 
 def test_building_the_defense_changes_nothing_in_the_classifier() -> None:
-    """Measuring the maps sends a blank image through: neither statistics nor mode may move."""
+    """Measuring the maps runs a blank image, which may change neither statistics nor mode."""
     for training in (True, False):
         classifier = small().train(training)
         before = {k: v.clone() for k, v in classifier.state_dict().items()}
@@ -276,7 +276,7 @@ def test_blocks_and_head_are_the_classifier() -> None:
 
 
 def torchvision_small(channels: int, width: int) -> nn.Module:
-    """What a reader would write with torchvision alone: ResNet-18 with a 3x3 stem and no max-pool."""
+    """Build ResNet-18 with a 3x3 stem and without max-pool from torchvision alone."""
     net = torchvision.models.resnet18(num_classes=10)
     assert width == 64
     net.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
@@ -287,47 +287,47 @@ def torchvision_small(channels: int, width: int) -> nn.Module:
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32)])
 def test_a_small_network_loads_into_torchvisions(channels: int, size: int) -> None:
-    mine = small(channels, size, width=64).eval()
-    unsettle(mine)
-    theirs = torchvision_small(channels, 64).eval()
-    assert list(mine.state_dict()) == list(torchvision.models.resnet18().state_dict())
-    theirs.load_state_dict(mine.state_dict(), strict=True)
+    ours = small(channels, size, width=64).eval()
+    unsettle(ours)
+    reference = torchvision_small(channels, 64).eval()
+    assert list(ours.state_dict()) == list(torchvision.models.resnet18().state_dict())
+    reference.load_state_dict(ours.state_dict(), strict=True)
     x = images(2, channels, size)
     with torch.no_grad():
-        assert torch.equal(mine(x), theirs(x))
+        assert torch.equal(ours(x), reference(x))
 
 
 def test_the_standard_network_is_torchvisions() -> None:
-    theirs = torchvision.models.resnet18().eval()
-    unsettle(theirs)
-    mine = build_classifier("resnet18", num_classes=1000, channels=3, image_size=224, seed=3).eval()
-    mine.load_state_dict(theirs.state_dict(), strict=True)
+    reference = torchvision.models.resnet18().eval()
+    unsettle(reference)
+    ours = build_classifier("resnet18", num_classes=1000, channels=3, image_size=224, seed=3).eval()
+    ours.load_state_dict(reference.state_dict(), strict=True)
     x = images(1, 3, 224)
     with torch.no_grad():
-        assert torch.equal(mine(x), theirs(x))
+        assert torch.equal(ours(x), reference(x))
     other = torchvision.models.resnet18()
-    other.load_state_dict(mine.state_dict(), strict=True)
-    for k, v in theirs.state_dict().items():
+    other.load_state_dict(ours.state_dict(), strict=True)
+    for k, v in reference.state_dict().items():
         assert torch.equal(other.state_dict()[k], v), k
 
 
 def test_the_standard_networks_initial_weights_are_torchvisions() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
-        theirs = torchvision.models.resnet18()
-    mine = build_classifier("resnet18", num_classes=1000, channels=3, image_size=224, seed=6)
-    for k, v in theirs.state_dict().items():
-        assert torch.equal(mine.state_dict()[k], v), k
+        reference = torchvision.models.resnet18()
+    ours = build_classifier("resnet18", num_classes=1000, channels=3, image_size=224, seed=6)
+    for k, v in reference.state_dict().items():
+        assert torch.equal(ours.state_dict()[k], v), k
 
 
 def test_width_and_depth_of_a_narrow_network() -> None:
-    """A narrow network is torchvision's in all but channels: same modules, same strides."""
-    mine, theirs = small(3, 32, width=8), torchvision_small(3, 64)
-    for (name, a), (other, b) in zip(mine.state_dict().items(), theirs.state_dict().items(), strict=True):
+    """A narrow network differs from torchvision's only in its channels."""
+    ours, reference = small(3, 32, width=8), torchvision_small(3, 64)
+    for (name, a), (other, b) in zip(ours.state_dict().items(), reference.state_dict().items(), strict=True):
         assert name == other
         shape = [n // 8 if n in (64, 128, 256, 512) else n for n in b.shape]
         assert list(a.shape) == shape, name
-    strides = [[m.stride for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (mine, theirs)]
+    strides = [[m.stride for m in net.modules() if isinstance(m, nn.Conv2d)] for net in (ours, reference)]
     assert strides[0] == strides[1]
 
 
@@ -347,7 +347,7 @@ def test_normalisation_is_inside_and_has_no_key() -> None:
     by_hand = torchvision.transforms.functional.normalize(x, list(mean), list(std))
     assert torch.equal(inside(x), plain(by_hand))
     assert not torch.equal(inside(x), plain(x))
-    # the auto-encoder's first block normalises as well
+    # The auto-encoder's first block normalises as well.
     net = defended(1, channels=3, size=32, mean=mean, std=std).eval()
     first = encoder_blocks(plain)[0]
     assert torch.equal(net.autoencoder.encoder[0](x), first(by_hand))
@@ -377,7 +377,7 @@ def test_initial_weights_follow_from_the_seed_alone() -> None:
     third = defended(2, seed=4)
     for part in ("classifier", "autoencoder"):
         assert not same(getattr(first, part), getattr(third, part))
-    # every weight that is drawn, not only some
+    # Every drawn weight differs, not only some.
     for (name, a), b in zip(first.named_parameters(), third.parameters(), strict=True):
         if name.endswith("weight") and a.ndim > 1:
             assert not torch.equal(a, b), name

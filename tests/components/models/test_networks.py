@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = (28, 32, 64, 224)
 
 
-# a Latin square: every network with every decoder, every network at every size, every decoder at every size
+# This Latin square pairs every network, decoder and size with each other.
 PAIRWISE = [
     (arch, decoder, SIZES[(a + d) % 4], (1, 3)[(a + d // 2) % 2], 1 + (a + 3 * d) % BLOCKS[arch])
     for a, arch in enumerate(ALL)
@@ -44,21 +44,21 @@ def test_every_network_with_every_decoder(arch: str, decoder: str, size: int, ch
     sizes = level_sizes(size)
     net = DefendNet(classifier, shared_blocks=shared, sizes=sizes, channels=channels, decoder=decoder)
 
-    # the classifier is untouched
+    # The classifier is unchanged.
     assert list(classifier.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in classifier.state_dict().items())
 
-    # sharing is of storage, block by block; the rest is a copy
+    # Shared blocks share their storage. The others are copies.
     blocks = encoder_blocks(classifier)
     assert len(blocks) == len(net.autoencoder.encoder) == BLOCKS[arch]
-    for i, (mine, theirs) in enumerate(zip(blocks, net.autoencoder.encoder, strict=True)):
-        pairs = list(zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True))
+    for i, (block, copied) in enumerate(zip(blocks, net.autoencoder.encoder, strict=True)):
+        pairs = list(zip(block.state_dict().values(), copied.state_dict().values(), strict=True))
         assert pairs
         for a, b in pairs:
             assert (a.data_ptr() == b.data_ptr()) == (i < shared)
             assert torch.equal(a, b)
 
-    # every level at its size, every parameter with a gradient
+    # Every level has its size, and every parameter a gradient.
     x = images(3 if size < 224 else 2, channels, size)
     levels = net.autoencoder(x)
     assert [tuple(y.shape) for y in levels] == [(len(x), channels, s, s) for s in sizes]
@@ -67,7 +67,7 @@ def test_every_network_with_every_decoder(arch: str, decoder: str, size: int, ch
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
 
-    # joint is the classifier and the auto-encoder
+    # joint() returns what the classifier and the auto-encoder return.
     net.eval()
     with torch.no_grad():
         logits, levels = net.joint(x)
@@ -79,20 +79,20 @@ def test_every_network_with_every_decoder(arch: str, decoder: str, size: int, ch
 
 @pytest.mark.parametrize("arch", ALL)
 def test_taps_are_not_changed_by_what_follows(arch: str) -> None:
-    """In-place ReLUs: the maps that a decoder reads are those that the units gave."""
+    """In-place ReLUs do not change the maps that a decoder reads."""
     net = DefendNet(small(arch), shared_blocks=2, sizes=level_sizes(32), channels=3).eval()
     x = images()
     with torch.no_grad():
-        kept, y = [], x.clone()
+        outputs, y = [], x.clone()
         for units in encoder_units(net.classifier):
             for unit in units:
                 y = unit(y.clone()).clone()
-                kept.append(y)
+                outputs.append(y)
         features = run_units(net.autoencoder.encoder, x)
         net.joint(x)
         last_shared = sum(len(units) for units in encoder_units(net.classifier)[:2]) - 1
-        run_blocks(encoder_blocks(net.classifier)[2:], features[last_shared])  # as joint does
-        for a, b in zip(features, kept, strict=True):
+        run_blocks(encoder_blocks(net.classifier)[2:], features[last_shared])  # joint() does the same.
+        for a, b in zip(features, outputs, strict=True):
             assert torch.equal(a, b)
 
 
@@ -113,10 +113,10 @@ def test_inference_costs_what_the_bare_network_costs(arch: str, mean: tuple[floa
 @pytest.mark.parametrize("arch", ALL)
 @pytest.mark.parametrize("size", [28, 64])
 def test_blocks_and_head_are_the_network(arch: str, size: int) -> None:
-    """What check_adapter asserts of a user's network holds for ours, with normalisation too."""
+    """Our networks pass check_adapter, also with normalisation."""
     net = small(arch, size, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     unsettle(net)
-    next(iter(net.children())).eval()  # a part that is frozen stays frozen
+    next(iter(net.children())).eval()  # A part in eval mode stays in it.
     modes = [m.training for m in net.modules()]
     check_adapter(net, 3, size, 10)
     unit_shapes(net, 3, size)

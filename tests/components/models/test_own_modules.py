@@ -1,4 +1,4 @@
-"""A user's own module: how it is found and imported, who may name it, and what is said where that fails."""
+"""A user's own module: its search, its import, the trust in its name, and the error messages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUILD = "def build(num_classes, channels, image_size, width):\n    return Net(ch
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Write a module that this process can import by the name of its file."""
+    """Give a function that writes a module, which this process can import by the name of its file."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(exports, "_trusted", set())
     before = set(sys.modules)
@@ -68,7 +68,7 @@ def test_a_script_that_parses_arguments_does_not_see_those_of_this_command(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         (f"{PARSER}parser.add_argument('data')\nparser.parse_args()\n{BUILD}", "arguments are required: data"),
         (f"import sys\nsys.exit(3)\n{BUILD}", "ends the process: 3"),
@@ -78,10 +78,10 @@ def test_a_script_that_parses_arguments_does_not_see_those_of_this_command(
     ],
 )
 def test_whatever_a_module_raises_is_one_error(
-    write: Any, capsys: pytest.CaptureFixture[str], text: str, said: str
+    write: Any, capsys: pytest.CaptureFixture[str], text: str, reason: str
 ) -> None:
     write("broken", text)
-    with pytest.raises(ConfigError, match=rf"^train\.arch is 'broken:build'; .*{said}"):
+    with pytest.raises(ConfigError, match=rf"^train\.arch is 'broken:build'; .*{reason}"):
         built("broken:build")
     assert capsys.readouterr().err == ""
 
@@ -95,7 +95,7 @@ def test_so_is_what_the_package_above_it_raises(write: Any, text: str) -> None:
 
 
 def test_a_package_that_is_found_elsewhere_is_named(write: Any) -> None:
-    """Of two packages of one name, the first on the path is imported."""
+    """Python imports the first package of a name on the path."""
     write("pipeline/__init__", "")
     write("pipeline/model", BUILD)
     for find in (built, jobs.source_hash):
@@ -104,10 +104,11 @@ def test_a_package_that_is_found_elsewhere_is_named(write: Any) -> None:
 
 
 def test_a_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
-    """The command is a script elsewhere: Python itself puts that script's directory on the path."""
+    """The command is a script in another directory, and Python puts only that directory on the path."""
     (tmp_path / "mynet.py").write_text("found = True\n")
     main = ROOT / "pipeline" / "main.py"
-    code = f"import runpy, sys; sys.path[0] = {str(main.parent)!r}; runpy.run_path({str(main)!r}); import mynet; assert mynet.found"
+    run = f"import runpy, sys; sys.path[0] = {str(main.parent)!r}; runpy.run_path({str(main)!r})"
+    code = f"{run}; import mynet; assert mynet.found"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
@@ -140,11 +141,11 @@ def test_a_file_does_not_decide_which_code_is_imported(write: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "said", ["[]", "{}", '{"schema": 1}', '{"schema": 1, "config": 3, "shapes": {}}', "not JSON", "7"]
+    "metadata", ["[]", "{}", '{"schema": 1}', '{"schema": 1, "config": 3, "shapes": {}}', "not JSON", "7"]
 )
-def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, said: str) -> None:
+def test_metadata_that_make_no_sense_are_one_error(tmp_path: Path, metadata: str) -> None:
     file = tmp_path / "classifier.safetensors"
-    save_file(Net(1, 10).state_dict(), file, {"defendpp": said})
+    save_file(Net(1, 10).state_dict(), file, {"defendpp": metadata})
     for load in (lambda: parse_experiment("attack", ["--model", str(file)]), lambda: exports.load_classifier(file)):
         with pytest.raises((ConfigError, DataError)) as caught:
             load()
@@ -178,7 +179,7 @@ def test_weights_of_another_version_of_the_module_are_refused(write: Any, tmp_pa
             DataError, match=r"another version of edited:build.*load_file\('.*classifier\.safetensors'\)"
         ):
             load()
-    # networks that are not modules of a user's have no version
+    # Only a user's modules have a version.
     parse_experiment("attack", ["--model", str(file), "--arch", "resnet18"])
 
 

@@ -93,27 +93,47 @@ def with_block(index: int, names: tuple[str, ...], **changes: Any) -> Adapter:
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        (with_block(1, ("feature.2", "features.3")), r"adapter\.blocks\[1\] is 'feature\.2'; MobileNetV2 has no submodule "
-         r"'feature'\. did you mean 'features'\? It has features, classifier"),
-        (with_block(4, ("features.14", "features.19")), r"adapter\.blocks\[4\] is 'features\.19'; 'features' has no submodule "
-         r"'19'\. did you mean 'features\..* It has 0, 1, "),
-        (replace(MOBILENET, head=("avgpool", "flatten", "classifier")), r"adapter\.head is 'avgpool'; .*It has features, class"),
-        (with_block(2, ("features.4", "features.6")), r"is not the whole network.*'features\.5\..* comes where 'features\.6\."),
+        (
+            with_block(1, ("feature.2", "features.3")),
+            r"adapter\.blocks\[1\] is 'feature\.2'; MobileNetV2 has no submodule "
+            r"'feature'\. did you mean 'features'\? It has features, classifier",
+        ),
+        (
+            with_block(4, ("features.14", "features.19")),
+            r"adapter\.blocks\[4\] is 'features\.19'; 'features' has no submodule "
+            r"'19'\. did you mean 'features\..* It has 0, 1, ",
+        ),
+        (
+            replace(MOBILENET, head=("avgpool", "flatten", "classifier")),
+            r"adapter\.head is 'avgpool'; .*It has features, class",
+        ),
+        (
+            with_block(2, ("features.4", "features.6")),
+            r"is not the whole network.*'features\.5\..* comes where 'features\.6\.",
+        ),
         (with_block(2, ("features.4", "features.6", "features.5")), r"is not the whole network"),
-        (replace(MOBILENET, blocks=MOBILENET.blocks[:3] + MOBILENET.blocks[4:], depths=MOBILENET.depths[:4]),
-         r"adapter\.blocks\[3\]: unit 0 of MobileNetV2 does not take what comes before it \(RuntimeError"),
+        (
+            replace(MOBILENET, blocks=MOBILENET.blocks[:3] + MOBILENET.blocks[4:], depths=MOBILENET.depths[:4]),
+            r"adapter\.blocks\[3\]: unit 0 of MobileNetV2 does not take what comes before it \(RuntimeError",
+        ),
         (replace(MOBILENET, head=("features.18", "flatten", "classifier")), None),
-        (replace(MOBILENET, head=("features.18", "classifier")), r"adapter\.head of MobileNetV2 does not take the latent"),
-        # conv and batch norm in one unit, the in-place ReLU6 in the next
-        (replace(
-            MOBILENET,
-            blocks=((("features.0.0", "features.0.1"), ("features.0.2", "features.1")), *MOBILENET.blocks[1:]),
-            depths=((1, 1), *MOBILENET.depths[1:]),
-        ), r"adapter\.blocks\[0\], unit 0: what follows changes this output of MobileNetV2 in place"),
+        (
+            replace(MOBILENET, head=("features.18", "classifier")),
+            r"adapter\.head of MobileNetV2 does not take the latent",
+        ),
+        # Convolution and batch norm form one unit, the in-place ReLU6 is in the next.
+        (
+            replace(
+                MOBILENET,
+                blocks=((("features.0.0", "features.0.1"), ("features.0.2", "features.1")), *MOBILENET.blocks[1:]),
+                depths=((1, 1), *MOBILENET.depths[1:]),
+            ),
+            r"adapter\.blocks\[0\], unit 0: what follows changes this output of MobileNetV2 in place",
+        ),
     ],
-)  # fmt: skip
+)
 def test_adapters_that_do_not_fit(adapter: Adapter, message: str | None) -> None:
-    if message is None:  # at 32 pixels the latent is 1x1: flattening it is the same as averaging it
+    if message is None:  # At 32 pixels the latent is 1x1, so flattening equals averaging.
         check_adapter(bare_mobilenet(adapter), 3, 32)
         return
     with pytest.raises(ConfigError, match=message):
@@ -121,7 +141,7 @@ def test_adapters_that_do_not_fit(adapter: Adapter, message: str | None) -> None
 
 
 def test_a_skipped_block_that_does_nothing_yet_is_seen() -> None:
-    """A residual branch that starts at zero: only with other weights do the logits differ."""
+    """A residual branch that starts at zero changes the logits only with other weights."""
 
     class Branch(nn.Module):
         def __init__(self) -> None:
@@ -156,7 +176,7 @@ def test_a_skipped_block_that_does_nothing_yet_is_seen() -> None:
 
 
 def test_an_operation_without_a_weight_counts() -> None:
-    """The same layers in the same order, but forward() has a ReLU that no submodule stands for, early in a deep network."""
+    """An early ReLU of forward() that is no submodule makes the layers of the adapter differ."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -207,14 +227,14 @@ def test_own_networks_normalise_inside() -> None:
     with torch.no_grad():
         assert torch.equal(inside(x), plain(by_hand))
         assert torch.equal(encoder_blocks(inside)[0](x), encoder_blocks(plain)[0](by_hand))
-        # a copy normalises with its own constants, also where it has been written to disk and back
+        # A copy normalises with its own constants, also after pickling.
         for copied in (copy.deepcopy(inside), pickle.loads(pickle.dumps(inside))):
             assert torch.equal(copied(x), inside(x))
             assert isinstance(copied.normalize, Normalize)
             copied.normalize.mean.zero_()
             assert not torch.equal(copied(x), inside(x))
             assert torch.equal(inside(x), plain(by_hand))
-    # and it follows the network to another type
+    # The constants follow the network to another type.
     assert inside.double()(x.double()).dtype == torch.float64
 
 
@@ -263,6 +283,6 @@ def test_the_documented_network_is_the_tested_one(tmp_path: Any, monkeypatch: py
     monkeypatch.delitem(sys.modules, "own")
     for channels in (1, 3):
         sizes = {"num_classes": 7, "channels": channels, "image_size": 32, "width": 16}
-        (theirs, adapter), (tested, same) = own.mobilenet(**sizes), mobilenet(**sizes)
+        (documented, adapter), (tested, same) = own.mobilenet(**sizes), mobilenet(**sizes)
         assert adapter == same
-        assert repr(theirs) == repr(tested)
+        assert repr(documented) == repr(tested)

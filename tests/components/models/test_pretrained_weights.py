@@ -21,24 +21,24 @@ SHARED_NAMES = ("resnet50", "vgg16", "vgg16_bn")  # ResNet-18: tests/components/
 @pytest.mark.parametrize("arch", SHARED_NAMES)
 def test_torchvisions_weights_load_and_back(arch: str) -> None:
     make = getattr(torchvision.models, arch)
-    theirs = make(**({"init_weights": False} if "vgg" in arch else {})).eval()
-    unsettle(theirs)
-    state = theirs.state_dict()
-    with torch.device("meta"):  # no time on initial weights: every one of them is replaced
-        mine = build_classifier(arch, num_classes=1000, channels=3, image_size=224).eval()
+    reference = make(**({"init_weights": False} if "vgg" in arch else {})).eval()
+    unsettle(reference)
+    state = reference.state_dict()
+    with torch.device("meta"):  # All weights are replaced, so initial ones would cost time for nothing.
+        ours = build_classifier(arch, num_classes=1000, channels=3, image_size=224).eval()
         other = make().eval()
-    assert list(mine.state_dict()) == list(state)
-    mine.load_state_dict(state, strict=True, assign=True)
-    other.load_state_dict(mine.state_dict(), strict=True, assign=True)
+    assert list(ours.state_dict()) == list(state)
+    ours.load_state_dict(state, strict=True, assign=True)
+    other.load_state_dict(ours.state_dict(), strict=True, assign=True)
     x = images(1, 3, 224)
     with torch.no_grad():
-        expected = theirs(x)
-        assert torch.equal(mine(x), expected)
+        expected = reference(x)
+        assert torch.equal(ours(x), expected)
         assert torch.equal(other(x), expected)
 
 
 class FewLinear(nn.Linear):
-    """VGG16 without its 120 million linear weights, which take seconds to draw."""
+    """A linear layer with few weights: VGG16's 120 million take seconds to draw."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(min(in_features, 64), min(out_features, 64))
@@ -46,18 +46,18 @@ class FewLinear(nn.Linear):
 
 @pytest.mark.parametrize("arch", SHARED_NAMES)
 def test_initial_weights_are_torchvisions(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn, "Linear", FewLinear)  # in both
+    monkeypatch.setattr(nn, "Linear", FewLinear)  # Both libraries use it.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(6)
-        theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()
-    mine = build_classifier(arch, num_classes=10, channels=3, image_size=224, seed=6).state_dict()
-    assert len(mine) == len(theirs)
-    for k, v in theirs.items():
-        assert torch.equal(mine[k], v), k
+        reference = getattr(torchvision.models, arch)(num_classes=10).state_dict()
+    ours = build_classifier(arch, num_classes=10, channels=3, image_size=224, seed=6).state_dict()
+    assert len(ours) == len(reference)
+    for k, v in reference.items():
+        assert torch.equal(ours[k], v), k
 
 
 def test_vgg_heads() -> None:
-    """torchvision's own from 64 pixels on; a global average and one linear layer below."""
+    """The head is torchvision's from 64 pixels on, and a global average and one linear layer below."""
     large, tiny = small("vgg16", 64, width=8), small("vgg16", 63, width=8)
     heads = [[(m.in_features, m.out_features) for m in n.modules() if isinstance(m, nn.Linear)] for n in (large, tiny)]
     assert heads == [[(64 * 49, 512), (512, 512), (512, 10)], [(64, 10)]]
@@ -92,15 +92,15 @@ def test_a_head_of_other_classes(arch: str) -> None:
     ):
         load_weights(net, source, "file.pt")
     load_weights(net, source, "file.pt", replace_head=True)
-    kept = []
+    replaced = []
     for k, v in net.state_dict().items():
         if v.shape != source[k].shape:
-            kept.append(k)
+            replaced.append(k)
             assert torch.equal(v, fresh[k])
         else:
             assert torch.equal(v, source[k]), k
-    assert len(kept) == 2  # weight and bias
-    assert len(source) == len(fresh)  # the caller's tensors are not changed
+    assert len(replaced) == 2  # These are weight and bias.
+    assert len(source) == len(fresh)  # The caller's tensors are unchanged.
 
 
 def test_replace_head_keeps_a_head_of_the_same_size_too() -> None:
