@@ -44,7 +44,9 @@ OUT=$(cd "$OUT" && pwd)
 STORAGE=${STORAGE:-$OUT/storage}
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true RAY_ADDRESS=local PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE # The Makefile says why.
-PYTHON=${PYTHON:-$([ -x "$ROOT/.venv/bin/python" ] && [ -z "$BUNDLE" ] && echo "$ROOT/.venv/bin/python" || echo python3)}
+if [ -z "${PYTHON:-}" ]; then
+  [ -x "$ROOT/.venv/bin/python" ] && [ -z "$BUNDLE" ] && PYTHON=$ROOT/.venv/bin/python || PYTHON=python3
+fi
 
 DATA=()
 if [ -n "$BUNDLE" ]; then
@@ -55,7 +57,8 @@ if [ -n "$BUNDLE" ]; then
     tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" ||
       "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' \
         "$BUNDLE/site.tar.xz" "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
-    "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null # Otherwise each of Ray's first processes compiles the same files.
+    # Otherwise each of Ray's first processes compiles the same files.
+    "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null
     mv "$SITE.part" "$SITE"
   fi
   export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
@@ -86,7 +89,8 @@ for number in $PARTS; do
         part "part 3: $run" $((LIMIT3 + 60)) pipeline "$run" --limit "$LIMIT3" --storage "$STORAGE" "${DATA[@]}"
       done
       # Weights, checkpoints, shards and examples are too large to copy, so pack only the records.
-      (cd "$STORAGE" 2>/dev/null && find . -type f -size -5000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
+      (cd "$STORAGE" 2>/dev/null &&
+        find . -type f -size -5000k ! -name '*.safetensors' ! -name '*.parquet' ! -name '*.pt' \
         ! -name '*.npz' -print0 | tar --create --gzip --null --files-from - --file "$OUT/records.tar.gz") ||
         FAILED+=("records.tar.gz")
       ;;

@@ -131,7 +131,8 @@ start() {
     --head --block --disable-usage-stats "--port=$port"
     --include-dashboard=true --dashboard-host=127.0.0.1 "--dashboard-port=$dashboard_port"
     "--ray-client-server-port=$client_port" "--dashboard-agent-listen-port=$agent_port" "--temp-dir=$ray_dir"
-    # Workers take any free port. By default Ray keeps 10002 to 19999 for them and refuses each port above in that range.
+    # Workers take any free port. By default Ray reserves 10002 to 19999 for them and refuses to use these for
+    # its services.
     --min-worker-port=0 --max-worker-port=0
   )
   [[ -z ${LOCAL_RAY_CPUS:-} ]] || args+=("--num-cpus=$LOCAL_RAY_CPUS")

@@ -52,10 +52,12 @@ awk -F'==' 'NR == FNR { sub(/#.*/, ""); gsub(/[ \t]/, ""); have[tolower($0)]; ne
 
 if [ "$SLIM" = 1 ]; then
   # Commands in bin/ carry the path of the Python that installed them. The target machine uses python -m.
-  (cd "$SITE/site" && rm -rf bin ray/jars ray/dashboard/client ray/rllib mlflow/server/js virtualenv/seed/wheels/embed/*.whl)
+  (cd "$SITE/site" &&
+    rm -rf bin ray/jars ray/dashboard/client ray/rllib mlflow/server/js virtualenv/seed/wheels/embed/*.whl)
   find "$SITE/site" -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} +
   if command -v strip >/dev/null; then
-    find "$SITE/site" -type f \( -name '*.so' -o -name raylet -o -name gcs_server \) -exec strip --strip-unneeded {} + || true
+    find "$SITE/site" -type f \( -name '*.so' -o -name raylet -o -name gcs_server \) \
+      -exec strip --strip-unneeded {} + || true
   fi
 fi
 
