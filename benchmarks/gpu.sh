@@ -57,7 +57,7 @@ if [ -n "$BUNDLE" ]; then
     tar xJf "$BUNDLE/site.tar.xz" -C "$SITE.part" ||
       "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="tar")' \
         "$BUNDLE/site.tar.xz" "$SITE.part" || { echo "gpu.sh: $BUNDLE/site.tar.xz cannot be unpacked" >&2; exit 1; }
-    # Otherwise each of Ray's first processes compiles the same files.
+    # Compile here once. Otherwise each of Ray's first processes compiles the same files.
     "$PYTHON" -m compileall -q -j 0 "$SITE.part" >/dev/null
     mv "$SITE.part" "$SITE"
   fi
