@@ -113,6 +113,7 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
         assert worst[e["model"], "any"] <= worst[e["model"], "white_box"]
 
 
+@pytest.mark.drill
 def test_examples_from_one_network_to_another_in_colour(ray_cluster: str, tmp_path: Path) -> None:
     """Table 8 without ResNet-50 has 32x32 colour images, crops, the alternating schedule and every transfer."""
     models = [m for m in RECIPES["table8-smoke"].make().models if "resnet50" not in m and "control" not in m]

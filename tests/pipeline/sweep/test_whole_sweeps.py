@@ -196,6 +196,7 @@ def large(directory: Path) -> list[str]:
 
 
 @pytest.mark.cluster
+@pytest.mark.drill
 def test_a_network_that_fails_in_a_tpe_sweep_of_two_seeds_fails_only_its_trial(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
