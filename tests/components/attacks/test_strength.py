@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.8)])
+@pytest.mark.slow
 def test_apgd_is_at_least_as_strong_as_pgd(norm: str, eps: float, mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
     x, y, model = mnist
     options = {"eps": eps, "norm": norm, "steps": 20}

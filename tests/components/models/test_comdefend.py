@@ -185,6 +185,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (model(images).argmax(1) == labels).float().mean().item()
 
 
+@pytest.mark.slow
 def test_training_reconstructs_through_bits_and_keeps_the_accuracy(defended: Reformed) -> None:
     images, labels = data(48, seed=1)
     assert F.mse_loss(defended.reformer(images), images) < images.var() / 2

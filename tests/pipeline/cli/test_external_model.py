@@ -205,6 +205,7 @@ def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest
         ("own_network:make", 3, "another architecture"),
     ],
 )
+@pytest.mark.slow
 def test_a_network_that_does_not_fit_is_refused_before_anything_is_computed(
     stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str, channels: int, said: str
 ) -> None:

@@ -228,6 +228,7 @@ def test_without_a_control_it_says_so_and_what_to_add(built: tuple[Storage, Stor
     assert "There is no control" not in "".join(explanation())
 
 
+@pytest.mark.slow
 def test_building_again_gives_the_same_bytes(built: tuple[Storage, Storage, dict[str, str]], tmp_path: Path) -> None:
     run, root, paths = built
     shutil.copytree(root.local_root, tmp_path / "copy")
@@ -301,6 +302,7 @@ def test_a_record_of_another_kind_is_refused(file: str, text: str, tmp_path: Pat
         records.read_record(Storage(tmp_path), file)
 
 
+@pytest.mark.slow
 def test_missing_and_corrupt_records_are_named(tmp_path: Path) -> None:
     root = Storage(tmp_path)
     with pytest.raises(UserError, match=r"runs/none is not the directory of a run"):
