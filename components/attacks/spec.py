@@ -267,7 +267,7 @@ class AttackSpec:
 
     @property
     def may_search_in_bfloat16(self) -> bool:
-        """Whether the attack's search may run in bfloat16.
+        """Tell whether the attack's search may run in bfloat16.
 
         It may if the search follows the directions of gradients over many passes. Square and APGD,
         and with them AutoAttack, compare losses with the best loss so far. Among losses rounded to
@@ -279,28 +279,28 @@ class AttackSpec:
 
     @property
     def can_stop_on_success(self) -> bool:
-        """Whether the attack supports ``stop_on_success``."""
+        """Tell whether the attack supports ``stop_on_success``."""
         return _ATTACKS[self.name].can_stop_on_success
 
     @property
     def draws(self) -> bool:
-        """Whether the attack takes random numbers: another seed may give other examples."""
+        """Tell whether the attack takes random numbers: another seed may give other examples."""
         restarts = self.name == "fab-t" and self.restarts != 1
         return _ATTACKS[self.name].draws or restarts or self.target == "random"
 
     @property
     def can_target(self) -> bool:
-        """Whether the attack accepts target classes."""
+        """Tell whether the attack accepts target classes."""
         return "target" in _defaults(self.name)
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether the attack needs gradients; otherwise it reads at most the model's output."""
+        """Tell whether the attack needs gradients; otherwise it reads at most the model's output."""
         return _ATTACKS[self.name].needs_gradients
 
     @property
     def judged_on_source_only(self) -> bool:
-        """Whether examples are meaningful only on the model that they were made on.
+        """Tell whether examples are meaningful only on the model that they were made on.
 
         Such an attack always drops a sample once it is broken.
         """

@@ -326,7 +326,7 @@ class Experiment:
 
     @property
     def trains(self) -> bool:
-        """Whether any model is trained. External models need only the test images."""
+        """Tell whether any model is trained. External models need only the test images."""
         return any(config.epochs for config in self.model_configs().values())
 
     def first_replicates(self) -> dict[str, TrainConfig]:

@@ -233,7 +233,7 @@ def _any_rises(runs: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _rises(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether significantly more images are correct in run ``b`` than in run ``a``."""
+    """Tell whether significantly more images are correct in run ``b`` than in run ``a``."""
     before, after = np.array(a["correct"], dtype=bool), np.array(b["correct"], dtype=bool)
     return bool(after.sum() > before.sum()) and mcnemar(before, after) < _P
 

@@ -81,7 +81,7 @@ class ShardSetPlan:
 
     @property
     def has_lowpass_levels(self) -> bool:
-        """Whether the shards have levels that the DCT computed."""
+        """Tell whether the shards have levels that the DCT computed."""
         return self.targets == "lowpass" and len(self.sizes) > 1
 
     @property

@@ -140,7 +140,7 @@ def role_titles(record: RunRecord) -> dict[str, str]:
 
 
 def is_untrusted(record: RunRecord, evaluation: EvaluationEntry) -> bool:
-    """Whether the attack failed its active test on the model that its examples were made on.
+    """Tell whether the attack failed its active test on the model that its examples were made on.
 
     Accuracy under such an attack is no sign of robustness. The same holds where its examples are
     transferred to other models.

@@ -196,7 +196,7 @@ def _our_value(key: tuple[str, str, str], arch: str, evaluations: list[Evaluatio
 
 
 def _belongs(key: tuple[str, str, str], printed: Printed, built: Mapping[str, str]) -> bool:
-    """Whether evaluations of a (model, threat model, attack) belong beside a number of the paper.
+    """Tell whether evaluations of a (model, threat model, attack) belong beside a number of the paper.
 
     Args:
         key: model as named in the recipe, threat model, attack.
@@ -215,7 +215,7 @@ def _belongs(key: tuple[str, str, str], printed: Printed, built: Mapping[str, st
 
 
 def _is_row(printed_row: str, row: str, threat: str) -> bool:
-    """Whether evaluations of a model named ``row`` belong to a row of the paper."""
+    """Tell whether evaluations of a model named ``row`` belong to a row of the paper."""
     if printed_row == "comdefend":  # This row is grey-box. White-box has a row of its own.
         return row == "comdefend" and threat != WHITE_BOX
     if printed_row == "comdefend_wb":
@@ -237,7 +237,7 @@ def _column(threat: str, attack: str) -> str:
 
 
 def _is_made_on(threat: str, arch: str, archs: Mapping[str, str], base: str) -> bool:
-    """Whether examples of a threat model are made on a network ``arch`` (tables 7 and 8)."""
+    """Tell whether examples of a threat model are made on a network ``arch`` (tables 7 and 8)."""
     if threat == CLEAN:
         return True
     if threat in (WHITE_BOX, TRANSFER):

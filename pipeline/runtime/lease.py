@@ -67,7 +67,7 @@ class Lease:
 
     @property
     def held(self) -> bool:
-        """Whether this process has the lease."""
+        """Tell whether this process has the lease."""
         return self._thread is not None and self._new_holder is None and not self._released.is_set()
 
     def try_acquire(self) -> bool:
@@ -240,7 +240,7 @@ class WorkingLease:
 
     @property
     def held(self) -> bool:
-        """Whether this group still has the directory that it took."""
+        """Tell whether this group still has the directory that it took."""
         return self._lease is not None and self._lease.held
 
     def release(self) -> None:

@@ -89,7 +89,7 @@ class Storage:
 
     @property
     def is_local(self) -> bool:
-        """Whether the directory is on this machine's file system."""
+        """Tell whether the directory is on this machine's file system."""
         return isinstance(self.fs, pafs.LocalFileSystem)
 
     @property
@@ -230,7 +230,7 @@ class Storage:
 
     @property
     def _is_object_store(self) -> bool:
-        """Whether an object appears under its name only once it is complete."""
+        """Tell whether an object appears under its name only once it is complete."""
         return bool(re.search(r"\b(s3|s3a|gcs|gs|abfs|abfss|adl|az)\b", self.fs.type_name))
 
     def delete_stale(self, directory: str, older_than_s: float) -> None:

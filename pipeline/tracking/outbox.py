@@ -126,12 +126,12 @@ class Outbox:
 
     @property
     def is_saved(self) -> bool:
-        """Whether this process has written ``tracking.json``."""
+        """Tell whether this process has written ``tracking.json``."""
         return self._saved_at > 0
 
     @property
     def is_connected(self) -> bool:
-        """Whether the server has answered, so that ``state`` is known to be true."""
+        """Tell whether the server has answered, so that ``state`` is known to be true."""
         return self._client is not None
 
     @property

@@ -305,7 +305,7 @@ class Tracker:
 
     @property
     def is_behind(self) -> bool:
-        """Whether many operations wait, so that a caller should omit what records hold anyway."""
+        """Tell whether many operations wait, so that a caller should omit what records hold anyway."""
         return self.outbox.pending > BEHIND
 
     def excused(self, what: str) -> AbstractContextManager[None]:

@@ -8,14 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torchvision
+from made_up_shards import SHAPES, Shards
 from safetensors.torch import load_file, save_file
 
 from components.config import TrainConfig
@@ -34,30 +33,10 @@ from pipeline.training.loop import RankData, TrainingLoop
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHECKPOINT = "epoch-00003.pt"
-SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 
 
 def tiny(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"width": 4, "batch_size": 8, "lr": 0.05, "epochs": 3, "shared_blocks": 2, **changes})
-
-
-class Shards:
-    """A shard set in memory."""
-
-    def __init__(self, n: int) -> None:
-        rng = np.random.default_rng(0)
-        self.num_rows = n
-        self.columns: dict[str, np.ndarray] = {
-            "index": np.arange(n),
-            "image": rng.integers(0, 256, (n, 1, 14, 14), dtype=np.uint8),
-            "label": np.arange(n) % 10,
-            "level_1": rng.random((n, 1, 7, 7)).astype(np.float16),
-        }
-
-    level_columns = ("level_1",)
-
-    def iter_shards(self, columns: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-        yield {name: self.columns[name] for name in columns}
 
 
 def make_loop(config: TrainConfig) -> TrainingLoop:
