@@ -182,9 +182,9 @@ def _opened(
         say(f"continuing {storage.uri}")
         if not records_only:
             record["experiment"] = _readable_experiment(record, experiment)
-        if not records_only and (damaged := drop_unreadable(record)):
-            say(f"  {', '.join(damaged)} of run.json cannot be read: they are written anew")
-            record = new_record(experiment) | record
+            if damaged := drop_unreadable(record):
+                say(f"  {', '.join(damaged)} of run.json cannot be read: they are written anew")
+                record = new_record(experiment) | record
     stored = StoredRecord(storage, "run.json", record, lease)
     if not records_only:
         stored.content |= provenance.environment()
