@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipeline.runtime import interrupts
+
 console = Console(highlight=False, soft_wrap=True)
 PLAIN_INTERVAL_S = 10.0
 """Shortest time between two plain lines of a stage."""
@@ -73,6 +75,7 @@ def stage(title: str) -> Iterator[Bar]:
     else:
         say(f"{title} ...")
         yield Bar(title, None)
+    interrupts.raise_received()
     say(f"{title}: done in {time.monotonic() - start:.1f} s")
 
 

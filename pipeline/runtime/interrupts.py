@@ -20,17 +20,34 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as KeyboardInterrupt is Ctrl-C."""
 
 
+_received: int | None = None
+"""The last SIGINT or SIGTERM of this process."""
+
+
 def install() -> None:
     """Let SIGTERM raise :class:`Terminated`, and Ctrl-C KeyboardInterrupt, in the main thread.
 
     The main thread must call this.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _received
+    _received = signum
+    raise_received()
+
+
+def raise_received() -> None:
+    """Raise the exception of a signal again, if there was one.
+
+    Python drops an exception that a signal raises inside a ``__del__`` or a callback of a weak
+    reference, wherever the garbage collector runs one. A loop of the main thread that waits for Ray
+    calls this in every round: it would have ended if the exception had arrived.
+    """
+    if _received is not None:
+        raise Terminated if _received == signal.SIGTERM else KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -64,8 +81,11 @@ def cleaning_up(clean: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """Return the exit status of an interrupted command."""
-    return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    """Return the exit status of an interrupted command.
+
+    ``ray.wait`` and ``ray.get`` raise KeyboardInterrupt after SIGTERM, too.
+    """
+    return TERMINATED if isinstance(error, Terminated) or _received == signal.SIGTERM else INTERRUPTED
 
 
 def _clean_up() -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from pipeline.runtime import interrupts
 from pipeline.runtime.cluster import room_for
 from pipeline.runtime.user_errors import unwrap
 
@@ -64,6 +65,7 @@ def run_tasks(
             # Ray starts tasks in the order of their submission.
             watch.running({ref: named(tag) for ref, tag in itertools.islice(waiting.items(), slots)})
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
+            interrupts.raise_received()
             for ref in ready:
                 tag = waiting.pop(ref)
                 ray.get(ref)

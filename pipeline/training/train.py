@@ -20,6 +20,7 @@ from components.config.data import Shapes
 from components.fields import to_dict
 from components.models.classifiers import ARCHITECTURES
 from components.network import build_net
+from pipeline.runtime import interrupts
 from pipeline.runtime.console import say
 from pipeline.runtime.lease import Lease
 from pipeline.runtime.storage import Storage, StorageError
@@ -225,6 +226,7 @@ def _train_side_by_side(
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
+        interrupts.raise_received()
         check()
         for thread in threads:
             thread.join(LIVE_INTERVAL_S / len(threads))

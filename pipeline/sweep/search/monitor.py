@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from components.errors import ConfigError, UserError
+from pipeline.runtime import interrupts
 from pipeline.runtime.console import say
 from pipeline.runtime.polling import polling
 from pipeline.runtime.storage import StorageError
@@ -171,6 +172,7 @@ class SweepMonitor:
     def wait_for_references(self) -> None:
         """Wait until the references are measured. Mostly they are before the trials end."""
         while self._references and self._failure is None and self.error is None:
+            interrupts.raise_received()
             time.sleep(POLL_S)
         if self._failure is not None:
             raise self._failure
@@ -253,6 +255,7 @@ def sweep_stopper(monitor: SweepMonitor) -> Any:
             return False
 
         def stop_all(self) -> bool:
+            interrupts.raise_received()
             return monitor.error is not None
 
     return Stopper()

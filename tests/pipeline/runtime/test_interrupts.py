@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,3 +74,64 @@ def test_threads_that_use_ray_do_not_change_the_status_and_nothing_is_left(
     while left := [int(pid) for pid in pids.split() if is_running(int(pid))]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from pipeline.runtime import cluster, interrupts, tasks
+from pipeline.runtime.console import stage
+
+class Interrupted:
+    def __del__(self):  # Python drops whatever is raised in here.
+        os.kill(os.getpid(), signal.NUMBER)
+
+def jobs():
+    Interrupted()
+    while True:
+        yield {}, 0
+
+interrupts.install()
+try:
+    PLACE
+except KeyboardInterrupt as e:
+    interrupts.leave(interrupts.exit_status(e))
+"""
+IN_TASKS = """
+    cluster.connect()
+    for _ in tasks.run_tasks(lambda job: None, jobs(), {"CPU": 1.0}, name="test", on_straggler=print):
+        pass
+"""
+IN_A_STAGE = """
+    with stage("test"):
+        Interrupted()
+"""
+WHILE_RAY_WAITS = """
+    cluster.connect()
+    threading.Timer(1, os.kill, (os.getpid(), signal.NUMBER)).start()
+    job = ({}, 0)
+    for _ in tasks.run_tasks(lambda job: time.sleep(60), [job], {"CPU": 1.0}, name="test", on_straggler=print):
+        pass
+"""
+
+
+def interrupted(place: str, number: signal.Signals, ray_cluster: str) -> subprocess.CompletedProcess[str]:
+    script = INTERRUPTED.replace("PLACE", place.strip()).replace("NUMBER", number.name)
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.cluster
+def test_sigterm_while_ray_waits_ends_with_its_own_status(ray_cluster: str) -> None:
+    assert interrupted(WHILE_RAY_WAITS, signal.SIGTERM, ray_cluster).returncode == interrupts.TERMINATED
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("place", "number"), [(IN_TASKS, signal.SIGINT), (IN_A_STAGE, signal.SIGTERM)])
+def test_a_signal_whose_exception_is_lost_interrupts_all_the_same(
+    place: str, number: signal.Signals, ray_cluster: str
+) -> None:
+    done = interrupted(place, number, ray_cluster)
+    assert "Exception ignored in" in done.stderr
+    assert done.returncode == 128 + number
