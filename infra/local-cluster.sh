@@ -191,8 +191,10 @@ stop() {
     fi
     echo "the head is gone; stopping what it left"
   fi
-  kill -TERM "$head" 2>/dev/null || true # `ray start --block` stops its children on SIGTERM.
-  for ((i = 0; i < 40; i++)); do
+  # The head alone would wait 15 s for actors that outlive their jobs.
+  # shellcheck disable=SC2046 # Each word is a pid.
+  kill -TERM $(session_pids "$head") 2>/dev/null || true
+  for ((i = 0; i < 10; i++)); do
     [[ -n $(session_pids "$head") ]] || break
     sleep 0.5
   done

@@ -84,19 +84,16 @@ def ray_cluster() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Run PyTorch on one thread.
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Run PyTorch on one thread in this process.
 
     On small networks a second thread gains nothing. On a busy machine, waiting for it takes twenty times
     as long.
     """
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def check_run(storage: Path, printed: str) -> None:
 
 
 def test_a_job_runs_the_whole_pipeline_and_a_bad_one_fails_clearly(shell: Shell, tmp_path: Path) -> None:
-    done = shell.submit("run", *SMALL)
+    done = shell.submit("run", *SMALL, "--models", "no_defense:defense=none")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     check_run(tmp_path / "defendpp", done.stdout)
 

@@ -206,10 +206,9 @@ def test_no_password_or_key_stands_in_anything_that_a_run_leaves(
     copy = tmp_path / "copy"
     shutil.copytree(storage, copy)
     run_here(command("pyramids", tmp_path / "new", "--tracking-uri", uri))
-    run_here(command("report", copy, "--tracking-uri", uri))
     assert record_of(tmp_path / "new")["experiment"]["tracking_uri"] == mlflow_server.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    run_here(command("pyramids", tmp_path / "new"))
+    run_here(command("report", copy))
     message = "".join(capsys.readouterr())
     assert "***@" in message
     assert "hunter2" not in message
@@ -305,7 +304,7 @@ def test_chunks_are_shared_between_evaluations_on_more_and_on_fewer_images(
 ALTERNATING = (
     *("--scaling.workers", "2", "--models", "defend:seed=3", "--evaluation.threat-models", "white_box"),
     *("--train.schedule", "alternating", "--train.cycles", "1", "--train.autoencoder-epochs", "2"),
-    *("--train.classifier-epochs", "2", "--train.epochs", "8", "--train.noise-location", "latent"),
+    *("--train.classifier-epochs", "2", "--train.epochs", "6", "--train.noise-location", "latent"),
 )
 
 
@@ -420,20 +419,6 @@ def test_a_report_that_cannot_be_written_leaves_the_run_finished(
     (report / "in the way").mkdir(parents=True)
     assert "could not be written" in refused(command("report", storage), capsys)
     assert set(statuses(storage).values()) == {"FINISHED"}
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_step(
-    unbroken: Path, ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    storage = tmp_path / "s"
-    shutil.copytree(unbroken.with_name("shards-only"), storage)
-    absurd = ("--models", "defend:lr=1e30", "--evaluation.threat-models", "white_box")
-    # The shards exist already; this command only writes the run record of these settings.
-    run_here(command("pyramids", storage, *absurd))
-    message = refused(command("train", storage, *absurd), capsys)
-    assert "not finite at step" in message
-    assert "Last good checkpoint" in message
-    assert not list(storage.glob("models/*/classifier.safetensors"))
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -27,7 +27,7 @@ from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 from pipeline.training.loop import RankData, TrainingLoop
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 FACTORS: dict[str, tuple[Any, ...]] = {

@@ -31,7 +31,7 @@ EPS, STEPS, IMAGES = 0.2, 10, 16
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[nn.Module, Tensor, Tensor]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor, Tensor]:
     """Train, export and load a Defend++ classifier of two kinds of images; give it with images and labels."""
     shapes = Shapes(image_size=28, channels=1, num_classes=3, sizes=level_sizes(28))
     config = TrainConfig(width=4)
@@ -104,7 +104,7 @@ def test_art(exported: tuple[nn.Module, Tensor, Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def cnn(one_thread: None) -> nn.Module:
+def cnn() -> nn.Module:
     """Train a small CNN on FGSM examples, so that the cascade has to search."""
     fgsm = AttackSpec.parse("fgsm:eps=0.1")
     return trained_cnn(4, lambda model, x, y: run_attack(fgsm, model, x, y)).requires_grad_(False)

@@ -23,8 +23,6 @@ from components.models.defend import AutoEncoder, DefendNet, adaptive_objective
 from components.network import build_net
 from pipeline.evaluation.attack_tasks import craft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_auxiliary_is_given_the_right_rows(mnist: tuple[Tensor, Tensor, nn.Module]) -> None:
     x, y, model = mnist

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from components.attacks.apgd import _checkpoints, apgd
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
 @pytest.mark.parametrize("early", [False, True])

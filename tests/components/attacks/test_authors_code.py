@@ -12,8 +12,6 @@ from components.attacks.apgd import apgd, apgd_t
 from components.attacks.fab import fab_t
 from components.attacks.square import square
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.7)])
 @pytest.mark.parametrize("name", ["apgd", "apgd-dlr", "apgd-t", "square"])

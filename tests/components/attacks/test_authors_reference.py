@@ -49,8 +49,6 @@ from components.attacks.ddn import ddn
 from components.attacks.fab import fab_t
 from components.attacks.square import square
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Fingerprints are sums of 578 pixels times numbers up to 1, so an error of 0.001 in one pixel shows.
 TOLERANCE = 2e-4
 # Our code keeps the norm 7e-7 below eps, for rounding. A bump in an unperturbed window takes the rest of the

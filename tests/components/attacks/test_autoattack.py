@@ -16,8 +16,6 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import verify_examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class ByFirstPixel(nn.Module):
     """A network that predicts class 1 if the first pixel is above 0.5."""

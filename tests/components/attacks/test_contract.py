@@ -23,8 +23,6 @@ from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 from components.evaluation.judge import verify_examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_dlr_does_not_change_with_the_scale_of_the_logits() -> None:
     model, x = convnet(0), near_grey(12, side=8)

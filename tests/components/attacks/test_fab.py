@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from components.attacks.fab import fab_t, to_plane
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def planes(n: int, pixels: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw points with pixels at 0 or 1, slopes of all sizes with some zeros, and values of either sign."""

@@ -19,8 +19,6 @@ from components.models.comdefend import ComDefend, Reformed
 from components.models.resnet import ResNet18, ResNet50
 from components.models.vgg import VGG16
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

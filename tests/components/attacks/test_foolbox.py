@@ -12,8 +12,6 @@ from components.attacks.ddn import ddn
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("text", "peer", "options", "targeted"),

@@ -34,8 +34,6 @@ from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 from components.evaluation.judge import verify_examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GRADIENT_ATTACKS = tuple(text for text in GRADIENT_AND_NOISE if not text.startswith("noise"))
 DETERMINISTIC = tuple(text for text in GRADIENT_ATTACKS if not text.startswith("pgd"))
 

@@ -12,8 +12,6 @@ from components.attacks.ddn import ddn
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("text", ["cw:steps=8,binary_search_steps=3", "cw:steps=8,confidence=2", "ddn:steps=20"])
 def test_misclassified_samples_come_back_untouched(text: str, blobs: tuple[Tensor, Tensor, list[nn.Module]]) -> None:

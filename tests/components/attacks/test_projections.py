@@ -10,8 +10,6 @@ from components.attacks.projections import l2_norms, steepest, unit_l2
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SIZES = (1e-42, 1e-38, 1e-34, 1e-24, 1e-20, 1.0, 1e18, 1e20, 1e36)
 
 

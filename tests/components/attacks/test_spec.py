@@ -16,8 +16,6 @@ from components.attacks.spec import ATTACK_NAMES, AttackSpec
 from components.errors import ConfigError
 from components.fields import from_dict, to_dict
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_all_have_a_spec() -> None:
     assert tuple(ATTACKS) == ATTACK_NAMES

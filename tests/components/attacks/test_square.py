@@ -14,8 +14,6 @@ from components.attacks.spec import AttackSpec
 from components.attacks.square import square
 from components.evaluation.judge import verify_examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Quantiser(nn.Module):
     """A network without gradients."""

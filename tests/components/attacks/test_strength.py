@@ -14,8 +14,6 @@ from components.attacks.pgd import pgd
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.06), ("l2", 0.8)])
 @pytest.mark.slow

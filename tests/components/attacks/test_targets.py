@@ -12,8 +12,6 @@ from components.attacks.spec import AttackSpec
 from components.attacks.targets import choose_targets
 from components.evaluation.judge import verify_examples
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_targets_are_wrong_classes_chosen_as_asked() -> None:
     model, x = linear(5), near_grey(400)

@@ -34,8 +34,6 @@ from components.evaluation.flags import flags
 from components.evaluation.judge import AttackViolation, judge
 from components.evaluation.probe import probe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["honest", "robust"])

@@ -25,8 +25,6 @@ from components.evaluation.flags import Flag, flags
 from components.evaluation.probe import batch_dependence, checked_outputs
 from components.models.adapter_check import check_output
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Normed(nn.Module):
     """Two blocks with a norm of one's choice between convolutions, and dropout before the head."""

@@ -20,8 +20,6 @@ from flagged_networks import (
 from components.attacks.spec import AttackSpec
 from components.evaluation.flags import Judged, flags
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def names(measured: dict[str, Any] | None = None, judged: tuple[Judged, ...] = (), active: Any = None) -> set[str]:
     return {f.name for f in flags(measured or clean_probe(), judged, active) if f.fired}

@@ -35,8 +35,6 @@ from components.evaluation.flags import Judged, flags
 from components.evaluation.judge import judge
 from components.evaluation.probe import probe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["honest", "robust", "confident", "untrained"])

@@ -20,8 +20,6 @@ from torch import Tensor
 from components.evaluation.flags import flags
 from components.evaluation.probe import probe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def probed(rows: Callable[[Tensor], Tensor], n: int = 20, eps: float = 0.1, norm: Any = "linf") -> dict[str, Any]:
     return probe(Table(rows), *grey(n), eps=eps, norm=norm, generator=seeded())

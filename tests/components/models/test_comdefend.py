@@ -18,8 +18,6 @@ from components.attacks.pgd import pgd
 from components.errors import ConfigError
 from components.models.comdefend import ComDefend, Reformed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CODE_CHANNELS = {1: 4, 3: 12}
 
 

@@ -16,8 +16,6 @@ from components.models.decoder_plan import plan_decoder, stages_of
 from components.models.decoders import DecodeBottleneck, DecodeConv, HourglassDecoder, build_decoder
 from components.models.defend import DefendNet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("arch", "size", "units", "stages", "taps"),

@@ -50,7 +50,7 @@ def published(name: str) -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "mobilenet_v3_small"])
 def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = published(name)
     entry = torchvision.models.get_model_weights(name).IMAGENET1K_V1
@@ -102,7 +102,7 @@ def test_whether_the_network_transforms_its_images_can_be_said(name: str) -> Non
     assert libraries.notes(f"torchvision:{name}", "", ()) == []
 
 
-def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> None:
+def test_an_export_says_how_it_was_built(tmp_path: Path) -> None:
     """A network trained from scratch does not transform its input, also when its export is loaded as weights."""
     scratch = replace(TrainConfig(), arch="torchvision:googlenet,transform_input=false", defense="none")
     for config in (scratch, replace(scratch, arch="torchvision:googlenet", pretrained="w.pth")):
@@ -119,7 +119,7 @@ def test_an_export_says_how_it_was_built(tmp_path: Path, one_thread: None) -> No
 
 
 @pytest.mark.slow
-def test_networks_of_one_image_size_are_built_for_it(one_thread: None) -> None:
+def test_networks_of_one_image_size_are_built_for_it() -> None:
     net = libraries.build("torchvision:vit_b_32", 10, 3, 64, pretrained=True).eval()
     with torch.no_grad():
         assert net(torch.rand(1, 3, 64, 64)).shape == (1, 10)

@@ -15,9 +15,6 @@ from pipeline.runtime.storage import Storage
 from pipeline.training import exports
 from pipeline.training.jobs import model_address
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 DATA = {"train": "pyramids/0123"}
 
 

@@ -17,8 +17,6 @@ from components.models.classifiers import build_classifier
 from components.models.decoders import DecodeBlock, HighFrequency
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, unit_shapes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small(channels: int = 1, size: int = 28, width: int = 4, seed: int = 0, **kwargs: object) -> nn.Module:
     return build_classifier(

@@ -15,9 +15,6 @@ from components.models.adapter import apply_head, encoder_blocks, encoder_units
 from components.models.adapter_check import check_adapter
 from components.models.defend import DefendNet, classify_with_noise, run_blocks, run_units, unit_shapes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SIZES = (28, 32, 64, 224)
 
 

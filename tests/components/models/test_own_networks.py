@@ -44,9 +44,6 @@ def broken(**kwargs: int) -> None:
 not_callable = 3
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.mark.parametrize(
     ("arch", "message"),
     [

@@ -11,9 +11,6 @@ from torch import nn
 from components.errors import ConfigError, DataError
 from components.models.classifiers import build_classifier, load_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 SHARED_NAMES = ("resnet50", "vgg16", "vgg16_bn")  # ResNet-18: tests/components/models/test_models.py
 
 

@@ -20,8 +20,6 @@ from components.attacks.spec import AttackSpec
 from components.errors import ConfigError
 from components.training.adversarial import adversarial_examples, mixed_loss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ONE_OF_EACH = (
     "noise:eps=0.1",
     "fgsm:eps=0.1",

@@ -18,8 +18,6 @@ from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import Phase
 from components.training.step import PhaseModule, make_optimizer, train_step, validation_sums
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PHASES: tuple[Phase, ...] = ("classifier", "autoencoder", "joint")
 
 

@@ -24,8 +24,6 @@ from components.training.step import PhaseModule, adversarial_spec, make_optimiz
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.training import pretrained
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7))
 
 

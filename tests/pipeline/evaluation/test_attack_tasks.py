@@ -28,9 +28,6 @@ from pipeline.runtime import cluster, tasks
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage, StorageError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- a storage that is not shared
 
 

@@ -18,7 +18,7 @@ from pipeline.runtime.storage import Storage
 
 
 def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 

@@ -20,8 +20,6 @@ from pipeline.sweep.trials.worker import SweepWorker, Task, Work, worker_setting
 from pipeline.training.jobs import NOT_FINITE, TrainingData
 from pipeline.training.loop import Ranks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def plan(tmp_path: Path) -> SweepPlan:

@@ -30,8 +30,6 @@ from pipeline.training.checkpoints import StoredCheckpoint, load_checkpoint, new
 from pipeline.training.exports import export, load_autoencoder, load_classifier
 from pipeline.training.loop import RankData, TrainingLoop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHECKPOINT = "epoch-00003.pt"
 
 

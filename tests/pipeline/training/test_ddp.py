@@ -7,7 +7,6 @@ what they left behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -151,15 +150,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("ddp")
     mp.spawn(worker, args=(str(directory),), nprocs=WORLD)
     return [torch.load(Path(directory) / f"rank-{r}.pt", weights_only=False) for r in range(WORLD)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads as the workers have: another number adds in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def halves(config: TrainConfig, epoch: int, i: int) -> list[Batch]:

@@ -16,8 +16,6 @@ from components.training.augment import Batch
 from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 
 
