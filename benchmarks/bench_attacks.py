@@ -201,8 +201,10 @@ def compare(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) ->
 def stop_on_success(models: dict[str, nn.Module], x: Tensor, y: Tensor, args: argparse.Namespace) -> None:
     """Print robust accuracy and time of PGD with and without early stopping."""
     spec = AttackSpec.parse(f"pgd:eps={EPS},steps=40")
-    print(f"\nEarly leaving, {spec}, white-box\n")
-    print("| model | clean | robust accuracy, all steps | leaving early | s all steps | s leaving early | speed-up |")
+    print(f"\nStopping on success, {spec}, white-box\n")
+    print(
+        "| model | clean | robust accuracy, all steps | stopping on success | s all steps | s stopping on success | speed-up |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, model in models.items():
         times: dict[bool, list[float]] = {False: [], True: []}

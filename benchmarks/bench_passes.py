@@ -120,11 +120,11 @@ def report(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Nam
             withstood_all &= withstood
         if attack == "square":
             alone[attack] = passes, withstood
-            row("square (always leaving)", passes, withstood)
+            row("square (always stops on success)", passes, withstood)
             continue
         row(f"{attack}, all steps", passes, withstood)
         alone[attack] = count(model, x, y, make(True))
-        row(f"{attack}, leaving", *alone[attack], passes)
+        row(f"{attack}, stopping on success", *alone[attack], passes)
 
     cheapest = tuple(sorted(AS_PUBLISHED, key=lambda part: alone[part][0].all))
     strongest = tuple(sorted(AS_PUBLISHED, key=lambda part: (int(alone[part][1].sum()), alone[part][0].all)))
@@ -136,12 +136,12 @@ def report(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Nam
         "Square first": ("square", *AS_PUBLISHED[:3]),
     }.items():
         orders[order] = f"{orders[order]}, {label}" if order in orders else label
-    row("autoattack, nobody leaves", all_steps, withstood_all, all_steps)
+    row("autoattack, all steps on every sample", all_steps, withstood_all, all_steps)
     between = count(model, x, y, lambda x, y: cascade(AS_PUBLISHED, model, x, y, args, stop=False))
-    row("autoattack, leaving between its attacks", *between, all_steps)
+    row("autoattack, what is broken is dropped between its attacks", *between, all_steps)
     also = orders.pop(AS_PUBLISHED, "")
     whole = count(model, x, y, lambda x, y: cascade(AS_PUBLISHED, model, x, y, args))
-    row(f"autoattack, leaving within them, too{also and f' ({also})'}", *whole, all_steps)
+    row(f"autoattack, stopping on success within them, too{also and f' ({also})'}", *whole, all_steps)
     if importlib.util.find_spec("autoattack") is not None:
         budget = {"norm": "Linf", "eps": EPS, "steps": args.steps, "queries": args.queries, "seed": args.seed}
         row("the authors' AutoAttack", *count(model, x, y, lambda x, y: authors_cascade(model, x, y, **budget)))

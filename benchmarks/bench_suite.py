@@ -9,7 +9,7 @@ github.com/fra31/auto-attack has `autoattack`. All get the same images, budget, 
 same network with frozen parameters. The undefended network shows the cost of samples that break at once,
 the robust one that of samples that withstand.
 
-"ours" searches on the network itself, as the peers do. "ours, stand-in" searches on its fast copy, as the
+"ours" searches on the network itself, as the peers do. "ours, fast copy" searches on its fast copy, as the
 pipeline does (components/attacks/fast_copy.py). "ours, bfloat16" searches on the copy of
 evaluation.search_precision=bfloat16.
 
@@ -209,7 +209,7 @@ def compare(name: str, model: nn.Module, x: Tensor, y: Tensor, args: argparse.Na
             continue
         calls: dict[str, Attack] = {
             "ours": lambda spec=spec: _ours(spec, model, x, y, args),
-            "ours, stand-in": lambda spec=spec: _ours(spec, model, x, y, args, fast),
+            "ours, fast copy": lambda spec=spec: _ours(spec, model, x, y, args, fast),
         }
         if spec.may_search_in_bfloat16:
             calls["ours, bfloat16"] = lambda spec=spec: _ours(spec, model, x, y, args, bfloat16)

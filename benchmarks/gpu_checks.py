@@ -258,11 +258,11 @@ def check_attacks(rows: Rows, device: torch.device, quick: bool) -> None:
     host = copy.deepcopy(net).cpu()
     images, labels = sample_images(5000)
     images, labels = images[-count:].float().div(255), labels[-count:]
-    with rows.guarded("stand-in"):
+    with rows.guarded("fast copy"):
         random = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(0)).to(device)
         exact_copy = make_fast_copy(net.classifier, random)
         fast = make_fast_copy(net.classifier, random, bfloat16=True)
-        rows.add("stand-in", ok=exact_copy is not None, bfloat16=computes_in_bfloat16(fast))
+        rows.add("fast copy", ok=exact_copy is not None, bfloat16=computes_in_bfloat16(fast))
     for text in ATTACKS:
         with rows.guarded(f"attack {text}"):
             on_cpu, cpu_s = attacked(text, host, images, labels)
@@ -524,7 +524,9 @@ def measure_attacks(rows: Rows, device: torch.device, quick: bool, budget_s: flo
         with rows.guarded(f"passes {precision}"), tf32(False):
             fast = make_fast_copy(net, images[:8], bfloat16=precision == "bfloat16")
             if precision == "bfloat16" and not computes_in_bfloat16(fast):
-                rows.add("passes bfloat16", ok=False, error="the stand-in of this network does not compute in bfloat16")
+                rows.add(
+                    "passes bfloat16", ok=False, error="the fast copy of this network does not compute in bfloat16"
+                )
                 continue
             for chunk in (8,) if quick else (250, 1000, 4000):
                 with tf32(precision == "tf32"):

@@ -183,44 +183,6 @@ def test_budget_is_never_exceeded(
     assert norm_of(out - x, spec.norm).max() <= limit
 
 
-@pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
-@pytest.mark.parametrize("training", [True, False])
-def test_model_inputs_and_random_state_are_left_alone(text: str, training: bool) -> None:
-    model = convnet(0).train(training)
-    model[1].eval()  # model.train() or model.eval() would overwrite this mode.
-    modes = [module.training for module in model.modules()]
-    x = torch.rand(4, 1, 8, 8, generator=seeded(0))
-    y, before, random_state = torch.arange(4), x.clone(), torch.get_rng_state()
-    out = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
-    assert [module.training for module in model.modules()] == modes
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert torch.equal(x, before)
-    assert not x.requires_grad
-    assert not out.requires_grad
-    assert out.data_ptr() != x.data_ptr()
-    if not training:  # Dropout draws from the global stream.
-        assert torch.equal(torch.get_rng_state(), random_state)
-
-
-@pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
-def test_runs_under_no_grad_with_frozen_parameters(text: str) -> None:
-    model, x, y = convnet(0), near_grey(4, side=8), torch.arange(4)
-    expected = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
-    model.requires_grad_(False)
-    with torch.no_grad():
-        out = run_attack(AttackSpec.parse(text), model, x, y, generator=seeded(0))
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
-def test_the_generator_decides(text: str) -> None:
-    model, x, y = convnet(0), near_grey(4, side=8), torch.arange(4)
-    spec = AttackSpec.parse(text)
-    first, again, other = (run_attack(spec, model, x, y, generator=seeded(s)) for s in (0, 0, 1))
-    assert torch.equal(first, again)
-    assert torch.equal(first, other) == (spec.name not in ("noise", "pgd"))
-
-
 @pytest.mark.parametrize(
     ("text", "draws"),
     [
@@ -253,31 +215,6 @@ def test_a_sample_does_not_depend_on_its_neighbours(text: str, blobs: tuple[Tens
     parts = torch.cat([run_attack(spec, model, x[i : i + 5], y[i : i + 5]) for i in range(0, 12, 5)])[:12]
     # Another batch size is another order of summation, which may flip the sign of a gradient close to zero.
     assert ((whole - parts).abs() < 1e-4).double().mean() > 0.99
-
-
-@pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
-def test_an_empty_batch_comes_back_empty(text: str) -> None:
-    out = run_attack(AttackSpec.parse(text), linear(3), torch.empty(0, 1, 4, 4), torch.empty(0, dtype=torch.int64))
-    assert out.shape == (0, 1, 4, 4)
-
-
-@pytest.mark.parametrize("text", GRADIENT_AND_NOISE)
-@pytest.mark.parametrize(
-    ("x", "y", "message"),
-    [
-        (torch.rand(2, 1, 4, 4).double(), torch.zeros(2, dtype=torch.int64), "float32"),
-        (torch.rand(2, 16), torch.zeros(2, dtype=torch.int64), r"\[N,C,H,W\]"),
-        (torch.full((2, 1, 4, 4), 1.1), torch.zeros(2, dtype=torch.int64), r"in \[0,1\]"),
-        (torch.full((2, 1, 4, 4), -0.1), torch.zeros(2, dtype=torch.int64), r"in \[0,1\]"),
-        (torch.full((2, 1, 4, 4), torch.nan), torch.zeros(2, dtype=torch.int64), "finite"),
-        (torch.rand(2, 1, 4, 4), torch.zeros(2, dtype=torch.int32), "int64"),
-        (torch.rand(2, 1, 4, 4), torch.zeros(3, dtype=torch.int64), r"int64 \[2\]"),
-        (torch.rand(2, 1, 4, 4), torch.tensor([0, -100]), "from 0, got -100"),
-    ],
-)
-def test_what_would_be_misread_is_refused(text: str, x: Tensor, y: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_attack(AttackSpec.parse(text), linear(3), x, y)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,6 @@ All that the ranks do happens in four processes (starting one takes seconds); ea
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,18 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from made_up_shards import SHAPES, write_shards
 
 from components.config import TrainConfig
-from components.config.data import Shapes
 from components.fields import to_dict
-from pipeline.data.shards import FORMAT_VERSION, MANIFEST, tensor_array
 from pipeline.runtime.storage import Storage
 from pipeline.training import worker_group
 from pipeline.training.jobs import FAILED_MODEL
@@ -33,7 +27,6 @@ from pipeline.training.loop import Ranks, TrainingLoop
 from pipeline.training.worker_group import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
 pytestmark = pytest.mark.slow
-SHAPES = Shapes(image_size=14, channels=1, num_classes=10, sizes=(14, 7))
 TRAIN = "pyramids/train"
 CONFIGS = {
     f"models/m{seed}": TrainConfig(defense="none", width=4, batch_size=8, epochs=3, seed=seed) for seed in range(3)
@@ -55,25 +48,6 @@ class Bad(nn.Module):
 def build(num_classes, **others):
     return Bad(num_classes)
 """
-
-
-def write_shards(root: Storage) -> None:
-    rng = np.random.default_rng(0)
-    sink = io.BytesIO()
-    images = rng.integers(0, 256, (40, 1, 14, 14), dtype=np.uint8)
-    columns = {"index": np.arange(40), "label": (np.arange(40) % 10).astype(np.int32), "image": tensor_array(images)}
-    pq.write_table(pa.table(columns), sink)
-    data = sink.getvalue()
-    entry = {"name": "a.parquet", "rows": 40, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    root.write_bytes(f"{TRAIN}/a.parquet", data)
-    manifest = {
-        "version": FORMAT_VERSION,
-        "num_rows": 40,
-        "rows_per_shard": 40,
-        "level_sizes": [14],
-        "shards": [entry],
-    }
-    root.write_json(f"{TRAIN}/{MANIFEST}", manifest)
 
 
 def order(address: str, config: TrainConfig | None = None) -> dict[str, Any]:
@@ -159,7 +133,7 @@ def worker(process: int, directory: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     for name in ("alone", "shared", "fresh", "failing"):
-        write_shards(Storage(directory / name))
+        write_shards(Storage(directory / name), TRAIN, 40)
     shutil.copytree(directory / "fresh", directory / "stale")
     (directory / "failing.py").write_text(NETWORK)
     with pytest.MonkeyPatch.context() as environment:
