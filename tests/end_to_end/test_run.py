@@ -309,9 +309,10 @@ ALTERNATING = (
 
 
 @pytest.fixture(scope="module")
-def unbroken(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(finished: tuple[Path, str], ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a model with two workers through every phase, and keep a copy of its shards."""
     storage = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(finished[0] / "pyramids", storage / "pyramids")  # The data settings are the same.
     run_here(command("pyramids", storage, *ALTERNATING))
     shutil.copytree(storage, storage.with_name("shards-only"))
     run_here(command("train", storage, *ALTERNATING))

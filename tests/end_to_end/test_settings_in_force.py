@@ -14,7 +14,7 @@ from components.config import TrainConfig, stored_levels
 from components.errors import ConfigError
 from pipeline.training.loop import RankData, TrainingLoop
 
-BASE: dict[str, Any] = {"width": 2, "batch_size": 4, "lr": 0.02, "epochs": 4, "shared_blocks": 2}
+BASE: dict[str, Any] = {"width": 2, "batch_size": 4, "lr": 0.02, "epochs": 3, "shared_blocks": 2}
 BASES: dict[str, dict[str, Any]] = {
     "none": {"defense": "none"},
     "defend++": {},

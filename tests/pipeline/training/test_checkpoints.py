@@ -361,9 +361,9 @@ def test_an_export_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
         "config, shapes = TrainConfig(width=2), Shapes(image_size=28, channels=1, num_classes=10, sizes=(28, 14, 7));"
         "export(Storage(sys.argv[1]), build_net(config, shapes), config, shapes)"
     )
-    for i in range(3):
+    for i in range(2):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / str(i))], check=True)
-    assert len({(tmp_path / str(i) / "classifier.safetensors").read_bytes() for i in range(3)}) == 1
+    assert len({(tmp_path / str(i) / "classifier.safetensors").read_bytes() for i in range(2)}) == 1
 
 
 def test_weights_that_were_replaced_are_refused_where_they_are_used(tmp_path: Path) -> None:
