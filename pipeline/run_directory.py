@@ -115,7 +115,7 @@ def open_run(
     root.check_writable()
     storage = root / run_address(experiment)
     Lease(storage).check_free()
-    record = _read_record(storage)
+    record = records.read_record(storage, "run.json")
     if records_only and record is None:
         raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
     if needs:
@@ -165,16 +165,12 @@ def check_and_join(
     cluster.check_shared(root)
 
 
-def _read_record(storage: Storage) -> dict[str, Any] | None:
-    return records.read_record(storage, "run.json") if storage.exists("run.json") else None
-
-
 def _opened(
     experiment: Experiment, root: Storage, storage: Storage, tracker: Tracker, lease: Lease, records_only: bool
 ) -> Run:
     for directory in ("", "report", "report/plots"):
         storage.delete_stale(directory, HALF_WRITTEN_S)
-    record = _read_record(storage)
+    record = records.read_record(storage, "run.json")
     if record is None:
         record = new_record(experiment)
         say(f"new run at {storage.uri}")

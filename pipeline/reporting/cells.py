@@ -38,6 +38,11 @@ def worst_value(row: Row) -> tuple[str, str]:
     return value + labels.mark(row), interval_text(row["accuracy_low"], row["accuracy_high"])
 
 
+def attack_name(row: Row) -> str:
+    """Return the attack of a row; "" for clean images."""
+    return "" if row["threat_model"] == CLEAN else str(row["attack_title"])
+
+
 def range_text(seeds: int, least: float, greatest: float, to: str) -> str:
     """Return the range over the seeds. One seed has none: it would look like an empty interval."""
     return f"{labels.percent(least)}{to}{labels.percent(greatest)}" if seeds > 1 else "one seed"

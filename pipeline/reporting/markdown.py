@@ -6,22 +6,15 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
-from components.threat_models import CLEAN
 from pipeline.records import Record, RunRecord
 from pipeline.reporting import labels, over_seeds, results, sentences, verdicts
-from pipeline.reporting.cells import beside_title, cell, our_value, range_text, row_head, worst_value
-from pipeline.reporting.records import Row
+from pipeline.reporting.cells import attack_name, beside_title, cell, our_value, range_text, row_head, worst_value
 
 
 def markdown(record: RunRecord) -> str:
     """Return the description and the tables, also for MLflow's page of a run."""
     data = results.table(record)
-    heads = [
-        " ".join(
-            filter(None, (c["threat_title"], "" if c["threat_model"] == CLEAN else c["attack_title"], c["settings"]))
-        )
-        for c in data["columns"]
-    ]
+    heads = [" ".join(filter(None, (c["threat_title"], attack_name(c), c["settings"]))) for c in data["columns"]]
     rows = [
         [f"{row['model']} ({row_head(row)[1]})", *(_in_one_line(cell(c, row)) for c in data["columns"])]
         for row in data["rows"]
@@ -51,7 +44,6 @@ def _section(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def _models(record: RunRecord) -> list[str]:
-    """Return the table of the models."""
     if not record.models:
         return []
     heads = ("model", "validation accuracy", "reconstruction error (validation)", "training seconds", "images/s")
@@ -81,7 +73,6 @@ def made_with(record: Record, stages: Mapping[str, float] | None = None) -> dict
     """Return command, code, hardware, versions and seconds, as far as they are known.
 
     Args:
-        record: the run or the sweep.
         stages: title of each stage -> seconds; default: the stages of the record.
     """
     machine = record.hardware
@@ -148,7 +139,7 @@ def _across(record: RunRecord) -> list[str]:
                 (
                     row["model"],
                     row["threat_title"],
-                    _attack(row),
+                    attack_name(row),
                     str(row["seeds"]),
                     labels.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + labels.mark(row),
                     range_text(row["seeds"], row["accuracy_min"], row["accuracy_max"], " to "),
@@ -166,7 +157,7 @@ def _across(record: RunRecord) -> list[str]:
                     row["model"],
                     row["reference"],
                     row["threat_title"],
-                    _attack(row),
+                    attack_name(row),
                     f"{100 * row['difference']:+.1f}{labels.mark(row)} ± {100 * row['half_width']:.1f}",
                 )
                 for row in resolved
@@ -188,10 +179,6 @@ def _across(record: RunRecord) -> list[str]:
             ],
         )
     return lines
-
-
-def _attack(row: Row) -> str:
-    return "" if row["threat_model"] == CLEAN else row["attack_title"]
 
 
 def _in_one_line(cell: Sequence[str]) -> str:

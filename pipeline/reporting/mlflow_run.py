@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -45,9 +46,7 @@ def start_model(tracker: Tracker, record: RunRecord, name: str, time: float | No
     """Start the child run of a model, alias "model/NAME". Call :func:`start_run` before.
 
     Args:
-        tracker: the tracker.
-        record: the run. It need not hold the model yet.
-        name: the model.
+        record: need not hold the model yet.
         time: when the model took its first step (unix seconds).
     """
     tags = {
@@ -69,11 +68,6 @@ def publish_run(tracker: Tracker, run: Storage, root: Storage) -> None:
     A call skips what is already published, so it can be repeated at any time. The parent run has
     the config, data sets, report and plots. Below it there is a run per model with its history,
     weights and the numbers of the final table. Below each of those there is a run per evaluation.
-
-    Args:
-        tracker: the tracker.
-        run: the run directory.
-        root: the storage that the run lies in.
 
     Raises:
         UserError: ``run.json`` is missing or corrupt.
@@ -121,7 +115,7 @@ def _publish_model(
     alias = f"model/{name}"
     for file in records.history_files(root, model.path):
         tracker.history(alias, epoch_of(file), partial(records.read_epoch, root, file))
-    tracker.metrics(alias, {**model_metrics(model.to_json()), **table_metrics(record, name)})
+    tracker.metrics(alias, {**model_metrics(asdict(model)), **table_metrics(record, name)})
     log_datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
         if root.exists(f"{model.path}/{file}"):
@@ -130,11 +124,7 @@ def _publish_model(
 
 
 def model_metrics(model: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the metrics of a trained model.
-
-    Args:
-        model: an entry of ``models`` in ``run.json``, or the part of it that is known.
-    """
+    """Return the metrics of an entry of ``models`` in ``run.json``, or of the part that is known."""
     return {
         "clean/validation": model.get("clean_validation"),
         "train/total_seconds": model.get("seconds"),
@@ -149,10 +139,6 @@ def publish_evaluation(
     """Publish the run of an evaluation. Call :func:`start_model` before.
 
     Args:
-        tracker: the tracker.
-        root: the storage that the run lies in.
-        record: the run.
-        evaluation: the evaluation.
         label: short name of its attack.
         order: its place in the table.
     """
@@ -181,7 +167,9 @@ def publish_evaluation(
     tracker.start(alias, name, parent=f"model/{evaluation.model}", tags=tags, params=params, time=begin)
     metrics = over_seeds.shown_metrics(evaluation)
     numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    budgets = {f"accuracy_at/{metric_name(k)}": v for k, v in (metrics.get("accuracy_at_budget") or {}).items()}
+    at_budget = metrics.get("accuracy_at_budget") or {}
+    # MLflow allows no "<=" in a name: "l2<=1.5" becomes "l2_1.5".
+    budgets = {"accuracy_at/" + re.sub(r"[^\w./: -]+", "_", k): v for k, v in at_budget.items()}
     tracker.metrics(alias, {"n": evaluation.n, **numbers, **budgets})
     if curve := evaluation.curve:
         # MLflow's steps are whole numbers, so they count thousandths of the norm.
@@ -254,11 +242,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def unix_time(iso: str | None) -> float | None:
     """Return an ISO time in unix seconds; None for an empty text."""
     return datetime.fromisoformat(iso).timestamp() if iso else None
-
-
-def metric_name(text: str) -> str:
-    """Return a name that MLflow allows for a metric, as in ``l2_1.5`` for ``l2<=1.5``."""
-    return re.sub(r"[^\w./: -]+", "_", text)
 
 
 def epoch_of(file: str) -> int:

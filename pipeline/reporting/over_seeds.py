@@ -13,7 +13,6 @@ from components.threat_models import WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting.records import Row
 
-CONFIDENCE = 0.95
 MIN_FOR_MEDIAN = 10
 """Fewest images for which a report shows a median or quartile.
 
@@ -42,6 +41,12 @@ def spread(values: Sequence[float]) -> Row:
         "min": min(values),
         "max": max(values),
     }
+
+
+def accuracies(evaluations: Sequence[EvaluationEntry]) -> Row:
+    """Return :func:`spread` of the accuracies, and their outermost Wilson bounds ``low``, ``high``."""
+    low, high = zip(*(e.interval for e in evaluations), strict=True)
+    return {**spread([e.accuracy for e in evaluations]), "low": min(low), "high": max(high)}
 
 
 def over_seeds(record: RunRecord) -> list[Row]:
@@ -142,8 +147,8 @@ def _paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Row:
         return {}
     values = [a[r] - b[r] for r in common]
     mean, sd = statistics.fmean(values), statistics.stdev(values)
-    # scipy.stats has Student's t too, but takes seconds to import.
-    half = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * sd / len(values) ** 0.5
+    # Both tails of 95 % leave 2.5 %. scipy.stats has Student's t too, but takes seconds to import.
+    half = float(stdtrit(len(values) - 1, 0.975)) * sd / len(values) ** 0.5
     return {"seeds": len(values), "difference": mean, "half_width": half, "resolved": abs(mean) > half}
 
 

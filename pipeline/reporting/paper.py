@@ -22,7 +22,7 @@ from components.errors import ConfigError, DataError
 from components.threat_models import CLEAN, RANDOM, TRANSFER, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting.labels import parsed_attack
-from pipeline.reporting.over_seeds import by_seed, spread
+from pipeline.reporting.over_seeds import accuracies, by_seed
 from pipeline.reporting.records import Row
 
 PATH = Path(__file__).resolve().parent / "paper.csv"
@@ -189,9 +189,7 @@ def _our_value(key: tuple[str, str, str], arch: str, evaluations: list[Evaluatio
         "threat_model": threat,
         "attack": attack,
         "n": evaluations[0].n,
-        "low": min(e.interval[0] for e in evaluations),
-        "high": max(e.interval[1] for e in evaluations),
-        **spread([e.accuracy for e in evaluations]),
+        **accuracies(evaluations),
     }
 
 
@@ -199,8 +197,6 @@ def _belongs(key: tuple[str, str, str], printed: Printed, built: Mapping[str, st
     """Tell whether evaluations of a (model, threat model, attack) belong beside a number of the paper.
 
     Args:
-        key: model as named in the recipe, threat model, attack.
-        printed: the number.
         built: model as named in the recipe -> its network.
     """
     base, threat, attack = key

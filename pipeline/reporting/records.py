@@ -16,13 +16,15 @@ Row = dict[str, Any]
 """A row of a table as data. docs/records.md lists the keys of the rows of table.json."""
 
 
-def read_record(directory: Storage, file: str) -> dict[str, Any]:
-    """Read ``run.json`` or ``sweep.json``.
+def read_record(directory: Storage, file: str) -> dict[str, Any] | None:
+    """Read ``run.json`` or ``sweep.json``; return None if there is no such file.
 
     Raises:
         DataError: the file has another schema.
         StorageError: the file cannot be read.
     """
+    if not directory.exists(file):
+        return None
     record = directory.read_json(file)
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
@@ -37,9 +39,10 @@ def read_run(run: Storage) -> RunRecord:
         DataError: ``run.json`` is missing, has another schema, or lacks a key that every run has.
         StorageError: the file cannot be read.
     """
-    if not run.exists("run.json"):
+    record = read_record(run, "run.json")
+    if record is None:
         raise DataError(f"{run.uri} is not the directory of a run: it has no run.json. Runs lie under STORAGE/runs/")
-    return RunRecord.from_json(read_record(run, "run.json"), f"{run.uri}/run.json")
+    return RunRecord.from_json(record, f"{run.uri}/run.json")
 
 
 def history_files(root: Storage, path: str) -> list[str]:

@@ -28,10 +28,6 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
 
     A partial run gives a partial report.
 
-    Args:
-        run: the run directory.
-        root: the storage that the run lies in.
-
     Returns:
         Name -> path below the run directory of every file: "html", "table_json", "table_csv",
         "table_md", and "plot_..." for each plot that the run has data for.
@@ -81,14 +77,7 @@ def table_data(record: RunRecord, root: Storage) -> dict[str, Any]:
 
 
 def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], missing: Sequence[str]) -> str:
-    """Return the HTML page of a run.
-
-    Args:
-        record: the run.
-        data: the result of :func:`table_data`.
-        plots: the plots, in their order.
-        missing: what a partial run lacks.
-    """
+    """Return the HTML page of a run, from its record and the result of :func:`table_data`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -13,7 +13,11 @@ from components.config import roles
 from components.threat_models import CLEAN, RANDOM, TRANSFER
 from pipeline.records import RunRecord
 from pipeline.reporting import cells, labels, results, sentences, verdicts
-from pipeline.reporting.figures import draw
+from pipeline.reporting.figures.fig2 import fig2
+from pipeline.reporting.figures.fig5 import fig5
+from pipeline.reporting.figures.fig6 import fig6
+from pipeline.reporting.figures.fig7 import fig7
+from pipeline.reporting.figures.fig8 import fig8
 from pipeline.reporting.plots import charts, images, style
 from pipeline.reporting.plots.style import Plot
 
@@ -28,15 +32,14 @@ class RunPlots:
     record: RunRecord
     gallery: Arrays
     """The arrays of ``gallery.npz``."""
-    histories: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Model -> epoch records."""
+    histories: charts.Histories
     arrays: Arrays
     """The arrays of ``figures.npz``."""
 
     def draw(self) -> dict[str, Plot]:
         """Return every plot that the run has data for, by name; the paper's figures come first."""
         plots: dict[str, Plot | None] = {
-            **draw.draw(self.record, self.gallery, self.arrays),
+            **self.figures(),
             "accuracy": self.accuracy(),
             "curves": self.curves(),
             "curves-transfer": self.transferred_curves(),
@@ -47,6 +50,18 @@ class RunPlots:
             "validation": self.validation(),
         }
         return {name: plot for name, plot in plots.items() if plot is not None}
+
+    def figures(self) -> dict[str, Plot | None]:
+        """Draw the figures that the recipe asks for (``Experiment.figures``), in the paper's order."""
+        record, gallery, arrays = self.record, self.gallery, self.arrays
+        makers: dict[str, Callable[[], Plot | None]] = {
+            "fig2": lambda: fig2(arrays),
+            "fig5": lambda: fig5(record, gallery),
+            "fig6": lambda: fig6(arrays, record.roles),
+            "fig7": lambda: fig7(record),
+            "fig8": lambda: fig8(arrays, record.roles, record.bases),
+        }
+        return {name: make() for name, make in makers.items() if name in record.experiment.figures}
 
     @cached_property
     def styles(self) -> style.Styles:
@@ -153,7 +168,7 @@ class RunPlots:
         figure = charts.validation(trained, self.record.roles, self.styles)
         return Plot("Validation accuracy", caption, style.png(figure))
 
-    def _trained(self) -> tuple[dict[str, Sequence[Mapping[str, Any]]], str]:
+    def _trained(self) -> tuple[charts.Histories, str]:
         """Return the histories that curves show, and what the caption says about them."""
         trained = [name for name, epochs in self.histories.items() if epochs]
         few, note = self._first_of_many(trained)

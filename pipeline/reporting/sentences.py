@@ -112,7 +112,8 @@ def _exceptions_explained(record: RunRecord) -> list[str]:
     if record.experiment.evaluation.search_precision != "bfloat16":
         return sentences
     attacks = dict.fromkeys(e.attack for e in record.evaluations)
-    searched = dict.fromkeys(attack_title(attack)[0] for attack in attacks if _may_search_in_bfloat16(attack))
+    searching = [a for a in attacks if (spec := parsed_attack(a)) and spec.may_search_in_bfloat16]
+    searched = dict.fromkeys(attack_title(attack)[0] for attack in searching)
     in_float32 = dict.fromkeys(
         f"{attack_text(e.attack)} on {e.source}" for e in record.evaluations if e.chunks_searched_in_float32
     )
@@ -124,11 +125,6 @@ def _exceptions_explained(record: RunRecord) -> list[str]:
             sentence += f" These networks have no bfloat16 copy, so the search was in float32: {'; '.join(in_float32)}."
         sentences.append(sentence)
     return sentences
-
-
-def _may_search_in_bfloat16(attack: str) -> bool:
-    spec = parsed_attack(attack)
-    return spec is not None and spec.may_search_in_bfloat16
 
 
 def untrusted_note(record: RunRecord) -> str:
@@ -211,14 +207,7 @@ def _worst_attack(record: RunRecord, model: str, threat: str) -> str:
 def missing(
     record: RunRecord, gallery: Mapping[str, Any], histories: Mapping[str, Any], plots: Container[str]
 ) -> list[str]:
-    """Return what a partial run lacks; [] for a complete run.
-
-    Args:
-        record: the run.
-        gallery: the arrays of ``gallery.npz``.
-        histories: model -> epoch records.
-        plots: names of the plots that were drawn.
-    """
+    """Return what a partial run lacks; [] for a complete run. ``plots`` names those that it has."""
     missing = []
     diverged = record.diverged or {}
     if diverged:

@@ -10,27 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from components.threat_models import CLEAN
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, records, results, sentences, verdicts
-from pipeline.reporting.cells import beside_title, cell, head, our_value, row_head, worst_value
+from pipeline.reporting.cells import attack_name, beside_title, cell, head, our_value, row_head, worst_value
 from pipeline.reporting.records import Row
 from pipeline.runtime.storage import Storage
-
-TERMINAL_WIDTH = 100
-"""Width of the tables if the output is no terminal."""
 
 
 def print_table(run: Storage, *, console: Console | None = None) -> None:
     """Print the tables of a run.
 
-    Without a terminal, this is plain text of at most TERMINAL_WIDTH columns.
+    Without a terminal, this is plain text of at most 100 columns.
 
     Raises:
         DataError: ``run.json`` is missing or corrupt.
     """
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=TERMINAL_WIDTH)
+        console = Console() if sys.stdout.isatty() else Console(width=100)
     record = records.read_run(run)
     if not record.evaluations:
         console.print(f"{record.name}: no evaluations yet", markup=False, highlight=False)
@@ -65,12 +61,7 @@ def _notes(record: RunRecord) -> list[str]:
 
 
 def comparison_tables(record: RunRecord, together: Mapping[str, Sequence[Row]]) -> list[Table]:
-    """Return the tables of mean and spread over the seeds, and of our values beside the paper's.
-
-    Args:
-        record: the run.
-        together: the result of results.across.
-    """
+    """Return the tables of :func:`results.across`: over the seeds, and beside the paper's values."""
     tables = []
     if together["over_seeds"]:
         seeds = _table("accuracy in %: mean ± standard deviation over the seeds")
@@ -80,7 +71,7 @@ def comparison_tables(record: RunRecord, together: Mapping[str, Sequence[Row]]) 
             seeds.add_row(
                 row["model"],
                 row["threat_title"],
-                "" if row["threat_model"] == CLEAN else row["attack_title"],
+                attack_name(row),
                 str(row["seeds"]),
                 labels.mean_and_sd(row["accuracy_mean"], row["accuracy_sd"]) + labels.mark(row),
                 results.norms_over_seeds(row),

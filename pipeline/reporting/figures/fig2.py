@@ -13,8 +13,6 @@ from pipeline.reporting.plots.style import Plot
 
 MAP_FLOOR = 1e-3
 """Smallest coefficient that a frequency map shows. Rounding to 8 bits adds about as much."""
-MAPS_ACROSS = 9
-"""Images side by side, over all test images and levels."""
 ROWS = (
     ("low-pass\nimages $I^m$", "level"),
     ("pyramid\nimages $P^m$", "band"),
@@ -24,18 +22,11 @@ ROWS = (
 
 
 def fig2(arrays: Mapping[str, np.ndarray]) -> Plot | None:
-    """Draw low-pass and pyramid images of each level with their frequency maps.
-
-    Args:
-        arrays: the arrays of ``figures.npz``.
-
-    Returns:
-        None if the arrays lack the images.
-    """
+    """Draw low-pass and pyramid images of each level with their frequency maps, if there are any."""
     levels = sum(name.startswith("fig2__level_") and name.removeprefix("fig2__level_").isdigit() for name in arrays)
     if not levels:
         return None
-    n = min(len(arrays["fig2__level_0"]), max(1, MAPS_ACROSS // levels))
+    n = min(len(arrays["fig2__level_0"]), max(1, 9 // levels))  # Nine images have room side by side.
     sizes = [arrays[f"fig2__level_{m}"].shape[-1] for m in range(levels)]
     energies = low_energy(arrays["fig2__level_spectrum_0"][:n], sizes[1:])
     shares = [
@@ -92,12 +83,7 @@ def _draw(arrays: Mapping[str, np.ndarray], n: int, sizes: Sequence[int]) -> Fig
 
 
 def low_energy(spectra: np.ndarray, sizes: Sequence[int]) -> list[float]:
-    """Return the share of the energy in the top-left block of each size.
-
-    Args:
-        spectra: coefficients [n,C,W,W].
-        sizes: sides of the blocks.
-    """
+    """Return the share of the energy of coefficients [n,C,W,W] in the top-left block of each size."""
     squares = np.asarray(spectra, dtype=np.float64) ** 2
     return [float(squares[..., :size, :size].sum() / squares.sum()) for size in sizes]
 

@@ -16,16 +16,9 @@ from pipeline.reporting.labels import attack_text, parsed_attack
 from pipeline.reporting.plots import images, style
 from pipeline.reporting.plots.style import Plot
 
-PERTURBED_IMAGES = 3
-"""Images of the figure."""
-
 
 def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
-    """Draw white-box examples of every attack on one model, each above its perturbation.
-
-    Returns:
-        None if the gallery has no examples.
-    """
+    """Draw white-box examples on one model, each above its perturbation, if the gallery has any."""
     keys: dict[str, dict[str, str]] = {}
     for e in record.evaluations:
         if e.threat_model == WHITE_BOX and f"adversarial__{e.model}__{e.attack}" in gallery:
@@ -34,7 +27,7 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
     if model is None:
         return None
     attacks = keys[model]
-    n = min(PERTURBED_IMAGES, len(gallery["clean"]))
+    n = min(3, len(gallery["clean"]))
     clean = gallery["clean"][:n].astype(np.float64)
     deltas = {attack: gallery[f"adversarial__{key}"][:n] - clean for attack, key in attacks.items()}
     norms = {attack: perturbation_norms(delta) for attack, delta in deltas.items()}
@@ -49,7 +42,8 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
         'sec. 4.4, on ImageNet: "One can clearly see that BIM attack is more visible." Mean L2 norm over the images '
         f"shown, largest first: {ranked}."
     )
-    if early := dict.fromkeys(attack.partition(":")[0].upper() for attack in attacks if _can_stop_early(attack)):
+    stopping = [a for a in attacks if (spec := parsed_attack(a)) and spec.can_stop_on_success]
+    if early := dict.fromkeys(attack.partition(":")[0].upper() for attack in stopping):
         caption += f" {', '.join(early)}: the attack stops at the first step that fools the model."
     return Plot("Figure 5: adversarial examples and their perturbations", caption, style.png(figure))
 
@@ -64,7 +58,6 @@ def _draw(
     """Draw the examples of each attack above their amplified perturbations.
 
     Args:
-        gallery: the arrays of ``gallery.npz``.
         attacks: attack -> key after ``adversarial__`` and ``prediction__``.
         deltas: attack -> perturbations [n,C,H,W].
         norms: attack -> (L2, Linf) norms of the perturbations.
@@ -109,8 +102,3 @@ def _round_factor(value: float) -> float:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return power * max(step for step in (1, 2, 5) if step * power <= value)
-
-
-def _can_stop_early(attack: str) -> bool:
-    spec = parsed_attack(attack)
-    return spec is not None and spec.can_stop_on_success

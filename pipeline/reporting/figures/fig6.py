@@ -13,15 +13,7 @@ from pipeline.reporting.plots.style import Plot
 
 
 def fig6(arrays: Mapping[str, np.ndarray], roles: Mapping[str, str]) -> Plot | None:
-    """Draw clean and adversarial images, each above its reconstruction.
-
-    Args:
-        arrays: the arrays of ``figures.npz``.
-        roles: model -> role, in table order.
-
-    Returns:
-        None if the run has no model with an auto-encoder.
-    """
+    """Draw clean and adversarial images above their reconstructions; None without an auto-encoder."""
     models = [m for m in roles if f"fig6__adversarial__{m}" in arrays]
     if not models:
         return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,81 +10,57 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.records import EvaluationEntry, RunRecord
+from pipeline.records import RunRecord
 from pipeline.reporting.labels import count_text, parsed_attack, threat_title
-from pipeline.reporting.over_seeds import by_seed
+from pipeline.reporting.over_seeds import accuracies, by_seed
 from pipeline.reporting.plots import style
 from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.records import Row
 
-Panels = Mapping[str, Mapping[str, Sequence["Point"]]]
-"""Threat model -> model as named in the recipe -> points, by rising eps."""
+Panels = Mapping[str, Mapping[str, Sequence[Row]]]
+"""Threat model -> model as named in the recipe -> points, by rising eps.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Accuracies at one eps, as fractions: mean, range over the seeds, outermost Wilson bounds."""
-
-    eps: float
-    mean: float
-    least: float
-    greatest: float
-    low: float
-    high: float
-    seeds: int
+A point is ``eps`` and :func:`accuracies` at this eps."""
 
 
-def accuracy_over_eps(record: RunRecord) -> dict[str, dict[str, list[Point]]]:
+def accuracy_over_eps(record: RunRecord) -> dict[str, dict[str, list[Row]]]:
     """Return threat model -> model as named in the recipe -> points by rising eps of FGSM.
 
     The point at eps 0 is of the clean images.
     """
     groups = by_seed(record)
-    panels: dict[str, dict[str, list[Point]]] = {}
+    panels: dict[str, dict[str, list[Row]]] = {}
     for (model, threat, attack), replicates in groups.items():
         spec = parsed_attack(attack)
         if spec is not None and spec.short_name == "fgsm" and spec.eps is not None:
-            panels.setdefault(threat, {}).setdefault(model, []).append(_point(spec.eps, list(replicates.values())))
+            point = {"eps": spec.eps, **accuracies(list(replicates.values()))}
+            panels.setdefault(threat, {}).setdefault(model, []).append(point)
     for models in panels.values():
         for model, points in models.items():
             if (clean := groups.get((model, "clean", "none"))) is not None:
-                points.append(_point(0.0, list(clean.values())))
-            points.sort(key=lambda p: p.eps)
+                points.append({"eps": 0.0, **accuracies(list(clean.values()))})
+            points.sort(key=lambda p: p["eps"])
     return panels
 
 
-def _point(eps: float, evaluations: Sequence[EvaluationEntry]) -> Point:
-    accuracies = [e.accuracy for e in evaluations]
-    return Point(
-        eps=eps,
-        mean=statistics.fmean(accuracies),
-        least=min(accuracies),
-        greatest=max(accuracies),
-        low=min(e.interval[0] for e in evaluations),
-        high=max(e.interval[1] for e in evaluations),
-        seeds=len(evaluations),
-    )
-
-
-def eps_at(points: Sequence[Point], accuracy: float) -> float | None:
+def eps_at(points: Sequence[Row], accuracy: float) -> float | None:
     """Return the smallest eps at which the mean accuracy is down to ``accuracy``; None if none is.
 
     The accuracy is interpolated by straight lines between the points.
     """
-    for i, point in enumerate(points):
-        if point.mean <= accuracy:
-            if i == 0:
-                return point.eps
-            before = points[i - 1]
-            return before.eps + (point.eps - before.eps) * (before.mean - accuracy) / (before.mean - point.mean)
+    before: Row = {}
+    for point in points:
+        if point["mean"] <= accuracy:
+            if not before:
+                return float(point["eps"])
+            share = (before["mean"] - accuracy) / (before["mean"] - point["mean"])
+            return float(before["eps"] + share * (point["eps"] - before["eps"]))
+        before = point
     return None
 
 
 def fig7(record: RunRecord) -> Plot | None:
-    """Draw accuracy against FGSM's eps, a panel per threat model.
-
-    Returns:
-        None if the run has no FGSM.
-    """
+    """Draw accuracy against FGSM's eps, a panel per threat model; None if the run has no FGSM."""
     panels = accuracy_over_eps(record)
     if not panels:
         return None
@@ -100,7 +74,7 @@ def _draw(panels: Panels, roles: Mapping[str, str]) -> Figure:
     figure, axes = style.grid(len(panels), columns=min(2, len(panels)), width=5.2, height=3.7)
     drawn = [model for model in roles if any(model in models for models in panels.values())]
     for axis, (threat, models) in zip(axes, panels.items(), strict=True):
-        end = max(point.eps for points in models.values() for point in points)
+        end = max(point["eps"] for points in models.values() for point in points)
         for j, model in enumerate(m for m in drawn if m in models):
             # Shift the whiskers of different models, so that they do not cover one another.
             shift = (j - (len(models) - 1) / 2) * 0.006 * end
@@ -115,12 +89,12 @@ def _draw(panels: Panels, roles: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _draw_line(axis: Axes, points: Sequence[Point], line: Mapping[str, str], shift: float) -> None:
-    x = np.array([p.eps for p in points])
+def _draw_line(axis: Axes, points: Sequence[Row], line: Mapping[str, str], shift: float) -> None:
+    x = np.array([p["eps"] for p in points])
     y, low, high, least, greatest = (
-        100 * np.array([getattr(p, name) for p in points]) for name in ("mean", "low", "high", "least", "greatest")
+        100 * np.array([p[key] for p in points]) for key in ("mean", "low", "high", "min", "max")
     )
-    if any(p.seeds > 1 for p in points):
+    if any(p["seeds"] > 1 for p in points):
         axis.fill_between(x, least, greatest, color=line["color"], alpha=0.22, linewidth=0)
     bounds = [np.maximum(0, y - low), np.maximum(0, high - y)]
     axis.errorbar(x + shift, y, bounds, fmt="none", ecolor=line["color"], elinewidth=0.9, capsize=2)
@@ -129,7 +103,7 @@ def _draw_line(axis: Axes, points: Sequence[Point], line: Mapping[str, str], shi
 
 def _caption(record: RunRecord, panels: Panels) -> str:
     sizes = sorted({e.n for e in record.evaluations if e.attack.partition(":")[0] == "fgsm"})
-    seeds = max(p.seeds for models in panels.values() for points in models.values() for p in points)
+    seeds = max(p["seeds"] for models in panels.values() for points in models.values() for p in points)
     lines = (
         f"Lines: mean of up to {seeds} seeds. Bands: lowest to highest accuracy. Whiskers: the outermost 95 % Wilson "
         "bounds of any seed."

@@ -15,11 +15,6 @@ from pipeline.reporting.over_seeds import MIN_FOR_MEDIAN
 from pipeline.reporting.plots import style
 from pipeline.reporting.plots.style import Plot
 
-BINS = 40
-"""Approximate number of bins."""
-MAX_R = 10.0
-"""Largest end of the axis."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ratios:
@@ -57,15 +52,9 @@ class Ratios:
 
 
 def fig8(arrays: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapping[str, str]) -> Plot | None:
-    """Draw a histogram of R = D_rc / D_ra for every model with an auto-encoder.
+    """Draw a histogram of R = D_rc / D_ra for every model with an auto-encoder, if there is any.
 
-    Args:
-        arrays: the arrays of ``figures.npz``.
-        roles: model -> role, in table order.
-        bases: model -> name in the recipe. Replicates have one colour.
-
-    Returns:
-        None if the arrays lack the distances.
+    Replicates, which ``bases`` maps to one name, have one colour.
     """
     models = [m for m in roles if f"fig8__r__{m}" in arrays]
     if not models:
@@ -89,9 +78,9 @@ def fig8(arrays: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapp
 
 
 def _edges(values: np.ndarray) -> np.ndarray:
-    """Return the edges of the bins. The axis leaves out the largest hundredth of the values."""
-    end = min(MAX_R, max(1.2, 1.05 * float(np.quantile(values, 0.99)))) if len(values) else 1.2
-    per_unit = max(5, round(BINS / end))  # A whole number, so that R = 1 is an edge.
+    """Return the edges of some 40 bins, up to 10. The largest hundredth of the values is left out."""
+    end = min(10.0, max(1.2, 1.05 * float(np.quantile(values, 0.99)))) if len(values) else 1.2
+    per_unit = max(5, round(40 / end))  # A whole number, so that R = 1 is an edge.
     edges: np.ndarray = np.arange(math.ceil(end * per_unit) + 1) / per_unit
     return edges
 

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.reporting.labels import norm_text
 from pipeline.reporting.plots.style import (
     DEFENDED,
     FAINT,
@@ -41,6 +42,10 @@ LOSSES = {
 """
 MAX_POINTS = 600
 """Most points of a curve: the eye cannot tell more apart. Each is the mean of several steps."""
+
+
+Histories = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Model -> epoch records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +79,8 @@ def _mean_bars(models: Mapping[str, Bar], bases: Mapping[str, str]) -> dict[str,
     }
 
 
-def losses(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw training losses over steps, a panel per model, with the phases behind them.
-
-    Args:
-        histories: model -> epoch records.
-    """
+def losses(histories: Histories) -> Figure:
+    """Draw training losses over steps, a panel per model, with the phases behind them."""
     figure, axes = grid(len(histories), columns=min(3, len(histories)), width=4.3, height=3.2)
     for axis, (model, epochs) in zip(axes, histories.items(), strict=True):
         _draw_losses(axis, epochs)
@@ -119,16 +120,8 @@ def _term(steps: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([math.nan if step.get(key) is None else float(step[key]) for step in steps])
 
 
-def validation(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], roles: Mapping[str, str], styles: Styles
-) -> Figure:
-    """Draw the validation accuracy after each epoch, a line per model.
-
-    Args:
-        histories: model -> epoch records.
-        roles: model -> role.
-        styles: styles of all models of the run.
-    """
+def validation(histories: Histories, roles: Mapping[str, str], styles: Styles) -> Figure:
+    """Draw the validation accuracy after each epoch, a line per model."""
     many = len(histories) > 6
     figure = Figure(figsize=(9, 4) if many else (6.5, 3.4), layout="constrained")
     axis = figure.add_subplot()
@@ -155,9 +148,7 @@ def bars(panels: Panels, roles: Mapping[str, str], styles: Styles) -> Figure:
     dash if nothing was measured.
 
     Args:
-        panels: the bars.
         roles: model -> role of the models to draw, in their order.
-        styles: styles of all models of the run.
     """
     palette = {model: styles[model]["color"] for model in roles}
     if len(roles) > MANY_BARS:
@@ -173,10 +164,10 @@ def bars(panels: Panels, roles: Mapping[str, str], styles: Styles) -> Figure:
         rows[-1].append(title)
         used += width
     figure = Figure(figsize=(11, 3.1 * len(rows) + 0.5), layout="constrained")
-    parts = np.atleast_1d(np.asarray(figure.subfigures(len(rows), 1), dtype=object))
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for row, part in zip(rows, parts, strict=True):
         ratios = [max(1, len(panels[t])) for t in row]
-        axes = np.atleast_1d(np.asarray(part.subplots(1, len(row), width_ratios=ratios), dtype=object))
+        axes = part.subplots(1, len(row), squeeze=False, width_ratios=ratios)[0]
         for title, axis in zip(row, axes, strict=True):
             _bar_panel(axis, title, panels[title], palette)
     handles = [Patch(color=palette[m], label=legend(m, roles)) for m in roles]
@@ -217,9 +208,9 @@ def _lying_bars(panels: Panels, roles: Mapping[str, str], palette: Mapping[str, 
     lines = [max(title.count("\n") + 1 for title, _ in row) for row in rows]
     heights = [0.21 * len(roles) + 0.19 * n + 0.55 for n in lines]
     figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
-    parts = np.atleast_1d(np.asarray(figure.subfigures(len(rows), 1, height_ratios=heights), dtype=object))
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for row, part in zip(rows, parts, strict=True):
-        axes = np.atleast_1d(np.asarray(part.subplots(1, per_row, sharey=True), dtype=object))
+        axes = part.subplots(1, per_row, squeeze=False, sharey=True)[0]
         for axis in axes[len(row) :]:
             axis.set_axis_off()
         for (title, models), axis in zip(row, axes, strict=False):
@@ -271,16 +262,12 @@ def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping
 
     Args:
         panels: title -> model -> {norm, eps, accuracy}.
-        roles: model -> role of all models of the run.
-        styles: styles of all models of the run.
     """
     figure, axes = grid(len(panels), columns=min(3, len(panels)), width=4.2, height=3.3)
     for axis, (title, models) in zip(axes, panels.items(), strict=True):
         norm = next(iter(models.values()))["norm"]
-        name = {"l2": "L2", "linf": "Linf"}.get(norm, norm)
-        axis.set(
-            title=title, xlabel=f"largest {name} norm allowed ([0,1] pixels)", ylabel="accuracy (%)", ylim=(0, 102)
-        )
+        xlabel = f"largest {norm_text(norm)} norm allowed ([0,1] pixels)"
+        axis.set(title=title, xlabel=xlabel, ylabel="accuracy (%)", ylim=(0, 102))
         # End the axis where nothing is left to break: the tail would press the rest to the left.
         ends = [
             next((e for e, a in zip(c["eps"], c["accuracy"], strict=True) if a <= 0.005), c["eps"][-1])

@@ -34,7 +34,6 @@ def adversarial(gallery: Mapping[str, np.ndarray], rows: Sequence[tuple[str, str
     """Draw clean images and the examples made of them.
 
     Args:
-        gallery: the arrays of ``gallery.npz``.
         rows: (label, key) of each row; the key follows ``adversarial__`` and ``prediction__``.
     """
     examples = [(label, gallery[f"adversarial__{key}"], gallery.get(f"prediction__{key}")) for label, key in rows]

@@ -19,7 +19,7 @@ from components.evaluation.statistics import wilson_interval
 from components.fields import to_dict
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, report
-from pipeline.reporting.figures import draw, fig2, fig6, fig7, fig8
+from pipeline.reporting.figures import fig2, fig6, fig7, fig8
 from pipeline.reporting.plots import charts, style
 from pipeline.reporting.plots.style import Plot
 from pipeline.reporting.run_plots import RunPlots
@@ -114,10 +114,12 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     right = {("bare", "clean", 0.0): [90, 96, 99], ("bare", "white_box", 0.1): [50, 40, 60]}
     record = _record(right, n=100, seeds=3)
     ((point,),) = (
-        [p for p in points if p.eps] for models in fig7.accuracy_over_eps(record).values() for points in models.values()
+        [p for p in points if p["eps"]]
+        for models in fig7.accuracy_over_eps(record).values()
+        for points in models.values()
     )
-    assert (point.seeds, point.mean, point.least, point.greatest) == (3, pytest.approx(0.5), 0.4, 0.6)
-    assert (point.low, point.high) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
+    assert [point[key] for key in ("seeds", "mean", "min", "max")] == [3, pytest.approx(0.5), 0.4, 0.6]
+    assert (point["low"], point["high"]) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
     drawn = _figures_drawn(monkeypatch)
     plot = fig7.fig7(record)
     assert plot is not None
@@ -182,7 +184,7 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
     drawn = _figures_drawn(monkeypatch)
-    found = draw.draw(record, kept, {})
+    found = RunPlots(record, kept, {}, {}).figures()
     assert list(found) == ["fig5"]
     assert_png(found["fig5"].png)
     said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]

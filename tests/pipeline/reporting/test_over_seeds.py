@@ -51,10 +51,14 @@ def planned(experiment: Experiment) -> list[dict[str, Any]]:
     return out
 
 
-def record_of(experiment: Experiment, evaluations: list[dict[str, Any]] | None = None) -> RunRecord:
-    """Return the record of an experiment, by default with all its evaluations."""
+def written(experiment: Experiment, evaluations: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Return run.json of an experiment, by default with all its evaluations."""
     made = planned(experiment) if evaluations is None else evaluations
-    return RunRecord.from_json({"name": "x", "experiment": to_dict(experiment), "evaluations": made})
+    return {"schema": 1, "name": "x", "experiment": to_dict(experiment), "evaluations": made}
+
+
+def record_of(experiment: Experiment, evaluations: list[dict[str, Any]] | None = None) -> RunRecord:
+    return RunRecord.from_json(written(experiment, evaluations))
 
 
 SMALL = Experiment(
@@ -229,7 +233,7 @@ def test_differences_are_told_once_and_within_an_architecture() -> None:
 
 def test_a_cell_beside_the_paper_names_interval_n_and_the_network_where_it_is_another(tmp_path: Path) -> None:
     run = Storage(str(tmp_path))
-    run.write_json("run.json", record_of(RECIPES["table5-smoke"].make()).to_json())
+    run.write_json("run.json", written(RECIPES["table5-smoke"].make()))
     lines = markdown.markdown(records.read_run(run)).splitlines()
     assert any(line.startswith("### Beside the paper's table5, scale smoke") for line in lines)
     (row,) = [line for line in lines if line.startswith("| ours (VGG16) | vgg16 | fgsm |")]

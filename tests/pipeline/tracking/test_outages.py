@@ -216,7 +216,7 @@ def test_what_waits_takes_no_memory(run: Storage, root: Storage) -> None:
         run_directory.Run(
             experiment=fake_run.experiment(),
             root=root,
-            stored=StoredRecord(run, "run.json", record.to_json()),
+            stored=StoredRecord(run, "run.json", run.read_json("run.json")),
             tracker=tracker,
         ),
         Bar("train", None),

@@ -82,7 +82,7 @@ def test_a_registration_that_fails_ends_no_run(
     state = run_directory.Run(
         experiment=fake_run.experiment(),
         root=root,
-        stored=StoredRecord(run, "run.json", record.to_json()),
+        stored=StoredRecord(run, "run.json", run.read_json("run.json")),
         tracker=tracker,
     )
     lost = plan.Model(name="defend", path="models/gone", sha256="0")
