@@ -9,21 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 from components.config import Experiment
+from pipeline import stages
 from pipeline.records import RunRecord
 from pipeline.reporting import mlflow_run, terminal
 from pipeline.run_directory import Run, open_run
 from pipeline.runtime.console import say
 from pipeline.runtime.stored_record import now
-from pipeline.stages import (
-    attack_models,
-    existing_pyramids,
-    finish_stage,
-    make_pyramids,
-    make_report,
-    register,
-    train_models,
-    trained_models,
-)
 from pipeline.tracking import uri
 
 
@@ -37,12 +28,7 @@ def finish(run: Run) -> None:
 
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
-    """Run one stage, or all of them (``run``).
-
-    Args:
-        command: run, pyramids, train, attack or report.
-        needs_tracking: see :func:`open_run`.
-    """
+    """Run one stage (``command`` is pyramids, train, attack or report), or all of them (run)."""
     needs: dict[str, Literal["shards", "models"]] = {"train": "shards", "attack": "models"}
     run = open_run(
         experiment,
@@ -55,28 +41,28 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
     complete = False
     try:
         if command == "report":
-            make_report(run)
+            stages.make_report(run)
             complete = True
             finish(run)
             return
         if command in ("run", "pyramids"):
-            sets = make_pyramids(experiment, run.stored, run.root)
+            sets = stages.make_pyramids(experiment, run.stored, run.root)
             if command == "pyramids":
-                finish_stage(run)
+                stages.finish_stage(run)
                 return
         else:
-            sets = existing_pyramids(run.record["data"], run.root)
-        models = train_models(run, sets) if command in ("run", "train") else trained_models(run)
+            sets = stages.existing_pyramids(run.record["data"], run.root)
+        models = stages.train_models(run, sets) if command in ("run", "train") else stages.trained_models(run)
         if command == "train":
-            register(run, models)
-            finish_stage(run)
+            stages.register(run, models)
+            stages.finish_stage(run)
             return
-        attack_models(run, models, sets.test)
+        stages.attack_models(run, models, sets.test)
         if command == "run":
-            register(run, models)
+            stages.register(run, models)
         run.record["finished"] = now()
         run.stored.save()
-        make_report(run)
+        stages.make_report(run)
         complete = True
         finish(run)
     except BaseException as e:

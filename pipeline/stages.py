@@ -36,14 +36,8 @@ def make_pyramids(experiment: Experiment, stored: StoredRecord, root: Storage) -
             for targets in kinds_of_targets(e) if split == "train" else ("none",):
                 title = f"pyramids: {split}" + (f", {targets} targets" if targets != "none" else "")
                 with stage(title) as bar:
-                    shard_set = pyramids.build(
-                        e.data,
-                        e.pyramids,
-                        root,
-                        split,
-                        targets=targets,
-                        progress=functools.partial(_report_images, bar),
-                    )
+                    progress = functools.partial(bar.update, note="images")
+                    shard_set = pyramids.build(e.data, e.pyramids, root, split, targets=targets, progress=progress)
                     shard_set.verify()
                 addresses[f"train/{targets}" if split == "train" else split] = shard_set.address
                 rows = {**(record["data"] or {}).get("rows", {}), split: shard_set.num_rows}
@@ -60,10 +54,6 @@ def make_pyramids(experiment: Experiment, stored: StoredRecord, root: Storage) -
     return existing_pyramids(record["data"], root, verified=True)
 
 
-def _report_images(bar: Bar, done: int, total: int) -> None:
-    bar.update(done, total, "images")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardSets:
     """Shard sets of a run: addresses of the training data, and the test images."""
@@ -73,12 +63,7 @@ class ShardSets:
 
 
 def existing_pyramids(data: Mapping[str, Any], root: Storage, *, verified: bool = False) -> ShardSets:
-    """Return the shard sets that stage 1 has made.
-
-    Args:
-        data: ``data`` of the record.
-        root: the storage.
-        verified: they were verified just now.
+    """Return the shard sets that ``data`` of the record names, verified here unless they just were.
 
     Raises:
         DataError: a shard set is missing or damaged.
@@ -97,23 +82,17 @@ def existing_pyramids(data: Mapping[str, Any], root: Storage, *, verified: bool 
 def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     """Train every model of the experiment, as many side by side as there is room for (stage 2)."""
     run.publish()
-    for name, config in run.experiment.model_configs().items():
+    e = run.experiment
+    for name, config in e.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
-    with run.stored.timed("train"), stage(results.model_stage(run.experiment)) as bar:
-        models = train.train(
-            run.experiment,
-            shapes_of(run.experiment),
-            sets.training,
-            run.root,
-            TrainProgress(run, bar),
-            run.tracker.uri,
-        )
+    with run.stored.timed("train"), stage(results.model_stage(e)) as bar:
+        models = train.train(e, shapes_of(e), sets.training, run.root, TrainProgress(run, bar), run.tracker.uri)
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
         say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
     run.stored.save()
-    return as_subjects(run.experiment, {name: model for name, model in models.items() if "diverged" not in model})
+    return as_subjects(e, {name: model for name, model in models.items() if "diverged" not in model})
 
 
 class TrainProgress(monitor.Progress):
