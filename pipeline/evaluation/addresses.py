@@ -40,10 +40,10 @@ class ExampleSet:
 
 
 def searches_in_bfloat16(attack: str, evaluation: EvaluationConfig) -> bool:
-    """Tell whether an attack's search runs in bfloat16."""
+    """Tell whether an attack's search runs in bfloat16. The probe ("") and clean images never do."""
     return (
         evaluation.search_precision == "bfloat16"
-        and attack != "none"
+        and attack not in ("", "none")
         and AttackSpec.parse(attack).may_search_in_bfloat16
     )
 

@@ -37,7 +37,6 @@ def attack(
 
     Args:
         models: trained models of the run, in table order.
-        test: the test images.
         progress: called with (chunks done, chunks in all, note).
 
     Returns:
@@ -137,7 +136,6 @@ def evaluation_entry(
 
     Args:
         addresses: of the examples and of the judgements.
-        chunks: number of chunks.
 
     Raises:
         DataError: a chunk is missing or corrupt.

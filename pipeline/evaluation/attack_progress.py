@@ -34,9 +34,7 @@ class AttackProgress:
     """Count of the chunks that are left, reported after every task.
 
     Args:
-        example_sets: every set of examples of the run.
         pending: the chunks that are not on storage yet.
-        chunks_per_set: number of chunks of each set.
         report: called with (chunks done, chunks in all, note).
     """
 

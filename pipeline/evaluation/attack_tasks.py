@@ -26,9 +26,6 @@ from pipeline.runtime.storage import Storage, join_uri
 from pipeline.runtime.tasks import T
 from pipeline.training import exports
 
-FAST_COPY_IMAGES = 8
-"""Random images on which a network and its fast copy must agree."""
-
 
 def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
     """Return the part of a job that all tasks share: data and setup of the process."""
@@ -81,8 +78,6 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
     """Return the seed of one of the random streams of a chunk.
 
     Args:
-        seed: ``evaluation.seed``.
-        chunk: number of the chunk.
         name: an attack's canonical text, for the attack's own draws: attacks then differ in their
             random starts and models do not. Or an address, for torch's global stream, from which a
             randomised network draws.
@@ -129,8 +124,11 @@ def attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 @functools.lru_cache(maxsize=8)
 def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
-    """Return the fast copy of the model of ``weights``, on which attacks search, or None."""
-    images = torch.rand(FAST_COPY_IMAGES, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    """Return the fast copy of the model of ``weights``, on which attacks search, or None.
+
+    The model and its copy must agree on eight random images.
+    """
+    images = torch.rand(8, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     model = load_model(root, weights, device)
     # The copy is made while the task's first chunk is attacked. The network may draw random numbers
     # meanwhile, which must not change that chunk's stream.
@@ -240,7 +238,6 @@ def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> 
     """Call ``attempt`` on all of n samples at once, then on half as many at a time, until they fit.
 
     Args:
-        attempt: called with the slices of the samples.
         what: work that the error message names, e.g. "judging".
 
     Returns:

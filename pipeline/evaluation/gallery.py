@@ -40,8 +40,7 @@ def make(
 ) -> None:
     """Write gallery.npz and, if ``experiment.figures`` names any, figures.npz.
 
-    Args:
-        progress: called with (chunks done, chunks in all, note) while fig8 is computed.
+    ``progress`` is called with (chunks done, chunks in all, note) while fig8 is computed.
 
     Raises:
         DataError: a shard, examples or weights are missing or corrupt.

@@ -103,7 +103,7 @@ def reliability_jobs(
             "model": model.weights,
             "name": model.name,
             "attack": text,
-            "bfloat16": _in_bfloat16(text, experiment),
+            "bfloat16": addresses.searches_in_bfloat16(text, experiment.evaluation),
             "norm": norm,
             "eps": eps,
             "images": images,
@@ -125,10 +125,6 @@ def _active_tests(
     return tests
 
 
-def _in_bfloat16(text: str, experiment: Experiment) -> bool:
-    return bool(text) and addresses.searches_in_bfloat16(text, experiment.evaluation)
-
-
 def _result_file(
     model: Model, text: str, norm: str, eps: float, test_address: str, images: int, experiment: Experiment
 ) -> str:
@@ -144,7 +140,7 @@ def _result_file(
         test_address,
         images,
         experiment.evaluation.seed,
-        *(["bfloat16"] if _in_bfloat16(text, experiment) else []),
+        *(["bfloat16"] if addresses.searches_in_bfloat16(text, experiment.evaluation) else []),
         # These three mark results that earlier versions measured wrongly. Those versions aimed at
         # classes that cannot be reached, let the norms of gradients below 1e-19 underflow, and
         # probed without passes of other batches.

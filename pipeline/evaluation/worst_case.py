@@ -39,14 +39,12 @@ class EvaluationRecords:
 def budgets(experiment: Experiment) -> list[tuple[str, float]]:
     """List (norm, eps) of the worst cases. Minimal-norm attacks have the standard eps."""
     usual = standard_budgets(experiment.data.channels, experiment.data.image_size)
-    pairs: dict[tuple[str, float], None] = {}
-    for text in experiment.evaluation.attacks:
-        spec = AttackSpec.parse(text)
+    pairs: set[tuple[str, float]] = set()
+    for spec in map(AttackSpec.parse, experiment.evaluation.attacks):
         assert spec.norm is not None
-        if spec.name == "noise":
-            continue
-        for eps in usual.get(spec.norm, ()) if spec.eps is None else (spec.eps,):
-            pairs[spec.norm, eps] = None
+        if spec.name != "noise":
+            allowed = usual.get(spec.norm, ()) if spec.eps is None else (spec.eps,)
+            pairs |= {(spec.norm, eps) for eps in allowed}
     return sorted(pairs)
 
 
