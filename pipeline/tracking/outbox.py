@@ -86,7 +86,6 @@ class Outbox:
         uri: MLflow server or database.
         directory: the run directory, which holds ``tracking.json``.
         experiment: name of the MLflow experiment.
-        echo: takes lines for the user.
     """
 
     def __init__(self, uri: str, directory: Storage, *, experiment: str, echo: Callable[[str], None]) -> None:

@@ -132,12 +132,7 @@ class Registration:
                 serialization_format="pickle",
                 code_paths=[str(provenance.ROOT / "components")],
                 # Without this list MLflow loads the model in another process to infer it.
-                pip_requirements=[
-                    f"torch=={torch.__version__.split('+')[0]}",
-                    "torchvision",
-                    "numpy",
-                    "cloudpickle",
-                ],
+                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "torchvision", "numpy", "cloudpickle"],
             )
             with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
                 client.log_model_artifacts(self._model_id, f"{directory}/model")

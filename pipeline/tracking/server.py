@@ -57,10 +57,8 @@ def choose(
     Args:
         option: tracking URI of the command line, or "".
         experiment: MLflow experiment of the command line, or "".
-        root: the storage.
         required: raise if MLflow cannot be used. Otherwise print why, since the run can be
             published later.
-        echo: takes lines for the user.
 
     Returns:
         The tracking URI and the experiment's name.
@@ -93,10 +91,8 @@ def check_reachable(
     anew.
 
     Args:
-        uri: MLflow server or database.
         experiment: name of the MLflow experiment, which is created if there is none.
         named_by: where ``uri`` comes from: :data:`OPTION`, :data:`VARIABLE`, or "" for the default.
-        echo: takes lines for the user.
 
     Raises:
         ConfigError: the text cannot be the address of an MLflow.

@@ -56,7 +56,6 @@ class Tracker:
     Args:
         uri: MLflow server or database; see :func:`pipeline.tracking.server.check_reachable`.
         run: the run directory. Its ``tracking.json`` makes a second publication add nothing.
-        experiment: name of the MLflow experiment.
         echo: takes the few plain lines for the user.
 
     Raises:
@@ -87,7 +86,6 @@ class Tracker:
         """Create the MLflow run of an alias, or continue it. A later call may add tags and params.
 
         Args:
-            alias: of the run.
             name: shown in MLflow's UI.
             parent: alias of the run that this one belongs to. It was started before.
             tags: values that are not texts are sent as JSON. None is left out.
@@ -114,8 +112,6 @@ class Tracker:
         """Publish the steps of one epoch as metrics ``train/...``, and its ``validation/...``.
 
         Args:
-            alias: of the run.
-            epoch: number of the epoch.
             read: returns the record of the epoch (a ``history/epoch-*.json``). It is called when
                 the epoch is sent, so that epochs that wait take no memory.
         """
@@ -130,9 +126,7 @@ class Tracker:
         """Publish metrics at one step.
 
         Args:
-            alias: of the run.
             values: None is left out.
-            step: of all these metrics.
             time: unix seconds. None: when the run began, so that the same metrics sent again add
                 nothing.
         """
@@ -154,8 +148,6 @@ class Tracker:
         """Publish a data set that the run read.
 
         Args:
-            alias: of the run.
-            name: of the data set.
             digest: hash of its content.
             source: URI that it was read from.
             context: training, validation or test.
@@ -206,8 +198,6 @@ class Tracker:
         """Publish a network as a logged model of the run and as a version of a registered model.
 
         Args:
-            alias: of the run.
-            module: the network.
             example_input: a batch of images, float32 [B,C,H,W], for the signature.
             name: of the registered model.
             options: further fields of :class:`Registration`.
@@ -251,27 +241,21 @@ class Tracker:
     def stop_for(self, error: BaseException, *, complete: bool) -> None:
         """End the run as KILLED at once after an interruption, else as FAILED after a flush.
 
-        Args:
-            error: what stopped the run.
-            complete: all records are written, so that only their publication was stopped. The run
-                is FINISHED then.
+        It is FINISHED if the records are ``complete``, so that only their publication was stopped.
         """
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         if not interrupted:
             self.flush()
         self.stop("FINISHED" if complete else "KILLED" if interrupted else "FAILED")
 
-    def stop(self, status: str, timeout_s: float = 2.0) -> None:
-        """End the run and its open children, in about ``timeout_s`` even if MLflow hangs.
+    def stop(self, status: str) -> None:
+        """End the run and its open children, in about two seconds even if MLflow hangs.
 
         Nothing else is sent from then on. A later command publishes it and continues these runs.
-
-        Args:
-            status: FINISHED, FAILED or KILLED. Children of a run that failed are KILLED.
-            timeout_s: seconds.
+        Children of a run that is FAILED are KILLED.
         """
-        deadline = clock.monotonic() + timeout_s
-        self.outbox.halt(timeout_s / 2)  # A run that is being created now would stay open.
+        deadline = clock.monotonic() + 2.0
+        self.outbox.halt(timeout_s=1.0)  # A run that is being created now would stay open.
         state = self.outbox.state
 
         def close() -> None:

@@ -72,7 +72,6 @@ def check_address(uri: str, named_by: str = "") -> None:
     """Refuse a text that cannot be the address of an MLflow. No server is asked.
 
     Args:
-        uri: the text.
         named_by: the option or the variable that it comes from, for the message.
 
     Raises:
@@ -152,10 +151,6 @@ def is_absent(path: Path) -> bool:
 
 def place(path: Path, database: bytes) -> None:
     """Write a new database, whole or not at all, unless another process has written one.
-
-    Args:
-        path: of the database.
-        database: content of the file.
 
     Raises:
         OSError: the directory cannot be written.
