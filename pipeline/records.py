@@ -29,12 +29,9 @@ class _Entry:
     def from_json(cls, value: Any, where: str = "run.json") -> Self:
         """Read an entry. A key that is null or missing gets the field's default.
 
-        Args:
-            value: the JSON object.
-            where: its place, for the error message.
-
         Raises:
-            DataError: ``value`` is no object, or it lacks a key that has no default.
+            DataError: ``value`` is no object, or it lacks a key that has no default. The message
+                says ``where`` it is.
         """
         if not isinstance(value, Mapping):
             raise DataError(f"{where} is no JSON object; run the same command again to write it anew")

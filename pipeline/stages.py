@@ -182,7 +182,7 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
     """Attack every model, and derive worst cases, flags and images (stage 3)."""
     with run.stored.timed("attack"), stage("attack") as bar:
-        evaluations = attack.attack(models, test, run.experiment, run.root, progress=bar.update)
+        evaluations = attack.attack(models, test, run.experiment, run.root, bar.update)
         run.record["evaluations"] = evaluations
         run.stored.save()
         names = [m.name for m in models]
@@ -191,9 +191,9 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
         pairs = roles.pairs(run.experiment)
         run.record["worst_case_pairs"] = worst_case.paired_worst_cases(pairs, run.experiment, judgements)
         run.record["reliability"] = reliability.reliability(
-            models, test, run.experiment, run.root, judgements, progress=bar.update
+            models, test, run.experiment, run.root, judgements, bar.update
         )
-        gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, progress=bar.update)
+        gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, bar.update)
     run.stored.save()
     run.publish()
 

@@ -8,7 +8,7 @@ never computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from components.attacks.spec import AttackSpec
@@ -16,7 +16,7 @@ from components.config import EvaluationConfig, Experiment
 from components.evaluation.metrics import standard_budgets, summarize
 from pipeline.data import shards
 from pipeline.evaluation.addresses import ExampleSet, example_sets, searches_in_bfloat16
-from pipeline.evaluation.attack_progress import AttackProgress, Chunk, ChunkBatch
+from pipeline.evaluation.attack_progress import AttackProgress, Chunk, ChunkBatch, Progress
 from pipeline.evaluation.attack_tasks import attack_chunks, job_basis
 from pipeline.evaluation.chunks import chunk_name, read_chunks, read_metadata, write_json_once
 from pipeline.evaluation.plan import Evaluation, Model, plan_evaluations
@@ -26,18 +26,9 @@ from pipeline.runtime.tasks import run_tasks
 
 
 def attack(
-    models: Sequence[Model],
-    test: shards.ShardSet,
-    experiment: Experiment,
-    root: Storage,
-    *,
-    progress: Callable[[int, int, str], None] | None = None,
+    models: Sequence[Model], test: shards.ShardSet, experiment: Experiment, root: Storage, progress: Progress
 ) -> list[dict[str, Any]]:
     """Attack every model under every threat model and judge the examples.
-
-    Args:
-        models: trained models of the run, in table order.
-        progress: called with (chunks done, chunks in all, note).
 
     Returns:
         The ``evaluations`` of run.json (docs/records.md), in table order.
@@ -133,9 +124,6 @@ def evaluation_entry(
     e: Evaluation, addresses: tuple[str, str], chunks: int, experiment: Experiment, root: Storage
 ) -> dict[str, Any]:
     """Return the entry of an evaluation in run.json, from the files of all its chunks.
-
-    Args:
-        addresses: of the examples and of the judgements.
 
     Raises:
         DataError: a chunk is missing or corrupt.

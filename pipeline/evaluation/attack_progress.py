@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.addresses import ExampleSet
 
+Progress = Callable[[int, int, str], None]
+"""Called with the number of units that are done, the number of all units, and a note."""
 Chunk = tuple[int, int, int]
 """Number of a chunk, its first row and the row after its last."""
 
@@ -31,19 +33,14 @@ def task_name(examples: ExampleSet) -> str:
 
 
 class AttackProgress:
-    """Count of the chunks that are left, reported after every task.
-
-    Args:
-        pending: the chunks that are not on storage yet.
-        report: called with (chunks done, chunks in all, note).
-    """
+    """Count of the chunks that are left, reported after every task."""
 
     def __init__(
         self,
         example_sets: Sequence[ExampleSet],
         pending: Sequence[ChunkBatch],
         chunks_per_set: int,
-        report: Callable[[int, int, str], None] | None,
+        report: Progress,
     ) -> None:
         self._left = {examples.address: 0 for examples in example_sets}
         for batch in pending:
@@ -68,6 +65,5 @@ class AttackProgress:
 
     def report(self, note: str = "") -> None:
         """Report the chunks done so far."""
-        if self._report is not None:
-            done = self._total - sum(self._left.values())
-            self._report(done, self._total, f"chunks{note}{self._straggler}")
+        done = self._total - sum(self._left.values())
+        self._report(done, self._total, f"chunks{note}{self._straggler}")

@@ -48,6 +48,7 @@ from components.fields import content_hash
 from components.precision import true_float32
 from components.threat_models import WHITE_BOX
 from pipeline.data.shards import ShardSet
+from pipeline.evaluation.attack_progress import Progress
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.plan import Model
 from pipeline.runtime.storage import Storage, read_arrays
@@ -63,7 +64,6 @@ BATCH_PIXELS = 1 << 18
 maps."""
 
 Arrays = dict[str, np.ndarray]
-Progress = Callable[[int, int, str], None]
 
 
 def fig2_arrays(clean: Tensor, sizes: Sequence[int]) -> Arrays:
@@ -126,7 +126,7 @@ def fig8_arrays(
     experiment: Experiment,
     root: Storage,
     earlier: Mapping[str, np.ndarray],
-    progress: Progress | None,
+    progress: Progress,
 ) -> Arrays:
     """Return the distances of each model's reconstructions, unchanged ones from ``earlier``."""
     figure: Arrays = {}
@@ -140,8 +140,8 @@ def fig8_arrays(
         else:
             autoencoder = exports.load_autoencoder(root.join(model.path), device, sha256=model.autoencoder)
             examples, chunk_size = root / e["examples"], experiment.evaluation.chunk_size
-            report = None if progress is None else functools.partial(_report_chunks, progress, model.name)
-            columns = distances(autoencoder, test, examples, e["n"], chunk_size, progress=report)
+            report = functools.partial(_report_chunks, progress, model.name)
+            columns = distances(autoencoder, test, examples, e["n"], chunk_size, report)
             figure |= {f"fig8__{k}__{model.name}": v for k, v in columns.items()}
             figure[f"fig8__from__{model.name}"] = origin
         figure["fig8__attack"] = np.array(e["attack"])
@@ -177,8 +177,7 @@ def distances(
     examples: Storage,
     n: int,
     chunk_size: int,
-    *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None],
 ) -> Arrays:
     """Compute the columns of fig8 over the first ``n`` test images, chunk by chunk.
 
@@ -206,8 +205,7 @@ def distances(
         parts["d_ra"].append(_distance(reconstruction, attacked))
         parts["d_rc"].append(_distance(reconstruction, clean))
         parts["d_ac"].append(_distance(attacked, clean))
-        if progress is not None:
-            progress(i + 1, math.ceil(n / chunk_size))
+        progress(i + 1, math.ceil(n / chunk_size))
     columns = {name: np.concatenate(values) for name, values in parts.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         columns["r"] = columns["d_rc"] / columns["d_ra"]

@@ -19,8 +19,9 @@ from components.dct import target_levels
 from components.threat_models import WHITE_BOX
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation import figure_data
+from pipeline.evaluation.attack_progress import Progress
 from pipeline.evaluation.chunks import read_chunks, read_examples
-from pipeline.evaluation.figure_data import Arrays, Progress
+from pipeline.evaluation.figure_data import Arrays
 from pipeline.evaluation.plan import Model
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
@@ -35,12 +36,9 @@ def make(
     experiment: Experiment,
     run: Storage,
     root: Storage,
-    *,
-    progress: Progress | None = None,
+    progress: Progress,
 ) -> None:
     """Write gallery.npz and, if ``experiment.figures`` names any, figures.npz.
-
-    ``progress`` is called with (chunks done, chunks in all, note) while fig8 is computed.
 
     Raises:
         DataError: a shard, examples or weights are missing or corrupt.

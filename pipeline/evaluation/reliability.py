@@ -5,7 +5,7 @@ Each result is one file under ``reliability/``, so a finished test is never run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from components.random_streams import stream_seed
 from components.threat_models import DIRECT
 from pipeline.data import shards
 from pipeline.evaluation import addresses, attack_tasks
+from pipeline.evaluation.attack_progress import Progress
 from pipeline.evaluation.plan import Model
 from pipeline.evaluation.worst_case import Columns, EvaluationRecords
 from pipeline.runtime import tasks
@@ -42,8 +43,7 @@ def reliability(
     experiment: Experiment,
     root: Storage,
     judgements: EvaluationRecords,
-    *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Probe every model, run the active test of every attack on it, and raise the flags.
 
@@ -60,8 +60,7 @@ def reliability(
     done -= len(pending)
 
     def report(note: str = "") -> None:
-        if progress is not None:
-            progress(done, total, f"reliability tests{note}")
+        progress(done, total, f"reliability tests{note}")
 
     report()
     tagged_jobs = ((job, f", {job['attack'] or 'probe'} on {job['name']}") for job in pending.values())

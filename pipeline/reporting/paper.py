@@ -194,11 +194,7 @@ def _our_value(key: tuple[str, str, str], arch: str, evaluations: list[Evaluatio
 
 
 def _belongs(key: tuple[str, str, str], printed: Printed, built: Mapping[str, str]) -> bool:
-    """Tell whether evaluations of a (model, threat model, attack) belong beside a number of the paper.
-
-    Args:
-        built: model as named in the recipe -> its network.
-    """
+    """Tell whether evaluations of a (model, threat model, attack) belong beside a number of the paper."""
     base, threat, attack = key
     archs = {name: arch.removesuffix("_bn") for name, arch in built.items()}
     if not _is_row(printed.row, base.partition("-")[0], threat):

@@ -80,12 +80,7 @@ class Outbox:
     """Operations that wait for MLflow, and the state of what is published.
 
     A thread sends them in the background, in order. An outage is announced once, and the operation
-    is tried again. Safe to call from several threads.
-
-    Args:
-        uri: MLflow server or database.
-        directory: the run directory, which holds ``tracking.json``.
-        experiment: name of the MLflow experiment.
+    is tried again. Safe to call from several threads. The run ``directory`` holds ``tracking.json``.
     """
 
     def __init__(self, uri: str, directory: Storage, *, experiment: str, echo: Callable[[str], None]) -> None:

@@ -41,7 +41,6 @@ ENTRIES_AT_ONCE = 100
 """MLflow's limit on the tags or params of one request."""
 TAG_LENGTH, PARAM_LENGTH, DIGEST_LENGTH = 5000, 6000, 36
 """MLflow's limits on the characters of a tag, a param and the digest of a data set."""
-ENDED = ("FINISHED", "FAILED", "KILLED")
 UNQUOTED = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
 """Characters besides letters and digits that are not quoted in the key by which a run is found."""
 
@@ -142,24 +141,15 @@ class Tracker:
         metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
         self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
 
-    def dataset(
-        self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int | None = None
-    ) -> None:
-        """Publish a data set that the run read.
-
-        Args:
-            digest: hash of its content.
-            source: URI that it was read from.
-            context: training, validation or test.
-            rows: number of images, if known.
-        """
+    def dataset(self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int) -> None:
+        """Publish a data set that the run read. ``context`` is training, validation or test."""
         self._require(alias)
         data = Dataset(
             name=name,
             digest=digest[:DIGEST_LENGTH],
             source_type="storage",
             source=json.dumps({"uri": source}),
-            profile=None if rows is None else json.dumps({"num_rows": rows}),
+            profile=json.dumps({"num_rows": rows}),
         )
         entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
         self.outbox.put(
@@ -197,10 +187,7 @@ class Tracker:
     ) -> None:
         """Publish a network as a logged model of the run and as a version of a registered model.
 
-        Args:
-            example_input: a batch of images, float32 [B,C,H,W], for the signature.
-            name: of the registered model.
-            options: further fields of :class:`Registration`.
+        The arguments are the fields of :class:`Registration`.
         """
         self._require(alias)
         registration = Registration(module, example_input, name, **options)
@@ -261,7 +248,7 @@ class Tracker:
         def close() -> None:
             client, end = self.outbox.connect(), _milliseconds(None)
             for alias in sorted(state["runs"], key=lambda alias: alias != "run"):
-                if state["status"].get(alias) not in ENDED:
+                if state["status"].get(alias) not in ("FINISHED", "FAILED", "KILLED"):
                     child_failed = status == "FAILED" and alias != "run"
                     self._set_status(client, alias, "KILLED" if child_failed else status, end)
             self.outbox.save()

@@ -258,11 +258,7 @@ def _column_title(threat: str, label: str) -> str:
 
 
 def curves(panels: Mapping[str, Mapping[str, Mapping[str, Any]]], roles: Mapping[str, str], styles: Styles) -> Figure:
-    """Draw accuracy over the norm allowed.
-
-    Args:
-        panels: title -> model -> {norm, eps, accuracy}.
-    """
+    """Draw accuracy over the norm allowed, from title -> model -> {norm, eps, accuracy}."""
     figure, axes = grid(len(panels), columns=min(3, len(panels)), width=4.2, height=3.3)
     for axis, (title, models) in zip(axes, panels.items(), strict=True):
         norm = next(iter(models.values()))["norm"]

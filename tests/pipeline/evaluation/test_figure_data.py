@@ -85,7 +85,9 @@ def test_ratios_of_a_constructed_autoencoder(tmp_path: Path, monkeypatch: pytest
     examples = _examples(root, "examples/a", (exact + deltas[:, None, None, None].astype(np.float32))[:7])
     monkeypatch.setattr(figure_data, "BATCH_PIXELS", 2 * SIZE * SIZE)
     autoencoder = _Subtracts(0.25)
-    found = figure_data.distances(autoencoder, _test_set(root, clean), examples, n=7, chunk_size=CHUNK)
+    found = figure_data.distances(
+        autoencoder, _test_set(root, clean), examples, n=7, chunk_size=CHUNK, progress=lambda *_: None
+    )
     assert autoencoder.batches == [
         2,
         1,
@@ -106,7 +108,9 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     attacked = clean.astype(np.float32) / 255
     attacked[1:] += 0.1
     examples = _examples(root, "examples/a", attacked)
-    found = figure_data.distances(_Subtracts(0.0), _test_set(root, clean), examples, n=4, chunk_size=CHUNK)
+    found = figure_data.distances(
+        _Subtracts(0.0), _test_set(root, clean), examples, n=4, chunk_size=CHUNK, progress=lambda *_: None
+    )
     assert math.isnan(found["r"][0])  # 0 / 0
     assert np.isinf(found["r"][1:]).all()
     stored = {f"fig8__{name}__defend": values for name, values in found.items()} | {"fig8__attack": np.array(FGSM)}
@@ -122,7 +126,7 @@ def test_examples_of_another_length_are_refused(tmp_path: Path) -> None:
     examples = _examples(root, "examples/a", np.zeros((5, 1, SIZE, SIZE)))
     test = _test_set(root, np.zeros((6, 1, SIZE, SIZE), dtype=np.uint8))
     with pytest.raises(DataError, match="chunk 1, holds 2 images where 3 belong"):
-        figure_data.distances(_Subtracts(0.0), test, examples, n=6, chunk_size=CHUNK)
+        figure_data.distances(_Subtracts(0.0), test, examples, n=6, chunk_size=CHUNK, progress=lambda *_: None)
 
 
 @dataclass
@@ -139,7 +143,7 @@ class _Trained:
 
     def make(self, figures_asked: Sequence[str]) -> None:
         experiment = replace(self.experiment, figures=tuple(figures_asked))
-        gallery.make(self.test, self.models, self.evaluations, experiment, self.run, self.root)
+        gallery.make(self.test, self.models, self.evaluations, experiment, self.run, self.root, lambda *_: None)
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(self.run.read_bytes(name)), allow_pickle=False) as file:
