@@ -97,8 +97,7 @@ def median_norm(metrics: Mapping[str, Any]) -> str:
         metrics: the result of over_seeds.shown_metrics, or a cell of results.table.
 
     Returns:
-        Without a median ``4 broken``, ``none broken`` or ``nothing to break``. Empty for an attack
-        within a budget.
+        Without a median ``4 broken``, ``none broken`` or ``nothing to break``; "" within a budget.
     """
     norm = metrics["norm"]
     if norm and metrics.get("clean_accuracy") == 0:
@@ -142,8 +141,7 @@ def role_titles(record: RunRecord) -> dict[str, str]:
 def is_untrusted(record: RunRecord, evaluation: EvaluationEntry) -> bool:
     """Tell whether the attack failed its active test on the model that its examples were made on.
 
-    Accuracy under such an attack is no sign of robustness. The same holds where its examples are
-    transferred to other models.
+    Accuracy under such an attack is no sign of robustness, nor on examples transferred from there.
     """
     tested = (record.reliability or {}).get(evaluation.source or "")
     test = tested.active.get(evaluation.attack) if tested else None

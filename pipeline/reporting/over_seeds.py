@@ -43,7 +43,7 @@ def spread(values: Sequence[float]) -> Row:
     }
 
 
-def accuracies(evaluations: Sequence[EvaluationEntry]) -> Row:
+def accuracy_spread(evaluations: Sequence[EvaluationEntry]) -> Row:
     """Return :func:`spread` of the accuracies, and their outermost Wilson bounds ``low``, ``high``."""
     low, high = zip(*(e.interval for e in evaluations), strict=True)
     return {**spread([e.accuracy for e in evaluations]), "low": min(low), "high": max(high)}
@@ -83,8 +83,7 @@ def _norms_over_seeds(metrics: Sequence[Row]) -> Row:
 def shown_metrics(evaluation: EvaluationEntry) -> Row:
     """Return the metrics of an evaluation as every table, file and tracker shows them.
 
-    A median or quartile of a norm is over the images that the attack broke. It is None if these are
-    fewer than MIN_FOR_MEDIAN.
+    A median or quartile of a norm is over the broken images; None for fewer than MIN_FOR_MEDIAN.
 
     Returns:
         The metrics of the evaluation, with ``norm`` and ``broken``. ``norm`` ("l2" or "linf") is

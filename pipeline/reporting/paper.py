@@ -22,7 +22,7 @@ from components.errors import ConfigError, DataError
 from components.threat_models import CLEAN, RANDOM, TRANSFER, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting.labels import parsed_attack
-from pipeline.reporting.over_seeds import accuracies, by_seed
+from pipeline.reporting.over_seeds import accuracy_spread, by_seed
 from pipeline.reporting.records import Row
 
 PATH = Path(__file__).resolve().parent / "paper.csv"
@@ -189,7 +189,7 @@ def _our_value(key: tuple[str, str, str], arch: str, evaluations: list[Evaluatio
         "threat_model": threat,
         "attack": attack,
         "n": evaluations[0].n,
-        **accuracies(evaluations),
+        **accuracy_spread(evaluations),
     }
 
 

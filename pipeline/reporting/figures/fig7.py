@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.records import RunRecord
 from pipeline.reporting.labels import count_text, parsed_attack, threat_title
-from pipeline.reporting.over_seeds import accuracies, by_seed
+from pipeline.reporting.over_seeds import accuracy_spread, by_seed
 from pipeline.reporting.plots import style
 from pipeline.reporting.plots.style import Plot
 from pipeline.reporting.records import Row
@@ -20,7 +20,7 @@ from pipeline.reporting.records import Row
 Panels = Mapping[str, Mapping[str, Sequence[Row]]]
 """Threat model -> model as named in the recipe -> points, by rising eps.
 
-A point is ``eps`` and :func:`accuracies` at this eps."""
+A point is ``eps`` and :func:`accuracy_spread` at this eps."""
 
 
 def accuracy_over_eps(record: RunRecord) -> dict[str, dict[str, list[Row]]]:
@@ -33,12 +33,12 @@ def accuracy_over_eps(record: RunRecord) -> dict[str, dict[str, list[Row]]]:
     for (model, threat, attack), replicates in groups.items():
         spec = parsed_attack(attack)
         if spec is not None and spec.short_name == "fgsm" and spec.eps is not None:
-            point = {"eps": spec.eps, **accuracies(list(replicates.values()))}
+            point = {"eps": spec.eps, **accuracy_spread(list(replicates.values()))}
             panels.setdefault(threat, {}).setdefault(model, []).append(point)
     for models in panels.values():
         for model, points in models.items():
             if (clean := groups.get((model, "clean", "none"))) is not None:
-                points.append({"eps": 0.0, **accuracies(list(clean.values()))})
+                points.append({"eps": 0.0, **accuracy_spread(list(clean.values()))})
             points.sort(key=lambda p: p["eps"])
     return panels
 

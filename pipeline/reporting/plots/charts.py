@@ -20,8 +20,7 @@ from pipeline.reporting.plots.style import (
     DEFENDED,
     FAINT,
     MANY_BARS,
-    PHASE_COLOURS,
-    PHASE_NAMES,
+    PHASE_STYLES,
     TEXT,
     UNDEFENDED,
     Styles,
@@ -94,7 +93,8 @@ def losses(histories: Histories) -> Figure:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     for phase in dict.fromkeys(epoch["phase"] for epochs in histories.values() for epoch in epochs):
-        handles[PHASE_NAMES[phase]] = Patch(color=PHASE_COLOURS[phase], label=PHASE_NAMES[phase])
+        label, colour = PHASE_STYLES[phase]
+        handles[label] = Patch(color=colour, label=label)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=6)
     return figure
 
@@ -102,7 +102,7 @@ def losses(histories: Histories) -> Figure:
 def _draw_losses(axis: Axes, epochs: Sequence[Mapping[str, Any]]) -> None:
     for epoch in epochs:
         first, last = epoch["steps"][0]["step"], epoch["steps"][-1]["step"]
-        axis.axvspan(first - 0.5, last + 0.5, color=PHASE_COLOURS[epoch["phase"]], linewidth=0)
+        axis.axvspan(first - 0.5, last + 0.5, color=PHASE_STYLES[epoch["phase"]][1], linewidth=0)
     steps = [step for epoch in epochs for step in epoch["steps"]]
     numbers = np.array([step["step"] for step in steps])
     total = _term(steps, "loss")
@@ -144,8 +144,7 @@ def validation(histories: Histories, roles: Mapping[str, str], styles: Styles) -
 def bars(panels: Panels, roles: Mapping[str, str], styles: Styles) -> Figure:
     """Draw accuracies with their intervals.
 
-    More models than MANY_BARS get lying bars: a panel per attack, a number beside each bar, and a
-    dash if nothing was measured.
+    More models than MANY_BARS get lying bars: a panel per attack, and a number beside each bar.
 
     Args:
         roles: model -> role of the models to draw, in their order.

@@ -21,20 +21,14 @@ LINES = ("-", "--", ":", "-.")
 """Line styles. If there are more models than colours, the next ones take the next line style."""
 TEXT, FAINT, FRAME = "#111827", "#374151", "#9ca3af"
 RIGHT, WRONG = "#00795c", "#c2410c"
-PHASE_COLOURS = {
-    "joint": "#f2e9d8",
-    "autoencoder": "#dcebf5",
-    "classifier": "#ececec",
-    "adversarial": "#f6dfe4",
-    "reformer": "#dff0e4",
+PHASE_STYLES = {
+    "joint": ("joint", "#f2e9d8"),
+    "autoencoder": ("auto-encoder only", "#dcebf5"),
+    "classifier": ("classifier only", "#ececec"),
+    "adversarial": ("adversarial training", "#f6dfe4"),
+    "reformer": ("reformer only", "#dff0e4"),
 }
-PHASE_NAMES = {
-    "joint": "joint",
-    "autoencoder": "auto-encoder only",
-    "classifier": "classifier only",
-    "adversarial": "adversarial training",
-    "reformer": "reformer only",
-}
+"""Phase of a training schedule -> (label, colour)."""
 MANY_LINES = 12
 """With more models than this, curves show only the first replicate of each."""
 MANY_BARS = 8
@@ -55,9 +49,8 @@ class Plot:
 def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
     """Return the colour and the line style of each model.
 
-    Both follow from a model's position. So compute them once, from all models of a run, and give
-    them to every plot. First replicates come first, so that a plot with one entry per recipe model
-    has the same colours.
+    Both follow from a model's position, so compute them once, from all models of a run. First
+    replicates come first: a plot with one entry per recipe model then has the same colours.
 
     Args:
         roles: model -> source, control, defended or given; all models of the run.
