@@ -30,8 +30,7 @@ class _Entry:
         """Read an entry. A key that is null or missing gets the field's default.
 
         Raises:
-            DataError: ``value`` is no object, or it lacks a key that has no default. The message
-                says ``where`` it is.
+            DataError: ``value``, at ``where``, is no object or lacks a key without a default.
         """
         if not isinstance(value, Mapping):
             raise DataError(f"{where} is no JSON object; run the same command again to write it anew")

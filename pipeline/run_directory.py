@@ -77,8 +77,7 @@ def run_address(experiment: Experiment) -> str:
     config = to_dict(experiment)
     for name in ("storage", "tracking_uri", "experiment_name", "description"):
         del config[name]
-    # These settings came later. At their defaults they leave the addresses of earlier runs as they
-    # are.
+    # These settings came later. At their defaults, the addresses of earlier runs stay.
     for name in ("test_split", "image_column", "label_column"):
         if not config["data"][name]:
             del config["data"][name]

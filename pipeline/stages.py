@@ -207,8 +207,7 @@ def make_report(run: Run) -> None:
 def register(run: Run, models: list[plan.Model]) -> None:
     """Register each classifier in MLflow's model registry, with its signature.
 
-    Of several replicates the first is registered. A reformer alone is no classifier; the classifier
-    behind it is registered.
+    Of several replicates it is the first. For a reformer it is the classifier behind it.
     """
     data = run.experiment.data
     replicates = run.experiment.replicates()

@@ -11,8 +11,7 @@ from components.fields import content_hash
 from pipeline.evaluation.plan import Evaluation, Model
 
 ADDRESS_VERSION = 2
-"""Part of every address here. Raise it when the same settings would give other examples or
-records."""
+"""Part of every address here. Raise it when the same settings would give other results."""
 FOLLOW_L2_GRADIENTS = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
 """Attacks that in L2 step along the normalised gradient. C&W, FAB and Square do not."""
 ATTACK_VERSIONS = {

@@ -2,8 +2,7 @@
 
 A chunk of samples is the unit of work. Each attack has its own random stream in a chunk (seed,
 chunk number, attack), and each chunk has a file of examples and files of judgements. The config
-fixes the chunks. The result is therefore the same for any number of tasks, and a finished chunk is
-never computed again.
+fixes the chunks, so the result is the same for any number of tasks. No chunk is computed twice.
 """
 
 from __future__ import annotations

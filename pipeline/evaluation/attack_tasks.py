@@ -192,8 +192,7 @@ def craft(
     """Make the adversarial examples of a chunk, in micro-batches if memory is short.
 
     Returns:
-        The examples, and the size of the micro-batches or 0. The size is recorded, since another
-        size has other random starts.
+        The examples, and the size of the micro-batches or 0. Another size has other random starts.
     """
 
     def attempt(micro_batches: list[slice]) -> Tensor:

@@ -60,8 +60,7 @@ SPECTRA = 3
 DISTANCES_VERSION = 1
 """Part of ``fig8__from``. Raise it when the same models and examples would give other distances."""
 BATCH_PIXELS = 1 << 18
-"""Pixels per batch of an auto-encoder: 334 images of 28x28 or 5 of 224x224, some 100 MiB of
-maps."""
+"""Pixels per batch of an auto-encoder: 334 images of 28x28 or 5 of 224x224, some 100 MiB."""
 
 Arrays = dict[str, np.ndarray]
 

@@ -86,8 +86,7 @@ def _gallery(
 ) -> Arrays:
     arrays: Arrays = {"clean": clean.numpy(), "label": label}
     sizes = level_sizes(experiment.data.image_size, experiment.pyramids.levels)
-    # If models have several kinds of targets, the first kind stands for all: they hardly look
-    # different.
+    # Of several kinds of targets, the first stands for all: they hardly look different.
     targets = [c.targets for c in experiment.model_configs().values() if c.defense == "defend++"]
     for m, level in enumerate(target_levels(clean, sizes, targets[0] if targets else "lowpass")):
         arrays[f"level_{m}"] = level.numpy()

@@ -59,8 +59,7 @@ class TrackingFile(TypedDict):
 
     schema: int
     token: str
-    """Random, unique to this run directory. It is a part of the tag by which a run is found
-    again."""
+    """Random, unique to this run directory. A part of the tag by which a run is found again."""
     uris: dict[str, State]
     """By tracking URI without its password."""
 
@@ -103,8 +102,7 @@ class Outbox:
         self._client: MlflowClient | None = None
         self._outage = False
         self._rejected: dict[str, str] = {}
-        """Reasons, by the key of an operation that was refused or of records that could not be
-        read."""
+        """Key of a refused operation or of records that could not be read -> reason."""
         self._saving = threading.Lock()
         """Held while ``tracking.json`` is written. It is taken before ``lock``."""
         self._saved_at = 0.0
@@ -283,15 +281,13 @@ class Outbox:
 
     def _give_up(self, operation: _Operation, error: Exception) -> bool:
         """Return whether the operation itself is at fault, so that the next one can be sent."""
-        # Its file cannot be read, its run was refused, or the library of an artifact store is
-        # missing.
+        # Its file cannot be read, its run was refused, or an artifact store's library is missing.
         if isinstance(error, UserError | KeyError | ImportError):
             return True
         status = status_of(error)
         if status in (400, 404, 405, 409, 413, 422):
             return True
-        # MLflow also answers 503 for a locked database. A password may be corrected while the run
-        # goes on.
+        # A password may be corrected during the run. For a locked database MLflow answers 503.
         if status not in (401, 403, 408, 429, 502, 503, 504) and self._answers():
             operation.failures += 1
             return operation.failures >= ATTEMPTS

@@ -87,8 +87,7 @@ def check_reachable(
 ) -> None:
     """Check that runs and artifacts can be published, within about ten seconds.
 
-    A missing SQLite database is created. A broken one that holds no run is put aside and created
-    anew.
+    A missing SQLite database is created. A broken one that holds no run is put aside first.
 
     Args:
         experiment: name of the MLflow experiment, which is created if there is none.
@@ -102,8 +101,7 @@ def check_reachable(
     """
     check_address(uri, named_by)
     path = sqlite_path(uri) if uri.startswith("sqlite:") else None
-    # Look before MLflow tries to repair it. The inode tells the file from one that another process
-    # puts in its place.
+    # Look before MLflow tries to repair it. The inode tells whether another process replaces it.
     inode = path.stat().st_ino if path is not None and holds_nothing(path) else None
     error = _reach(uri, experiment)
     broken = error is not None and _blames_database(error)
@@ -129,8 +127,7 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
     except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as e:
         return e
     with http_limits(timeout=4, retries=1):
-        # MLflow asks a database fifteen times, whatever the limits, and some libraries ask a bucket
-        # for minutes.
+        # Whatever the limits, MLflow asks a database fifteen times, and a bucket for minutes.
         error = error_within(REACH_SECONDS, ask)
         if error is None:
             error = error_within(REACH_SECONDS, lambda: _check_artifacts(uri, experiment, location))
@@ -215,8 +212,7 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
     name = f"write-test-{secrets.token_hex(4)}.txt"
     try:
         folder = Path(local_file_uri_to_path(location)) if is_local_uri(location) else None
-        # MLflow would create a folder that is on the server's machine, or that has moved with the
-        # storage.
+        # MLflow would create a folder that is on the server's machine or moved with the storage.
         if folder is not None and not (folder.is_dir() or _is_artifact_root(folder.parent)):
             raise FileNotFoundError(f"the folder {folder.parent} does not exist on this machine")
         repository = get_artifact_repository(location, tracking_uri=uri)
@@ -278,8 +274,7 @@ def connect(uri: str) -> MlflowClient:
     path = sqlite_path(uri)
     prepare(path)
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    # MLflow creates the directory of the URI without unquoting it. Remove that if it is another
-    # one.
+    # MLflow creates the directory of the URI without unquoting it. Remove it if that differs.
     unquoted = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
     if unquoted != path.parent:
         with contextlib.suppress(OSError):

@@ -1,8 +1,7 @@
 """The MLflow runs of a run directory, published from its records.
 
 The records on storage are the truth, and MLflow is a view of them. Every call here may fail without
-harm: what could not be sent waits in the :class:`Outbox`, and the same command run again sends what
-is still missing.
+harm: what could not be sent waits in the :class:`Outbox`, and the same command run again sends it.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ class Tracker:
 
         Args:
             values: None is left out.
-            time: unix seconds. None: when the run began, so that the same metrics sent again add
-                nothing.
+            time: unix seconds. None: when the run began; sending them again then adds nothing.
         """
         self._require(alias)
         at = self._starts[alias] if time is None else _milliseconds(time)
@@ -294,8 +292,7 @@ class Tracker:
             raise ValueError(f"start({alias!r}, ...) comes first")
 
     def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None, start: int) -> None:
-        # The answer to an earlier try may have been lost, so a run has a key by which it is found
-        # again.
+        # The answer to an earlier try may have been lost, so a run is found again by a key.
         key = f"{self.outbox.token}/{quote(alias, safe=UNQUOTED)}"  # MLflow's filters have no escape for quotes.
         experiment_id = str(self.outbox.state["experiment"])
         runs = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
@@ -303,8 +300,7 @@ class Tracker:
             run_id = runs[0].info.run_id
         else:
             if not self.outbox.is_saved:
-                # Persist the key before creating the run, so that a restarted process can find the
-                # run by it.
+                # A restarted process can find the run only by a key that is persistent.
                 self.outbox.save()
             tags = {"defendpp_key": key, "mlflow.user": _user(), "mlflow.source.name": "pipeline/main.py"}
             if parent is not None:
@@ -320,8 +316,7 @@ class Tracker:
         self.outbox.put(alias, what, lambda client: self._log_metrics(client, alias, metrics))
 
     def _log_metrics(self, client: MlflowClient, alias: str, metrics: list[Metric]) -> None:
-        # The same metric at the same step and time is one row in MLflow, so sending it again
-        # changes nothing.
+        # Sending it again changes nothing: MLflow has one row per metric, step and time.
         for part in _slices(metrics, METRICS_AT_ONCE):
             client.log_batch(self.outbox.run_id(alias), metrics=part)
 

@@ -32,8 +32,7 @@ def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
         Its name, ``mlflow:runs:/RUN_ID/PATH``, and its content.
 
     Raises:
-        UserError: there is no such model or file, the run has several files of weights, or MLflow
-            cannot be reached.
+        UserError: there is no such file, there are several, or MLflow cannot be reached.
     """
     check_address(tracking_uri)
     try:
