@@ -44,7 +44,7 @@ def attack(
     sets, addresses = example_sets(evaluations, test.address, ends_within_a_chunk, config)
     _write_specs(sets, test, ends_within_a_chunk, config, root)
     pending = _pending_batches(sets, chunks, experiment.scaling.chunks_per_attack, root)
-    tracker = AttackProgress(sets, pending, len(chunks), progress)
+    tracker = AttackProgress(pending, len(chunks) * len(sets), progress)
     entries: dict[Evaluation, dict[str, Any]] = {}
 
     def add_entries() -> None:

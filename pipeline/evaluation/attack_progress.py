@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,17 +36,11 @@ def task_name(examples: ExampleSet) -> str:
 class AttackProgress:
     """Count of the chunks that are left, reported after every task."""
 
-    def __init__(
-        self,
-        example_sets: Sequence[ExampleSet],
-        pending: Sequence[ChunkBatch],
-        chunks_per_set: int,
-        report: Progress,
-    ) -> None:
-        self._left = {examples.address: 0 for examples in example_sets}
+    def __init__(self, pending: Sequence[ChunkBatch], total: int, report: Progress) -> None:
+        self._left: Counter[str] = Counter()
         for batch in pending:
             self._left[batch.examples.address] += len(batch.chunks)
-        self._total = chunks_per_set * len(example_sets)
+        self._total = total
         self._report = report
         self._straggler = ""
 
@@ -65,5 +60,5 @@ class AttackProgress:
 
     def report(self, note: str = "") -> None:
         """Report the chunks done so far."""
-        done = self._total - sum(self._left.values())
+        done = self._total - self._left.total()
         self._report(done, self._total, f"chunks{note}{self._straggler}")

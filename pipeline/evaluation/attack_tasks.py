@@ -197,22 +197,13 @@ def craft(
 
     def attempt(micro_batches: list[slice]) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        fast = fast_copy()
+        search = functools.partial(
+            run_attack_on_copy, spec, model, fast_copy(), stop_on_success=stop_on_success, generator=generator
+        )
         parts = []
         for rows in micro_batches:
             auxiliary = None if autoencoder is None else _auxiliary(autoencoder, clean[rows], spec)
-            parts.append(
-                run_attack_on_copy(
-                    spec,
-                    model,
-                    fast,
-                    clean[rows],
-                    labels[rows],
-                    stop_on_success=stop_on_success,
-                    generator=generator,
-                    auxiliary=auxiliary,
-                )
-            )
+            parts.append(search(clean[rows], labels[rows], auxiliary=auxiliary))
         return torch.cat(parts)
 
     return as_memory_allows(len(clean), attempt, f"{spec} on")

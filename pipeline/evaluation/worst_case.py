@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,17 +58,15 @@ def worst_cases(models: Iterable[str], experiment: Experiment, judgements: Evalu
     """
     entries = []
     for model in models:
-        for norm, eps, threat_model in _cases(experiment):
-            robust, attacks = _withstands(model, norm, eps, threat_model, judgements)
+        for case in _cases(experiment):
+            robust, attacks = _withstands(model, judgements, **case)
             if robust is None:
                 continue
             low, high = wilson_interval(int(robust.sum()), len(robust))
             entries.append(
                 {
                     "model": model,
-                    "threat_model": threat_model,
-                    "norm": norm,
-                    "eps": eps,
+                    **case,
                     "n": len(robust),
                     "accuracy": float(robust.mean()),
                     "accuracy_low": low,
@@ -93,17 +91,15 @@ def paired_worst_cases(
     """
     entries = []
     for model, against in pairs:
-        for norm, eps, threat_model in _cases(experiment):
-            first, second = (_withstands(m, norm, eps, threat_model, judgements)[0] for m in (model, against))
+        for case in _cases(experiment):
+            first, second = (_withstands(m, judgements, **case)[0] for m in (model, against))
             if first is None or second is None:
                 continue
             entries.append(
                 {
                     "model": model,
                     "against": against,
-                    "threat_model": threat_model,
-                    "norm": norm,
-                    "eps": eps,
+                    **case,
                     "n": len(first),
                     "only_model": int((first & ~second).sum()),
                     "only_against": int((second & ~first).sum()),
@@ -113,14 +109,17 @@ def paired_worst_cases(
     return entries
 
 
-def _cases(experiment: Experiment) -> Iterator[tuple[str, float, str]]:
-    """Yield norm, eps and threat model of each worst case."""
-    for norm, eps in budgets(experiment):
-        yield from ((norm, eps, threat_model) for threat_model in (WHITE_BOX, ANY))
+def _cases(experiment: Experiment) -> list[dict[str, Any]]:
+    """List threat model, norm and eps of each worst case."""
+    return [
+        {"threat_model": threat_model, "norm": norm, "eps": eps}
+        for norm, eps in budgets(experiment)
+        for threat_model in (WHITE_BOX, ANY)
+    ]
 
 
 def _withstands(
-    model: str, norm: str, eps: float, threat_model: str, judgements: EvaluationRecords
+    model: str, judgements: EvaluationRecords, *, threat_model: str, norm: str, eps: float
 ) -> tuple[np.ndarray[Any, Any] | None, int]:
     """Return the samples, bool [N], that no example breaks, and the number of evaluations.
 
