@@ -165,18 +165,14 @@ class Tracker:
         self._require(alias)
         digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
 
-        def upload(client: MlflowClient, path: str) -> None:
-            with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-                client.log_artifact(self.outbox.run_id(alias), path, artifact_path or None)
-
         def send(client: MlflowClient) -> None:
-            if storage.is_local:
-                upload(client, storage.path(name))
-                return
             with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
-                copy = Path(directory) / Path(name).name
-                copy.write_bytes(storage.read_bytes(name))
-                upload(client, str(copy))
+                path = storage.path(name)
+                if not storage.is_local:
+                    path = f"{directory}/{Path(name).name}"
+                    Path(path).write_bytes(storage.read_bytes(name))
+                with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+                    client.log_artifact(self.outbox.run_id(alias), path, artifact_path or None)
 
         self.outbox.put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
 
