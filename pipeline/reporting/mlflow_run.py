@@ -147,19 +147,13 @@ def publish_evaluation(
     created = unix_time(record.created)
     # MLflow lists the youngest run first. A millisecond apart, runs keep the table's order.
     begin = None if created is None else created + 1 - order / 1000
-    params = {
-        "threat_model": evaluation.threat_model,
-        "attack": evaluation.attack,
-        "model": evaluation.model,
-        "source": evaluation.source,
-    }
+    cell = {"model": evaluation.model, "threat_model": evaluation.threat_model, "attack": evaluation.attack}
+    params = {**cell, "source": evaluation.source}
     tags = {
+        **cell,
         "kind": "evaluation",
         "recipe": record.name,
-        "model": evaluation.model,
         "role": record.roles.get(evaluation.model),
-        "threat_model": evaluation.threat_model,
-        "attack": evaluation.attack,
         "examples_made_on": evaluation.source,
         "untrusted": "failed its active test" if is_untrusted(record, evaluation) else None,
         "records": f"{root.uri}/{evaluation.path}" if evaluation.path else None,

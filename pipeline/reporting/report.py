@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,6 @@ def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], miss
         norms_over_seeds=results.norms_over_seeds,
         p_value=labels.p_value,
     )
-    groups: dict[str, int] = {}
-    for column in data["columns"]:
-        groups[column["threat_title"]] = groups.get(column["threat_title"], 0) + 1
     budgets = [
         (row["model"], column, {"accuracy_at_budget_interval": None, **row["cells"][column["key"]]})
         for column in data["columns"]
@@ -105,7 +103,7 @@ def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], miss
     return environment.get_template("report.html.j2").render(
         record=record,
         table=data,
-        groups=groups,
+        groups=Counter(column["threat_title"] for column in data["columns"]),
         budgets=budgets,
         roles=labels.role_titles(record),
         stages=results.stage_times(record),
