@@ -110,7 +110,6 @@ def paired_worst_cases(
 
 
 def _cases(experiment: Experiment) -> list[dict[str, Any]]:
-    """List threat model, norm and eps of each worst case."""
     return [
         {"threat_model": threat_model, "norm": norm, "eps": eps}
         for norm, eps in budgets(experiment)

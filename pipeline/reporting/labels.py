@@ -27,8 +27,6 @@ ROLES = {
     "defended": "defended",
     "given": "external, not trained here",
 }
-"""Titles of the roles."""
-
 UNTRUSTED = "†"
 """Mark behind a number of an attack that failed its active test."""
 

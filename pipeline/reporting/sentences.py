@@ -53,7 +53,6 @@ def explanation(record: RunRecord) -> list[str]:
 
 
 def _threat_models_explained(record: RunRecord) -> list[str]:
-    """Return a sentence for each threat model of the run."""
     sources: dict[str, dict[str, None]] = {}
     for e in record.evaluations:
         sources.setdefault(e.threat_model, {})[str(e.source)] = None

@@ -45,7 +45,6 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
 
 
 def _notes(record: RunRecord) -> list[str]:
-    """Return the sentences below the tables."""
     trained = any(role != "given" for role in record.roles.values())
     sampling = "sampling of images only, not of seeds" if trained else "sampling of images"
     notes = [

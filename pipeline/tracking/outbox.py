@@ -300,7 +300,6 @@ class Outbox:
         return False
 
     def _answers(self) -> bool:
-        """Return whether the server answers a small request."""
         try:
             with http_limits(timeout=4, retries=0):
                 (self._client or MlflowClient(tracking_uri=self.uri)).search_experiments(max_results=1)

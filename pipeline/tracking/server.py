@@ -227,7 +227,6 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
 
 
 def _unwritable(experiment: str, location: str, error: Exception) -> UserError:
-    """Return the error for an experiment whose artifacts cannot be written."""
     hint = ""
     if location.startswith("mlflow-artifacts:"):
         hint = " (the server has to run with --serve-artifacts, and to reach its store)"
