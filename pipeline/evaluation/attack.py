@@ -27,10 +27,7 @@ from pipeline.runtime.tasks import run_tasks
 def attack(
     models: Sequence[Model], test: shards.ShardSet, experiment: Experiment, root: Storage, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Attack every model under every threat model and judge the examples.
-
-    Returns:
-        The ``evaluations`` of run.json (docs/records.md), in table order.
+    """Attack every model under every threat model, and return the ``evaluations`` of run.json.
 
     Raises:
         AttackViolation: an attack returned an example outside its rules.

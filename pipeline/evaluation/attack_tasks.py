@@ -64,11 +64,7 @@ def load_test_set(root: str, address: str) -> shards.ShardSet:
 
 
 def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
-    """Read rows of a job's test set.
-
-    Returns:
-        The rows' columns, and their images in [0,1] and labels on the job's device.
-    """
+    """Return rows of a job's test set, and their images in [0,1] and labels on the job's device."""
     rows = load_test_set(job["root"], job["test"]).read_rows(start, stop)
     images = torch.from_numpy(rows["image"]).to(job["device"]).float().div_(255)
     return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
@@ -191,8 +187,7 @@ def craft(
 ) -> tuple[Tensor, int]:
     """Make the adversarial examples of a chunk, in micro-batches if memory is short.
 
-    Returns:
-        The examples, and the size of the micro-batches or 0. Another size has other random starts.
+    The size of the micro-batches (or 0) is recorded, since another has other random starts.
     """
 
     def attempt(micro_batches: list[slice]) -> Tensor:
@@ -212,9 +207,8 @@ def craft(
 def judge_in_batches(model: nn.Module, clean: Tensor, adversarial: Tensor, labels: Tensor) -> tuple[Columns, int]:
     """Call :func:`judge`, in micro-batches if memory is short.
 
-    Returns:
-        The columns, and the size of the micro-batches or 0. The size is recorded, since a
-        randomised network draws otherwise then. No other network's verdict depends on it.
+    Their size (or 0) is recorded, since a randomised network draws otherwise then. No other
+    network's verdict depends on it.
     """
 
     def attempt(micro_batches: list[slice]) -> Columns:
@@ -231,7 +225,7 @@ def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> 
         what: work that the error message names, e.g. "judging".
 
     Returns:
-        The result, and 0 or the number of samples at a time.
+        The result, and the number of samples at a time or 0 for all.
 
     Raises:
         ResourceError: a single sample does not fit.

@@ -154,11 +154,7 @@ def _report_chunks(progress: Progress, model: str, done: int, total: int) -> Non
 def reconstruct(autoencoder: nn.Module, images: Tensor) -> Tensor:
     """Reconstruct images batch by batch, in true float32.
 
-    Args:
-        images: float32 [N,C,W,W] in [0,1].
-
-    Returns:
-        float32 [N,C,W,W] on the CPU: level 0 of the auto-encoder.
+    Images in [0,1] and result are float32 [N,C,W,W]. The result is level 0, on the CPU.
     """
     parameter = next(autoencoder.parameters(), None)
     size = max(1, BATCH_PIXELS // (images.shape[-1] * images.shape[-2]))

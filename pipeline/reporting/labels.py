@@ -91,11 +91,10 @@ def attack_text(attack: str) -> str:
 def median_norm(metrics: Mapping[str, Any]) -> str:
     """Return the median norm and the number of broken images behind it, as in ``L2 1.23 of 197``.
 
+    Without a median it is ``4 broken``, ``none broken`` or ``nothing to break``; "" within a budget.
+
     Args:
         metrics: the result of over_seeds.shown_metrics, or a cell of results.table.
-
-    Returns:
-        Without a median ``4 broken``, ``none broken`` or ``nothing to break``; "" within a budget.
     """
     norm = metrics["norm"]
     if norm and metrics.get("clean_accuracy") == 0:

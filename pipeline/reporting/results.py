@@ -79,10 +79,7 @@ def _cell(record: RunRecord, evaluation: EvaluationEntry) -> Row:
 
 
 def comparisons(record: RunRecord, root: Storage) -> list[Row]:
-    """Compare every defended model with every control on the same transferred examples.
-
-    Returns:
-        A row per pair, with the p-value of the exact McNemar test.
+    """Compare each defended model with each control on the same examples (exact McNemar test).
 
     Raises:
         DataError: a judged record is missing or corrupt, or two evaluations have different samples.

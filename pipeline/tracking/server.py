@@ -52,16 +52,13 @@ def to_stderr(line: str) -> None:
 def choose(
     option: str, experiment: str, root: Storage, *, required: bool, echo: Callable[[str], None]
 ) -> tuple[str, str]:
-    """Choose the MLflow of a run, print it, and check that it can be used.
+    """Return a run's tracking URI and MLflow experiment, after printing and checking them.
 
     Args:
         option: tracking URI of the command line, or "".
         experiment: MLflow experiment of the command line, or "".
         required: raise if MLflow cannot be used. Otherwise print why, since the run can be
             published later.
-
-    Returns:
-        The tracking URI and the experiment's name.
 
     Raises:
         ConfigError: the text cannot be the address of an MLflow, required or not.

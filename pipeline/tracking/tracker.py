@@ -209,10 +209,9 @@ class Tracker:
             return self.outbox.is_connected and self.outbox.state["status"].get(alias) == status
 
     def conclude(self, timeout_s: float = 30.0) -> bool:
-        """Flush at the end of a run. Its MLflow runs are FINISHED even if the rest has to wait.
+        """Flush at the end of a run, and return whether all is published.
 
-        Returns:
-            Whether all is published.
+        Its MLflow runs are FINISHED even if the rest has to wait.
         """
         published = self.flush(timeout_s)
         if not published:

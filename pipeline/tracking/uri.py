@@ -28,14 +28,11 @@ TABLES_WITH_ROWS = {"alembic_version", "experiments", "workspaces"}
 
 
 def resolve(option: str, storage: Storage) -> tuple[str, str]:
-    """Return the tracking URI of a run, and the option or variable that it comes from.
+    """Return the tracking URI of a run and where it comes from: OPTION, VARIABLE, or "" by default.
 
     Args:
         option: value of ``--tracking-uri``, or "".
         storage: its ``mlflow.db`` is the default.
-
-    Returns:
-        The URI, and :data:`OPTION`, :data:`VARIABLE` or "" for the default.
 
     Raises:
         UserError: neither names a URI, and the storage is not on this machine, as SQLite requires.
