@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field
 from functools import cached_property
 from typing import Any, Self, TypeVar, cast
 
@@ -21,6 +21,9 @@ SCHEMA = 1
 Json = Mapping[str, Any]
 Value = TypeVar("Value")
 
+_OPTIONAL = {"optional": True}
+"""Metadata of a field that the JSON object lacks while the field has its default."""
+
 
 class _Entry:
     """A frozen dataclass whose fields are the keys of a JSON object."""
@@ -29,16 +32,18 @@ class _Entry:
     def from_json(cls, value: Any, where: str = "run.json") -> Self:
         """Read an entry. A key that is null or missing gets the field's default.
 
+        Args:
+            value: the JSON object.
+            where: the place of the object, for the error message.
+
         Raises:
-            DataError: ``value``, at ``where``, is no object or lacks a key without a default.
+            DataError: ``value`` is no object, or it lacks a key that has no default.
         """
         if not isinstance(value, Mapping):
             raise DataError(f"{where} is no JSON object; run the same command again to write it anew")
-        present = {}
-        for f in dataclasses.fields(cast(Any, cls)):
-            if value.get(f.name) is not None:
-                present[f.name] = value[f.name]
-            elif f.default is f.default_factory is MISSING:
+        present = {f.name: value[f.name] for f in _fields(cls) if value.get(f.name) is not None}
+        for f in _fields(cls):
+            if f.name not in present and _default(f) is MISSING:
                 raise DataError(f"{where} lacks {f.name!r}; run the same command again to write it anew")
         return cls(**cls._parsed(present, where))
 
@@ -46,6 +51,11 @@ class _Entry:
     def _parsed(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
         """Return the values of the fields, with JSON objects read as what the fields hold."""
         return values
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that :meth:`from_json` reads."""
+        values = {f: getattr(self, f.name) for f in _fields(type(self))}
+        return {f.name: _to_json(v) for f, v in values.items() if not (f.metadata and v == _default(f))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +86,8 @@ class EvaluationEntry(_Entry):
     examples: str | None = None
     n: int
     metrics: Json
-    chunks_split_for_memory: int = 0
-    chunks_searched_in_float32: int = 0
+    chunks_split_for_memory: int = field(default=0, metadata=_OPTIONAL)
+    chunks_searched_in_float32: int = field(default=0, metadata=_OPTIONAL)
 
     @classmethod
     def _parsed(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -155,11 +165,11 @@ class Record(_Entry):
     """Empty until the shards are made."""
     stages: Mapping[str, float] = field(default_factory=dict)
     """Seconds of each stage, in the order of the stages."""
-    git: Json = field(default_factory=dict)
-    source: str | None = None
-    command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    hardware: Json = field(default_factory=dict)
+    git: Json = field(default_factory=dict, metadata=_OPTIONAL)
+    source: str | None = field(default=None, metadata=_OPTIONAL)
+    command: str = field(default="", metadata=_OPTIONAL)
+    versions: Mapping[str, str] = field(default_factory=dict, metadata=_OPTIONAL)
+    hardware: Json = field(default_factory=dict, metadata=_OPTIONAL)
 
     @classmethod
     def _parsed(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -170,6 +180,10 @@ class Record(_Entry):
             values["data"] = {**values["data"], "rows": in_order(rows, ("train", "validation", "test"))}
         return values
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that :meth:`from_json` reads."""
+        return {**super().to_json(), "schema": SCHEMA, "data": dict(self.data) or None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord(Record):
@@ -178,11 +192,11 @@ class RunRecord(Record):
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
     """The finished models, in the order of the config."""
     evaluations: tuple[EvaluationEntry, ...] = ()
-    worst_case: tuple[WorstCase, ...] | None = None
-    worst_case_pairs: tuple[WorstCasePair, ...] | None = None
-    reliability: Mapping[str, Reliability] | None = None
+    worst_case: tuple[WorstCase, ...] | None = field(default=None, metadata=_OPTIONAL)
+    worst_case_pairs: tuple[WorstCasePair, ...] | None = field(default=None, metadata=_OPTIONAL)
+    reliability: Mapping[str, Reliability] | None = field(default=None, metadata=_OPTIONAL)
     """Model -> tests of the attacks on it, in config order. None before the attacks have run."""
-    diverged: Mapping[str, int] | None = None
+    diverged: Mapping[str, int] | None = field(default=None, metadata=_OPTIONAL)
     """Model -> step at which its loss was not finite."""
 
     @classmethod
@@ -249,3 +263,21 @@ def drop_unreadable(record: dict[str, Any]) -> list[str]:
 def in_order(values: Mapping[str, Value], first: Sequence[str]) -> dict[str, Value]:
     """Return ``values`` with the keys ``first`` at the beginning, and the others after them."""
     return {name: values[name] for name in dict.fromkeys((*first, *values)) if name in values}
+
+
+def _fields(cls: type[_Entry]) -> tuple[Field[Any], ...]:
+    return dataclasses.fields(cast(Any, cls))
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, _Entry):
+        return value.to_json()
+    if isinstance(value, Experiment):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _to_json(v) for key, v in value.items()}
+    return [_to_json(v) for v in value] if isinstance(value, tuple | list) else value
