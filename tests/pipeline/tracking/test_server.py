@@ -75,7 +75,7 @@ def _break(database: Path) -> None:
 # -- the database --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.drill)])
 def test_a_kill_while_the_database_is_made_leaves_nothing_broken(
     kills: int, forked: Callable[[str], Any], tmp_path: Path
 ) -> None:
