@@ -76,9 +76,6 @@ def connect() -> None:
 def start_local(**options: Any) -> None:
     """Start a Ray node for this process, which only this user's processes on this machine reach.
 
-    Args:
-        options: further arguments of ``ray.init``.
-
     Raises:
         UserError: the node did not start within Ray's limit of 30 s, twice.
     """
@@ -131,7 +128,6 @@ def check_resources(scaling: ScalingConfig, wait_s: float = 0.0) -> None:
     """Refuse a run that the cluster has no room for, instead of waiting without end.
 
     Args:
-        scaling: resources of training workers and attack tasks.
         wait_s: how long to wait for the autoscaler of a growing cluster (seconds).
 
     Raises:

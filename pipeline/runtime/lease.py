@@ -45,7 +45,6 @@ class Lease:
     still for EXPIRY_S. A holder notices the loss at its next heartbeat.
 
     Args:
-        directory: where the file is.
         token: identifies the holder. A worker group that is started again with the same token still
             has its lease. "": a random one.
     """
@@ -98,17 +97,16 @@ class Lease:
         Raises:
             UserError: another process holds the lease. The message has its host and number.
         """
-        announced = False
         first: Any = None
         while not self.try_acquire():
             if (holder := self._holder()) is not None:
-                first = first or _heartbeat(holder)
-                if self._is_here(holder) or _heartbeat(holder) != first:
+                beat = _heartbeat(holder)
+                if self._is_here(holder) or beat != (first or beat):
                     raise UserError(_refusal(self._directory, holder))
-                if not announced:
+                if first is None:
                     left = f"{self._directory.uri} was left by {_name(holder)}"
                     say(f"{left}; waiting up to {EXPIRY_S:.0f} s to see whether it lives")
-                    announced = True
+                    first = beat
             time.sleep(min(0.5, HEARTBEAT_S / 4))
         return self
 
@@ -190,17 +188,12 @@ class Lease:
             raise StorageError(f"{path} was left by {_name(dead)} and cannot be opened: {e}. Remove it") from e
 
     def _holder(self) -> dict[str, Any] | None:
-        if (holder := self._read(FILE)) is not None:
-            return holder
-        # An unreadable file is watched like a holder, and replaced like a dead one.
-        return UNREADABLE if self._directory.exists(FILE) else None
-
-    def _read(self, name: str) -> dict[str, Any] | None:
         with suppress(StorageError):
-            holder = self._directory.read_json(name)
+            holder = self._directory.read_json(FILE)
             if isinstance(holder, dict) and {"host", "pid", "token"} <= holder.keys():
                 return holder
-        return None
+        # An unreadable file is watched like a holder, and replaced like a dead one.
+        return UNREADABLE if self._directory.exists(FILE) else None
 
     def _is_here(self, holder: Mapping[str, Any]) -> bool:
         """Return whether the holder's process number is one of this machine and container."""
@@ -217,12 +210,7 @@ class Lease:
 
 
 class WorkingLease:
-    """The lease of the directory that a worker group works on. It also watches other holders.
-
-    Args:
-        root: of the directories.
-        token: as of :class:`Lease`.
-    """
+    """The lease of the directory that a worker group works on. It also watches other holders."""
 
     def __init__(self, root: Storage, token: str) -> None:
         self._root, self._token = root, token

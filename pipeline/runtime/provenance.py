@@ -109,10 +109,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed PACKAGES."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return installed
 
 
@@ -136,12 +134,9 @@ def hardware() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if match:
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return match.group(1)
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
 
 

@@ -236,10 +236,8 @@ class Storage:
     def delete_stale(self, directory: str, older_than_s: float) -> None:
         """Delete the temporary files that killed processes left in a directory.
 
-        Args:
-            directory: name of the directory.
-            older_than_s: time without a change (seconds) that tells these files from those that
-                another process is writing now.
+        A file that changed in the last ``older_than_s`` seconds may be another process's, which is
+        writing it now.
         """
         if self._is_object_store:
             return
@@ -328,10 +326,6 @@ def _is_uri(text: str) -> bool:
 
 def split_uri(file: str | os.PathLike[str]) -> tuple[Storage, str]:
     """Split the path or URI of a file into the directory that holds it and its name.
-
-    Args:
-        file: a path, absolute, relative or with ``~``, or a URI, which may have options after a
-            ``?``.
 
     Returns:
         The directory, with the options of the URI, and the name. A URI without a directory is

@@ -20,7 +20,6 @@ class StoredRecord:
     """A record and the directory that it describes."""
 
     storage: Storage
-    """The directory."""
     file: str
     """Name of the record in the directory: run.json or sweep.json."""
     content: dict[str, Any]

@@ -44,7 +44,7 @@ def unwrap(error: BaseException) -> UserError | None:
         # traceback.
         if isinstance(e, UserError) and "RayTaskError" not in type(e).__name__:
             return e
-        queue += [getattr(e, "error", None) if isinstance(e, _CarriedError) else None]
+        queue += [e.error] if isinstance(e, _CarriedError) else []
         queue += [getattr(e, "cause", None), e.__cause__, e.__context__]
-        queue += list(getattr(e, "worker_failures", {}).values())
+        queue += getattr(e, "worker_failures", {}).values()
     return None
