@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,15 +67,9 @@ def build(
     holds one shard.
 
     Args:
-        data: names the source.
-        pyramids: levels, precision and rows of a shard.
         storage: the root. Every node must reach it and the source.
-        split: train, validation or test.
         targets: lowpass (DCT), linear (bilinear), or none (images without levels).
         progress: called with (images done, all images), by one thread at a time, not the caller's.
-
-    Returns:
-        The finished shard set.
 
     Raises:
         DataError, ConfigError: as :func:`pipeline.data.sources.open.open_source` and
@@ -88,9 +81,11 @@ def build(
     report = progress or (lambda done, total: None)
     directory = storage / plan.address
     if not directory.exists(MANIFEST):
-        missing = plan.missing(directory)
-        with _reporting(plan, directory, report if missing else None):
-            _write(plan, directory, missing)
+        if missing := plan.missing(directory):
+            with _reporting(plan, directory, report):
+                _write(plan, directory, missing)
+        else:  # The last build was killed between the last shard and the manifest.
+            write_manifest(plan, directory, [])
     report(len(plan.rows), len(plan.rows))
     return load(storage, plan.address)
 
@@ -120,9 +115,6 @@ class _ShardDatasink(Datasink[dict[str, Any]]):
 
 def _write(plan: ShardSetPlan, directory: Storage, missing: list[int]) -> None:
     """Write the missing shards in Ray Data tasks, and the manifest."""
-    if not missing:  # The last build was killed between the last shard and the manifest.
-        write_manifest(plan, directory, [])
-        return
     import ray.data
 
     # Each shard is one row, one block and one task. Without the number, Ray Data makes a few
@@ -179,11 +171,10 @@ def write_manifest(plan: ShardSetPlan, directory: Storage, written: Sequence[dic
     entries = {entry["name"]: entry for entry in written}
     earlier = [i for i in range(plan.num_shards) if shard_name(i) not in entries]
     with ThreadPoolExecutor(4) as pool:
-        for entry in pool.map(
-            lambda i: _entry(i, len(plan.shard_rows(i)), directory.read_bytes(shard_name(i))), earlier
-        ):
-            entries[entry["name"]] = entry
-    comparison = _compare_with_torch_dct(plan, directory) if plan.has_lowpass_levels else {}
+        hashed = pool.map(lambda i: _entry(i, len(plan.shard_rows(i)), directory.read_bytes(shard_name(i))), earlier)
+        entries |= {entry["name"]: entry for entry in hashed}
+    has_lowpass_levels = plan.targets == "lowpass" and len(plan.sizes) > 1
+    comparison = _compare_with_torch_dct(plan, directory) if has_lowpass_levels else {}
     directory.delete_stale("", older_than_s=STALE_S)
     manifest = {
         **plan.settings(),
@@ -245,12 +236,10 @@ def _code_version() -> str:
         return "source"
 
 
-@contextlib.contextmanager
-def _reporting(plan: ShardSetPlan, directory: Storage, report: Callable[[int, int], None] | None) -> Iterator[None]:
+def _reporting(
+    plan: ShardSetPlan, directory: Storage, report: Callable[[int, int], None]
+) -> contextlib.AbstractContextManager[None]:
     """Report the images in finished shards while the body runs."""
-    if report is None:
-        yield
-        return
 
     def look() -> None:
         with contextlib.suppress(OSError, UserError):  # The build itself reports a storage that fails.
@@ -258,5 +247,4 @@ def _reporting(plan: ShardSetPlan, directory: Storage, report: Callable[[int, in
             done = sum(len(plan.shard_rows(i)) for i in range(plan.num_shards) if shard_name(i) in names)
             report(done, len(plan.rows))
 
-    with polling(look, PROGRESS_INTERVAL_S):
-        yield
+    return polling(look, PROGRESS_INTERVAL_S)

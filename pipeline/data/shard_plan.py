@@ -80,11 +80,6 @@ class ShardSetPlan:
         return settings
 
     @property
-    def has_lowpass_levels(self) -> bool:
-        """Tell whether the shards have levels that the DCT computed."""
-        return self.targets == "lowpass" and len(self.sizes) > 1
-
-    @property
     def num_shards(self) -> int:
         """Number of shards."""
         return -(-len(self.rows) // self.pyramids.rows_per_shard)

@@ -45,41 +45,12 @@ class ShardSet:
         return len(self.manifest["shards"])
 
     @property
-    def shard_rows(self) -> tuple[int, ...]:
-        """Rows of each shard."""
-        return tuple(s["rows"] for s in self.manifest["shards"])
-
-    @property
-    def level_sizes(self) -> tuple[int, ...]:
-        """Side lengths of the levels in pixels, level 0 included."""
-        return tuple(self.manifest["level_sizes"])
-
-    @property
     def level_columns(self) -> tuple[str, ...]:
         """Names of the stored levels, "level_1" and so on. Level 0 is "image"."""
-        return tuple(f"level_{m}" for m in range(1, len(self.level_sizes)))
-
-    @property
-    def targets(self) -> str:
-        """Kind of the levels: lowpass, linear or none."""
-        return str(self.manifest["targets"])
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images."""
-        return int(self.manifest["channels"])
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of labels 0.. ."""
-        return tuple(self.manifest["source"]["class_names"])
+        return tuple(f"level_{m}" for m in range(1, len(self.manifest["level_sizes"])))
 
     def read_shard(self, i: int, columns: Sequence[str] | None = None) -> Columns:
-        """Return columns of one shard as read-only views of one buffer.
-
-        Args:
-            i: number of the shard.
-            columns: names of the columns, all if None.
+        """Return columns of one shard, all if None, as read-only views of one buffer.
 
         Raises:
             DataError: the file is missing, or differs from its checksum.
@@ -133,10 +104,6 @@ class ShardSet:
 
 def load(storage: Storage, address: str) -> ShardSet:
     """Return the finished shard set at an address.
-
-    Args:
-        storage: the root of ``pyramids.build``.
-        address: ``pyramids/<hash>``.
 
     Raises:
         DataError: there is none, or it is of another version of this program.

@@ -18,14 +18,7 @@ held out first."""
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of each number, a bijective hash (Steele, Lea, Flood 2014).
-
-    Args:
-        x: uint64, any shape.
-
-    Returns:
-        uint64 of the same shape.
-    """
+    """Return splitmix64 of each uint64, a bijective hash (Steele, Lea, Flood 2014)."""
     z = x + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -73,9 +66,6 @@ def split_indices(numbers: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     """Split training rows into those trained on and those held out.
 
     Rows added at the end never move another row, since only its own number and the seed decide.
-
-    Args:
-        numbers, fraction, seed: as for :func:`held_out`.
 
     Returns:
         Positions in ``numbers``: (training rows, validation rows), each a sorted int64 array.

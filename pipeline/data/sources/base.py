@@ -37,7 +37,6 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
 
     Args:
         source: the training images (for train and validation) or the test images.
-        split: train, validation or test.
 
     Returns:
         int64 [n]: positions in the source, 0..num_rows-1.

@@ -26,8 +26,6 @@ def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> Non
     orientation in EXIF is ignored.
 
     Args:
-        data: says the size, the channels and whether the image may be resized.
-        encoded: the content of the file.
         where: the image's name in messages.
 
     Raises:

@@ -93,8 +93,11 @@ class FolderSource(Source):
 
     def labels(self) -> np.ndarray:
         """Return all labels, the positions of the class folders, int64 [num_rows]."""
+        return self._labels_of(self.names)
+
+    def _labels_of(self, names: Sequence[str]) -> np.ndarray:
         numbers = {name: i for i, name in enumerate(self.class_names)}
-        return np.array([numbers[name.partition("/")[0]] for name in self.names], np.int64)
+        return np.array([numbers[name.partition("/")[0]] for name in names], np.int64)
 
     @property
     def _classes_place(self) -> str:
@@ -114,13 +117,10 @@ class FolderSource(Source):
 
     def _read_into(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         self._check_class_count()
-        numbers = {name: i for i, name in enumerate(self.class_names)}
-        for position, index in enumerate(indices):
-            name = self.names[index]
-            labels[position] = numbers[name.partition("/")[0]]
-            path = f"{self.directory}/{name}"
-            where = f"{printable(path)} (row {index})"
-            decode(self.data, read_file(path), where, images[position])
+        labels[:] = self._labels_of([self.names[i] for i in indices])
+        for index, out in zip(indices, images, strict=True):
+            path = f"{self.directory}/{self.names[index]}"
+            decode(self.data, read_file(path), f"{printable(path)} (row {index})", out)
 
 
 def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource:
@@ -166,13 +166,7 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
 
 
 def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split: str = "") -> str:
-    """Return the folder of a split in ``root``.
-
-    Args:
-        root: the directory of the data set.
-        listing: of ``root``.
-        split: train or test.
-        test_split: as of :func:`choose_word`.
+    """Return the folder of a split in ``root``, whose listing is given.
 
     Raises:
         DataError: there is no such folder, there are two, or it is a broken link.
@@ -200,8 +194,6 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
     They are unknown in the training split, or there is only one.
 
     Args:
-        directory: of the split.
-        listing: of ``directory``.
         classes_directory: directory of the split whose folders are the classes.
         folders: the class folders.
     """
@@ -254,11 +246,7 @@ def _suffix(name: str) -> str:
 def _left_out(listing: Listing, suffixes: Sequence[str]) -> str:
     """Return which files of a split are left out, in words, or "".
 
-    They have the suffix of no image, or lie beside the class folders.
-
-    Args:
-        listing: of the split's directory.
-        suffixes: of all files in its class folders.
+    They have the suffix of no image, or lie beside the class folders, whose files have ``suffixes``.
     """
     kinds = [suffix or "without suffix" for suffix in suffixes if suffix not in _IMAGE_SUFFIXES]
     kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in listing.files]

@@ -54,7 +54,6 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, wo
     All labels are checked, since this decodes no image, and the first image.
 
     Args:
-        data: names the source.
         trains: False if nothing is trained, so that the test images are enough.
         attacked: ``evaluation.test_images``.
         workers: ``scaling.workers``, each of which needs an image of the training and the

@@ -64,7 +64,7 @@ class ParquetSource(Source):
     @property
     def storage(self) -> Storage:
         """The directory of the files."""
-        return _opened(self.uri or str(Path(__file__).resolve().parents[1] / self.sample))
+        return _directory_of(self.uri, self.sample)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -82,7 +82,7 @@ class ParquetSource(Source):
         """Return all labels, int64 [num_rows], from the label column alone."""
         parts = [np.empty(0, np.int64)]
         for file, rows, _ in self._by_file(self.numbers):
-            with self._open(file) as parquet:
+            with open_parquet_file(self.storage, file.name) as parquet:
                 parts.append(self._labels(self._columns(parquet, file, [self.label_column]), file, 0, rows))
         return np.concatenate(parts)
 
@@ -119,9 +119,6 @@ class ParquetSource(Source):
     def _path(self, file: _ParquetFile) -> str:
         return printable(f"{self.storage.uri}/{file.name}")
 
-    def _open(self, file: _ParquetFile) -> pq.ParquetFile:
-        return open_parquet_file(self.storage, file.name)
-
     def _columns(
         self, parquet: pq.ParquetFile, file: _ParquetFile, names: list[str], group: int | None = None
     ) -> pa.Table:
@@ -155,7 +152,7 @@ class ParquetSource(Source):
 
     def _read_file(self, file: _ParquetFile, rows: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
         starts, path = np.cumsum([0, *file.row_group_rows]), self._path(file)
-        with self._open(file) as parquet:
+        with open_parquet_file(self.storage, file.name) as parquet:
             for group in range(len(file.row_group_rows)):
                 low, high = np.searchsorted(rows, starts[group : group + 2])
                 if low == high:
@@ -180,25 +177,14 @@ class ParquetSource(Source):
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(uri: str) -> Storage:
-    """Open a storage once in each process, since every row group needs it."""
-    return Storage(uri)
+def _directory_of(uri: str, sample: str) -> Storage:
+    """Open the directory of a source once in each process, since every row group needs it."""
+    return Storage(uri or Path(__file__).resolve().parents[1] / sample)
 
 
 def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
     """Open a split of the directory ``uri``, or of a bundled sample. Raises DataError."""
-    empty = ParquetSource(
-        data=data,
-        split=split,
-        num_rows=0,
-        class_names=(),
-        uri=uri,
-        sample=sample,
-        files=(),
-        image_column="",
-        label_column="",
-    )
-    storage = empty.storage
+    storage = _directory_of(uri, sample)
     if not storage.exists():
         raise DataError(
             f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, "
@@ -220,10 +206,13 @@ def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) ->
             if class_names and named and named != class_names:
                 raise DataError(f"{where}: its classes are not those of {names[0]}; they are of two data sets")
             class_names = class_names or named
-    return dataclasses.replace(
-        empty,
+    return ParquetSource(
+        data=data,
+        split=split,
         num_rows=sum(f.num_rows for f in files),
         class_names=class_names or tuple(map(str, range(data.num_classes))),
+        uri=uri,
+        sample=sample,
         files=tuple(files),
         image_column=columns[0],
         label_column=columns[1],

@@ -204,9 +204,7 @@ def access(storage: Storage, place: str, action: Callable[[], T], done: str = "r
     """Return what ``action`` returns, and repeat it while the storage does not answer.
 
     Args:
-        storage: of the place.
         place: the file or folder that ``action`` reads, for messages.
-        action: reads it.
         done: "read" or "listed", for messages.
 
     Raises:

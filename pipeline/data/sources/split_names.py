@@ -51,7 +51,6 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     """Return the name of a split as the directory ``place`` spells it.
 
     Args:
-        place: for the message.
         words: names in the directory that may be a split's.
         test_split: ``data.test_split``, the user's name for the test images, or "".
 
@@ -85,8 +84,7 @@ def parquet_files(
     conversion writes.
 
     Args:
-        place: the directory, for messages.
-        names: the Parquet files in it.
+        names: the Parquet files in the directory ``place``.
         folders: name of each folder in it -> its Parquet files.
         test_split: as of :func:`choose_word`.
 
@@ -189,8 +187,6 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
     all labels.
 
     Args:
-        place: the directory, for the message.
-        names: the folders.
         order: ``data.class_order``, or "" if the user gave none.
 
     Raises:

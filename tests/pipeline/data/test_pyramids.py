@@ -62,21 +62,26 @@ def files(storage: Storage, address: str) -> dict[str, bytes]:
 # -- content -------------------------------------------------------------------------------------
 
 
+def shard_rows(shards: ShardSet) -> list[int]:
+    return [shard["rows"] for shard in shards.manifest["shards"]]
+
+
 @pytest.mark.cluster
 def test_rows_are_those_of_the_source_in_order(train: ShardSet) -> None:
     source = open_source(DATA, "train")
     rows = base.split_rows(source, "train")
     images, labels = source.read(rows)
     assert train.num_rows == len(rows)
-    assert train.shard_rows == (100,) * 6 + (len(rows) - 600,)
+    assert shard_rows(train) == [100] * 6 + [len(rows) - 600]
     columns = train.read_rows(0, train.num_rows)
     assert list(columns) == ["index", "label", "image", "level_1", "level_2"]
     np.testing.assert_array_equal(columns["index"], source.numbers[rows])
     np.testing.assert_array_equal(columns["label"], labels)
     np.testing.assert_array_equal(columns["image"], images)
     assert {k: v.dtype.name for k, v in columns.items()} == train.manifest["columns"]
-    assert (train.level_sizes, train.level_columns) == ((28, 14, 7), ("level_1", "level_2"))
-    assert (train.targets, train.channels, train.class_names) == ("lowpass", 1, tuple("0123456789"))
+    assert (train.manifest["level_sizes"], train.level_columns) == ([28, 14, 7], ("level_1", "level_2"))
+    assert (train.manifest["targets"], train.manifest["channels"]) == ("lowpass", 1)
+    assert train.manifest["source"]["class_names"] == list("0123456789")
 
 
 @pytest.mark.cluster
@@ -102,7 +107,7 @@ def test_read_rows_across_shards(train: ShardSet) -> None:
         with pytest.raises(IndexError):
             train.read_rows(start, stop)
     parts = list(train.iter_shards())
-    assert [len(s["index"]) for s in parts] == list(train.shard_rows)
+    assert [len(s["index"]) for s in parts] == shard_rows(train)
     np.testing.assert_array_equal(np.concatenate([s["level_2"] for s in parts]), whole["level_2"])
 
 
@@ -135,7 +140,7 @@ def test_numpy_columns_are_views_not_copies(train: ShardSet) -> None:
 def test_splits_share_no_row(train: ShardSet, storage: Storage) -> None:
     held_out = build(DATA, SMALL, storage, "validation")
     test = build(DATA, SMALL, storage, "test")
-    assert test.shard_rows == (100, 30)
+    assert shard_rows(test) == [100, 30]
     assert len({train.address, held_out.address, test.address}) == 3
     rows = np.concatenate([s.read_rows(0, s.num_rows)["index"] for s in (train, held_out)])
     np.testing.assert_array_equal(np.sort(rows), open_source(DATA, "train").numbers)
@@ -147,7 +152,7 @@ def test_other_targets(ray_cluster: str, storage: Storage, targets: Any, dtype: 
     made = build(DATA, PyramidConfig(dtype=dtype), storage, "test", targets=targets)
     columns = made.read_shard(0)
     if targets == "none":
-        assert (made.level_sizes, made.level_columns) == ((28,), ())
+        assert (made.manifest["level_sizes"], made.level_columns) == ([28], ())
         assert list(columns) == ["index", "label", "image"]
     else:
         levels = linear_pyramid(torch.tensor(columns["image"]).float() / 255, (28, 14, 7))
@@ -167,7 +172,7 @@ def test_shared_data_sets(
     columns = made.read_rows(0, rows)
     source = open_source(data, "test")
     np.testing.assert_array_equal(columns["image"], source.read(np.arange(rows))[0][base.split_rows(source, "test")])
-    levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, made.level_sizes)
+    levels = lowpass_pyramid(torch.from_numpy(columns["image"]).float() / 255, tuple(made.manifest["level_sizes"]))
     assert len(levels) == (4 if size == 224 else 3)
     for m, level in enumerate(levels[1:], start=1):
         torch.testing.assert_close(torch.from_numpy(columns[f"level_{m}"]).float(), level, rtol=0, atol=5e-4)
