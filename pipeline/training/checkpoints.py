@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from components.config import TrainConfig
-from components.config.data import Shapes
+from components.config import Shapes, TrainConfig
 from components.errors import DataError
 from components.fields import to_dict
 from pipeline.runtime.storage import Storage
@@ -31,10 +30,7 @@ def save_checkpoint(
 ) -> str:
     """Write the state after ``epoch`` epochs, and delete all checkpoints but it and the one before.
 
-    Random streams need no state, since they follow from the step.
-
-    Returns:
-        The name of the file, which is whole or absent.
+    Random streams need no state, since they follow from the step. Return the file's name.
     """
     state = {
         "schema": SCHEMA,
@@ -106,10 +102,7 @@ def load_checkpoint(
     config: TrainConfig,
     shapes: Shapes,
 ) -> int:
-    """Load a checkpoint into network and optimizer.
-
-    Returns:
-        How many epochs are done.
+    """Load a checkpoint into network and optimizer. Return how many epochs are done.
 
     Raises:
         DataError: the file is corrupt, has another schema version, or is of another model.

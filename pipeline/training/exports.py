@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import nn
 
-from components.config import TrainConfig
-from components.config.data import Shapes
+from components.config import Shapes, TrainConfig
 from components.errors import ConfigError, DataError
 from components.fields import from_dict, to_dict
 from components.models import libraries, own
@@ -50,12 +49,9 @@ def parts_of(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Write one file for each of :func:`parts_of`, e.g. classifier.safetensors.
+    """Write one file for each of :func:`parts_of`, e.g. classifier.safetensors. Return the names.
 
     A file's metadata says how to build its network, so that it can be loaded alone.
-
-    Returns:
-        The names of the files.
     """
     names = []
     for part, _, data in _exported(net, config, shapes):
@@ -79,11 +75,8 @@ def _exported(net: nn.Module, config: TrainConfig, shapes: Shapes) -> Iterator[t
 def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
     """Export a network in memory, load every part again, and compare the outputs.
 
-    A network that will be trained makes one pass in training mode first. What that pass changes
-    must be part of the network's state.
-
-    Args:
-        net: a network from :func:`build_net`; the pass may change its buffers.
+    A network that will be trained makes one pass in training mode first, which may change its
+    buffers. What that pass changes must be part of the network's state.
 
     Returns:
         The names of the parts.
@@ -191,9 +184,6 @@ def check_source(data: bytes, arch: str, where: str) -> None:
 
     A file that names no source is not checked.
 
-    Args:
-        where: the file, for the message.
-
     Raises:
         DataError: the module has been edited since, or is another one.
     """
@@ -269,16 +259,6 @@ def load_autoencoder(
     return autoencoder.to(device)
 
 
-def load_reformer(path: str | os.PathLike[str], device: str | torch.device = "cpu", *, sha256: str = "") -> ComDefend:
-    """Load an exported reformer in eval mode: images in [0,1] to reformed images.
-
-    Args, Raises: as :func:`load_classifier`.
-    """
-    reformer = _rebuilt("reformer", *_read(path, "reformer", (), sha256))
-    assert isinstance(reformer, ComDefend)
-    return reformer.to(device)
-
-
 def load_reformed(
     reformer: str | os.PathLike[str],
     classifier: str | os.PathLike[str],
@@ -291,7 +271,7 @@ def load_reformed(
 
     Args, Raises: as :func:`load_classifier`.
     """
-    return Reformed(
-        load_reformer(reformer, device, sha256=sha256[0]),
-        load_classifier(classifier, device, trusted=trusted, sha256=sha256[1]),
-    ).eval()
+    front = _rebuilt("reformer", *_read(reformer, "reformer", (), sha256[0]))
+    assert isinstance(front, ComDefend)
+    behind = load_classifier(classifier, device, trusted=trusted, sha256=sha256[1])
+    return Reformed(front.to(device), behind).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,8 +9,7 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
-from components.config import TrainConfig
-from components.config.data import Shapes
+from components.config import Shapes, TrainConfig
 from components.errors import DataError, UserError
 from components.models.defend import DefendNet
 from components.network import build_net
@@ -30,7 +28,6 @@ def copy_autoencoder(
     Args:
         config: of the classifier; ``config.pretrained`` names its file.
         weights: of the classifier.
-        tracking_uri: MLflow server of mlflow:... addresses.
 
     Returns:
         Its address below the storage's root and "", or "" and the reason why there is none.
@@ -40,13 +37,10 @@ def copy_autoencoder(
     """
     data, reason = autoencoder_beside(config.pretrained, tracking_uri)
     if data is not None:
-        reason = reason or mismatch(config, shapes, weights, data)
+        reason = mismatch(config, shapes, weights, data)
     if data is None or reason:
         return "", reason
-    address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
-    if not root.exists(address):
-        root.write_bytes(address, data)
-    return address, ""
+    return pretrained.store(root, data), ""
 
 
 def autoencoder_beside(classifier: str, tracking_uri: str) -> tuple[bytes | None, str]:

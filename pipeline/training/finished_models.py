@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from components.config import TrainConfig
-from components.config.data import Shapes
+from components.config import Shapes, TrainConfig
 from components.errors import DataError
 from components.fields import to_dict
 from components.network import build_net
@@ -36,7 +35,7 @@ def export_trained(loop: TrainingLoop, home: Storage, request: Mapping[str, Any]
     }
     files = exports.export(home, loop.net, loop.config, loop.shapes)
     parts = exports.parts_of(loop.net)
-    _write_model(home, files, parts, loop.config, loop.shapes, request["pyramids"], request["weights"], measured)
+    _write_model(home, files, parts, loop.config, loop.shapes, request, measured)
     # Checkpoints are three times as large as the model.
     for name in checkpoints.list_checkpoints(home / "checkpoints"):
         home.delete(f"checkpoints/{name}")
@@ -54,7 +53,7 @@ def export_external(job: TrainingJob, shapes: Shapes, root: Storage) -> None:
         files = [*files, AUTOENCODER]
         parts = {**parts, "autoencoder": exports.load_autoencoder(home.full_uri, trusted=job.config.arch)}
     measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
-    _write_model(home, files, parts, job.config, shapes, job.pyramids, job.weights, measured)
+    _write_model(home, files, parts, job.config, shapes, job.request(), measured)
 
 
 def _write_model(
@@ -63,8 +62,7 @@ def _write_model(
     parts: Mapping[str, nn.Module],
     config: TrainConfig,
     shapes: Shapes,
-    pyramids: Mapping[str, str],
-    weights: str,
+    request: Mapping[str, Any],
     measured: Mapping[str, Any],
 ) -> None:
     home.write_json(
@@ -73,8 +71,8 @@ def _write_model(
             "schema": exports.SCHEMA,
             "train": to_dict(config),
             "shapes": to_dict(shapes),
-            "pyramids": dict(pyramids),
-            "weights": weights,
+            "pyramids": request["pyramids"],
+            "weights": request["weights"],
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
             **measured,
             "files": {f: hashlib.sha256(home.read_bytes(f)).hexdigest() for f in files},

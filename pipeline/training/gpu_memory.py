@@ -15,8 +15,7 @@ import torch
 from ray.exceptions import GetTimeoutError
 from torch import Tensor, nn
 
-from components.config import Experiment, TrainConfig
-from components.config.data import Shapes
+from components.config import Experiment, Shapes, TrainConfig
 from components.network import build_net
 from components.training.augment import Batch, gaussian_noise, targets_of
 from components.training.schedule import phase_at_epoch

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.config import Experiment, Shapes, TrainConfig, stored_levels
+from components.config import Shapes, TrainConfig, stored_levels
 from components.errors import ConfigError
 from components.fields import content_hash, to_dict
 from components.models import libraries, own
@@ -28,22 +28,8 @@ FAILED_MODEL = "failed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartingWeights:
-    """Weights that a model starts from, copied to the storage.
-
-    An external model has epochs=0: it is evaluated with these weights and not trained."""
-
-    address: str = ""
-    """Pretrained weights below the storage's root, or empty."""
-    autoencoder: str = ""
-    """Auto-encoder of an external model below the storage's root, or empty."""
-    why_no_autoencoder: str = ""
-    """Reason why an external model has no auto-encoder."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One model to train, or an external model to export."""
+    """One model to train, or an external model (epochs=0) to export with the weights it has."""
 
     name: str
     """Its name in the run."""
@@ -56,9 +42,9 @@ class TrainingJob:
     address: str
     """``models/<kind>-<hash>`` below the storage's root."""
     autoencoder: str = ""
-    """As :attr:`StartingWeights.autoencoder`."""
+    """Auto-encoder of an external model below the storage's root, or empty."""
     why_no_autoencoder: str = ""
-    """As :attr:`StartingWeights.why_no_autoencoder`."""
+    """Reason why an external model has no auto-encoder."""
 
     def request(self) -> dict[str, Any]:
         """Return what a worker needs to train the model, as plain JSON types."""
@@ -97,37 +83,6 @@ class TrainingData:
             train, identity = next(iter(self.train.values())), self.without_levels
         validation = {"validation": self.validation} if self.validation else {}
         return {"train": train, **validation}, {"train": identity, **validation}
-
-
-def list_jobs(
-    experiment: Experiment, shapes: Shapes, data: TrainingData, weights: Mapping[str, StartingWeights]
-) -> list[TrainingJob]:
-    """List the models of an experiment as jobs.
-
-    Args:
-        weights: weights of each model by name, as :func:`pipeline.training.train.fetch_weights`
-            returns them.
-
-    Raises:
-        ConfigError: no shard set has a model's kind of targets; or as :func:`source_hash`.
-    """
-    jobs = []
-    for name, config in experiment.model_configs().items():
-        config, start = config.canonical(), weights[name]
-        pyramids, identity = data.for_model(config)
-        weights_identity = "+".join(filter(None, (start.address, start.autoencoder)))
-        jobs.append(
-            TrainingJob(
-                name=name,
-                config=config,
-                pyramids=pyramids,
-                weights=start.address,
-                address=model_address(config, shapes, identity, experiment.scaling.workers, weights_identity),
-                autoencoder=start.autoencoder,
-                why_no_autoencoder=start.why_no_autoencoder,
-            )
-        )
-    return jobs
 
 
 def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 
-from components.config import TrainConfig
-from components.config.data import Shapes
+from components.config import Shapes, TrainConfig
 from components.errors import DataError
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet
@@ -150,12 +149,7 @@ class TrainingLoop:
     def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""
         checkpoints.save_checkpoint(
-            storage,
-            net=self.net,
-            optimizer=self.optimizer,
-            epoch=self.epoch,
-            config=self.config,
-            shapes=self.shapes,
+            storage, net=self.net, optimizer=self.optimizer, epoch=self.epoch, config=self.config, shapes=self.shapes
         )
 
     def module(self, phase: Phase) -> nn.Module:

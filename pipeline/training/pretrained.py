@@ -20,9 +20,6 @@ MLFLOW = "mlflow:"
 def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
     """Return the tensors that ``train.pretrained`` names.
 
-    Args:
-        tracking_uri: MLflow server of mlflow:... addresses.
-
     Raises:
         StorageError: the file does not exist.
         DataError: the file holds no tensors, or torchvision's weights cannot be downloaded.
@@ -100,15 +97,16 @@ def _torchvision(arch: str, name: str) -> Weights:
 
 
 def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
-    """Copy the weights to ``weights/<sha256>.safetensors`` of the storage, unless they are there.
-
-    Returns:
-        That address.
+    """Copy the weights to the storage, and return their address.
 
     Raises:
         UserError: as :func:`read`.
     """
-    data = weights_file.to_bytes(dict(sorted(read(config, tracking_uri).items())))
+    return store(root, weights_file.to_bytes(dict(sorted(read(config, tracking_uri).items()))))
+
+
+def store(root: Storage, data: bytes) -> str:
+    """Write a file to ``weights/<sha256>.safetensors``, unless it is there. Return that address."""
     address = f"weights/{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
     if not root.exists(address):
         root.write_bytes(address, data)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -75,12 +75,17 @@ def train_group(group: Sequence[TrainingJob], settings: dict[str, Any], experime
 
 def _worker(settings: dict[str, Any]) -> None:
     """Train the models of one Ray Train run, on one of its workers."""
-    import ray.train
+    train_models(settings["jobs"], Storage(settings["root"]), start_rank(settings["threads"]), settings)
 
-    torch.set_num_threads(settings["threads"])
+
+def start_rank(threads: int) -> Ranks:
+    """Return this worker of a Ray Train run among its ranks, and let torch use so many threads."""
+    import ray.train
+    import ray.train.torch
+
+    torch.set_num_threads(threads)
     context = ray.train.get_context()
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    train_models(settings["jobs"], Storage(settings["root"]), ranks, settings)
+    return Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
 def _progress_of(group: Sequence[TrainingJob], root: Storage) -> list[Any]:
@@ -124,31 +129,39 @@ def fit_workers(
     from pipeline.training.process_group import NodeTorchConfig
 
     scaling = experiment.scaling
-    # Ray's own state is never continued: the models' directories say how far they are.
-    ray_files = root / f"ray/{secrets.token_hex(8)}"
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config=config,
-        torch_config=NodeTorchConfig(backend="nccl" if scaling.gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
-        ),
-        # ray.train exports its v1 classes to type checkers and its v2 classes, with these fields,
-        # to programs.
-        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name="train",
-            storage_path=ray_files.root,
-            storage_filesystem=ray_files.fs,
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
-                max_failures=max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
+    with ray_files(root) as files:
+        TorchTrainer(
+            worker,
+            train_loop_config=config,
+            torch_config=NodeTorchConfig(backend="nccl" if scaling.gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
             ),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-        ),
-    )
+            # ray.train exports its v1 classes to type checkers and its v2 classes, with these
+            # fields, to programs.
+            run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+                name="train",
+                storage_path=files.root,
+                storage_filesystem=files.fs,
+                failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                    max_failures=max_failures, controller_failure_limit=MAX_CONTROLLER_FAILURES
+                ),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        ).fit()
 
-    def clean() -> None:
+
+@contextmanager
+def ray_files(root: Storage) -> Iterator[Storage]:
+    """Yield a directory for Ray's own files, and delete it after the body.
+
+    Ray's state is never continued: the models' directories say how far they are.
+    """
+    files = root / f"ray/{secrets.token_hex(8)}"
+
+    def delete() -> None:
         with suppress(OSError):
-            root.fs.delete_dir(ray_files.root)
+            root.fs.delete_dir(files.root)
 
-    with interrupts.cleaning_up(clean):
-        trainer.fit()
+    with interrupts.cleaning_up(delete):
+        yield files

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from components.config import Experiment
-from components.config.data import Shapes
+from components.config import Experiment, Shapes
 from components.fields import to_dict
 from components.models.classifiers import ARCHITECTURES
 from components.network import build_net
@@ -27,7 +26,7 @@ from pipeline.runtime.storage import Storage, StorageError
 from pipeline.training import checkpoints, exports, pretrained
 from pipeline.training.external import copy_autoencoder
 from pipeline.training.finished_models import export_external
-from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, StartingWeights, TrainingData, TrainingJob, list_jobs
+from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingData, TrainingJob, model_address
 from pipeline.training.monitor import Progress, TrainingMonitor
 from pipeline.training.ray_runs import TrainingError, parallel_runs, train_group
 from pipeline.training.worker_group import LIVE_INTERVAL_S
@@ -40,28 +39,36 @@ minute."""
 def prepare_jobs(
     experiment: Experiment, shapes: Shapes, data: TrainingData, root: Storage, tracking_uri: str = ""
 ) -> list[TrainingJob]:
-    """Fetch the pretrained weights of an experiment and list its models as jobs."""
-    return list_jobs(experiment, shapes, data, fetch_weights(experiment, shapes, root, tracking_uri))
+    """List the models of an experiment as jobs.
 
+    Pretrained weights are copied to the storage, where every worker reaches them.
 
-def fetch_weights(
-    experiment: Experiment, shapes: Shapes, root: Storage, tracking_uri: str = ""
-) -> dict[str, StartingWeights]:
-    """Copy the weights of each model to the storage, where every worker reaches them.
-
-    Returns:
-        Name of each model -> its weights.
+    Raises:
+        ConfigError: no shard set has a model's kind of targets; or as :func:`source_hash`.
+        UserError: as :func:`pretrained.fetch`.
     """
-    weights = {}
+    jobs = []
     for name, config in experiment.model_configs().items():
         config = config.canonical()
-        address = pretrained.fetch(config, root, tracking_uri) if config.pretrained else ""
+        weights = pretrained.fetch(config, root, tracking_uri) if config.pretrained else ""
         autoencoder, reason = "", ""
         if not config.epochs:
-            tensors = pretrained.load(root, address)
+            tensors = pretrained.load(root, weights)
             autoencoder, reason = copy_autoencoder(config, shapes, tensors, root, tracking_uri)
-        weights[name] = StartingWeights(address=address, autoencoder=autoencoder, why_no_autoencoder=reason)
-    return weights
+        pyramids, identity = data.for_model(config)
+        start = "+".join(filter(None, (weights, autoencoder)))
+        jobs.append(
+            TrainingJob(
+                name=name,
+                config=config,
+                pyramids=pyramids,
+                weights=weights,
+                address=model_address(config, shapes, identity, experiment.scaling.workers, start),
+                autoencoder=autoencoder,
+                why_no_autoencoder=reason,
+            )
+        )
+    return jobs
 
 
 def check_models(experiment: Experiment, shapes: Shapes, tracking_uri: str = "") -> list[str]:

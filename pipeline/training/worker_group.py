@@ -10,9 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from components.config import TrainConfig
-from components.config.data import Shapes
-from components.config.train import stored_levels
+from components.config import Shapes, TrainConfig, stored_levels
 from components.errors import UserError
 from components.fields import from_dict
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, StorageError
@@ -162,11 +160,7 @@ class _WhileLeased(EpochCallback):
 
 
 def train_model(
-    request: dict[str, Any],
-    home: Storage,
-    data: DataCache,
-    settings: Mapping[str, Any],
-    callback: EpochCallback | None = None,
+    request: dict[str, Any], home: Storage, data: DataCache, settings: Mapping[str, Any], callback: EpochCallback
 ) -> None:
     """Train a model, or continue it, and export it; every rank of a worker group calls it.
 
@@ -194,7 +188,6 @@ def train_model(
             home.delete_stale(directory, HALF_WRITTEN_S)
     loop.resume(home / "checkpoints")
     live = _live_writer(home, data.ranks)
-    callback = callback or EpochCallback()
     while loop.epoch < config.epochs:
         record = loop.run_epoch(live)
         callback.measure(loop, record)
