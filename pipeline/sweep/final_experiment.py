@@ -24,7 +24,6 @@ def final_experiment(
 
     Args:
         model: the recipe's name of the model that was varied.
-        point: the chosen values.
         suite: the attacks and threat models. ``full``: :func:`pipeline.recipes.suites.full_suite`
             at the budget of the recipe's first attack that has one, else at the field's standard.
             ``recipe``: the recipe's own.

@@ -15,10 +15,7 @@ from pipeline.sweep.options import SweepOptions
 
 
 def load_space(options: SweepOptions) -> tuple[str, Space]:
-    """Load a search space and apply the options that change it.
-
-    Returns:
-        The space's name, which is that of its file, and the space.
+    """Load a search space and apply the options that change it. Return its name and the space.
 
     Raises:
         ConfigError: there is no such file, it is not Python, it has no SPACE, or its SPACE is not

@@ -120,11 +120,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         )
     Lease(storage).check_free()
     uri, experiment_name = server.choose(
-        experiment.tracking_uri,
-        experiment.experiment_name,
-        root,
-        required=not storage.exists("sweep.json"),
-        echo=say,
+        experiment.tracking_uri, experiment.experiment_name, root, required=not storage.exists("sweep.json"), echo=say
     )
     sweep = Sweep(
         experiment=experiment,

@@ -26,6 +26,7 @@ from pipeline.evaluation import attack_tasks, figure_data, reliability
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.trials import objective
 from pipeline.sweep.trials.plan import Objective
+from pipeline.training.loop import Ranks
 
 TRUE = ("ieee",) * 6 + (False, False, "highest", False, True, False)
 
@@ -152,7 +153,7 @@ def _validation(model: Observer, _: Path) -> None:
 
 def _objective(model: Observer, path: Path) -> None:
     asked = Objective(attack="pgd:eps=0.3,steps=2", images=8, validation="pyramids/x")
-    objective.RobustAccuracyMeter(asked, Storage(str(path)), 0, 1, torch.device("cpu")).robust_accuracy(model)
+    objective.RobustAccuracyMeter(asked, Storage(str(path)), Ranks()).robust_accuracy(model)
 
 
 def _job(path: Path, **more: object) -> dict[str, Any]:

@@ -17,18 +17,12 @@ from pipeline.sweep.report.summary import markdown, paragraphs, table, to_csv
 
 
 def build(record: Mapping[str, Any], storage: Storage) -> list[str]:
-    """Write ``report/`` of a sweep that has a choice, and return the names of its files.
-
-    Args:
-        record: sweep.json.
-        storage: the sweep's directory.
-    """
+    """Write ``report/`` of a sweep that has a choice, and return the names of its files."""
     plots = {"pareto": pareto(record), "parallel": parallel(record)}
     if (png := heat_map(record)) is not None:
         plots["heat-map"] = png
     page = _page(record, storage, plots)
-    files = {f"{name}.png": png for name, png in plots.items()}
-    files |= {
+    files = {f"{name}.png": png for name, png in plots.items()} | {
         "trials.csv": to_csv(record).encode(),
         "table.md": markdown(record).encode(),
         "report.html": page.encode(),

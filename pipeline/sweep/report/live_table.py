@@ -56,7 +56,7 @@ class TrialTable:
         now = time.monotonic()
         if (ended := self._count_ended()) > self._drawn_ended and now - self._drawn_at >= LOG_INTERVAL_S:
             self._drawn_at, self._drawn_ended, self._printed_at = now, ended, now
-            self._print(LOG_ROWS)
+            self.print(LOG_ROWS)
         elif now - self._printed_at >= PLAIN_INTERVAL_S:
             self._printed_at = now
             say(self.line())
@@ -116,11 +116,8 @@ class TrialTable:
         with Live(self, console=console, refresh_per_second=2, transient=True):
             yield
 
-    def print(self) -> None:
-        """Print all trials once."""
-        self._print(None)
-
-    def _print(self, rows: int | None) -> None:
+    def print(self, rows: int | None = None) -> None:
+        """Print the trials once: all, or the most important in so many rows."""
         # A log has no width of its own.
         wide = console if self.is_live else Console(file=console.file, width=max(console.width, LOG_WIDTH))
         wide.print(self._draw(rows))

@@ -43,10 +43,6 @@ def publish_sweep(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, r
     What is published already is skipped. The parent run has settings, report and best.json. Below
     it each trial has a run, with the metric names of a model's run (means over its seeds) and
     ``validation/robust``. Below that, each seed of several has a run.
-
-    Args:
-        sweep: the sweep's directory.
-        root: the storage that it lies in.
     """
     start_sweep(tracker, record)
     for trial in trials_of(record):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any
 
 from components.fields import content_hash
@@ -44,7 +43,6 @@ def run_trials(
     Args:
         pending: the trials of the record to run.
         proposals: how many more TPE is to propose.
-        references: models that are measured like those of a trial.
 
     Raises:
         UserError: the workers could not be kept up, or storage or shards failed. The next command
@@ -61,7 +59,7 @@ def run_trials(
     try:
         with monitor.shown():
             if left:
-                with _tune_files(sweep.root) as files:
+                with ray_runs.ray_files(sweep.root) as files:
                     _make_tuner(monitor, files, runs, pending, proposals).fit()
             monitor.wait_for_references()
     except Exception as e:
@@ -100,17 +98,6 @@ def _start_pool(sweep: Sweep, plan: SweepPlan, monitor: SweepMonitor, runs: int,
         ray_runs.fit_workers(serve, config, sweep.experiment, sweep.root, max_failures=deaths)
 
     return TrainingPool(monitor.queue, runs, fit, fail=monitor.fail)
-
-
-@contextmanager
-def _tune_files(root: Storage) -> Iterator[Storage]:
-    """Yield a directory for Tune's own files, which are of no use afterwards."""
-    files = root / f"ray/{secrets.token_hex(8)}"
-    try:
-        yield files
-    finally:
-        with suppress(OSError):
-            root.fs.delete_dir(files.root)
 
 
 def _make_tuner(monitor: SweepMonitor, files: Storage, runs: int, pending: Sequence[TrialEntry], proposals: int) -> Any:

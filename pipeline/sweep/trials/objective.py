@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from pipeline.data import shards
 from pipeline.data.splits import draw_order
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.trials.plan import Objective
+from pipeline.training.loop import Ranks
 
 CHUNK = 50
 """Images per chunk. Each chunk has its own random stream, so results do not depend on the ranks."""
@@ -34,8 +34,8 @@ class RobustAccuracyMeter:
         DataError: the validation shards are missing or damaged.
     """
 
-    def __init__(self, objective: Objective, root: Storage, rank: int, world: int, device: torch.device) -> None:
-        self.rank, self.world, self.device = rank, world, device
+    def __init__(self, objective: Objective, root: Storage, ranks: Ranks) -> None:
+        self.objective, self.ranks = objective, ranks
         self.spec = AttackSpec.parse(objective.attack)
         validation = shards.load(root, objective.validation)
         # The images are drawn at random, since a source may be sorted by class.
@@ -59,18 +59,18 @@ class RobustAccuracyMeter:
         """
         was_training = classifier.training
         classifier.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
         for chunk, start in enumerate(range(0, len(self.rows), CHUNK)):
-            if chunk % self.world == self.rank:
+            if chunk % self.ranks.world == self.ranks.rank:
                 correct += self._count_correct(classifier, slice(start, start + CHUNK), chunk)
-        if self.world > 1:
+        if self.ranks.world > 1:
             dist.all_reduce(correct)
         classifier.train(was_training)
         return int(correct) / len(self.rows)
 
     def _count_correct(self, classifier: nn.Module, rows: slice, chunk: int) -> Tensor:
-        images = self.images[rows].to(self.device).float() / 255
-        labels = self.labels[rows].to(self.device)
+        images = self.images[rows].to(self.ranks.device).float() / 255
+        labels = self.labels[rows].to(self.ranks.device)
         generator = torch.Generator().manual_seed(stream_seed(0, chunk))
         # The examples are judged on the very model that they are made on, so the first success is
         # enough.
@@ -81,8 +81,10 @@ class RobustAccuracyMeter:
             correct: Tensor = (classifier(examples).argmax(1) == labels).sum()
         return correct
 
-    def record(self, classifier: nn.Module, epoch: int, clean: float, training_seconds: float) -> dict[str, Any]:
-        """Measure a model, and return the content of ``objectives/<hash>/epoch-*.json``.
+    def measure(
+        self, classifier: nn.Module, home: Storage, *, epoch: int, clean: float, training_seconds: float
+    ) -> None:
+        """Measure a model, and write ``objectives/<hash>/epoch-*.json`` in its directory.
 
         All ranks must call it.
 
@@ -93,7 +95,7 @@ class RobustAccuracyMeter:
         """
         begin = time.monotonic()
         robust = self.robust_accuracy(classifier)
-        return {
+        scores = {
             "epoch": epoch,
             "clean": clean,
             "robust": robust,
@@ -101,3 +103,5 @@ class RobustAccuracyMeter:
             "seconds": time.monotonic() - begin,
             "training_seconds": training_seconds,
         }
+        if self.ranks.rank == 0:
+            home.write_json(self.objective.file(epoch), scores)

@@ -24,8 +24,6 @@ class TrainingPool:
     """Ray Train runs, each in a thread of the driver, that serve a queue until it is closed.
 
     Args:
-        queue: the models to train.
-        runs: how many runs.
         fit: carries out one run, given its number.
         fail: called, in a thread, with the error that ended the last run.
     """

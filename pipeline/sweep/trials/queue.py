@@ -118,11 +118,7 @@ class JobQueue:
 
 
 class RemoteQueue:
-    """A JobQueue in a Ray actor, with the methods of a local one. Picklable.
-
-    Args:
-        actor: handle of the actor.
-    """
+    """A JobQueue in a Ray actor, with the methods of a local one. Picklable."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor

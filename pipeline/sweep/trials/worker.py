@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pipeline.sweep.trials.objective import RobustAccuracyMeter
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.queue import JobQueue, NoRequest, Request
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED, ModelState
-from pipeline.training import exports, worker_group
+from pipeline.training import exports, ray_runs, worker_group
 from pipeline.training.jobs import NOT_FINITE
 from pipeline.training.loop import NonFiniteLoss, Ranks, TrainingLoop
 
@@ -70,13 +71,7 @@ def worker_settings(queue: JobQueue, plan: SweepPlan, threads: int, token: str) 
 
 def serve(settings: Mapping[str, Any]) -> None:
     """Serve the queue of a sweep until it is closed, on one worker of a Ray Train run."""
-    import ray.train
-    import ray.train.torch
-
-    torch.set_num_threads(settings["threads"])
-    context = ray.train.get_context()
-    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    SweepWorker(settings, ranks).serve()
+    SweepWorker(settings, ray_runs.start_rank(settings["threads"])).serve()
 
 
 class SweepWorker:
@@ -96,15 +91,11 @@ class SweepWorker:
         self.objective = from_dict(Objective, settings["objective"])
         self.data = worker_group.DataCache(self.root, ranks)
         self.lease = WorkingLease(self.root, f"{settings['token']}-{self.run}")
-        self._meter: RobustAccuracyMeter | None = None
 
-    @property
+    @functools.cached_property
     def meter(self) -> RobustAccuracyMeter:
-        """The meter of the objective, which is loaded once."""
-        if self._meter is None:
-            ranks = self.ranks
-            self._meter = RobustAccuracyMeter(self.objective, self.root, ranks.rank, ranks.world, ranks.device)
-        return self._meter
+        """The meter of the objective."""
+        return RobustAccuracyMeter(self.objective, self.root, self.ranks)
 
     def serve(self) -> None:
         """Train and measure models until the queue is closed."""
@@ -196,7 +187,7 @@ class SweepWorker:
         def unwanted() -> bool:
             return self.queue.cancelled(task.address, self.run) or not self.lease.held
 
-        callback = _MeasureEpochs(self.meter, home, self.objective, lambda: self.ranks.agreed(unwanted))
+        callback = _MeasureEpochs(self.meter, home, lambda: self.ranks.agreed(unwanted))
         worker_group.train_model(dict(task.request), home, self.data, self.settings, callback)
         return not callback.stopped
 
@@ -206,9 +197,7 @@ class SweepWorker:
         epoch, clean = model["train"]["epochs"] - 1, model["validation"]["accuracy"]
         arch = task.request["config"]["arch"]
         classifier = exports.load_classifier(home.full_uri, self.ranks.device, trusted=arch)
-        scores = self.meter.record(classifier, epoch, clean, 0.0)
-        if self.ranks.rank == 0:
-            home.write_json(self.objective.file(epoch), scores)
+        self.meter.measure(classifier, home, epoch=epoch, clean=clean, training_seconds=0.0)
 
 
 def work_left(home: Storage, objective: Objective) -> Work:
@@ -226,17 +215,13 @@ class _MeasureEpochs(worker_group.EpochCallback):
         unwanted: asked on every rank, with the same answer.
     """
 
-    def __init__(
-        self, meter: RobustAccuracyMeter, home: Storage, objective: Objective, unwanted: Callable[[], bool]
-    ) -> None:
-        self.meter, self.home, self.objective, self.unwanted = meter, home, objective, unwanted
+    def __init__(self, meter: RobustAccuracyMeter, home: Storage, unwanted: Callable[[], bool]) -> None:
+        self.meter, self.home, self.unwanted = meter, home, unwanted
         self.stopped = False
 
     def measure(self, loop: TrainingLoop, record: Mapping[str, Any]) -> None:
-        epoch, clean = record["epoch"], record["validation"]["accuracy"]
-        scores = self.meter.record(classifier_of(loop.net), epoch, clean, record["seconds"])
-        if self.meter.rank == 0:
-            self.home.write_json(self.objective.file(epoch), scores)
+        epoch, clean, seconds = record["epoch"], record["validation"]["accuracy"], record["seconds"]
+        self.meter.measure(classifier_of(loop.net), self.home, epoch=epoch, clean=clean, training_seconds=seconds)
 
     def stop(self, loop: TrainingLoop) -> bool:
         self.stopped = self.unwanted()

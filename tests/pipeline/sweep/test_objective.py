@@ -29,6 +29,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     from pipeline.data import shards
     from pipeline.data.splits import draw_order
     from pipeline.sweep.trials import objective
+    from pipeline.training.loop import Ranks
 
     generator = np.random.default_rng(0)
     columns = {
@@ -40,7 +41,7 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     net = build_net(TrainConfig(width=4, defense="none"), replace(SHAPES, num_classes=2)).eval()
     asked = replace(OBJECTIVE, images=115, attack="pgd:eps=0.01,steps=2")
     root = Storage(str(tmp_path))
-    whole = objective.RobustAccuracyMeter(asked, root, 0, 1, torch.device("cpu"))
+    whole = objective.RobustAccuracyMeter(asked, root, Ranks())
     assert whole.rows == draw_order(np.arange(230), 0)[:115].tolist(), "a split may be sorted by class"
     accuracy = whole.robust_accuracy(net.train())
     assert net.training, "the mode is as it was"
@@ -63,9 +64,9 @@ def test_robust_accuracy_is_that_of_a_direct_attack_and_does_not_depend_on_the_r
     strong = replace(asked, attack="pgd:eps=0.1,steps=5")
     left = right_under(strong.attack)
     assert 0 < left < clean
-    assert objective.RobustAccuracyMeter(strong, root, 0, 1, torch.device("cpu")).robust_accuracy(net) == left / 115
+    assert objective.RobustAccuracyMeter(strong, root, Ranks()).robust_accuracy(net) == left / 115
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: sums.append(int(value)))
     for rank in range(2):
-        objective.RobustAccuracyMeter(asked, root, rank, 2, torch.device("cpu")).robust_accuracy(net)
+        objective.RobustAccuracyMeter(asked, root, Ranks(rank, 2)).robust_accuracy(net)
     assert sum(sums) / 115 == pytest.approx(accuracy)
