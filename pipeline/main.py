@@ -46,11 +46,7 @@ PACKAGES = ("components", "pipeline", "tune_spaces")
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command.
-
-    Returns:
-        The exit status: 0, 1 (the run failed) or 2 (the command line or a setting is wrong).
-    """
+    """Run one command. Return 0, 1 (the run failed) or 2 (the command line or a setting is wrong)."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if arguments else 2

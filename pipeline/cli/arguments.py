@@ -89,10 +89,6 @@ def parse_overrides(default: Experiment, arguments: Sequence[str], prog: str, de
     """Return an experiment with the fields that the arguments set.
 
     tyro itself ends the process with status 2 if a field is unknown or a value has the wrong type.
-
-    Args:
-        prog: the command before the arguments, for messages.
-        description: for ``--help``.
     """
     import tyro
 

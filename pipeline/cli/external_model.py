@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from components.attacks.spec import AttackSpec
-from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, TrainConfig, level_sizes
-from components.config.data import Shapes
+from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, Shapes, TrainConfig, level_sizes
 from components.errors import ConfigError, DataError
 from components.evaluation.metrics import standard_eps
 from components.fields import MAX_NAME_BYTES

@@ -14,14 +14,7 @@ def mnist_demo() -> Experiment:
         name="mnist-demo",
         description="Defend++ against an undefended network and its control, on the bundled MNIST sample",
         data=DataConfig(source="sample:mnist"),
-        train=TrainConfig(
-            width=16,
-            epochs=3,
-            batch_size=64,
-            lr=0.05,
-            clip_norm=1.0,
-            reconstruction_weight=10.0,
-        ),
+        train=TrainConfig(width=16, epochs=3, batch_size=64, lr=0.05, clip_norm=1.0, reconstruction_weight=10.0),
         evaluation=EvaluationConfig(
             attacks=(
                 "noise:eps=0.2",
@@ -87,11 +80,7 @@ def mnist() -> Experiment:
         description="Full MNIST, ResNet-18 at width 64, one-cycle over 25 epochs, for one GPU",
         data=DataConfig(source="torchvision:mnist", download=True),
         train=TrainConfig(
-            epochs=25,
-            reconstruction_weight=10.0,
-            clip_norm=1.0,
-            precision="bfloat16",
-            channels_last=True,
+            epochs=25, reconstruction_weight=10.0, clip_norm=1.0, precision="bfloat16", channels_last=True
         ),
         evaluation=EvaluationConfig(test_images=1000, chunk_size=250),
         scaling=ScalingConfig(workers=1, gpu=True, gpus_per_attack=0.5),

@@ -28,7 +28,6 @@ def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ..
     that is the budget's norm.
 
     Args:
-        eps: the budget.
         norm: ``linf`` or ``l2``.
         channels: of the images; C&W's step size depends on them.
     """
