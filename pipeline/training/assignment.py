@@ -22,7 +22,6 @@ class Assignment:
     holder is gone.
 
     Args:
-        requests: see :meth:`pipeline.training.jobs.TrainingJob.request`.
         token: names the worker group, also after a restart.
     """
 

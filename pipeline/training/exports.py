@@ -48,16 +48,13 @@ def parts_of(net: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
-def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[str]:
-    """Write one file for each of :func:`parts_of`, e.g. classifier.safetensors. Return the names.
+def export(storage: Storage, net: nn.Module, config: TrainConfig, shapes: Shapes) -> None:
+    """Write one file for each of :func:`parts_of`, e.g. classifier.safetensors.
 
     A file's metadata says how to build its network, so that it can be loaded alone.
     """
-    names = []
     for part, _, data in _exported(net, config, shapes):
-        names.append(f"{part}.safetensors")
-        storage.write_bytes(names[-1], data)
-    return names
+        storage.write_bytes(f"{part}.safetensors", data)
 
 
 def _exported(net: nn.Module, config: TrainConfig, shapes: Shapes) -> Iterator[tuple[str, nn.Module, bytes]]:

@@ -23,11 +23,7 @@ _BESIDE = f"the {AUTOENCODER} beside it"
 def copy_autoencoder(
     config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor], root: Storage, tracking_uri: str
 ) -> tuple[str, str]:
-    """Copy the auto-encoder beside an external classifier to ``weights/<hash>.safetensors``.
-
-    Args:
-        config: of the classifier; ``config.pretrained`` names its file.
-        weights: of the classifier.
+    """Copy the auto-encoder beside an external classifier, whose config and weights are given.
 
     Returns:
         Its address below the storage's root and "", or "" and the reason why there is none.
@@ -44,11 +40,7 @@ def copy_autoencoder(
 
 
 def autoencoder_beside(classifier: str, tracking_uri: str) -> tuple[bytes | None, str]:
-    """Read the auto-encoder's file in the directory or MLflow run of a classifier.
-
-    Returns:
-        Its bytes, or None and the reason why there is none.
-    """
+    """Read the auto-encoder's file beside a classifier. Return its bytes, or None and why not."""
     if classifier.startswith("torchvision:"):
         return None, "torchvision's weights come without an auto-encoder"
     if classifier.startswith(pretrained.MLFLOW):

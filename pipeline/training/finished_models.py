@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -33,9 +33,8 @@ def export_trained(loop: TrainingLoop, home: Storage, request: Mapping[str, Any]
         "images_per_second": rate,
         "arithmetic": describe(loop.device.type, loop.config.precision),
     }
-    files = exports.export(home, loop.net, loop.config, loop.shapes)
-    parts = exports.parts_of(loop.net)
-    _write_model(home, files, parts, loop.config, loop.shapes, request, measured)
+    exports.export(home, loop.net, loop.config, loop.shapes)
+    _write_model(home, exports.parts_of(loop.net), loop.config, loop.shapes, request, measured)
     # Checkpoints are three times as large as the model.
     for name in checkpoints.list_checkpoints(home / "checkpoints"):
         home.delete(f"checkpoints/{name}")
@@ -47,24 +46,24 @@ def export_external(job: TrainingJob, shapes: Shapes, root: Storage) -> None:
     """Export an external model (``epochs=0``) as it is, with its auto-encoder if it has one."""
     home = root / job.address
     net = build_net(job.config, shapes, pretrained.load(root, job.weights))
-    files, parts = exports.export(home, net, job.config, shapes), exports.parts_of(net)
+    exports.export(home, net, job.config, shapes)
+    parts = exports.parts_of(net)
     if job.autoencoder:
         home.write_bytes(AUTOENCODER, root.read_bytes(job.autoencoder))
-        files = [*files, AUTOENCODER]
-        parts = {**parts, "autoencoder": exports.load_autoencoder(home.full_uri, trusted=job.config.arch)}
+        parts["autoencoder"] = exports.load_autoencoder(home.full_uri, trusted=job.config.arch)
     measured = {"workers": 1, "validation": {}, "seconds": 0.0, "images_per_second": 0.0}
-    _write_model(home, files, parts, job.config, shapes, job.request(), measured)
+    _write_model(home, parts, job.config, shapes, job.request(), measured)
 
 
 def _write_model(
     home: Storage,
-    files: Sequence[str],
     parts: Mapping[str, nn.Module],
     config: TrainConfig,
     shapes: Shapes,
     request: Mapping[str, Any],
     measured: Mapping[str, Any],
 ) -> None:
+    files = [f"{name}.safetensors" for name in parts]
     home.write_json(
         "model.json",
         {
@@ -75,7 +74,7 @@ def _write_model(
             "weights": request["weights"],
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
             **measured,
-            "files": {f: hashlib.sha256(home.read_bytes(f)).hexdigest() for f in files},
+            "files": {file: hashlib.sha256(home.read_bytes(file)).hexdigest() for file in files},
         },
     )
 

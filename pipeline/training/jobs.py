@@ -85,6 +85,34 @@ class TrainingData:
         return {"train": train, **validation}, {"train": identity, **validation}
 
 
+def make_job(
+    name: str,
+    config: TrainConfig,
+    shapes: Shapes,
+    data: TrainingData,
+    workers: int,
+    weights: str,
+    autoencoder: str = "",
+    why_no_autoencoder: str = "",
+) -> TrainingJob:
+    """Return the job of a model with a canonical config.
+
+    Raises:
+        ConfigError: as :meth:`TrainingData.for_model` and :func:`source_hash`.
+    """
+    pyramids, identity = data.for_model(config)
+    start = "+".join(filter(None, (weights, autoencoder)))
+    return TrainingJob(
+        name=name,
+        config=config,
+        pyramids=pyramids,
+        weights=weights,
+        address=model_address(config, shapes, identity, workers, start),
+        autoencoder=autoencoder,
+        why_no_autoencoder=why_no_autoencoder,
+    )
+
+
 def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, str], workers: int, weights: str) -> str:
     """Return ``models/<kind>-<hash>``, named by everything that the weights follow from.
 

@@ -26,7 +26,7 @@ from pipeline.runtime.storage import Storage, StorageError
 from pipeline.training import checkpoints, exports, pretrained
 from pipeline.training.external import copy_autoencoder
 from pipeline.training.finished_models import export_external
-from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingData, TrainingJob, model_address
+from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingData, TrainingJob, make_job
 from pipeline.training.monitor import Progress, TrainingMonitor
 from pipeline.training.ray_runs import TrainingError, parallel_runs, train_group
 from pipeline.training.worker_group import LIVE_INTERVAL_S
@@ -44,8 +44,7 @@ def prepare_jobs(
     Pretrained weights are copied to the storage, where every worker reaches them.
 
     Raises:
-        ConfigError: no shard set has a model's kind of targets; or as :func:`source_hash`.
-        UserError: as :func:`pretrained.fetch`.
+        UserError: as :func:`pretrained.fetch` and :func:`make_job`.
     """
     jobs = []
     for name, config in experiment.model_configs().items():
@@ -55,19 +54,7 @@ def prepare_jobs(
         if not config.epochs:
             tensors = pretrained.load(root, weights)
             autoencoder, reason = copy_autoencoder(config, shapes, tensors, root, tracking_uri)
-        pyramids, identity = data.for_model(config)
-        start = "+".join(filter(None, (weights, autoencoder)))
-        jobs.append(
-            TrainingJob(
-                name=name,
-                config=config,
-                pyramids=pyramids,
-                weights=weights,
-                address=model_address(config, shapes, identity, experiment.scaling.workers, start),
-                autoencoder=autoencoder,
-                why_no_autoencoder=reason,
-            )
-        )
+        jobs.append(make_job(name, config, shapes, data, experiment.scaling.workers, weights, autoencoder, reason))
     return jobs
 
 

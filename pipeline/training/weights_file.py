@@ -32,7 +32,6 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     """Return the tensors of a network in a file. The content tells the format.
 
     Args:
-        where: the file, for messages.
         key: key of the network in the file, e.g. ``ema.module`` for nested dictionaries.
 
     Raises:

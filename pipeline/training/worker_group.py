@@ -164,10 +164,6 @@ def train_model(
 ) -> None:
     """Train a model, or continue it, and export it; every rank of a worker group calls it.
 
-    Args:
-        request: see :meth:`pipeline.training.jobs.TrainingJob.request`.
-        settings: ``shapes``.
-
     Raises:
         NonFiniteLoss: the loss is not finite; every rank raises it.
     """

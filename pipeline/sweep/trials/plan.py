@@ -9,7 +9,7 @@ from components.errors import ConfigError
 from components.fields import content_hash, replace_typed
 from components.search_space import Point
 from components.threat_models import WHITE_BOX
-from pipeline.training.jobs import TrainingData, TrainingJob, model_address
+from pipeline.training.jobs import TrainingData, TrainingJob, make_job
 
 OBJECTIVE_VERSION = 2
 """Part of an objective's name. Raise it when the same settings would measure something else."""
@@ -82,9 +82,6 @@ class SweepPlan:
         first = trial_config(self.experiment, self.base, point)
         for replicate in range(self.experiment.seeds):
             config = replace(first, seed=first.seed + SEED_STRIDE * replicate).canonical()
-            reads, identity = self.data.for_model(config)
-            address = model_address(config, self.shapes, identity, self.experiment.scaling.workers, self.weights)
-            jobs.append(
-                TrainingJob(name=f"s{replicate}", config=config, pyramids=reads, weights=self.weights, address=address)
-            )
+            workers = self.experiment.scaling.workers
+            jobs.append(make_job(f"s{replicate}", config, self.shapes, self.data, workers, self.weights))
         return jobs
