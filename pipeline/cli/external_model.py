@@ -82,11 +82,7 @@ def _parser() -> Parser:
 
 
 def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shapes] | None) -> Experiment:
-    """Return the experiment before the overrides of its fields.
-
-    Args:
-        described: what the file says of its own network.
-    """
+    """Return the experiment before the overrides. The file may have described its network."""
     if described is None and not options.arch:
         raise ConfigError(
             "--arch is missing: name the network of the weights, since the file does not say it. Only files that this "

@@ -15,7 +15,6 @@ def polling(look: Callable[[], object], interval_s: float) -> Iterator[None]:
 
     Args:
         look: handles its own errors. An error that leaves it ends the thread, not the body.
-        interval_s: between two calls (seconds).
     """
     ended = threading.Event()
 

@@ -60,9 +60,6 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
     discrete values (of a range, its ends). Trials that differ only in real numbers build the same
     network and share one model.
 
-    Args:
-        seed: seed of the search.
-
     Raises:
         ConfigError: a trial or a value is not possible. It names the parameters' values and what to
             do.

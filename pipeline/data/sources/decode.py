@@ -25,9 +25,6 @@ def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> Non
     As in torchvision's folders, transparency is dropped, an animation is its first frame, and the
     orientation in EXIF is ignored.
 
-    Args:
-        where: the image's name in messages.
-
     Raises:
         DataError: the image cannot be decoded, is of another size, or has more than 8 bits per
             channel.

@@ -189,14 +189,7 @@ def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split
 
 
 def _check_class_folders(directory: str, listing: Listing, classes_directory: str, folders: Sequence[str]) -> None:
-    """Refuse folders of a split that are no classes.
-
-    They are unknown in the training split, or there is only one.
-
-    Args:
-        classes_directory: directory of the split whose folders are the classes.
-        folders: the class folders.
-    """
+    """Refuse folders of a split that are unknown in the training split, or a single one."""
     unknown = sorted(set(listing.folders) - set(folders))
     if unknown and len(unknown) < len(listing.folders):
         number = f"{len(unknown)} class folders are" if len(unknown) > 1 else "1 class folder is"

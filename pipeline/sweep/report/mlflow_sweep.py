@@ -172,14 +172,11 @@ def _publish_means(tracker: Tracker, alias: str, trial: TrialEntry, root: Storag
 
 
 def _read_mean(root: Storage, files: Sequence[str], robust: float | None) -> dict[str, Any]:
-    return mean_epoch([records.read_epoch(root, file) for file in files], robust)
-
-
-def mean_epoch(epochs: Sequence[Mapping[str, Any]], robust: float | None) -> dict[str, Any]:
     """Return the record of an epoch of several seeds as that of one model.
 
     It has the means at each step that all seeds have, at the latest time of the step.
     """
+    epochs = [records.read_epoch(root, file) for file in files]
     steps = [
         {**_means(replicates), "step": replicates[0]["step"], "time": max(s["time"] for s in replicates)}
         for replicates in zip(*(epoch["steps"] for epoch in epochs), strict=False)

@@ -112,12 +112,8 @@ def indistinct(record: Mapping[str, Any]) -> list[int]:
     """Return the numbers of the finished trials whose interval meets the choice's."""
     choice = chosen(record)
     low, high = interval(choice)
-    numbers = []
-    for trial in finished(record):
-        other_low, other_high = interval(trial)
-        if trial.number != choice.number and other_low <= high and other_high >= low:
-            numbers.append(trial.number)
-    return numbers
+    intervals = {trial.number: interval(trial) for trial in finished(record) if trial.number != choice.number}
+    return [number for number, (begin, end) in intervals.items() if begin <= high and end >= low]
 
 
 def conclusion(record: Mapping[str, Any]) -> str:

@@ -31,10 +31,8 @@ class UnrepeatedSearch(OptunaSearch):
     The same point and seed would train the same model again.
 
     Args:
-        space: the space to search.
         proposed: points that were proposed before. Those that the study has waiting
             (``enqueue_trial``) come all the same.
-        more: arguments of OptunaSearch.
     """
 
     def __init__(self, space: Space, proposed: Iterable[Point], **more: Any) -> None:

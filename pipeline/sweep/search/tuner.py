@@ -32,11 +32,7 @@ def runs_at_once(sweep: Sweep, left: int) -> int:
 
 
 def run_trials(
-    sweep: Sweep,
-    plan: SweepPlan,
-    pending: Sequence[TrialEntry],
-    proposals: int = 0,
-    references: Sequence[TrainingJob] = (),
+    sweep: Sweep, plan: SweepPlan, pending: Sequence[TrialEntry], proposals: int, references: Sequence[TrainingJob]
 ) -> None:
     """Run trials under Ray Tune, and references beside them. Events are in the record at once.
 

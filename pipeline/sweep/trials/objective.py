@@ -27,9 +27,6 @@ CHUNK = 50
 class RobustAccuracyMeter:
     """Measures models by one objective. Every rank has one, which attacks its share of the chunks.
 
-    Args:
-        root: storage of ``objective.validation``.
-
     Raises:
         DataError: the validation shards are missing or damaged.
     """
@@ -91,7 +88,6 @@ class RobustAccuracyMeter:
         Args:
             epoch: counts from 0.
             clean: accuracy on the whole validation split, in [0, 1].
-            training_seconds: how long the epoch was trained.
         """
         begin = time.monotonic()
         robust = self.robust_accuracy(classifier)
