@@ -38,6 +38,7 @@ class ShardSetPlan:
 
     source: Source
     fingerprint: str
+    """The source's, since a task would have to read all files to hash them again."""
     split: Split
     pyramids: PyramidConfig
     rows: np.ndarray
@@ -156,15 +157,7 @@ def plan_shard_set(data: DataConfig, pyramids: PyramidConfig, split: Split, targ
         stored = np.dtype(pyramids.dtype).itemsize
         row_bytes = data.channels * (sizes[0] ** 2 + stored * sum(size**2 for size in sizes[1:]))
         pyramids = replace(pyramids, rows_per_shard=max(1, min(MAX_SHARD_ROWS, SHARD_BYTES // row_bytes)))
-    return ShardSetPlan(
-        source=source,
-        fingerprint=source.fingerprint,
-        split=split,
-        pyramids=pyramids,
-        rows=split_rows(source, split),
-        sizes=sizes,
-        targets=targets,
-    )
+    return ShardSetPlan(source, source.fingerprint, split, pyramids, split_rows(source, split), sizes, targets)
 
 
 def shard_name(shard: int) -> str:

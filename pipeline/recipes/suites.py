@@ -8,13 +8,12 @@ def cw(channels: int) -> str:
     return "cw:steps=20,binary_search_steps=5" + (",lr=0.01" if channels == 3 else "")
 
 
-def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1, pgd: bool = False) -> tuple[str, ...]:
+def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1) -> tuple[str, ...]:
     """Return the attacks of sec. 4.1, and noise of the same eps as a floor."""
     return (
         f"noise:eps={eps}",
         f"fgsm:eps={eps}",
         f"bim:eps={eps},steps={steps}",
-        *([f"pgd:eps={eps},steps={steps}"] if pgd else []),
         cw(channels),
         f"ddn:steps={ddn_steps}",
     )

@@ -33,18 +33,17 @@ def run_tasks(
     *,
     name: str,
     on_straggler: Callable[[str], None],
-    named: Callable[[T], str] = str,
 ) -> Iterator[T]:
     """Run Ray tasks, a bounded number at a time, and yield the tag of each job when it ends.
 
     Args:
         function: called with a job. Its result is ignored.
-        jobs: pairs of job and tag. They are read as there is room for them.
+        jobs: pairs of job and tag, read as there is room for them. A tag's text stands for the task
+            in the note on stragglers: ", ATTACK on MODEL".
         bundle: resources that Ray reserves for a task.
         name: of the tasks in Ray's displays.
         on_straggler: called with a note on the slowest task, at most every LOOK_S seconds, and with
             "" once there is no straggler any more.
-        named: returns the words for a task in the note, by its tag: ", ATTACK on MODEL".
 
     Raises:
         UserError: a task raised it. The other tasks are cancelled.
@@ -63,7 +62,7 @@ def run_tasks(
             if not waiting:
                 return
             # Ray starts tasks in the order of their submission.
-            watch.running({ref: named(tag) for ref, tag in itertools.islice(waiting.items(), slots)})
+            watch.running({ref: str(tag) for ref, tag in itertools.islice(waiting.items(), slots)})
             ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_S)
             interrupts.raise_received()
             for ref in ready:

@@ -90,6 +90,6 @@ def reason(error: BaseException) -> str:
     return printable(error.strerror if isinstance(error, OSError) and error.strerror else first_line(error))
 
 
-def first_names(names: Sequence[str], count: int = 5) -> str:
-    """Return the first of some names, printable, and dots if there are more."""
-    return ", ".join(map(printable, names[:count])) + (", ..." if len(names) > count else "")
+def first_names(names: Sequence[str]) -> str:
+    """Return the first five of some names, printable, and dots if there are more."""
+    return ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")

@@ -66,10 +66,7 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
     """
     points = space.points(seed) or replace(space, search="random", trials=DRAWS).points(seed)
     for point in points:
-        try:
-            trial_config(experiment, base, point)
-        except ConfigError as e:
-            raise _refusal(point, e) from None
+        _check_possible(experiment, base, [point], point)
     for name, domain in space.parameters.items():  # TPE may take the end of a range, which is never drawn.
         for value in ends(domain):
             _check_possible(experiment, base, [{**point, name: value} for point in points], {name: value})
@@ -93,20 +90,16 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
     )
 
 
-def _check_possible(experiment: Experiment, base: TrainConfig, points: Sequence[Point], value: Point) -> None:
-    """Refuse a value of one parameter that goes together with none of the points."""
+def _check_possible(experiment: Experiment, base: TrainConfig, points: Sequence[Point], common: Point) -> None:
+    """Refuse the values that the points have in common, if none of the points is possible."""
     for point in points:
         try:
             trial_config(experiment, base, point)
             return
         except ConfigError as e:
             error = e
-    raise _refusal(value, error)
-
-
-def _refusal(point: Point, error: ConfigError) -> ConfigError:
-    values = " ".join(f"{name}={value}" for name, value in point.items())
-    return ConfigError(
+    values = " ".join(f"{name}={value}" for name, value in common.items())
+    raise ConfigError(
         f"a trial of the space with {values} cannot be run: {error}. Take that out of the space, or change the setting"
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from components.config import Shapes, TrainConfig
 from components.errors import DataError
@@ -20,13 +21,7 @@ CHECKPOINTS_KEPT = 2
 
 
 def save_checkpoint(
-    storage: Storage,
-    *,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    config: TrainConfig,
-    shapes: Shapes,
+    storage: Storage, *, net: nn.Module, optimizer: Optimizer, epoch: int, config: TrainConfig, shapes: Shapes
 ) -> str:
     """Write the state after ``epoch`` epochs, and delete all checkpoints but it and the one before.
 
@@ -95,12 +90,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 def load_checkpoint(
-    checkpoint: StoredCheckpoint,
-    *,
-    net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    shapes: Shapes,
+    checkpoint: StoredCheckpoint, *, net: nn.Module, optimizer: Optimizer, config: TrainConfig, shapes: Shapes
 ) -> int:
     """Load a checkpoint into network and optimizer. Return how many epochs are done.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load as safetensors_load
-from torch import nn
+from torch import Tensor, nn
 
 from components.config import Shapes, TrainConfig
 from components.errors import ConfigError, DataError
@@ -30,6 +30,11 @@ SCHEMA = 1
 """Version of checkpoints and exports. Raise it when old files of either can no longer be read."""
 CHECK_IMAGES = 4
 """Images of :func:`check_export`'s pass in training mode. Batch norm needs more than one."""
+File = str | os.PathLike[str]
+"""A file of weights, or the model's directory that holds it; a path or a URI."""
+Device = str | torch.device
+Trusted = str | Collection[str]
+"""MODULE:FUNCTION, one or several, that may be imported if a file names it."""
 _trusted: set[str] = set()
 
 
@@ -106,7 +111,7 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
     return list(parts_of(net))
 
 
-def _train_mode_pass(net: nn.Module, images: torch.Tensor) -> None:
+def _train_mode_pass(net: nn.Module, images: Tensor) -> None:
     net.train()
     try:
         classifier_of(net)(images)
@@ -114,19 +119,17 @@ def _train_mode_pass(net: nn.Module, images: torch.Tensor) -> None:
         raise ConfigError(f"{type(net).__name__} does not run in training mode ({type(e).__name__}: {e})") from e
 
 
-def _outputs(module: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+def _outputs(module: nn.Module, images: Tensor) -> list[Tensor]:
     torch.manual_seed(0)
     outputs = module.eval()(images)
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
 
-def _alike(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+def _alike(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.allclose(x, y, rtol=1e-4, atol=1e-6, equal_nan=True) for x, y in zip(a, b, strict=True))
 
 
-def _read(
-    path: str | os.PathLike[str], name: str, trusted: str | Collection[str], sha256: str
-) -> tuple[dict[str, torch.Tensor], TrainConfig, Shapes, str]:
+def _read(path: File, name: str, trusted: Trusted, sha256: str) -> tuple[dict[str, Tensor], TrainConfig, Shapes, str]:
     storage, base = split_uri(path)
     if not base.endswith(".safetensors"):
         base = f"{base}/{name}.safetensors".lstrip("/")
@@ -202,7 +205,7 @@ def _metadata(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, shapes: Shapes, where: str) -> nn.Module:
+def _rebuilt(part: str, tensors: dict[str, Tensor], config: TrainConfig, shapes: Shapes, where: str) -> nn.Module:
     """Build one of :func:`parts_of` from a file's description and weights, in eval mode."""
     # Only an auto-encoder needs the network that it was trained with.
     net = build_net(config if part != "classifier" else dataclasses.replace(config, defense="none"), shapes)
@@ -214,18 +217,10 @@ def _rebuilt(part: str, tensors: dict[str, torch.Tensor], config: TrainConfig, s
     return module.eval()
 
 
-def load_classifier(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    *,
-    trusted: str | Collection[str] = (),
-    sha256: str = "",
-) -> nn.Module:
+def load_classifier(path: File, device: Device = "cpu", *, trusted: Trusted = (), sha256: str = "") -> nn.Module:
     """Load an exported classifier in eval mode, ready for any library's attacks.
 
     Args:
-        path: classifier.safetensors, or the model's directory; a path or a URI.
-        trusted: MODULE:FUNCTION, one or several, that may be imported if the file names it.
         sha256: checksum that the file must have; empty for any.
 
     Returns:
@@ -240,13 +235,7 @@ def load_classifier(
     return _rebuilt("classifier", *_read(path, "classifier", trusted, sha256)).to(device)
 
 
-def load_autoencoder(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    *,
-    trusted: str | Collection[str] = (),
-    sha256: str = "",
-) -> AutoEncoder:
+def load_autoencoder(path: File, device: Device = "cpu", *, trusted: Trusted = (), sha256: str = "") -> AutoEncoder:
     """Load an exported auto-encoder in eval mode: images in [0,1] to levels, level 0 first.
 
     Args, Raises: as :func:`load_classifier`. A model without an auto-encoder has no such file.
@@ -257,11 +246,11 @@ def load_autoencoder(
 
 
 def load_reformed(
-    reformer: str | os.PathLike[str],
-    classifier: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
+    reformer: File,
+    classifier: File,
+    device: Device = "cpu",
     *,
-    trusted: str | Collection[str] = (),
+    trusted: Trusted = (),
     sha256: tuple[str, str] = ("", ""),
 ) -> Reformed:
     """Load a reformer with a classifier behind it, in eval mode: images in [0,1] to logits.

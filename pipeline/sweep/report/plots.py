@@ -128,18 +128,16 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
     if len(names) < 2:
         return None
     trials = finished(record)
-    places, labels = [], []
-    for name in names:
-        cells, cell_labels = _cells(record["space"]["parameters"][name], [t.parameters[name] for t in trials])
-        places.append(cells)
-        labels.append(cell_labels)
-    sums = np.zeros((len(labels[1]), len(labels[0])))
+    (columns, x_labels), (rows, y_labels) = (
+        _cells(record["space"]["parameters"][name], [t.parameters[name] for t in trials]) for name in names
+    )
+    sums = np.zeros((len(y_labels), len(x_labels)))
     counts = np.zeros_like(sums)
-    for trial, x, y in zip(trials, *places, strict=True):
+    for trial, x, y in zip(trials, columns, rows, strict=True):
         sums[y, x] += 100 * robust_of(trial)
         counts[y, x] += 1
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    width, height = 0.85 * len(labels[0]) + 1.5, 0.6 * len(labels[1]) + 1.4
+    width, height = 0.85 * len(x_labels) + 1.5, 0.6 * len(y_labels) + 1.4
     figure, (axis,) = style.grid(1, columns=1, width=width / 2, height=height)
     axis.grid(False)
     image = axis.imshow(means, cmap="viridis", aspect="auto", origin="lower")
@@ -148,8 +146,8 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
         if count:
             colour = "white" if means[y, x] < middle else "black"
             axis.text(x, y, f"{means[y, x]:.1f}\n({count:.0f})", ha="center", va="center", fontsize=8, color=colour)
-    axis.set_xticks(range(len(labels[0])), labels[0], fontsize=8)
-    axis.set_yticks(range(len(labels[1])), labels[1], fontsize=8)
+    axis.set_xticks(range(len(x_labels)), x_labels, fontsize=8)
+    axis.set_yticks(range(len(y_labels)), y_labels, fontsize=8)
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
     axis.set_title("robust accuracy in %: mean (trials)")
