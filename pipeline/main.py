@@ -12,8 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # When run as a script, Python puts pipeline/ on sys.path. The packages are in its parent directory.
-# A user's own networks may be in the working directory, which comes last so that its modules hide
-# none of the installed ones.
+# A user's networks may be in the working directory. It comes last: it must not hide packages.
 sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(Path(__file__).parent))]
 if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
@@ -92,8 +91,7 @@ def _run_command(command: str, arguments: list[str]) -> int:
         print(recipe_list())
         return 0
     experiment = parse_experiment(command, arguments)
-    # An external model is not trained, but its test images and weights still have to be prepared,
-    # so run every stage.
+    # Run every stage for an external model: its test images and weights have to be prepared.
     stage = "run" if names_external_model(command, arguments) else command
     from pipeline import run
 

@@ -118,8 +118,7 @@ def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shape
             epochs=0,
         ),
         models=(name,),
-        # A suite of any budget has the attacks that each threat model needs. The right budget is
-        # known later.
+        # The threat models need a suite of attacks. Its budget is known later.
         evaluation=EvaluationConfig(attacks=full_suite("0.1"), threat_models=(WHITE_BOX, BLACK_BOX), test_images=1000),
         storage=options.storage,
         tracking_uri=options.tracking_uri,

@@ -5,8 +5,7 @@ whole or not at all. The manifest is written last: readers ignore a directory wi
 killed build continues with the missing shards. Names and bytes follow from source and settings
 alone, so a continued build equals an uninterrupted one.
 
-Before the manifest is written, a few stored images are compared with torch-dct, an independent
-implementation.
+Before the manifest is written, a few stored images are compared with the independent torch-dct.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def build(
 ) -> ShardSet:
     """Build the pyramids of one split, or continue a build that was killed.
 
-    Ray must be running if shards are missing. Memory does not grow with the data set, since a task
-    holds one shard.
+    Ray must be running if shards are missing. A task holds one shard, so large sets fit the memory.
 
     Args:
         storage: the root. Every node must reach it and the source.
@@ -73,8 +71,7 @@ def build(
 
     Raises:
         DataError, ConfigError: as :func:`pipeline.data.sources.open.open_source` and
-            :meth:`Source.read`, also in a Ray task. DataError also if stored levels differ from
-            torch-dct's.
+            :meth:`Source.read`, also in a Ray task; or stored levels differ from torch-dct's.
         StorageError: the storage is full or not writable. Finished shards are kept.
     """
     plan = plan_shard_set(data, pyramids, split, targets)
@@ -117,8 +114,7 @@ def _write(plan: ShardSetPlan, directory: Storage, missing: list[int]) -> None:
     """Write the missing shards in Ray Data tasks, and the manifest."""
     import ray.data
 
-    # Each shard is one row, one block and one task. Without the number, Ray Data makes a few
-    # blocks.
+    # Each shard is one row, one block and one task. By default Ray Data makes a few blocks.
     shards = ray.data.from_items([{"shard": i} for i in missing], override_num_blocks=len(missing))
     context = shards.context  # This is a copy for this data set.
     context.enable_progress_bars = False  # ``progress`` replaces them.

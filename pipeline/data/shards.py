@@ -16,8 +16,7 @@ from components.errors import DataError
 from pipeline.runtime.storage import Storage
 
 FORMAT_VERSION = 1
-"""Version of shards and manifest, a part of each address. Raise it when the same settings give
-other bytes."""
+"""Part of each address. Raise it when the same settings give other shards or manifests."""
 MANIFEST = "manifest.json"
 Columns = dict[str, np.ndarray]
 """Columns of a shard set: index int64 [n] (row of the source), label int32 [n], image uint8
@@ -126,8 +125,7 @@ def load(storage: Storage, address: str) -> ShardSet:
 def tensor_array(values: np.ndarray) -> pa.ExtensionArray:
     """Return values [n, ...] as Arrow's fixed-shape tensors, without a copy.
 
-    FixedShapeTensorArray.from_numpy_ndarray guesses the order of axes from strides, and so permutes
-    axes of length 1.
+    from_numpy_ndarray guesses the order of axes from strides, and so permutes axes of length 1.
     """
     flat = pa.array(values.reshape(-1))
     storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))

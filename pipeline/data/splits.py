@@ -10,11 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 DRAW_VERSION = 1
-"""Part of the address of every shard set that depends on a draw. Raise it when the same seed draws
-other rows."""
+"""Part of the address of shard sets that are drawn. Raise it when a seed draws other rows."""
 _DRAW_STREAM = 0xD4A3_5EED_0F_0A11
-"""Separates the draw from the validation split. With one hash, the rows drawn first would be those
-held out first."""
+"""Separates the draw from the validation split, whose rows would otherwise be drawn first."""
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -30,8 +28,7 @@ def draw_order(numbers: np.ndarray, seed: int) -> np.ndarray:
 
     The order sorts the rows by a hash of number and seed. The draw of N rows is therefore a prefix
     of the draw of N+k rows. Rows appended to a Parquet or torchvision source do not change the
-    order of the others (in a folder, a new file shifts them). A source sorted by class gives a
-    mixture.
+    order of the others (in a folder, a new file shifts them). Sorted sources give a mixture.
 
     Args:
         numbers: int64 [n], distinct row numbers in the whole split.
@@ -56,8 +53,7 @@ def held_out(numbers: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     Returns:
         bool [n].
     """
-    # The seed is hashed itself: XOR with a small seed would only swap neighbours and not draw
-    # another split.
+    # The seed is hashed, too: XOR with a small seed would only swap neighbours.
     hashes = splitmix64(numbers.astype(np.uint64) ^ splitmix64(np.array([seed % 2**64], np.uint64)))
     return hashes < np.uint64(int(fraction * 2**64))
 

@@ -27,8 +27,7 @@ ABLATIONS = (
     "hourglass_concat:seed=1,decoder=hourglass_concat",
     "hourglass_add:seed=1,decoder=hourglass_add",
 )
-# Goodfellow et al. 2015 train on clean images and examples alike, Madry et al. and Rony et al. on
-# examples alone.
+# Goodfellow et al. 2015 train on clean images, too; Madry et al. and Rony et al. on examples alone.
 ADV_FGSM = "adv_fgsm:defense=adversarial,seed=1,adversarial_attack=fgsm,adversarial_share=0.5"
 ADV_PGD = "adv_pgd:defense=adversarial,seed=1,adversarial_attack=pgd"
 COMDEFEND = "comdefend:defense=comdefend,seed=1,optimizer=adam,lr=0.001,weight_decay=0"
@@ -41,8 +40,7 @@ def _adv_ddn(scale: str, max_norm: float, epochs: int = 0) -> str:
     On CIFAR-10 only the last 30 epochs are adversarial.
     """
     fields = f"adversarial_attack=ddn,adversarial_max_norm={max_norm},adversarial_epochs={epochs}"
-    # At scale "paper" the steps are those of the authors' training. Elsewhere they are PGD's, at a
-    # tenth of the cost.
+    # At scale "paper" the steps are the authors'. Elsewhere they are PGD's, at a tenth of the cost.
     steps = ",adversarial_steps=100" if scale == "paper" else ""
     return f"adv_ddn:defense=adversarial,seed=1,{fields}{steps}"
 

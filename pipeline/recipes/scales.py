@@ -129,15 +129,13 @@ def cifar10(name: str, scale: str) -> Experiment:
 def imagenet(name: str, scale: str) -> Experiment:
     """Return ImageNet-like images at 224x224, trained from pretrained weights.
 
-    The paper does not name the weights, but its clean accuracy from 10,000 training images implies
-    them.
+    The paper does not name them, but its clean accuracy from 10,000 training images implies them.
     """
     if scale == "smoke":
         base = cifar10(name, scale)
         return replace(
             base,
-            # At 64 pixels networks have torchvision's stem and four levels as at 224, for a tenth
-            # of the cost.
+            # At 64 pixels networks have the stem and levels of 224, for a tenth of the cost.
             data=replace(base.data, image_size=64, train_limit=64, test_limit=8),
             train=replace(base.train, augment="flip", batch_size=16),
             evaluation=replace(base.evaluation, attacks=attacks(0.01, steps=2, ddn_steps=3, channels=3), chunk_size=4),

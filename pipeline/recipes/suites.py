@@ -46,7 +46,6 @@ def full_suite(eps: str, norm: str = "linf", channels: int = 1) -> tuple[str, ..
         cw(channels),
         "ddn:steps=100",
         # With 20 steps it fails the active test on a network trained against PGD (docs/LOG.md). 9
-        # targets x 40 steps cost 360 passes forward and backward for each sample, and as many
-        # forward.
+        # targets x 40 steps cost 360 passes forward and backward for each sample, and 360 forward.
         *(("fab-t:norm=linf,steps=40",) if norm == "linf" else ()),
     )

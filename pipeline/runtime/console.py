@@ -49,8 +49,7 @@ class Bar:
         if now - self._printed < PLAIN_INTERVAL_S:
             return
         self._printed = now
-        # The pace counts from the first update: starting workers, and the units of an earlier run,
-        # say nothing about the rest.
+        # The pace counts from the first update: start-up and units of an earlier run say nothing.
         begin, done_before, _ = self._first
         left = ""
         if done_before < done < total:

@@ -22,11 +22,9 @@ from pipeline.runtime.storage import Storage, StorageError
 FILE = "owner.json"
 HEARTBEAT_S = 10.0
 EXPIRY_S = 25.0
-"""How long the heartbeat of a dead holder stays the same, as seen by a watcher. Clocks are not
-compared."""
+"""How long a watcher must see a dead holder's heartbeat unchanged. Clocks are not compared."""
 STALE_S = 60.0
-"""Age of the heartbeat at which a process of this machine counts as dead, even if its number is in
-use."""
+"""Age of the heartbeat at which a process of this machine is dead, even if its number is in use."""
 SETTLE_S = 1.0
 """Pause between writing the file and reading who wrote last, on object stores."""
 UNREADABLE: dict[str, Any] = {"host": "an unknown host", "pid": "of unknown number", "token": ""}

@@ -21,8 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 """Directory of this project's source: a checkout, a Ray job's copy of one, or site-packages."""
 SOURCE_DIRECTORIES = ("components", "pipeline", "tune_spaces")
 REVISION_VARIABLE = "DEFENDPP_REVISION"
-"""Environment variable with the revision of a Ray job's copy of the source, from which Ray leaves
-out .git."""
+"""Environment variable with the revision of a Ray job's copy of the source, which has no .git."""
 REVISION_FILE = "REVISION"
 """File beside the source with the revision of an image's copy."""
 

@@ -32,8 +32,7 @@ TRANSIENT_TEXT = re.compile(
     r"|curlCode: (?!60\b|51\b)|HTTP (?:response code|status):? (?:429|5\d\d)|(?:timed? ?out|temporarily|try again)",
     re.IGNORECASE,
 )
-"""Object stores report an error as text. (curl's 51 and 60 are certificates, which do not mend
-themselves.)"""
+"""Object stores report an error as text. (curl's 51 and 60 are certificates, which stay wrong.)"""
 STORE_TEXT = re.compile(r"AWS Error|curlCode|google::cloud|Azure")
 """Text in the errors of Arrow's object stores, which have no error number."""
 

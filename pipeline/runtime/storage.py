@@ -30,8 +30,7 @@ from pipeline.runtime.retries import with_retries
 T = TypeVar("T")
 
 HALF_WRITTEN_S = 3600.0
-"""Age at which a temporary file belongs to a dead process, even if the clocks of two hosts
-differ."""
+"""Age at which a temporary file belongs to a dead process, even if two hosts' clocks differ."""
 
 
 class StorageError(UserError):
@@ -81,8 +80,7 @@ class Storage:
 
     def __truediv__(self, name: str) -> Self:
         below = type(self).__new__(type(self))
-        # The whole tree shares a connection: opening one takes a round trip or two to an object
-        # store.
+        # The whole tree shares a connection: opening one takes an object store's round trips.
         below.__dict__.update(self.__dict__)
         below.uri, below.root = f"{self.uri.rstrip('/')}/{name}", self.path(name)
         return below
@@ -103,8 +101,7 @@ class Storage:
         """Return the path of a file below this directory, for use with ``self.fs``.
 
         Raises:
-            StorageError: the name leads out of the directory. Names come from records, which others
-                may have written.
+            StorageError: the name, which may be from another's record, leads out of the directory.
         """
         if ".." in name.split("/"):
             raise StorageError(f"{name!r} leads out of {self.uri}: a name below a storage has no '..'")
@@ -236,8 +233,7 @@ class Storage:
     def delete_stale(self, directory: str, older_than_s: float) -> None:
         """Delete the temporary files that killed processes left in a directory.
 
-        A file that changed in the last ``older_than_s`` seconds may be another process's, which is
-        writing it now.
+        Another process may be writing a file that changed in the last ``older_than_s`` seconds.
         """
         if self._is_object_store:
             return

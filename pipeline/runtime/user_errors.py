@@ -40,8 +40,7 @@ def unwrap(error: BaseException) -> UserError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        # Ray creates classes that inherit from the UserError and from RayTaskError. Their text is a
-        # traceback.
+        # The text of Ray's classes that inherit from UserError and RayTaskError is a traceback.
         if isinstance(e, UserError) and "RayTaskError" not in type(e).__name__:
             return e
         queue += [e.error] if isinstance(e, _CarriedError) else []

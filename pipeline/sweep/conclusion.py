@@ -86,8 +86,7 @@ def evaluate_choice(sweep: Sweep) -> None:
     again = f" (these images have been attacked before, for {len(earlier)} earlier evaluation(s))" if earlier else ""
     say(f"evaluation of the choice on test images, once{again}: {sweep.root.uri}/{address}")
     with sweep.stored.timed("evaluation"):
-        # The trials' compute is spent. If MLflow does not answer now, what there is to publish
-        # waits for it.
+        # The trials' compute is spent: what there is to publish waits until MLflow answers.
         run.execute("run", final, needs_tracking=False)
 
 

@@ -36,8 +36,7 @@ def final_experiment(
     undefended = [
         texts[n]
         for n, c in models.items()
-        # A choice without a defense may be the recipe's own undefended model, which is then no
-        # control of it.
+        # A choice without a defense may be the recipe's undefended model, then no control of it.
         if c.defense == "none"
         and (c.arch, c.width) == (chosen.arch, chosen.width)
         and c.canonical() != chosen.canonical()

@@ -32,8 +32,7 @@ def varied_model(experiment: Experiment, space: Space) -> tuple[str, TrainConfig
     The config is that of its first replicate.
 
     Raises:
-        ConfigError: the recipe has no such model, it cannot be swept, or the space's attack does
-            not fit the images.
+        ConfigError: there is no such model, it cannot be swept, or the attack does not fit.
     """
     AttackSpec.parse(space.attack).check_fits(experiment.data.channels, experiment.data.image_size)
     models = experiment.first_replicates()
@@ -61,8 +60,7 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
     network and share one model.
 
     Raises:
-        ConfigError: a trial or a value is not possible. It names the parameters' values and what to
-            do.
+        ConfigError: a trial or a value is not possible. The message names it and what to do.
     """
     points = space.points(seed) or replace(space, search="random", trials=DRAWS).points(seed)
     for point in points:
@@ -76,8 +74,7 @@ def preflight_experiment(experiment: Experiment, space: Space, base: TrainConfig
             discrete = {name: values for name, values in discrete.items() if name in TARGET_FIELDS}
         for values in itertools.product(*discrete.values()):
             point = {**points[0], **dict(zip(discrete, values, strict=True))}
-            # A combination this rare was not among the draws. If a trial hits it, the trial is
-            # recorded as failed.
+            # No draw had a combination this rare. A trial that hits it is recorded as failed.
             with contextlib.suppress(ConfigError):
                 trial_config(experiment, base, point)
                 points.append(point)

@@ -39,8 +39,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         runs = tuner.runs_at_once(sweep, left + len(missing))
         for line in announcement(sweep, left, runs):
             say(line)
-        # One set of pyramids serves all trials. The preflight experiment has every kind of targets
-        # that a trial reads.
+        # One set of pyramids serves all trials: preflight has every kind of targets that they read.
         sets = stages.make_pyramids(preflight, sweep.stored, sweep.root)
         plan = make_plan(sweep, sets)
         jobs = train.prepare_jobs(beside, plan.shapes, sets.training, sweep.root, sweep.tracker.uri)

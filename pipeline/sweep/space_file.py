@@ -18,8 +18,7 @@ def load_space(options: SweepOptions) -> tuple[str, Space]:
     """Load a search space and apply the options that change it. Return its name and the space.
 
     Raises:
-        ConfigError: there is no such file, it is not Python, it has no SPACE, or its SPACE is not
-            possible.
+        ConfigError: there is no such file, it is not Python, or its SPACE is missing or impossible.
     """
     path = Path(options.space).expanduser()
     ours = provenance.ROOT / "tune_spaces" / f"{path.name.removesuffix('.py')}.py"

@@ -75,8 +75,7 @@ class Sweep:
         """Publish what the record holds by now to MLflow."""
         with self.stored.lock:
             record = copy.deepcopy(self.record)
-        # Publishing reads from the storage. It happens outside the lock so that it does not hold up
-        # the trials.
+        # Publishing reads from the storage: outside the lock it does not hold up the trials.
         with self.tracker.excused("records"):
             mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root)
 
@@ -104,9 +103,6 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
     Returns:
         The sweep, which this process holds from then on, and an experiment with a model for each
         trial (:func:`preflight_experiment`).
-
-    Raises:
-        UserError: one of its kinds, naming what, where and what to do.
     """
     space_name, space = load_space(options)
     model, base = varied_model(experiment, space)

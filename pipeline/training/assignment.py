@@ -10,16 +10,14 @@ from pipeline.runtime.storage import Storage
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
 
 ATTEMPT = "attempt.json"
-"""File in a model's directory while it is trained: {token} of the worker group that took it
-last."""
+"""File in the directory of a model that trains: {token} of the worker group that took it last."""
 
 
 class Assignment:
     """The models of one worker group, asked on its rank 0 alone.
 
     A worker group leases the directory of the model that it trains. Another run that needs the same
-    model waits. It takes the model as it is when it is finished, or continues its training if the
-    holder is gone.
+    model waits. It takes the finished model, or continues its training if the holder is gone.
 
     Args:
         token: names the worker group, also after a restart.

@@ -98,8 +98,7 @@ def check_export(net: nn.Module, config: TrainConfig, shapes: Shapes) -> list[st
             for part, before, data in _exported(net, config, shapes):
                 after = _rebuilt(part, safetensors_load(data), config, shapes, f"the export of {name}")
                 first, loaded, second = (_outputs(module, images[:1]) for module in (before, after, before))
-                # A network that draws from a stream of its own differs from itself, and cannot be
-                # compared.
+                # A network with a random stream of its own differs from itself.
                 if not _alike(first, loaded) and _alike(first, second):
                     raise ConfigError(
                         f"{name}, exported and loaded again, gives other outputs (its {part}): register every tensor "

@@ -85,8 +85,7 @@ def mismatch(config: TrainConfig, shapes: Shapes, weights: Mapping[str, Tensor],
         net.autoencoder.load_state_dict(tensors, strict=True)
     except RuntimeError as e:
         return f"{other}: {e}"
-    # The shared blocks are one set of weights, so loading the auto-encoder overwrites the
-    # classifier's.
+    # The auto-encoder's shared blocks overwrite those of the classifier.
     if not all(torch.equal(before[name], tensor) for name, tensor in net.classifier.state_dict().items()):
         return f"{other}: their shared blocks differ"
     return ""

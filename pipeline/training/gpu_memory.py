@@ -23,8 +23,7 @@ from components.training.step import PhaseModule
 from pipeline.runtime.cluster import ResourceError
 
 PROBE_IMAGES = 2
-"""Images of the forward pass whose saved tensors are counted. Their size is proportional to the
-batch."""
+"""Images of the forward pass whose saved tensors, proportional to the batch, are counted."""
 ANSWER_S = 60.0
 """How long to wait for a GPU's answer. A busy GPU is no reason to refuse a run."""
 
@@ -32,8 +31,7 @@ ANSWER_S = 60.0
 def training_bytes(config: TrainConfig, shapes: Shapes, images_per_worker: int) -> int:
     """Return the least memory, in bytes, that one worker's training step of a model takes.
 
-    It is counted on the CPU, on two images, in the last phase of the model's training. That phase
-    has the most parts.
+    It is counted on the CPU, on two images, in training's last phase, which has the most parts.
     """
     net = build_net(config, shapes).train()
     parameters = list(net.parameters())

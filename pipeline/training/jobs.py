@@ -125,8 +125,7 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     plain_shapes = to_dict(shapes)
     if config.defense != "defend++":
         del plain_shapes["sizes"]
-    # Settings at their defaults are left out, so that a new setting does not rename the models
-    # there are.
+    # Without the settings at their defaults, a new setting does not rename the models there are.
     defaults = to_dict(TrainConfig())
     settings = {k: v for k, v in to_dict(config).items() if v != defaults[k]}
     parts: list[Any] = [MODEL_VERSION, settings, plain_shapes, dict(identity), workers, weights]
@@ -134,8 +133,7 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
         parts.append(explicit_name)  # Earlier versions built this network as without weights.
     if source := source_hash(config.arch):
         parts.append(source)
-    # The parts below stand for changes of one defense, which must not rename the models of the
-    # others.
+    # The parts below stand for changes of one defense, which leave the others' models as they are.
     if config.defense == "comdefend":
         parts.append("penalty on the bits")
     if config.defense == "adversarial" and workers > 1 and "validation" not in identity:

@@ -177,8 +177,7 @@ class TrainingLoop:
         generator = torch.Generator().manual_seed(stream_seed(self.config.seed, epoch, self.rank))
         order = torch.randperm(len(self.data), generator=generator).to(self.device)
         steps: list[tuple[int, float, float, dict[str, Tensor]]] = []
-        # First step whose loss is not finite. It stays on the device, since reading it stops the
-        # GPU.
+        # First step whose loss is not finite, on the device, since reading it stops the GPU.
         bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         begin = time.time()
         for i in range(self.steps_per_epoch):
@@ -230,8 +229,7 @@ class TrainingLoop:
         )
 
     def _check_finite(self, bad_step: Tensor, step: int) -> None:
-        # The weights are checked too: after the last step no later loss shows that they are
-        # spoiled.
+        # The weights are checked too: after the last step no loss shows that they are spoiled.
         weights = torch.stack([p.detach().abs().amax() for p in self.net.parameters()]).amax()
         bad_step = torch.where((bad_step < 0) & ~torch.isfinite(weights), step, bad_step)
         if self.world > 1:  # Every rank must come to the same decision.
@@ -246,8 +244,7 @@ class TrainingLoop:
         """Give every rank the batch norm statistics of rank 0, which are the exported ones.
 
         This happens after every epoch. Adversarial training reads the statistics, since it makes
-        its examples in eval mode. It sees the same values after a restart, and without validation
-        images.
+        its examples in eval mode. It sees the same values after a restart, and without validation.
         """
         if self.world > 1:
             for buffer in self.net.buffers():

@@ -51,8 +51,7 @@ class TrainingMonitor:
             if job.name in self.finished:
                 continue
             home = self.root / job.address
-            # model.json is written last, so all other files exist once it does. It is checked
-            # first.
+            # Check model.json first: it is written last, so all other files exist once it does.
             finished = home.exists("model.json")
             for name in home.list("history"):
                 if name not in self._reported[job.name]:

@@ -61,8 +61,7 @@ def train_group(group: Sequence[TrainingJob], settings: dict[str, Any], experime
             if user_error is not None:
                 raise user_error from e
             # Failures count since the last progress, since days of training lose a spot node now
-            # and then. After a ControllerError no model is to blame: the workers could not even
-            # start.
+            # and then. After a ControllerError no model is to blame: no worker could even start.
             started = not isinstance(e, ray.train.ControllerError)
             if _progress_of(group, root) != before or (started and _blame(group, root, token, e)):
                 continue
@@ -137,8 +136,7 @@ def fit_workers(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=scaling.workers, use_gpu=scaling.gpu, resources_per_worker=train_bundle(scaling)
             ),
-            # ray.train exports its v1 classes to type checkers and its v2 classes, with these
-            # fields, to programs.
+            # Programs get ray.train's v2 classes, which have these fields; type checkers get v1.
             run_config=ray.train.RunConfig(  # type: ignore[call-arg]
                 name="train",
                 storage_path=files.root,

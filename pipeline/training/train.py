@@ -32,8 +32,7 @@ from pipeline.training.ray_runs import TrainingError, parallel_runs, train_group
 from pipeline.training.worker_group import LIVE_INTERVAL_S
 
 VISIBLE_S = 90.0
-"""How long a network file system may hide a new file. NFS caches directory entries for up to a
-minute."""
+"""How long a network file system may hide a new file. NFS caches directories for up to a minute."""
 
 
 def prepare_jobs(

@@ -21,8 +21,7 @@ from components.models.weights import Weights, listed, standalone, why_not_saved
 from pipeline.runtime.user_files import LFS_POINTER
 
 USUAL_KEYS = ("state_dict", "model", "model_state_dict", "net")
-"""Keys under which training scripts save a network. If a file has several, the first of these is
-taken."""
+"""Keys under which training scripts save a network. The first of these counts."""
 _MAX_DEPTH = 5
 """Largest depth of nested dictionaries that is searched. A dictionary may contain itself."""
 _ONLY_WEIGHTS = "torch.save({}.state_dict(), 'state_dict.pth')"
@@ -39,8 +38,7 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     """
     top = _content(data, where)
     networks = dict(_networks(top))
-    # Only a file without a network may have a network's tensors at its top. Beside a network they
-    # are metrics.
+    # Tensors at the top of a file are a network only if it holds no other. Else they are metrics.
     if not networks and isinstance(top, dict):
         tensors = {k: v for k, v in top.items() if isinstance(k, str) and isinstance(v, Tensor)}
         networks = {"": tensors} if tensors else {}
@@ -52,8 +50,7 @@ def read(data: bytes, where: str, key: str = "") -> Weights:
     elif not networks:
         raise DataError(_no_tensors(top, where))
     else:
-        # Every network has a matrix or a filter. Statistics and metrics beside a network rarely
-        # have one.
+        # Every network has a matrix or a filter. Statistics and metrics beside it rarely do.
         with_matrix = {name: tensors for name, tensors in networks.items() if any(t.ndim > 1 for t in tensors.values())}
         networks = with_matrix or networks
         usual = [name for name in USUAL_KEYS if name in networks]
@@ -184,8 +181,7 @@ class _NumpyPlaceholder:
 def _placeholder(name: str) -> type:
     """Return a class in place of the named one, which is not imported: a file runs no code.
 
-    Its instances are OrderedDicts, the only type that torch's reader fills with items and
-    attributes.
+    Its instances are OrderedDicts, which torch's reader fills with items and attributes.
     """
 
     def new(cls: type, *args: object, **kwargs: object) -> OrderedDict[str, Any]:

@@ -34,8 +34,7 @@ def train_models(requests: Sequence[dict[str, Any]], root: Storage, ranks: Ranks
     """Train models one after the other; every rank of a worker group calls it.
 
     A model that fails is recorded (FAILED_MODEL, NOT_FINITE) and does not stop the next ones. A
-    model that another run trains is left to that run: this group trains the others first and then
-    waits.
+    model that another run trains is left to that run: this group trains the others and then waits.
 
     Args:
         requests: see :meth:`pipeline.training.jobs.TrainingJob.request`.
@@ -43,8 +42,7 @@ def train_models(requests: Sequence[dict[str, Any]], root: Storage, ranks: Ranks
 
     Raises:
         StorageError, DataError: the storage or the shards fail, which all models share.
-        ModelFailed: a model failed on one of several ranks. A new worker group takes the next
-            model.
+        ModelFailed: a model failed on one of several ranks. A new group takes the next one.
     """
     assignment = Assignment(requests, root, settings["token"])
     data = DataCache(root, ranks)

@@ -1,8 +1,7 @@
 """The base class of all sources of images, and the rows of their splits.
 
 A :class:`Source` is a small picklable description of the training or the test images of a data set.
-:meth:`Source.read` decodes the rows that are asked for, so that a Ray task reads those of its
-shard.
+:meth:`Source.read` decodes the rows of one Ray task's shard.
 """
 
 from __future__ import annotations

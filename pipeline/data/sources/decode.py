@@ -12,11 +12,9 @@ from components.errors import DataError
 from pipeline.runtime.user_files import LFS_POINTER, reason
 
 _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
-"""PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255, so
-they are refused."""
+"""PIL modes of 8 bits per channel. PIL would silently clip the deeper ones (I;16, F) to 255."""
 _MAX_PIXELS = 1 << 28
-"""Pixels of a resized image before its centre is cut out. A strip of 1x60000 would take
-gigabytes."""
+"""Pixels of a resized image before the crop: a strip of 1x60000 would take gigabytes."""
 
 
 def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> None:
@@ -26,8 +24,7 @@ def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> Non
     orientation in EXIF is ignored.
 
     Raises:
-        DataError: the image cannot be decoded, is of another size, or has more than 8 bits per
-            channel.
+        DataError: the image cannot be decoded, or its size or bits per channel are refused.
     """
     size = data.image_size
     try:

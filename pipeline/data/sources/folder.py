@@ -135,8 +135,7 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
     directory = _split_directory(root, top, split, data.test_split if split == "test" else "")
     listing = list_directory(directory)
     classes_directory, folders = directory, listing.folders
-    # The labels of a network follow the training folders. Where nothing is trained there may be
-    # none.
+    # A network's labels follow the training folders, if there are any.
     if split == "test" and choose_word(root, "train", [*top.folders, *top.broken]):
         train = _split_directory(root, top, "train")
         if training_folders := list_directory(train).folders:
@@ -172,8 +171,7 @@ def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split
         DataError: there is no such folder, there are two, or it is a broken link.
     """
     folders = listing.folders
-    # Without the broken ones another split would silently take the place of one whose link is
-    # broken.
+    # Without the broken ones, another split would silently take the place of a broken link.
     word = choose_word(root, split, [*folders, *listing.broken], test_split)
     if word in listing.broken:
         raise DataError(f"{printable(f'{root}/{word}')} is no folder but a broken link; replace or remove it")
@@ -239,7 +237,7 @@ def _suffix(name: str) -> str:
 def _left_out(listing: Listing, suffixes: Sequence[str]) -> str:
     """Return which files of a split are left out, in words, or "".
 
-    They have the suffix of no image, or lie beside the class folders, whose files have ``suffixes``.
+    They have the suffix of no image, or lie beside the class folders, whose suffixes are given.
     """
     kinds = [suffix or "without suffix" for suffix in suffixes if suffix not in _IMAGE_SUFFIXES]
     kinds += [f"{_suffix(name) or 'without suffix'} beside the class folders" for name in listing.files]

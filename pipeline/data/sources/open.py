@@ -56,8 +56,7 @@ def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, wo
     Args:
         trains: False if nothing is trained, so that the test images are enough.
         attacked: ``evaluation.test_images``.
-        workers: ``scaling.workers``, each of which needs an image of the training and the
-            validation split.
+        workers: ``scaling.workers``; each needs a training and a validation image.
 
     Returns:
         A line for each split, and one for the attacked test images if these are only a part. It has

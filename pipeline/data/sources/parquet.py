@@ -54,8 +54,7 @@ class ParquetSource(Source):
     """
 
     uri: str
-    """Directory or URI; empty for a bundled sample, which is found again beside this file on
-    whatever node reads."""
+    """Directory or URI; empty for a bundled sample, which each node finds beside this file."""
     sample: str
     files: tuple[_ParquetFile, ...]
     image_column: str

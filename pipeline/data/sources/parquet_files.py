@@ -46,8 +46,7 @@ class _Place:
     """Path from the directory that the user gave; empty for that itself."""
     listing: Listing
     splits: dict[str, Listing]
-    """Name of each folder in it that is called as a split and has Parquet files -> what that
-    holds."""
+    """Name of each folder that is called as a split and has Parquet files -> what it holds."""
     others: list[str]
     """Names of its other folders."""
 
@@ -71,8 +70,7 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     :func:`pipeline.data.sources.split_names.parquet_files` for their names.
 
     Raises:
-        DataError: there are none, several folders have splits, or the files are not one complete
-            split.
+        DataError: there are none, several folders have splits, or the split is incomplete.
     """
     place = _find_place(storage, test_split)
     at = _joined(storage.uri, place.folder)

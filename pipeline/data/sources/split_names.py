@@ -1,7 +1,6 @@
 """The names of a split's files and folders, and of class folders, in a data set's directory.
 
-A name that only resembles a split's name is never taken for it, since its images would change the
-test.
+A name that only resembles a split's is never taken for it: its images would change the test.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from pipeline.runtime.user_files import first_names, printable
 SourceSplit = Literal["train", "test"]
 
 WORDS: dict[SourceSplit, tuple[str, ...]] = {"train": ("train",), "test": ("test", "validation", "valid", "val")}
-"""What a split's files or folder may be called, in any case. ``test`` counts before the names of a
-validation split."""
+"""Names of a split's files or folder, in any case. ``test`` counts before a validation split."""
 _FILE = re.compile(
     r"(?P<split>.+?)(?:-(?P<index>\d+)-of-(?P<total>\d+)(?:-[0-9a-z]+)?)?\.parquet", re.IGNORECASE | re.DOTALL
 )
@@ -80,8 +78,7 @@ def parquet_files(
     """Return the Parquet files of a split in a directory.
 
     They are SPLIT.parquet, or a complete set of SPLIT-NNNNN-of-NNNNN[-hash].parquet, in the
-    directory or in a folder SPLIT. The folder may also have NNNN.parquet, as the Hub's own
-    conversion writes.
+    directory or in a folder SPLIT. The folder may also have NNNN.parquet, as the Hub writes.
 
     Args:
         names: the Parquet files in the directory ``place``.
@@ -95,8 +92,7 @@ def parquet_files(
         DataError: there is none, a numbered set is incomplete or has a part twice, or the name of
             another file begins like the split's (test_hard.parquet beside test.parquet).
     """
-    # A name that the user gave means itself alone. One that is guessed must not be the beginning of
-    # others.
+    # A user's name means itself alone. A guessed one must not be the beginning of others.
     word_of = {name: split_of(name) if test_split else _beginning(name) for name in names}
     word = choose_word(place, split, [*word_of.values(), *folders], test_split)
     if word is None:
@@ -183,8 +179,7 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
     """Return class folders in the order of their labels.
 
     torchvision sorts the names as text, timm by the numbers in them. If the two orders differ (2
-    and 10, class2 and class10), an external network may follow either, and the wrong one permutes
-    all labels.
+    and 10, class2 and class10), an external network may follow either. The other permutes labels.
 
     Args:
         order: ``data.class_order``, or "" if the user gave none.

@@ -23,8 +23,7 @@ SPLITS = ("train", "validation")
 def start_sweep(tracker: Tracker, record: Mapping[str, Any]) -> None:
     """Start the parent run of a sweep, alias "run", from a record that may be new."""
     tags = {**made_with_tags(tracker, Record.from_json(record), "sweep"), "space": record["space_name"]}
-    # The number of trials is no param: the same sweep can go on with more of them, and a param
-    # cannot change.
+    # The number of trials is no param: a sweep can go on with more, and a param cannot change.
     space = {k: v for k, v in record["space"].items() if k != "trials"}
     params = {**flatten(record["experiment"]), **flatten({"space": space}), "sweep.seed": record["seed"]}
     name = f"sweep {record['name']} {record['space_name']}"
@@ -107,8 +106,7 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: TrialEntr
         "model": record["model"],
         "trial": trial.number,
         "records": " ".join(model.path for model in trial.models),
-        # The start time makes the tags of a retried trial differ from those already sent; equal
-        # tags are not sent twice.
+        # Equal tags are not sent twice. The start time makes those of a retried trial differ.
         "state": trial.state,
         "reason": trial.reason,
         "started": trial.started,
@@ -123,8 +121,7 @@ def _publish_trial(tracker: Tracker, record: Mapping[str, Any], trial: TrialEntr
     _publish_means(tracker, alias, trial, root)
     if trial.is_over:
         metrics = {**_final_metrics(trial, root), "epochs": float(len(trial.epochs))}
-        # MLflow shows the latest value of a step, so these of this try replace those of an earlier
-        # one.
+        # MLflow shows the latest value of a step, so this try replaces an earlier one.
         tracker.metrics(alias, metrics, time=trial.ended_at)
         tracker.finish(alias, _status_of(trial), time=trial.ended_at)
 

@@ -149,8 +149,7 @@ class SweepMonitor:
             if failed:
                 return
             try:
-                # A file may be just being replaced, or the storage out of reach. The next poll
-                # looks again.
+                # A file is being replaced, or the storage out of reach. The next poll looks again.
                 with suppress(StorageError, OSError):
                     self._poll()
                 table.print_progress()

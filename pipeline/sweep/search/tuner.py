@@ -100,8 +100,7 @@ def _make_tuner(monitor: SweepMonitor, files: Storage, runs: int, pending: Seque
     from ray import tune
 
     sweep = monitor.sweep
-    # Keep one extra trial queued so that no worker idles. Not for TPE: it proposes better points
-    # from finished trials.
+    # One extra trial keeps every worker busy. Not for TPE, which learns from finished trials.
     at_once = max(1, runs // sweep.experiment.seeds) + (sweep.space.search != "tpe")
     # Tune does not run trials without any resource, so each asks for a byte of memory.
     trainable = tune.with_parameters(run_trial, plan=monitor.plan, queue=monitor.queue)
@@ -149,8 +148,7 @@ def search_algorithm(sweep: Sweep, pending: Sequence[TrialEntry]) -> tuple[dict[
             study.add_trial(optuna.trial.create_trial(params=trial.parameters, distributions=space, values=scores))
         else:
             study.enqueue_trial(trial.parameters)
-    # The seed depends on the number of trials, so that a sweep that goes on does not draw the same
-    # points again.
+    # A sweep that goes on draws other points, since the seed depends on the number of trials.
     seed = int(content_hash(sweep.options.seed, len(sweep.trials))[:8], 16)
     search = UnrepeatedSearch(
         sweep.space,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from components.fields import to_dict
 from components.search_space import Point
 from pipeline.sweep.trials.states import OVER, PENDING, SETTLED, TrialState
 
@@ -64,8 +65,7 @@ class TrialEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry that sweep.json holds."""
-        epochs = [{**asdict(e), "each": [list(scores) for scores in e.each]} for e in self.epochs]
-        return {**asdict(self), "epochs": epochs, "models": [asdict(model) for model in self.models]}
+        return to_dict(self)
 
     @property
     def last(self) -> EpochScores:

@@ -69,8 +69,7 @@ class RobustAccuracyMeter:
         images = self.images[rows].to(self.ranks.device).float() / 255
         labels = self.labels[rows].to(self.ranks.device)
         generator = torch.Generator().manual_seed(stream_seed(0, chunk))
-        # The examples are judged on the very model that they are made on, so the first success is
-        # enough.
+        # Examples are judged on the model that they are made on, so the first success is enough.
         early = self.spec.can_stop_on_success
         examples = run_attack(self.spec, classifier, images, labels, stop_on_success=early, generator=generator)
         verify_examples(images, examples, self.rows[rows], self.spec)

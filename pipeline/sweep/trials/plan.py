@@ -43,8 +43,7 @@ def trial_config(experiment: Experiment, base: TrainConfig, point: Point) -> Tra
         ConfigError: the values do not go together, with one another or with the recipe, or a sweep
             cannot judge the model.
     """
-    # Values pass through text, as in an experiment's models: 1 and 1.0 are one value, and so one
-    # address.
+    # Values pass through text, as in an experiment's models: 1 and 1.0 have one address.
     config = replace_typed(base, {name: str(value) for name, value in point.items()}, "space")
     if config.defense == "comdefend":
         raise ConfigError.of("space: defense", config.defense, "that of a classifier: a reformer alone has no accuracy")

@@ -66,8 +66,7 @@ class JobQueue:
     def take(self, run: int) -> Request | NoRequest:
         """Return the next model for a Ray Train run.
 
-        A run that still holds one was started again because its workers died. It gets that one
-        again.
+        A run that still holds one was started again because its workers died. It keeps that one.
         """
         for address in [a for a, holder in self._holders.items() if holder == run]:
             del self._holders[address]

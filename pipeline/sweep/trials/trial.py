@@ -1,8 +1,7 @@
 """A trial of a sweep as Ray Tune runs it.
 
 It requests its models, follows their records on storage, and reports each epoch. This module does
-not import torch. A trial's process trains nothing (pipeline/sweep/trials/worker.py does), so it
-must stay small.
+not import torch: a trial's process trains nothing (worker.py does), and must stay small.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ def run_trial(config: dict[str, Any], *, plan: SweepPlan, queue: JobQueue) -> No
     while True:
         states = queue.follow(requests, trial)
         results = []
-        # If the storage is out of reach, the workers, which must write to it, decide when to give
-        # up.
+        # The workers, which must write to the storage, decide when to give it up.
         with suppress(StorageError, OSError):
             results = progress.new_results()
         for result in results:
@@ -76,8 +74,7 @@ class TrialProgress:
     def new_results(self) -> list[dict[str, Any]]:
         """Return a result for each epoch that all models have reached since the last call.
 
-        The last epoch's result comes only once every model is exported: a trial that has reported
-        it is over.
+        The last epoch's result, which ends the trial, comes only once every model is exported.
         """
         exported = True
         for job, measured in zip(self.jobs, self._measured, strict=True):

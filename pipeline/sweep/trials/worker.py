@@ -56,8 +56,7 @@ def worker_settings(queue: JobQueue, plan: SweepPlan, threads: int, token: str) 
     """Return the settings of the workers of Ray Train runs. Each adds its number as ``run``.
 
     Args:
-        token: names the command that the runs belong to, also after their workers were started
-            again.
+        token: names the command of the runs, also after their workers were started again.
     """
     return {
         "queue": queue,
@@ -109,8 +108,7 @@ class SweepWorker:
     def next_task(self) -> Task | NoRequest:
         """Take the next model, and load the data that it needs.
 
-        An error of the storage or the shards closes the queue: every later model would fail the
-        same way.
+        An error of storage or shards closes the queue: every later model would fail the same way.
         """
         try:
             task = self.ranks.agreed(self._take)
