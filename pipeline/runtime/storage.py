@@ -323,12 +323,8 @@ def _is_uri(text: str) -> bool:
 def split_uri(file: str | os.PathLike[str]) -> tuple[Storage, str]:
     """Split the path or URI of a file into the directory that holds it and its name.
 
-    Returns:
-        The directory, with the options of the URI, and the name. A URI without a directory is
-        returned whole, with an empty name.
-
-    Raises:
-        ConfigError: as :class:`Storage`.
+    The directory has the options of the URI. A URI without a directory is returned whole, with an
+    empty name. Raises as :class:`Storage`.
     """
     text = os.fspath(file)
     if not _is_uri(text):

@@ -95,11 +95,7 @@ def make_job(
     autoencoder: str = "",
     why_no_autoencoder: str = "",
 ) -> TrainingJob:
-    """Return the job of a model with a canonical config.
-
-    Raises:
-        ConfigError: as :meth:`TrainingData.for_model` and :func:`source_hash`.
-    """
+    """Return the job of a model with a canonical config. Raises ConfigError."""
     pyramids, identity = data.for_model(config)
     start = "+".join(filter(None, (weights, autoencoder)))
     return TrainingJob(
@@ -117,10 +113,8 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
     """Return ``models/<kind>-<hash>``, named by everything that the weights follow from.
 
     Runs and tables therefore share equal models. The number of workers is part of the hash, since
-    batch norm is per worker; so is the source of a network of the user's own.
-
-    Raises:
-        ConfigError: as :func:`source_hash`.
+    batch norm is per worker; so is the source of a network of the user's own. Raises as
+    :func:`source_hash`.
     """
     plain_shapes = to_dict(shapes)
     if config.defense != "defend++":

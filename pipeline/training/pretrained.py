@@ -39,9 +39,6 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
 
     Returns:
         Its full path, its bytes, and the key of the network in it (FILE#KEY), or "".
-
-    Raises:
-        UserError: as :func:`read`.
     """
     if where.startswith(MLFLOW):
         from pipeline.tracking import weights  # Importing MLflow takes seconds.
@@ -97,11 +94,7 @@ def _torchvision(arch: str, name: str) -> Weights:
 
 
 def fetch(config: TrainConfig, root: Storage, tracking_uri: str = "") -> str:
-    """Copy the weights to the storage, and return their address.
-
-    Raises:
-        UserError: as :func:`read`.
-    """
+    """Copy the weights to the storage, and return their address. Raises as :func:`read`."""
     return store(root, weights_file.to_bytes(dict(sorted(read(config, tracking_uri).items()))))
 
 

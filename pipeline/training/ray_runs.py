@@ -12,7 +12,9 @@ import torch
 from components.config import Experiment
 from components.errors import UserError, first_line
 from pipeline.runtime import interrupts
+from pipeline.runtime.cluster import room_for, train_bundle
 from pipeline.runtime.storage import Storage
+from pipeline.runtime.user_errors import unwrap
 from pipeline.training.assignment import ATTEMPT
 from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE, TrainingJob
 from pipeline.training.loop import Ranks
@@ -28,8 +30,6 @@ class TrainingError(UserError):
 
 def parallel_runs(experiment: Experiment) -> int:
     """Return how many Ray Train runs the cluster has room for at once."""
-    from pipeline.runtime.cluster import room_for, train_bundle
-
     scaling = experiment.scaling
     room = max(1, room_for(train_bundle(scaling)) // scaling.workers)
     return min(room, scaling.parallel_models) if scaling.parallel_models else room
@@ -46,8 +46,6 @@ def train_group(group: Sequence[TrainingJob], settings: dict[str, Any], experime
         UserError: a worker raised it.
     """
     import ray.train
-
-    from pipeline.runtime.user_errors import unwrap
 
     max_failures = experiment.scaling.max_failures
     token = f"{settings['token']}-{secrets.token_hex(4)}"
@@ -116,15 +114,10 @@ def fit_workers(
     *,
     max_failures: int,
 ) -> None:
-    """Run ``worker(config)`` on every rank of one Ray Train run, until it ends.
-
-    Raises:
-        Exception: what Ray Train raises.
-    """
+    """Run ``worker(config)`` on every rank of one Ray Train run. Raises what Ray Train raises."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from pipeline.runtime.cluster import train_bundle
     from pipeline.training.process_group import NodeTorchConfig
 
     scaling = experiment.scaling

@@ -40,10 +40,7 @@ def prepare_jobs(
 ) -> list[TrainingJob]:
     """List the models of an experiment as jobs.
 
-    Pretrained weights are copied to the storage, where every worker reaches them.
-
-    Raises:
-        UserError: as :func:`pretrained.fetch` and :func:`make_job`.
+    Pretrained weights are copied to the storage, where every worker reaches them. Raises UserError.
     """
     jobs = []
     for name, config in experiment.model_configs().items():

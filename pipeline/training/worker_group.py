@@ -13,6 +13,7 @@ import torch.distributed as dist
 from components.config import Shapes, TrainConfig, stored_levels
 from components.errors import UserError
 from components.fields import from_dict
+from pipeline.data import shards
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, StorageError
 from pipeline.training import pretrained
 from pipeline.training.assignment import Assignment
@@ -113,8 +114,6 @@ class DataCache:
 
     def get(self, split: str, addresses: Mapping[str, str], levels: bool) -> RankData | None:
         """Return this rank's data of a split, or None if ``addresses`` lacks the split."""
-        from pipeline.data import shards
-
         if split not in addresses:
             return None
         key = (addresses[split], levels)

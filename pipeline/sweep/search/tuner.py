@@ -144,7 +144,8 @@ def search_algorithm(sweep: Sweep, pending: Sequence[TrialEntry]) -> tuple[dict[
     study = optuna.create_study(storage=storage, study_name="sweep", directions=["maximize", "maximize"])
     for trial in sweep.trials:
         if trial.is_settled:
-            scores = _scores(trial)
+            # The search avoids a point that diverged.
+            scores = [0.0, 0.0] if trial.state == DIVERGED else [trial.last.clean, trial.last.robust]
             study.add_trial(optuna.trial.create_trial(params=trial.parameters, distributions=space, values=scores))
         else:
             study.enqueue_trial(trial.parameters)
@@ -160,9 +161,3 @@ def search_algorithm(sweep: Sweep, pending: Sequence[TrialEntry]) -> tuple[dict[
         study_name="sweep",
     )
     return {}, search
-
-
-def _scores(trial: TrialEntry) -> list[float]:
-    if trial.state == DIVERGED:  # The search avoids its point.
-        return [0.0, 0.0]
-    return [trial.last.clean, trial.last.robust]

@@ -25,11 +25,7 @@ CHUNK = 50
 
 
 class RobustAccuracyMeter:
-    """Measures models by one objective. Every rank has one, which attacks its share of the chunks.
-
-    Raises:
-        DataError: the validation shards are missing or damaged.
-    """
+    """Meter of one objective on each rank, which attacks its share of the chunks. Raises DataError."""
 
     def __init__(self, objective: Objective, root: Storage, ranks: Ranks) -> None:
         self.objective, self.ranks = objective, ranks
