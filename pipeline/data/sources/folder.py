@@ -187,7 +187,7 @@ def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split
 
 
 def _check_class_folders(directory: str, listing: Listing, classes_directory: str, folders: Sequence[str]) -> None:
-    """Refuse folders of a split that are unknown in the training split, or a single one."""
+    """Refuse folders of a split that are unknown in the training split, and a single folder."""
     unknown = sorted(set(listing.folders) - set(folders))
     if unknown and len(unknown) < len(listing.folders):
         number = f"{len(unknown)} class folders are" if len(unknown) > 1 else "1 class folder is"
