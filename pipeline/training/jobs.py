@@ -86,14 +86,7 @@ class TrainingData:
 
 
 def make_job(
-    name: str,
-    config: TrainConfig,
-    shapes: Shapes,
-    data: TrainingData,
-    workers: int,
-    weights: str,
-    autoencoder: str = "",
-    why_no_autoencoder: str = "",
+    name: str, config: TrainConfig, shapes: Shapes, data: TrainingData, workers: int, weights: str, autoencoder: str
 ) -> TrainingJob:
     """Return the job of a model with a canonical config. Raises ConfigError."""
     pyramids, identity = data.for_model(config)
@@ -105,7 +98,6 @@ def make_job(
         weights=weights,
         address=model_address(config, shapes, identity, workers, start),
         autoencoder=autoencoder,
-        why_no_autoencoder=why_no_autoencoder,
     )
 
 

@@ -50,7 +50,8 @@ def prepare_jobs(
         if not config.epochs:
             tensors = pretrained.load(root, weights)
             autoencoder, reason = copy_autoencoder(config, shapes, tensors, root, tracking_uri)
-        jobs.append(make_job(name, config, shapes, data, experiment.scaling.workers, weights, autoencoder, reason))
+        job = make_job(name, config, shapes, data, experiment.scaling.workers, weights, autoencoder)
+        jobs.append(dataclasses.replace(job, why_no_autoencoder=reason))
     return jobs
 
 

@@ -181,7 +181,7 @@ class _NumpyPlaceholder:
 def _placeholder(name: str) -> type:
     """Return a class in place of the named one, which is not imported: a file runs no code.
 
-    Its instances are OrderedDicts, which torch's reader fills with items and attributes.
+    Its instances are OrderedDicts: torch's reader fills no other type with items and attributes.
     """
 
     def new(cls: type, *args: object, **kwargs: object) -> OrderedDict[str, Any]:

@@ -77,10 +77,10 @@ class SweepPlan:
         Raises:
             ConfigError: the point's values do not go together, with one another or with the recipe.
         """
-        jobs = []
         first = trial_config(self.experiment, self.base, point)
-        for replicate in range(self.experiment.seeds):
-            config = replace(first, seed=first.seed + SEED_STRIDE * replicate).canonical()
-            workers = self.experiment.scaling.workers
-            jobs.append(make_job(f"s{replicate}", config, self.shapes, self.data, workers, self.weights))
-        return jobs
+        workers = self.experiment.scaling.workers
+        configs = [replace(first, seed=first.seed + SEED_STRIDE * i).canonical() for i in range(self.experiment.seeds)]
+        return [
+            make_job(f"s{i}", config, self.shapes, self.data, workers, self.weights, autoencoder="")
+            for i, config in enumerate(configs)
+        ]
