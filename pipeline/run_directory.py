@@ -116,7 +116,10 @@ def open_run(
     Lease(storage).check_free()
     record = records.read_record(storage, "run.json")
     if records_only and record is None:
-        raise UserError(f"there are no records at {storage.uri}: run the other stages with the same settings first")
+        raise UserError(
+            f"there are no records at {storage.uri}: run the other stages with the same settings first, or "
+            "name the storage that has them by --storage"
+        )
     if needs:
         _check_made(record or {}, experiment, storage, needs)
     uri, experiment_name = server.choose(

@@ -111,9 +111,6 @@ def auxiliary_values(auxiliary: Auxiliary, x: Tensor, rows: Tensor) -> Tensor:
 
     Raises:
         ValueError: the values have another shape, which would silently be broadcast or summed.
-
-    Raises:
-        ValueError: it returned another shape, which would be broadcast or summed without a word.
     """
     values = auxiliary(x, rows)
     if values.shape != rows.shape:

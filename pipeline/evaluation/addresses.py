@@ -12,13 +12,12 @@ from pipeline.evaluation.plan import Evaluation, Model
 
 ADDRESS_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other results."""
-FOLLOW_L2_GRADIENTS = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
-"""Attacks that in L2 step along the normalised gradient. C&W, FAB and Square do not."""
+UNDERFLOWED_IN_L2 = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
+"""Attacks whose L2 steps once divided by a norm that underflowed. A new attack does not belong here."""
 ATTACK_VERSIONS = {
     ("noise", "l2"): 3,  # Noise is no longer shortened by clipping.
     ("autoattack", "linf"): 3,  # A sample's draws no longer depend on which samples remain.
-    # Gradients below 1e-19 are normalised without underflow.
-    **{(name, "l2"): 4 for name in FOLLOW_L2_GRADIENTS},
+    **{(name, "l2"): 4 for name in UNDERFLOWED_IN_L2},  # Gradients below 1e-19 do not underflow any more.
 }
 """Versions, by attack and norm, of attacks whose own examples have changed."""
 SEEDED_BY_NAME = 5

@@ -144,7 +144,7 @@ def _result_file(
         # classes that cannot be reached, let the norms of gradients below 1e-19 underflow, and
         # probed without passes of other batches.
         *(["runner_up"] if spec and spec.target in ("random", "least_likely") else []),
-        *(["l2_norms"] if norm == "l2" and name in addresses.FOLLOW_L2_GRADIENTS else []),
+        *(["l2_norms"] if norm == "l2" and name in addresses.UNDERFLOWED_IN_L2 else []),
         *([] if text else ["batch_dependence"]),
     ]
     return f"reliability/{content_hash(*parts)}.json"

@@ -1,8 +1,13 @@
-"""A small but complete run directory (docs/records.md) with made-up numbers, to test readers of records."""
+"""A small but complete run directory (docs/records.md) with made-up numbers, to test readers of records.
+
+`python tests/support/fake_run.py DIR` writes it and its report to look at.
+"""
 
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -214,3 +219,11 @@ def _gallery(rng: np.random.Generator) -> bytes:
     out = io.BytesIO()
     np.savez(out, **arrays)  # type: ignore[arg-type]
     return out.getvalue()
+
+
+if __name__ == "__main__":
+    from pipeline.reporting import report
+
+    storage = Storage(str(Path(sys.argv[1]).resolve()))
+    run = write_with_figures(storage)
+    print(f"{run.uri}/{report.build(run, storage)['html']}")
