@@ -33,7 +33,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "mnist-smoke": Recipe(mnist_smoke, "2 to 4 minutes on 2 cores"),
-    "mnist-demo": Recipe(mnist_demo, "6 to 8 minutes on 2 quiet cores without a GPU"),
+    "mnist-demo": Recipe(mnist_demo, "5 minutes on 2 quiet cores without a GPU"),
     "mnist-slim": Recipe(mnist_slim, "8 minutes a seed on 2 cores"),
     "mnist": Recipe(mnist, "not measured yet: needs a GPU"),
 }
