@@ -107,7 +107,7 @@ def shapes_of(size: int, channels: int) -> Shapes:
 
 def trained(config: TrainConfig, shapes: Shapes) -> TrainingLoop:
     """Train for all epochs, and check that every parameter of a phase gets a gradient."""
-    loop = TrainingLoop(config, shapes, Rows(config, shapes, 8), Rows(config, shapes, 4))
+    loop = TrainingLoop(config, shapes, Rows(config, shapes, 4), Rows(config, shapes, 4))
     for epoch in range(config.epochs):
         record = loop.run_epoch()
         module = loop.module(phase_at_epoch(epoch, config))

@@ -67,7 +67,7 @@ def test_the_network_is_the_one_that_torchvision_builds_for_its_weights(
             net = build_net(config, SHAPES, pretrained.read(config)).eval()
             torch.testing.assert_close(net(x), expected)
             assert isinstance(net.train()(x), Tensor)
-            net.load_state_dict(build_net(config, SHAPES, pretrained.read(config)).state_dict())
+        net.load_state_dict(build_net(config, SHAPES, pretrained.read(config)).state_dict())
         if name in libraries._TRANSFORMING:
             other = of(f"torchvision:{name},transform_input=false", str(tmp_path / "all.pth"))
             plain = build_net(other, SHAPES, pretrained.read(other)).eval()(x)

@@ -64,7 +64,7 @@ def test_any_json_is_a_config_or_is_refused(values: Any) -> None:
             from_dict(cls, values)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), json_values), min_size=1, max_size=3))
 def test_a_config_with_any_field_changed_is_a_config_or_is_refused(changes: list[tuple[tuple[str, ...], Any]]) -> None:
     values = copy.deepcopy(VALID)
@@ -91,7 +91,7 @@ fields = st.sampled_from([f.name for f in dataclasses.fields(AttackSpec)] + ["x"
 values = st.one_of(numbers.map(str), texts, st.sampled_from(["8/255", "1/0", "-1/-5", "l2", "random", "dlr", "1/inf"]))
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.sampled_from([*ATTACK_NAMES, "", "x"]), st.dictionaries(fields, values, max_size=4), texts)
 def test_any_text_is_an_attack_or_is_refused(name: str, settings: dict[str, str], text: str) -> None:
     for candidate in (text, f"{name}:" + ",".join(f"{k}={v}" for k, v in settings.items()), name):
@@ -101,7 +101,7 @@ def test_any_text_is_an_attack_or_is_refused(name: str, settings: dict[str, str]
             spec.check_fits(1, 28)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(texts, st.dictionaries(st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)]), values, max_size=3))
 def test_any_text_is_a_model_or_is_refused(text: str, overrides: dict[str, str]) -> None:
     with contextlib.suppress(UserError):

@@ -22,6 +22,7 @@ from pipeline.evaluation import worst_case as evaluation_worst_case
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, over_seeds, report, results, sentences, terminal, verdicts
 from pipeline.reporting.mlflow_run import table_metrics
+from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage
 
 
@@ -64,6 +65,12 @@ def run(tmp_path: Path) -> tuple[Storage, Storage, dict[str, Any]]:
     root = Storage(str(tmp_path))
     directory = fake_run.write(root)
     return root, directory, directory.read_json("run.json")
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots out of reports whose text is tested: they take seconds."""
+    monkeypatch.setattr(RunPlots, "draw", lambda self: {})
 
 
 def experiment_of(record: dict[str, Any]) -> Experiment:
@@ -112,6 +119,7 @@ def test_the_same_examples_under_two_threat_models_are_one_evaluation(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_worst_cases_are_compared_sample_by_sample(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, record = run
     judgements = evaluation_worst_case.EvaluationRecords(root, record["evaluations"], fake_run.CHUNK)
@@ -189,6 +197,7 @@ def with_verdict(root: Storage, directory: Storage, record: dict[str, Any]) -> d
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     run: tuple[Storage, Storage, dict[str, Any]],
 ) -> None:
@@ -221,6 +230,7 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     run: tuple[Storage, Storage, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +307,7 @@ def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage, dict[str, Any]]) -> None:
     root, directory, _ = run
     record = with_verdict(*run)

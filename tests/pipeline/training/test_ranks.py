@@ -26,7 +26,7 @@ from pipeline.training.jobs import FAILED_MODEL
 from pipeline.training.loop import Ranks, TrainingLoop
 from pipeline.training.worker_group import DataCache, EpochCallback, ModelFailed, train_model, train_models
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drill]
 TRAIN = "pyramids/train"
 CONFIGS = {
     f"models/m{seed}": TrainConfig(defense="none", width=4, batch_size=8, epochs=3, seed=seed) for seed in range(3)
