@@ -80,6 +80,7 @@ def test_comdefend_stands_in_front_of_the_undefended_classifier(defenses: Result
     assert record["models"]["comdefend"]["reconstruction_validation"] > 0
 
 
+@pytest.mark.drill
 def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
     """The robustness table reuses the models of another table, and adds every threat model and a verdict."""
     storage, record, _ = defenses

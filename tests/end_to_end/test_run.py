@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from commands import MAIN, SMALL, command, files_below, record_of, run_here, run_well
+from commands import MAIN, SMALL, command, files_below, record_of, run_here
+from job_shell import job_shell
 from mlflow_server import MlflowServer
 from record_form import form
 from repository import ROOT
@@ -32,6 +33,7 @@ from components.fields import from_dict
 from pipeline.data.sources.base import split_rows
 from pipeline.data.sources.open import open_source
 from pipeline.main import main
+from pipeline.runtime import provenance
 from pipeline.training.exports import load_autoencoder, load_classifier
 
 pytestmark = pytest.mark.cluster
@@ -45,13 +47,21 @@ SECRETS = {
 
 
 @pytest.fixture(scope="module")
-def finished(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Complete a run, and give its storage and its output."""
-    storage = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as environment:
-        for name, secret in SECRETS.items():
-            environment.setenv(name, secret)
-        return storage, run_well(command("run", storage), ray_cluster)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Complete a run by ``ray job submit``, and give its storage and its output."""
+    home = tmp_path_factory.mktemp("finished")
+    with job_shell(home, SECRETS) as shell:
+        done = shell.submit("run", *SMALL)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    return home / "defendpp", done.stdout
+
+
+def test_a_job_knows_its_revision_though_its_copy_has_no_git(finished: tuple[Path, str]) -> None:
+    record = record_of(finished[0])
+    assert record["finished"]
+    assert record["source"] == provenance.source_hash(ROOT)
+    assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
 
 
 def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[Path, str]) -> None:
@@ -270,8 +280,8 @@ def test_the_result_does_not_depend_on_how_many_tasks_run_at_once(
     shutil.copytree(storage, tmp_path / "s")
     for part in ("examples", "judged"):
         shutil.rmtree(tmp_path / "s" / part)
-    # Of 4 CPUs, this leaves room for one task at a time instead of two.
-    run_here(command("attack", tmp_path / "s", "--scaling.cpus-per-attack", "4"))
+    # The job's two CPUs had room for one task at a time, and this cluster has room for two.
+    run_here(command("attack", tmp_path / "s"))
     assert files_below(tmp_path / "s", "judged/*/*.parquet") == files_below(storage, "judged/*/*.parquet")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,6 @@ SMALL = [
 
 def command(name: str, storage: Path, *more: str) -> list[str]:
     return [*MAIN, name, *SMALL, "--storage", str(storage), *more]
-
-
-def run(arguments: list[str], address: str, timeout: float = 400) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, cwd="/", env={**os.environ, "RAY_ADDRESS": address}, capture_output=True, text=True, timeout=timeout
-    )
-
-
-def run_well(arguments: list[str], address: str) -> str:
-    done = run(arguments, address)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
-    return done.stdout
 
 
 def run_here(arguments: list[str]) -> None:

@@ -1,0 +1,82 @@
+"""`ray job submit` as a user types it, on a cluster that infra/local-cluster.sh starts."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from repository import ROOT
+
+BIN = Path(sys.executable).parent
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [int(s.getsockname()[1]) for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@dataclass
+class Shell:
+    """A user's shell without `.venv` on PATH, and the commands that `start` printed for it."""
+
+    variables: dict[str, str]
+    exports: str
+    submission: str
+
+    def submit(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the printed submission with other arguments of pipeline/main.py."""
+        printed = 'run mnist-demo --storage "$HOME/defendpp"'
+        assert printed in self.submission
+        line = self.submission.replace(printed, f'{shlex.join(arguments)} --storage "$HOME/defendpp"')
+        return subprocess.run(
+            ["bash", "-c", f"{self.exports}\n{line}"],
+            cwd="/",
+            env=self.variables,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+
+@contextmanager
+def job_shell(home: Path, more: Mapping[str, str] | None = None) -> Iterator[Shell]:
+    """Start a cluster with a home directory and more environment variables, and stop it after the body."""
+    ports = free_ports(4)
+    path = [p for p in os.environ["PATH"].split(os.pathsep) if Path(p) != BIN]
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH", "VIRTUAL_ENV"))} | {
+        "PATH": os.pathsep.join(path),
+        "HOME": str(home),  # It holds no token, and the printed storage is there.
+        "LOCAL_RAY_PORT": str(ports[0]),
+        "LOCAL_RAY_DASHBOARD_PORT": str(ports[1]),
+        "LOCAL_RAY_CLIENT_PORT": str(ports[2]),
+        "LOCAL_RAY_AGENT_PORT": str(ports[3]),
+        "LOCAL_RAY_CPUS": "2",
+        **(more or {}),
+    }
+    if not (ROOT / ".venv" / "bin" / "ray").exists():
+        variables["RAY"] = str(BIN / "ray")
+    script = str(ROOT / "infra" / "local-cluster.sh")
+    # The output goes to a file, because the head inherits the descriptors and would keep a pipe open.
+    with open(home / "start.log", "w") as log:
+        subprocess.run([script, "start"], env=variables, check=True, stdout=log, stderr=log, timeout=180)
+    printed_log = (home / "start.log").read_text()
+    exports = "\n".join(re.findall(r"^  (export .*)", printed_log, re.MULTILINE))
+    submission = re.search(r"^  cd .*\n(?:  .*\n)+", printed_log, re.MULTILINE)
+    assert submission is not None, printed_log
+    try:
+        yield Shell(variables, exports, submission[0])
+    finally:
+        subprocess.run([script, "stop"], env=variables, check=True, capture_output=True, timeout=120)
