@@ -79,7 +79,9 @@ def _cell(record: RunRecord, evaluation: EvaluationEntry) -> Row:
 
 
 def comparisons(record: RunRecord, root: Storage) -> list[Row]:
-    """Compare each defended model with each control on the same examples (exact McNemar test).
+    """Compare each defended model with each control on the same transferred examples.
+
+    The p-value of a row is that of the exact McNemar test.
 
     Raises:
         DataError: a judged record is missing or corrupt, or two evaluations have different samples.

@@ -59,7 +59,11 @@ class Bar:
 
 @contextmanager
 def stage(title: str) -> Iterator[Bar]:
-    """Show the progress of a stage, and print how long it took."""
+    """Show the progress of a stage, and print how long it took.
+
+    Raises:
+        KeyboardInterrupt: the command was interrupted during the stage, which did not notice.
+    """
     start = time.monotonic()
     if console.is_terminal:
         columns = (

@@ -146,7 +146,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
 
 
 def _read_record(storage: Storage) -> dict[str, Any] | None:
-    record = records.read_record(storage, "sweep.json") if storage.exists("sweep.json") else None
+    record = records.read_record(storage, "sweep.json")
     say(f"{'continuing' if record else 'new sweep at'} {storage.uri}")
     return record
 

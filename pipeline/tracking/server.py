@@ -124,7 +124,8 @@ def _reach(uri: str, experiment: str) -> BaseException | None:
     except (OSError, sqlite3.Error, SQLAlchemyError, MlflowException) as e:
         return e
     with http_limits(timeout=4, retries=1):
-        # Whatever the limits, MLflow asks a database fifteen times, and a bucket for minutes.
+        # Whatever the limits, MLflow asks a database fifteen times, and some libraries ask a bucket
+        # for minutes.
         error = error_within(REACH_SECONDS, ask)
         if error is None:
             error = error_within(REACH_SECONDS, lambda: _check_artifacts(uri, experiment, location))

@@ -165,14 +165,18 @@ class Tracker:
         self._require(alias)
         digest = hashlib.sha256(storage.read_bytes(name)).hexdigest()[:16]
 
+        def upload(client: MlflowClient, path: str) -> None:
+            with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
+                client.log_artifact(self.outbox.run_id(alias), path, artifact_path or None)
+
         def send(client: MlflowClient) -> None:
+            if storage.is_local:  # This works even if the disk for temporary files is full.
+                upload(client, storage.path(name))
+                return
             with tempfile.TemporaryDirectory(prefix="defendpp-") as directory:
-                path = storage.path(name)
-                if not storage.is_local:
-                    path = f"{directory}/{Path(name).name}"
-                    Path(path).write_bytes(storage.read_bytes(name))
-                with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-                    client.log_artifact(self.outbox.run_id(alias), path, artifact_path or None)
+                copy = Path(directory) / Path(name).name
+                copy.write_bytes(storage.read_bytes(name))
+                upload(client, str(copy))
 
         self.outbox.put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
 
