@@ -13,7 +13,7 @@ from pipeline.evaluation.plan import Evaluation, Model
 ADDRESS_VERSION = 2
 """Part of every address here. Raise it when the same settings would give other results."""
 UNDERFLOWED_IN_L2 = ("fgsm", "bim", "pgd", "ddn", "apgd", "apgd-t", "adaptive", "autoattack")
-"""Attacks whose L2 steps once divided by a norm that underflowed. A new attack does not belong here."""
+"""Attacks whose L2 steps once divided by a norm that underflowed. No new attack belongs here."""
 ATTACK_VERSIONS = {
     ("noise", "l2"): 3,  # Noise is no longer shortened by clipping.
     ("autoattack", "linf"): 3,  # A sample's draws no longer depend on which samples remain.

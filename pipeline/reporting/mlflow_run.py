@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -115,7 +114,7 @@ def _publish_model(
     alias = f"model/{name}"
     for file in records.history_files(root, model.path):
         tracker.history(alias, epoch_of(file), partial(records.read_epoch, root, file))
-    tracker.metrics(alias, {**model_metrics(asdict(model)), **table_metrics(record, name)})
+    tracker.metrics(alias, {**model_metrics(model.to_json()), **table_metrics(record, name)})
     log_datasets(tracker, alias, record, ("train", "validation"))
     for file in ("model.json", "classifier.safetensors", "autoencoder.safetensors"):
         if root.exists(f"{model.path}/{file}"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ def worst_cases(record: RunRecord) -> list[Row]:
     """
     shown = _models_shown_examples_of_others(record)
     return [
-        {**worst_titled(asdict(worst)), "untrusted": _untrusted_attacks(record, worst)}
+        {**worst_titled(worst.to_json()), "untrusted": _untrusted_attacks(record, worst)}
         for worst in record.worst_case or ()
         if worst.threat_model != ANY or worst.model in shown
     ]
@@ -56,7 +55,7 @@ def worst_case_pairs(record: RunRecord) -> list[Row]:
     """Return the worst cases of two models on the same samples, with McNemar's p-value."""
     shown = _models_shown_examples_of_others(record)
     return [
-        worst_titled(asdict(pair))
+        worst_titled(pair.to_json())
         for pair in record.worst_case_pairs or ()
         if pair.threat_model != ANY or {pair.model, pair.against} <= shown
     ]

@@ -29,7 +29,7 @@ FAILED_MODEL = "failed.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One model to train, or an external model (epochs=0) to export with the weights it has."""
+    """Model to train, or external model (epochs=0) to export with the weights it has."""
 
     name: str
     """Its name in the run."""

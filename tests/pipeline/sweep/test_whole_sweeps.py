@@ -22,6 +22,9 @@ from sweeps import (
 )
 
 from pipeline.main import main
+from pipeline.sweep import run as sweep_run
+from pipeline.sweep import sweep_directory
+from pipeline.tracking import tracker
 
 MAIN = [sys.executable, str(ROOT / "pipeline" / "main.py")]
 
@@ -183,6 +186,31 @@ def test_the_same_command_again_trains_nothing_then_tests_the_choice(
     assert evaluated["models"]["best"]["path"] == best["models"][0]["path"]
     attacked = {e["attack"].partition(":")[0] for e in evaluated["evaluations"]}
     assert attacked == {"none", "noise", "fgsm", "bim", "ddn"}
+
+
+@pytest.mark.cluster
+@pytest.mark.drill
+def test_the_choice_is_tested_even_if_the_tracking_server_dies_for_good(
+    swept: tuple[Path, str, str],
+    ray_cluster: str,
+    server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    storage, space, _ = swept
+    evaluate = sweep_run.evaluate_choice
+
+    def without_server(one: sweep_directory.Sweep) -> None:
+        server.kill()
+        evaluate(one)
+
+    monkeypatch.setattr(sweep_run, "evaluate_choice", without_server)
+    monkeypatch.setattr(tracker.Tracker.conclude, "__defaults__", (1.0,))
+    assert main(killed_sweep(space, storage, "--resume", "--evaluate", "recipe", "--tracking-uri", server.uri)) == 0
+    assert "operations not published" in capsys.readouterr().out
+    after = record_of(storage)
+    assert after["finished"]
+    assert json.loads((storage / after["evaluation"] / "run.json").read_text())["finished"]
 
 
 LARGE = """SPACE = Space(parameters={"width": Choice([4, 8]), "lr": LogUniform(0.01, 0.1)}, search="tpe", trials=4,

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer, free_port
+from mlflow_server import MlflowServer
 from mlflow_view import DatabaseMaker, expect_fake_run, runs_by_path, wait_until
+from ports import free_port
 
 from pipeline import run_directory, stages
 from pipeline.reporting import mlflow_run, records

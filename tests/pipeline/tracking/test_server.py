@@ -23,7 +23,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer, free_port
+from mlflow_server import MlflowServer
+from ports import free_port
 
 from components.config import Experiment
 from components.errors import ConfigError, UserError

@@ -9,7 +9,6 @@ from pathlib import Path
 import fake_run
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import free_port
 from mlflow_view import (
     DatabaseMaker,
     a_sweep,
@@ -22,6 +21,7 @@ from mlflow_view import (
     silent,
     wait_until,
 )
+from ports import free_port
 
 from components.errors import UserError
 from pipeline.records import RunRecord

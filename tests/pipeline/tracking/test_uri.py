@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from mlflow_server import free_port
+from ports import free_port
 
 from components.errors import UserError
 from pipeline.runtime.storage import Storage
