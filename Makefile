@@ -7,7 +7,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # uv does not compile packages. If this variable were set, each of Ray's dozens of processes would compile torch anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check drill lint smoke bench gpu-bundle clean
+.PHONY: demo test check drill lint docs smoke bench gpu-bundle clean
 
 # uv installs all packages in seconds, pip in minutes.
 .venv/installed: pyproject.toml constraints.txt
@@ -39,6 +39,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Build the docs site into build/site; a broken link is an error.
+docs: .venv/installed
+	$(BIN)/python docs/build_site.py
+
 # Compute every table and figure of the paper on a few images, in a quarter of an hour. The tests run some of them.
 smoke: .venv/installed
 	for r in $$($(BIN)/python -c 'from pipeline.recipes.paper import PAPER; print(*PAPER)'); do \
@@ -54,4 +58,4 @@ gpu-bundle: .venv/installed
 	infra/offline-bundle.sh --slim --have infra/gpu-image.txt $(if $(GPU_DATA),--data $(GPU_DATA)) $(RUNS)/gpu-bundle
 
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis

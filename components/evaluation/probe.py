@@ -61,13 +61,13 @@ def probe(
 
         - ``n``, ``clean_correct`` (a count), ``norm``, ``eps``
         - ``output``: "logits", "probabilities" (rows >= 0 that sum to 1) or "log_probabilities"
-          (rows <= 0 with logsumexp 0), both within 1e-4
+            (rows <= 0 with logsumexp 0), both within 1e-4
         - ``random_output``: see :func:`_random_output`
         - ``batch_dependence``: see :func:`batch_dependence`
         - ``zero_gradients``: {``n`` correct clean images, and for ``cross_entropy`` and ``margin``
-          the counts of their gradients, see :func:`_dead_gradients`}
+            the counts of their gradients, see :func:`_dead_gradients`}
         - ``accuracy_by_eps``: PGD of 20 steps at eps, 2 eps, 4 eps ... and the whole range, each
-          {``eps``, ``correct``: N booleans}
+            {``eps``, ``correct``: N booleans}
         - ``unbounded_accuracy``: share of N that withstood all of these
         - ``accuracy_by_steps``: PGD at eps, each {``steps``, ``correct``}
 
