@@ -1,0 +1,50 @@
+"""The fenced blocks of the pages: what a reader would copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from repository import ROOT
+
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for pattern in ("*.md", "docs/**/*.md", "infra/**/*.md", "benchmarks/*.md", "results/README.md")
+    for page in ROOT.glob(pattern)
+)
+LANGUAGES = {"sh", "python", "text", "bibtex", "yaml"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page below the root, the line of its first fence, its language, its text."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    def commands(self) -> list[str]:
+        """Return the commands of a shell block, one string each, without comments."""
+        joined = self.text.replace("\\\n", " ").splitlines()
+        commands = []
+        for line in joined:
+            lexer = shlex.shlex(line, posix=False, punctuation_chars=False)
+            lexer.whitespace_split, lexer.commenters = True, "#"
+            if words := list(lexer):
+                commands.append(" ".join(words))
+        return commands
+
+
+def blocks(*languages: str) -> Iterator[Block]:
+    """Yield the blocks of every page, of these languages or of all."""
+    for page in PAGES:
+        for token in MarkdownIt("commonmark").parse((ROOT / page).read_text()):
+            if token.type == "fence" and token.map and (not languages or token.info in languages):
+                yield Block(page, token.map[0] + 1, token.info, token.content)
