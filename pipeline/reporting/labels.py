@@ -27,6 +27,8 @@ ROLES = {
     "defended": "defended",
     "given": "external, not trained here",
 }
+ATTACKS = {"noise": "random noise", "autoattack": "AutoAttack", "square": "Square", "adaptive": "Adaptive", "cw": "C&W"}
+"""Titles of attacks whose names are no acronyms."""
 UNTRUSTED = "†"
 """Mark behind a number of an attack that failed its active test."""
 
@@ -79,8 +81,8 @@ def attack_title(attack: str) -> tuple[str, str]:
         if key == "steps":
             settings.append(f"{value} steps")
         elif key != "norm":
-            settings.append(f"{key.replace('_', ' ')} {_decimal(value)}")
-    return "random noise" if name == "noise" else name.upper(), ", ".join(settings)
+            settings.append(f"{key.replace('_', ' ')} {_setting(key, value)}")
+    return ATTACKS.get(name, name.upper()), ", ".join(settings)
 
 
 def attack_text(attack: str) -> str:
@@ -114,9 +116,34 @@ def norm_summary(norm: str | None, median: float | None, fewest: int | None, mos
     return f"{norm_text(norm)} {median:.{3 if norm == 'linf' else 2}f} of {count}"
 
 
+def eps_text(eps: float) -> str:
+    """Return a budget as people write it: ``0.2``, or ``8/255`` for 0.03137.
+
+    A number of at most two digits, such as 0.2 (51/255), is written as a decimal.
+    """
+    decimal, levels = f"{eps:.4g}", f"{255 * eps:.3g}"
+    is_short = float(f"{eps:.2g}") == eps
+    # Keys of records hold only four digits of an eps.
+    is_fraction = eps <= 1 and f"{float(levels) / 255:.4g}" == decimal
+    return f"{levels}/255" if is_fraction and not is_short else decimal
+
+
+def budget_text(norm: str, eps: float) -> str:
+    """Return the title of a budget, such as ``Linf ≤ 8/255``."""
+    return f"{norm_text(norm)} ≤ {eps_text(eps)}"
+
+
 def norm_text(norm: str | None) -> str:
     """Return the title of a norm."""
     return {"l2": "L2", "linf": "Linf"}.get(norm or "", norm or "")
+
+
+def _setting(key: str, value: str) -> str:
+    """Return the value of an attack's setting. Sizes of perturbations and steps are in pixels."""
+    try:
+        return eps_text(float(value)) if key in ("eps", "step_size") else _decimal(value)
+    except ValueError:
+        return value
 
 
 def _decimal(text: str) -> str:
@@ -166,8 +193,13 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def p_value(p: float) -> str:
-    """Return a p-value with four decimals, or that it is smaller."""
+def p_value(p: float, only_first: int, only_second: int) -> str:
+    """Return the p-value of McNemar's test: four decimals, or that it is smaller.
+
+    Without an image on which the two models differ there is nothing to test: it is a dash.
+    """
+    if only_first == only_second == 0:
+        return "–"
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 

@@ -6,26 +6,25 @@ records give the same bytes.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from components.fields import to_dict
 from pipeline.evaluation import figure_data
 from pipeline.records import RunRecord
-from pipeline.reporting import labels, markdown, records, results, sentences, verdicts
+from pipeline.reporting import headline, labels, markdown, records, results, sentences, verdicts
+from pipeline.reporting.html import pivots
+from pipeline.reporting.html.page import links, render
+from pipeline.reporting.plots import panels
 from pipeline.reporting.plots.style import Plot
 from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage, read_arrays
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:
-    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.png.
+    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.svg.
 
     A partial run gives a partial report.
 
@@ -44,7 +43,10 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         for name, model in record.models.items()
     }
     data = table_data(record, root)
-    plots = RunPlots(record, gallery, histories, read_arrays(run, figure_data.FIGURES_FILE)).draw()
+    arrays = read_arrays(run, figure_data.FIGURES_FILE)
+    # A run whose judged/ was deleted to save space still has a report.
+    judged = {path: records.read_judged(root, path) for path in panels.judged_paths(record) if root.list(path)}
+    plots = RunPlots(record, gallery, histories, arrays, judged).draw()
     paths = {
         "html": "report/report.html",
         "table_json": "report/table.json",
@@ -52,12 +54,14 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         "table_md": "report/table.md",
     }
     for name, plot in plots.items():
-        paths[f"plot_{name}"] = f"report/plots/{name}.png"
-        run.write_bytes(paths[f"plot_{name}"], plot.png)
+        paths[f"plot_{name}"] = f"report/plots/{name}.svg"
+        run.write_bytes(paths[f"plot_{name}"], plot.svg)
+        # Reports of earlier revisions had PNG. They would look like plots of this report.
+        run.delete(f"report/plots/{name}.png")
     run.write_json(paths["table_json"], data)
     run.write_bytes(paths["table_csv"], markdown.to_csv(record).encode())
     run.write_bytes(paths["table_md"], f"# {record.name}\n\n{markdown.markdown(record)}\n".encode())
-    html = page(record, data, list(plots.values()), sentences.missing(record, gallery, histories, plots))
+    html = page(record, data, plots, sentences.missing(record, gallery, histories, plots), run)
     # Write the page last: it marks a complete report.
     run.write_bytes(paths["html"], html.encode())
     return paths
@@ -77,34 +81,24 @@ def table_data(record: RunRecord, root: Storage) -> dict[str, Any]:
     }
 
 
-def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], missing: Sequence[str]) -> str:
+def page(record: RunRecord, data: Mapping[str, Any], plots: Mapping[str, Plot], missing: Sequence[str], run: Storage) -> str:
     """Return the HTML page of a run, from its record and the result of :func:`table_data`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=labels.percent, duration=labels.duration, when=labels.when)
-    environment.globals.update(
-        mean_and_sd=labels.mean_and_sd,
-        mark=labels.mark,
-        median_norm=labels.median_norm,
-        norms_over_seeds=results.norms_over_seeds,
-        p_value=labels.p_value,
-    )
-    budgets = [
-        (row["model"], column, {"accuracy_at_budget_interval": None, **row["cells"][column["key"]]})
-        for column in data["columns"]
-        for row in data["rows"]
-        if row["cells"].get(column["key"], {}).get("accuracy_at_budget")
-    ]
-    return environment.get_template("report.html.j2").render(
+    files = ("table.csv", "table.md", "table.json", "../run.json", *(["plots/"] if plots else []))
+    return render(
+        "run.html.j2",
+        title=record.name,
+        links=links(run / "report", files, record.experiment.tracking_uri),
+        verdict=headline.verdict(record, data["comparisons"]),
+        headline_plot=plots.get(RunPlots.HEADLINE),
         record=record,
         table=data,
         groups=Counter(column["threat_title"] for column in data["columns"]),
-        budgets=budgets,
+        worst=pivots.worst_cases(data["worst_case"]),
+        worst_seeds=pivots.worst_cases(data["worst_case_over_seeds"]),
+        pairs=pivots.discordant(data["worst_case_pairs"]),
+        active_tests=pivots.active_tests(record),
+        minimal_norms=pivots.minimal_norms(data),
+        norms_over_seeds=results.norms_over_seeds,
         roles=labels.role_titles(record),
         stages=results.stage_times(record),
         trained=any(role != "given" for role in record.roles.values()),
@@ -116,6 +110,15 @@ def page(record: RunRecord, data: Mapping[str, Any], plots: Sequence[Plot], miss
         untrusted_note=sentences.untrusted_note(record),
         in_short=sentences.in_short(record),
         tested=any(model.active for model in (record.reliability or {}).values()),
-        plots=[(plot.heading, plot.caption, base64.b64encode(plot.png).decode()) for plot in plots],
+        folded=_folded(record, plots),
+        plots={name: plot for name, plot in plots.items() if name != RunPlots.HEADLINE},
         config=json.dumps(to_dict(record.experiment), indent=2, sort_keys=True),
     )
+
+
+def _folded(record: RunRecord, plots: Mapping[str, Plot]) -> list[str]:
+    """Return the plots of examples but one: that of the first defended or given model, if there is one."""
+    examples = [f"adversarial-{model}" for model in record.roles if f"adversarial-{model}" in plots]
+    subjects = [f"adversarial-{model}" for model, role in record.roles.items() if role in ("defended", "given")]
+    shown = next((name for name in subjects if name in examples), next(iter(examples), ""))
+    return [name for name in examples if name != shown]

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import ClassVar, TypeVar
 
-import numpy as np
+import matplotlib
 
 from components.config import roles
-from components.threat_models import CLEAN, RANDOM, TRANSFER
 from pipeline.records import RunRecord
-from pipeline.reporting import cells, labels, results, sentences, verdicts
+from pipeline.reporting import headline, labels, sentences, verdicts
 from pipeline.reporting.figures.fig2 import fig2
 from pipeline.reporting.figures.fig5 import fig5
 from pipeline.reporting.figures.fig6 import fig6
 from pipeline.reporting.figures.fig7 import fig7
 from pipeline.reporting.figures.fig8 import fig8
-from pipeline.reporting.plots import charts, images, style
+from pipeline.reporting.plots import budgets, charts, confusion, images, panels, style, worst
+from pipeline.reporting.plots.panels import Arrays
 from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.plots.svg import SETTINGS
 
-Arrays = Mapping[str, np.ndarray]
 Value = TypeVar("Value")
 
 
@@ -29,26 +29,35 @@ Value = TypeVar("Value")
 class RunPlots:
     """The plots of a run. A method per plot returns None if the run has no data for it."""
 
+    HEADLINE: ClassVar[str] = "worst-case"
+    """Name of the plot beside the verdict."""
     record: RunRecord
     gallery: Arrays
     """The arrays of ``gallery.npz``."""
     histories: charts.Histories
     arrays: Arrays
     """The arrays of ``figures.npz``."""
+    judged: Mapping[str, Arrays] = field(default_factory=dict)
+    """Path of an evaluation -> its columns, as far as its files are there."""
 
     def draw(self) -> dict[str, Plot]:
         """Return every plot that the run has data for, by name; the paper's figures come first."""
-        plots: dict[str, Plot | None] = {
-            **self.figures(),
-            "accuracy": self.accuracy(),
-            "curves": self.curves(),
-            "curves-transfer": self.transferred_curves(),
-            "transfer": self.transfer(),
-            **self.adversarial(),
-            "reconstructions": self.reconstructions(),
-            "losses": self.losses(),
-            "validation": self.validation(),
-        }
+        with matplotlib.rc_context(SETTINGS):
+            plots: dict[str, Plot | None] = {
+                self.HEADLINE: self.worst_case(),
+                **self.figures(),
+                "accuracy": self.accuracy(),
+                "norms": self.norms(),
+                "budgets": self.budgets(),
+                "curves": self.curves(),
+                "curves-transfer": self.transferred_curves(),
+                "transfer": self.transfer(),
+                "confusion": self.confusion(),
+                **self.adversarial(),
+                "reconstructions": self.reconstructions(),
+                "losses": self.losses(),
+                "validation": self.validation(),
+            }
         return {name: plot for name, plot in plots.items() if plot is not None}
 
     def figures(self) -> dict[str, Plot | None]:
@@ -68,26 +77,88 @@ class RunPlots:
         """Colours and lines of all models, the same in every plot."""
         return style.styles(self.record.roles, self.record.bases)
 
+    @cached_property
+    def base_styles(self) -> style.Styles:
+        """Colours and lines of the models as named in the recipe: those of their first replicates."""
+        return {self.record.bases[name]: self.styles[name] for name in self.record.first_replicates}
+
+    @cached_property
+    def base_roles(self) -> dict[str, str]:
+        """Role of the models as named in the recipe."""
+        return {self.record.bases[name]: role for name, role in self.record.roles.items()}
+
+    def worst_case(self) -> Plot | None:
+        """Draw what the worst case leaves of each model, beside its accuracy on clean images."""
+        title, rows = panels.worst_rows(self.record)
+        if not rows:
+            return None
+        seeds = self.record.experiment.seeds
+        whiskers = f" Mean of {seeds} seeds, lowest to highest." if seeds > 1 else ""
+        caption = f"Accuracy in %, {labels.counted(self.record)}: {title}.{whiskers}"
+        return Plot("What an attack leaves", caption, worst.worst_case(rows, self.base_styles))
+
     def accuracy(self) -> Plot | None:
         """Draw bars of every accuracy, a panel per threat model."""
-        panels = _bar_panels(self.record)
-        if not panels:
+        bars, zero = panels.zero_columns(panels.bar_panels(self.record))
+        if not bars:
             return None
-        role, bases = self.record.roles, self.record.bases
-        styles = self.styles
+        role, styles = self.record.roles, self.styles
         whiskers = "Whiskers: 95 % Wilson interval."
-        if len(role) > style.MANY_BARS and len(set(bases.values())) < len(role):
+        if len(role) > style.MANY_BARS and len(self.base_roles) < len(role):
             whiskers = "Bars: mean over the seeds. Whiskers: lowest and highest accuracy of a seed."
-            panels = charts.over_replicates(panels, bases)
-            styles = {bases[name]: styles[name] for name in self.record.first_replicates}
-            role = {bases[name]: r for name, r in role.items()}
+            bars = charts.over_replicates(bars, self.record.bases)
+            role, styles = self.base_roles, self.base_styles
         gaps = ""
-        if any(bars.keys() < role.keys() for groups in panels.values() for bars in groups.values()):
+        if any(models.keys() < role.keys() for groups in bars.values() for models in groups.values()):
             gaps = " A missing bar is 0 % if it has a whisker or a 0; else it was not measured."
             if len(role) > style.MANY_BARS:
                 gaps = " A dash: not measured."
-        caption = self._with_note(f"Accuracy in %, {labels.counted(self.record)}. {whiskers}{gaps}")
-        return Plot("Accuracy by threat model", caption, style.png(charts.bars(panels, role, styles)))
+        none = f" Not drawn, because they leave no image of any model: {'; '.join(zero)}." if zero else ""
+        caption = self._with_note(f"Accuracy in %, {labels.counted(self.record)}. {whiskers}{gaps}{none}")
+        return Plot("Accuracy by threat model", caption, charts.bars(bars, role, styles))
+
+    def norms(self) -> Plot | None:
+        """Draw the median norms of the white-box attacks that minimise a norm."""
+        few, note = self._first_of_many(list(self.record.roles))
+        medians = panels.norm_panels(self.record, few)
+        if not medians:
+            return None
+        caption = (
+            "Minimal-norm attacks break nearly every image, so the size of the perturbation tells models apart: the "
+            "median over the broken images, how many they are, and a line from the lower to the upper quartile. "
+            f"A larger norm is a more robust model.{note}"
+        )
+        return Plot("How large a perturbation must be", caption, worst.norms(medians, self.styles))
+
+    def budgets(self) -> Plot | None:
+        """Draw accuracy over eps, where an attack was measured at two budgets or more."""
+        measured = budgets.over_budgets(self.record)
+        if not measured:
+            return None
+        whiskers = "95 % Wilson intervals"
+        if self.record.experiment.seeds > 1:
+            whiskers = "the outermost 95 % Wilson bounds of any seed, in the worst case lowest to highest"
+        caption = (
+            f"Each mark is a measured budget; the lines only join them. At eps 0: clean images. Whiskers: {whiskers}."
+        )
+        figure = budgets.draw(measured, self.base_roles, self.base_styles)
+        return Plot("Accuracy over the budget", self._with_note(caption), figure)
+
+    def confusion(self) -> Plot | None:
+        """Draw which class becomes which, clean and under the main attack."""
+        tables = panels.confusions(self.record, self.judged)
+        if not tables or self.record.experiment.data.num_classes > confusion.MAX_CLASSES:
+            return None
+        errors = [
+            f"{title}: {error[0]} becomes {error[1]} ({error[2]} images)"
+            for title, table in tables.items()
+            if (error := confusion.most_frequent(table)) is not None
+        ]
+        caption = (
+            "Number of test images by true class (rows) and predicted class (columns); the shade is the share of the "
+            f"true class. On the diagonal, the prediction is right. Most frequent errors: {'; '.join(errors) or 'none'}."
+        )
+        return Plot("Which class becomes which", self._with_note(caption), confusion.draw(tables, columns=min(4, len(tables))))
 
     def curves(self) -> Plot | None:
         """Draw accuracy over the norm, for examples that were made on the model itself."""
@@ -107,14 +178,14 @@ class RunPlots:
         return self._curves("Accuracy over the norm, examples of other models", caption, transferred=True)
 
     def _curves(self, heading: str, caption: str, *, transferred: bool) -> Plot | None:
-        panels = _curve_panels(self.record, transferred=transferred)
-        if not panels:
+        curves = panels.curve_panels(self.record, transferred=transferred)
+        if not curves:
             return None
-        drawn = [name for name in self.record.roles if any(name in curves for curves in panels.values())]
+        drawn = [name for name in self.record.roles if any(name in models for models in curves.values())]
         few, note = self._first_of_many(drawn)
-        chosen = {title: curves for title, models in panels.items() if (curves := _only(models, few))}
+        chosen = {title: kept for title, models in curves.items() if (kept := _only(models, few))}
         figure = charts.curves(chosen, self.record.roles, self.styles)
-        return Plot(heading, self._with_note(caption + note), style.png(figure))
+        return Plot(heading, self._with_note(caption + note), figure)
 
     def transfer(self) -> Plot | None:
         """Draw the accuracy by source and judging model of each transferred attack."""
@@ -126,19 +197,22 @@ class RunPlots:
             "by the model of the column. On the diagonal they are white-box."
         )
         figure = charts.heat_maps(matrices)
-        return Plot("Transfer from model to model", self._with_note(caption), style.png(figure))
+        return Plot("Transfer from model to model", self._with_note(caption), figure)
 
     def adversarial(self) -> dict[str, Plot]:
         """Draw the white-box examples of each model, a plot per model."""
         if not self.gallery:
             return {}
-        caption = "Above each example: the predicted class, ✓ if it is right, ✗ if it is wrong."
-        return {
-            f"adversarial-{model}": Plot(
-                f"White-box examples of {model}", caption, style.png(images.adversarial(self.gallery, rows))
+        plots = {}
+        for model, rows in panels.gallery_rows(self.record, self.gallery).items():
+            clean = panels.clean_predictions(self.record, model, self.judged)
+            figure, factor = images.adversarial(self.gallery, rows, clean)
+            caption = (
+                "Above each image: the predicted class, ✓ if it is right, ✗ if it is wrong. Below each example: its "
+                f"difference from the clean image × {factor:g} (mid-grey is 0), with the norms of the difference itself."
             )
-            for model, rows in _gallery_rows(self.record, self.gallery).items()
-        }
+            plots[f"adversarial-{model}"] = Plot(f"White-box examples of {model}", caption, figure)
+        return plots
 
     def reconstructions(self) -> Plot | None:
         """Draw targets and reconstructions of the auto-encoders."""
@@ -147,16 +221,18 @@ class RunPlots:
         # gallery.npz holds only the first replicate.
         note = "" if len(self.record.first_replicates) == len(self.record.roles) else " Of several seeds, the first."
         caption = f"Clean images, the low-pass targets of each level, and the auto-encoders' reconstructions.{note}"
+        if unlearned := panels.reconstruction_note(self.record, self.gallery):
+            caption += f" {unlearned}"
         figure = images.reconstructions(self.gallery, list(self.record.roles))
-        return Plot("Targets and reconstructions", caption, style.png(figure))
+        return Plot("Targets and reconstructions", caption, figure)
 
     def losses(self) -> Plot | None:
         """Draw the training losses of each model."""
         trained, note = self._trained()
         if not trained:
             return None
-        caption = f"The vertical axis is logarithmic. The background shows the phase of the schedule.{note}"
-        return Plot("Training losses", caption, style.png(charts.losses(trained)))
+        caption = f"Thin: each step. Thick: the mean of its neighbourhood. The vertical axis is logarithmic. The background shows the phase of the schedule.{note}"
+        return Plot("Training losses", caption, charts.losses(trained))
 
     def validation(self) -> Plot | None:
         """Draw the validation accuracy of each model after each epoch."""
@@ -166,7 +242,7 @@ class RunPlots:
             return None
         caption = f"Clean images that were held out of the training set.{note}"
         figure = charts.validation(trained, self.record.roles, self.styles)
-        return Plot("Validation accuracy", caption, style.png(figure))
+        return Plot("Validation accuracy", caption, figure)
 
     def _trained(self) -> tuple[charts.Histories, str]:
         """Return the histories that curves show, and what the caption says about them."""
@@ -191,48 +267,3 @@ class RunPlots:
 
 def _only(values: Mapping[str, Value], names: Sequence[str]) -> dict[str, Value]:
     return {name: value for name, value in values.items() if name in names}
-
-
-def _bar_panels(record: RunRecord) -> charts.Panels:
-    panels: dict[str, dict[str, dict[str, charts.Bar]]] = {}
-    for column in results.table(record)["columns"]:
-        # Clean images and noise share a panel, because both are without an attacker.
-        title = "no attacker" if column["threat_model"] in (CLEAN, RANDOM) else column["threat_title"]
-        label = "clean" if column["threat_model"] == CLEAN else "\n".join(cells.head(column)[1:])
-        panels.setdefault(title, {})[label] = {
-            e.model: charts.Bar(accuracy=e.accuracy, low=e.interval[0], high=e.interval[1])
-            for e in record.evaluations
-            if (e.threat_model, e.attack) == (column["threat_model"], column["attack"])
-        }
-    return panels
-
-
-def _curve_panels(record: RunRecord, *, transferred: bool) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Return title -> model -> curve, of examples that were made on other models or of the rest."""
-    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for threat in dict.fromkeys((*labels.THREATS, *(e.threat_model for e in record.evaluations))):
-        if threat.startswith(TRANSFER) != transferred:
-            continue
-        for e in record.evaluations:
-            if e.threat_model == threat and e.curve:
-                title = f"{labels.threat_title(threat)}:\n{labels.attack_text(e.attack)}"
-                panels.setdefault(title, {})[e.model] = e.curve
-    return panels
-
-
-def _gallery_rows(record: RunRecord, gallery: Arrays) -> dict[str, list[tuple[str, str]]]:
-    """Return model -> (label of a row, key in the gallery), in the order of the gallery."""
-    rows: dict[str, list[tuple[str, str]]] = {}
-    # Galleries of early revisions name an attack without its settings.
-    specs = {labels.short_name(e.attack): e.attack for e in record.evaluations}
-    examples = [name.removeprefix("adversarial__") for name in gallery if name.startswith("adversarial__")]
-    for key in examples:
-        # A model's name may begin with another's, so the longest one that fits is meant.
-        matching = [model for model in record.roles if key.startswith(f"{model}__")]
-        if matching:
-            model = max(matching, key=len)
-            attack = key.removeprefix(f"{model}__")
-            title, settings = labels.attack_title(specs.get(attack, attack))
-            label = f"white-box {title}\n{settings.replace(', ', chr(10))}".strip()
-            rows.setdefault(model, []).append((label, key))
-    return {model: rows[model] for model in record.roles if model in rows}

@@ -11,7 +11,7 @@ from components.evaluation.statistics import wilson_interval
 from components.threat_models import ANY, BLACK_BOX, CLEAN, DIRECT, WHITE_BOX
 from pipeline.records import RunRecord, WorstCase
 from pipeline.reporting import over_seeds
-from pipeline.reporting.labels import attack_text, is_untrusted, norm_text, parsed_attack, percent
+from pipeline.reporting.labels import attack_text, budget_text, is_untrusted, parsed_attack, percent
 from pipeline.reporting.records import Row
 
 Matrix = tuple[list[str], list[str], np.ndarray]
@@ -64,8 +64,7 @@ def worst_case_pairs(record: RunRecord) -> list[Row]:
 def worst_titled(row: Mapping[str, Any]) -> Row:
     """Return a row of a worst case with titles of its budget and of its examples."""
     titles = {WHITE_BOX: "made on the model itself", ANY: "also transferred to it"}
-    budget = f"{norm_text(row['norm'])} ≤ {row['eps']:.4g}"
-    return {**row, "budget": budget, "threat_title": titles[row["threat_model"]]}
+    return {**row, "budget": budget_text(row["norm"], row["eps"]), "threat_title": titles[row["threat_model"]]}
 
 
 def _untrusted_attacks(record: RunRecord, worst: WorstCase) -> list[str]:

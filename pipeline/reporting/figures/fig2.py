@@ -42,7 +42,7 @@ def fig2(arrays: Mapping[str, np.ndarray]) -> Plot | None:
         '"happen to be high frequency in nature". This figure is of clean images and can show nothing of that.'
     )
     heading = "Figure 2: low-pass and pyramid images with their frequency maps"
-    return Plot(heading, caption, style.png(_draw(arrays, n, sizes)))
+    return Plot(heading, caption, _draw(arrays, n, sizes))
 
 
 def _draw(arrays: Mapping[str, np.ndarray], n: int, sizes: Sequence[int]) -> Figure:
@@ -70,7 +70,7 @@ def _draw(arrays: Mapping[str, np.ndarray], n: int, sizes: Sequence[int]) -> Fig
             else:
                 # Use the frame of the whole map: coefficients that a level lacks stay white.
                 extent = (0, sizes[m], sizes[m], 0)
-                shown = axis.imshow(maps[kind][m][i], norm=norm, cmap="cividis", interpolation="nearest", extent=extent)
+                shown = axis.imshow(maps[kind][m][i], norm=norm, cmap="cividis", interpolation="none", extent=extent)
                 axis.set(xlim=(0, sizes[0]), ylim=(sizes[0], 0), xticks=[], yticks=[])
                 style.line_spines(axis, 0.5, style.FRAME)
             if row == 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,8 +28,8 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
     n = min(3, len(gallery["clean"]))
     clean = gallery["clean"][:n].astype(np.float64)
     deltas = {attack: gallery[f"adversarial__{key}"][:n] - clean for attack, key in attacks.items()}
-    norms = {attack: perturbation_norms(delta) for attack, delta in deltas.items()}
-    factor = _round_factor(0.5 / max(1e-6, statistics.median(float(x) for _, linf in norms.values() for x in linf)))
+    norms = {attack: images.perturbation_norms(delta) for attack, delta in deltas.items()}
+    factor = images.amplification(list(deltas.values()))
     figure = _draw(gallery, attacks, deltas, norms, factor)
     mean_l2 = {attack_text(attack): float(l2.mean()) for attack, (l2, _) in norms.items()}
     ranked = "; ".join(f"{attack}: {mean_l2[attack]:.3g}" for attack in sorted(mean_l2, key=lambda a: -mean_l2[a]))
@@ -45,7 +43,7 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
     stopping = [a for a in attacks if (spec := parsed_attack(a)) and spec.can_stop_on_success]
     if early := dict.fromkeys(attack.partition(":")[0].upper() for attack in stopping):
         caption += f" {', '.join(early)}: the attack stops at the first step that fools the model."
-    return Plot("Figure 5: adversarial examples and their perturbations", caption, style.png(figure))
+    return Plot("Figure 5: adversarial examples and their perturbations", caption, figure)
 
 
 def _draw(
@@ -88,17 +86,3 @@ def _draw(
         text = head.replace(", ", "\n", 1)
         axis.text(0.5, 1.12, text, transform=axis.transAxes, ha="center", va="bottom", fontsize=9)
     return figure
-
-
-def perturbation_norms(deltas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the L2 and Linf norms, float64 [n] each, of perturbations [n,C,H,W]."""
-    flat = np.asarray(deltas, dtype=np.float64).reshape(len(deltas), -1)
-    return np.sqrt((flat**2).sum(1)), np.abs(flat).max(1)
-
-
-def _round_factor(value: float) -> float:
-    """Return the largest of 1, 2, 5, 10, 20, ... that is at most ``value``, and at least 1."""
-    if value < 1:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return power * max(step for step in (1, 2, 5) if step * power <= value)

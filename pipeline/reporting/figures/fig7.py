@@ -66,7 +66,7 @@ def fig7(record: RunRecord) -> Plot | None:
         return None
     roles = {record.bases[name]: role for name, role in record.roles.items()}
     caption = _caption(record, panels)
-    return Plot("Figure 7: accuracy against the eps of FGSM", caption, style.png(_draw(panels, roles)))
+    return Plot("Figure 7: accuracy against the eps of FGSM", caption, _draw(panels, roles))
 
 
 def _draw(panels: Panels, roles: Mapping[str, str]) -> Figure:

@@ -74,7 +74,7 @@ def fig8(arrays: Mapping[str, np.ndarray], roles: Mapping[str, str], bases: Mapp
         "perturbation is gone: blurring an image may have the same effect."
     )
     heading = "Figure 8: is the reconstruction nearer to the clean or to the attacked image?"
-    return Plot(heading, caption, style.png(figure))
+    return Plot(heading, caption, figure)
 
 
 def _edges(values: np.ndarray) -> np.ndarray:

@@ -28,17 +28,20 @@ from pipeline.reporting.plots.style import (
     grid,
     legend,
 )
+from pipeline.reporting.plots.svg import LIGHT
 
 LOSSES = {
     "loss": ("total", TEXT),
-    "loss_cls": ("classification", "#0072b2"),
-    "loss_adv": ("classification, adversarial", "#cc79a7"),
-    "loss_rec": ("reconstruction", "#d55e00"),
+    "loss_cls": ("classification", LIGHT["blue"]),
+    "loss_adv": ("classification, adversarial", LIGHT["pink"]),
+    "loss_rec": ("reconstruction", LIGHT["vermilion"]),
 }
 """Key of a step -> (label, colour).
 
 ``bit_power`` of a reformer is not plotted. It is the difference of total and reconstruction.
 """
+SMOOTHING = 0.05
+"""Share of a model's steps over which the thick loss curve is averaged."""
 MAX_POINTS = 600
 """Most points of a curve: the eye cannot tell more apart. Each is the mean of several steps."""
 
@@ -69,13 +72,18 @@ def over_replicates(panels: Panels, bases: Mapping[str, str]) -> dict[str, dict[
 
 
 def _mean_bars(models: Mapping[str, Bar], bases: Mapping[str, str]) -> dict[str, Bar]:
-    accuracies: dict[str, list[float]] = {}
+    replicates: dict[str, list[Bar]] = {}
     for model, bar in models.items():
-        accuracies.setdefault(bases[model], []).append(bar.accuracy)
-    return {
-        base: Bar(accuracy=sum(values) / len(values), low=min(values), high=max(values))
-        for base, values in accuracies.items()
-    }
+        replicates.setdefault(bases[model], []).append(bar)
+    return {base: mean_bar(several) for base, several in replicates.items()}
+
+
+def mean_bar(replicates: Sequence[Bar]) -> Bar:
+    """Return the mean of several bars with the lowest and the highest; a single bar stays as it is."""
+    if len(replicates) == 1:
+        return replicates[0]
+    values = [bar.accuracy for bar in replicates]
+    return Bar(accuracy=sum(values) / len(values), low=min(values), high=max(values))
 
 
 def losses(histories: Histories) -> Figure:
@@ -112,7 +120,8 @@ def _draw_losses(axis: Axes, epochs: Sequence[Mapping[str, Any]]) -> None:
         if key != "loss" and np.array_equal(values[present], total[present]):
             continue  # This is the only term of the loss, so its curve is that of the total.
         if present.any() and np.nanmax(values) > 0:
-            axis.plot(*_thinned(numbers, values), color=colour, linewidth=1.2, label=label)
+            axis.plot(*_thinned(numbers, values), color=colour, linewidth=0.5, alpha=0.35)
+            axis.plot(*_thinned(numbers, _smoothed(values)), color=colour, linewidth=1.5, label=label)
 
 
 def _term(steps: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
@@ -298,13 +307,13 @@ def heat_maps(matrices: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndar
     )
     for axis, (title, (rows, columns, values)) in zip(axes, matrices.items(), strict=True):
         axis.grid(False)
-        axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+        axis.imshow(100 * values, vmin=0, vmax=100, cmap="cividis", aspect="auto", interpolation="none")
         axis.set_title(title, fontsize=10)
         axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
         axis.set(ylabel="made on", xlabel="judged by")
         for i, j in np.argwhere(~np.isnan(values)):
-            colour = "white" if values[i, j] < 0.55 else "black"
+            colour = "#fcfcfc" if values[i, j] < 0.55 else "#101010"
             weight = "bold" if rows[i] == columns[j] else "normal"
             text = f"{100 * values[i, j]:.0f}"
             axis.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
@@ -314,6 +323,20 @@ def heat_maps(matrices: Mapping[str, tuple[Sequence[str], Sequence[str], np.ndar
 def _tick(value: float, _: float) -> str:
     """Return the label of a logarithmic tick. Only 1, 2 and 5 times a power of ten never touch."""
     return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the mean of each step and its neighbours, over SMOOTHING of all steps.
+
+    A step without a value stays without one.
+    """
+    half = round(SMOOTHING * len(values) / 2)
+    present = np.isfinite(values)
+    sums, counts = (np.cumsum(np.concatenate([[0.0], v])) for v in (np.where(present, values, 0.0), present))
+    steps = np.arange(len(values))
+    first, last = np.maximum(0, steps - half), np.minimum(len(values), steps + half + 1)
+    means = (sums[last] - sums[first]) / np.maximum(1, counts[last] - counts[first])
+    return np.where(present, means, math.nan)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

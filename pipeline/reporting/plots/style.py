@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from components.config.roles import first_replicates
+from pipeline.reporting.plots.svg import LIGHT, svg
 
-UNDEFENDED = ("#6b7280", "#9ca3af", "#374151", "#b8bec8")
+UNDEFENDED = tuple(LIGHT[f"undefended-{i}"] for i in (1, 2, 3, 4))
 """Greys of the undefended models, in every plot."""
-DEFENDED = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DEFENDED = tuple(LIGHT[name] for name in ("blue", "vermilion", "green", "pink", "orange", "sky"))
 """Colours of the other models (Okabe & Ito). Colour-blind readers can tell them apart too."""
 LINES = ("-", "--", ":", "-.")
 """Line styles. If there are more models than colours, the next ones take the next line style."""
-TEXT, FAINT, FRAME = "#111827", "#374151", "#9ca3af"
-RIGHT, WRONG = "#00795c", "#c2410c"
+TEXT, FAINT, FRAME = LIGHT["text"], LIGHT["faint"], LIGHT["frame"]
+RIGHT, WRONG = LIGHT["right"], LIGHT["wrong"]
 PHASE_STYLES = {
-    "joint": ("joint", "#f2e9d8"),
-    "autoencoder": ("auto-encoder only", "#dcebf5"),
-    "classifier": ("classifier only", "#ececec"),
-    "adversarial": ("adversarial training", "#f6dfe4"),
-    "reformer": ("reformer only", "#dff0e4"),
+    "joint": ("joint", LIGHT["phase-joint"]),
+    "autoencoder": ("auto-encoder only", LIGHT["phase-autoencoder"]),
+    "classifier": ("classifier only", LIGHT["phase-classifier"]),
+    "adversarial": ("adversarial training", LIGHT["phase-adversarial"]),
+    "reformer": ("reformer only", LIGHT["phase-reformer"]),
 }
 """Phase of a training schedule -> (label, colour)."""
 MANY_LINES = 12
@@ -43,7 +44,12 @@ class Plot:
 
     heading: str
     caption: str
-    png: bytes
+    figure: Figure
+
+    @cached_property
+    def svg(self) -> bytes:
+        """The figure as an SVG file."""
+        return svg(self.figure)
 
 
 def styles(roles: Mapping[str, str], bases: Mapping[str, str] | None = None) -> Styles:
@@ -92,7 +98,7 @@ def grid(panels: int, *, columns: int, width: float, height: float) -> tuple[Fig
 def frame(axis: Axes, title_size: float = 10.5) -> None:
     """Give an axes a faint grid and no box."""
     axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#d1d5db", linewidth=0.5)
+    axis.grid(color=LIGHT["line"], linewidth=0.5)
     axis.set_axisbelow(True)
     axis.title.set_fontsize(title_size)
 
@@ -101,10 +107,3 @@ def legend(model: str, roles: Mapping[str, str]) -> str:
     """Return a model's name and, if it differs, its role."""
     role = roles.get(model, model)
     return model if model == role else f"{model} ({'external' if role == 'given' else role})"
-
-
-def png(figure: Figure) -> bytes:
-    """Return a figure as PNG; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    return out.getvalue()

@@ -51,7 +51,7 @@ def pareto(record: Mapping[str, Any]) -> bytes:
     axis.set_xlabel("clean accuracy, validation (%)")
     axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")
     axis.set_title("front (line), choice (star), references (diamonds)")
-    return style.png(figure)
+    return svg(figure)
 
 
 def parallel(record: Mapping[str, Any]) -> bytes:
@@ -91,7 +91,7 @@ def parallel(record: Mapping[str, Any]) -> bytes:
     axis.set_yticks([])
     axis.margins(x=0.08)
     axis.set_title("darker: more robust; orange: the choice")
-    return style.png(figure)
+    return svg(figure)
 
 
 def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -152,7 +152,7 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
     axis.set_ylabel(names[1])
     axis.set_title("robust accuracy in %: mean (trials)")
     figure.colorbar(image, ax=axis)
-    return style.png(figure)
+    return svg(figure)
 
 
 def _cells(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[int], list[str]]:

@@ -1,0 +1,309 @@
+"""The verdict of a run in words: what a model withstands, and whether it is more than its control does.
+
+A difference counts only if a test of significance of the record shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from components.config import roles
+from components.threat_models import CLEAN, TRANSFER, WHITE_BOX
+from pipeline.records import EvaluationEntry, RunRecord, WorstCase
+from pipeline.reporting import over_seeds, sentences, verdicts
+from pipeline.reporting.labels import attack_text, attack_title, budget_text, count_text, parsed_attack, percent
+from pipeline.reporting.records import Row
+
+SIGNIFICANCE = 0.05
+"""A difference counts below this p-value, divided by the number of tests on one pair of models."""
+FEW_IMAGES = 50
+"""With fewer images than this, the verdict says how large a difference must be to show."""
+MANY_MODELS = 2
+"""With more defended models than this, the verdict gives fewer reasons for each."""
+_DEFENSES = {"defend++": "Defend++", "adversarial": "adversarial training", "comdefend": "ComDefend"}
+_MORE, _LESS, _MIXED = "more robust than", "less robust than", "more robust at one budget and less robust at another than"
+_NOT_MORE, _SAME = "not more robust than", "not distinguishable in robustness from"
+_DOUBTFUL = "apparently more robust, but under attacks that cannot be trusted, than"
+_GUESSING = "guessing"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A headline, and the sentences that give its reasons. Both are empty before any attack."""
+
+    headline: str
+    reasons: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A defended model and its control at one budget.
+
+    ``direction`` is 1 if the model is more robust, -1 if the control is, 0 if no test shows either.
+    """
+
+    direction: int
+    nothing_left: bool
+    sentence: str
+
+
+def main_budget(record: RunRecord) -> tuple[str, float] | None:
+    """Return the (norm, eps) of most attacks of a run, Linf before L2, the smaller eps first.
+
+    It is None for a record without worst cases.
+    """
+    cases = {(w.norm, w.eps) for w in record.worst_case or () if w.threat_model == WHITE_BOX}
+    specs = [parsed_attack(attack) for attack in {e.attack for e in record.evaluations if not e.curve}]
+    own = [(spec.norm, spec.eps) for spec in specs if spec is not None and spec.name != "noise"]
+    return max(cases, key=lambda case: (own.count(case), case[0] == "linf", -case[1]), default=None)
+
+
+def verdict(record: RunRecord, comparisons: Sequence[Row]) -> Verdict:
+    """Return the verdict of a run.
+
+    Args:
+        comparisons: the result of :func:`pipeline.reporting.results.comparisons`.
+    """
+    if not any(e.source for e in record.evaluations):
+        return Verdict("", [])
+    controls = _controls(record)
+    groups: dict[str, list[str]] = {}
+    reasons = _guessing(record)
+    for model, control in controls.items():
+        findings = _findings(record, model, control)
+        phrase = _phrase(record, model, findings)
+        groups.setdefault(phrase, []).append(model)
+        if phrase == _GUESSING:
+            continue
+        # With many models, the other budgets are left to the tables unless they show a difference.
+        shown = [f for i, f in enumerate(findings) if i == 0 or f.direction or len(controls) <= MANY_MODELS]
+        reasons += [finding.sentence for finding in shown]
+        reasons += _transfer(comparisons, model, control)
+    if any(phrase in (_SAME, _NOT_MORE) for phrase in groups):
+        reasons += _too_few(record)
+    alone = [name for name in _subjects(record) if name not in controls]
+    headlines = [_group_headline(record, phrase, models, controls) for phrase, models in groups.items()]
+    for model in alone:
+        headline, sentence = _without_control(record, model)
+        headlines += [headline] if headline else []
+        reasons += [sentence] if sentence else []
+    return Verdict("; ".join(headlines), [*reasons, *_trust(record)])
+
+
+def _subjects(record: RunRecord) -> list[str]:
+    """Return the attacked models that the run is about, as named in the recipe."""
+    attacked = {record.bases[e.model] for e in record.evaluations if e.source}
+    role = {base: record.roles[name] for name, base in record.bases.items() if base in attacked}
+    return [base for base, r in role.items() if r in ("defended", "given")] or list(role)
+
+
+def _controls(record: RunRecord) -> dict[str, str]:
+    """Return each attacked defended model and its control, both as named in the recipe."""
+    configs = record.experiment.first_replicates()
+    role = {base: record.roles[name] for name, base in record.bases.items()}
+    controls = [name for name in roles.references(record.experiment) if role[name] == "control"]
+    evaluated = {record.bases[e.model] for e in record.evaluations if e.source}
+    return {
+        model: control
+        for model in _subjects(record)
+        for control in controls
+        if role[model] == "defended" and control in evaluated and configs[control].arch == configs[model].arch
+    }
+
+
+def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
+    if record.experiment.seeds > 1:
+        return _findings_over_seeds(record, model, control)
+    pairs = [
+        pair
+        for pair in record.worst_case_pairs or ()
+        if (pair.model, pair.against, pair.threat_model) == (model, control, WHITE_BOX)
+    ]
+    kept = {(w.model, w.norm, w.eps): w for w in record.worst_case or () if w.threat_model == WHITE_BOX}
+    budget, findings = main_budget(record), []
+    for pair in sorted(pairs, key=lambda pair: (pair.norm, pair.eps) != budget):
+        ours, theirs = (kept[name, pair.norm, pair.eps] for name in (model, control))
+        differs = pair.p < SIGNIFICANCE / len(pairs)
+        direction = (1 if pair.only_model > pair.only_against else -1) if differs else 0
+        at = f"At {budget_text(pair.norm, pair.eps)}, white-box"
+        if pair.only_model == pair.only_against == 0:
+            left = "leaves" if _alone(record, (ours, theirs)) else "leave"
+            attacks = _alone(record, (ours, theirs)) or "attacks"
+            sentence = f"{at} {attacks} {left} {_count(ours)} images of both {model} and {control}."
+        else:
+            p = "p < 0.0001" if pair.p < 0.0001 else f"p = {pair.p:.2g}"
+            test = f"exact McNemar test, {p}" if differs else f"no significant difference: exact McNemar test, {p}"
+            sentence = f"{at} attacks leave {_count(ours)} images of {model} and {_count(theirs)} of {control} ({test})."
+        findings.append(_Finding(direction, ours.accuracy == 0, sentence))
+    return findings or _findings_of_single_attacks(record, model, control)
+
+
+def _findings_over_seeds(record: RunRecord, model: str, control: str) -> list[_Finding]:
+    findings = []
+    means = {(w["model"], w["norm"], w["eps"]): w for w in over_seeds.worst_over_seeds(record)}
+    budget = main_budget(record)
+    rows = [row for row in over_seeds.worst_differences(record, control) if row["model"] == model]
+    for row in sorted(rows, key=lambda row: (row["norm"], row["eps"]) != budget):
+        difference, half = row["difference"], row["half_width"]
+        direction = (1 if difference > 0 else -1) if row["resolved"] else 0
+        mean = means[model, row["norm"], row["eps"]]["mean"]
+        more = "more than" if row["resolved"] else "no more than"
+        sentence = (
+            f"At {budget_text(row['norm'], row['eps'])}, white-box attacks leave {percent(mean)} % of {model} on average "
+            f"over {row['seeds']} seeds, {100 * difference:+.1f} points against {control} (± {100 * half:.1f}): {more} "
+            "seeds alone explain."
+        )
+        findings.append(_Finding(direction, mean == 0, sentence))
+    return findings
+
+
+def _findings_of_single_attacks(record: RunRecord, model: str, control: str) -> list[_Finding]:
+    """Compare the most harmful attacks: records of early revisions have no worst case per sample."""
+    ours, theirs = (most_harmful(record, name) for name in (model, control))
+    if ours is None or theirs is None:
+        return []
+    (low, high), (low_control, high_control) = ours.interval, theirs.interval
+    direction = 1 if low > high_control else -1 if high < low_control else 0
+    overlap = "do not overlap" if direction else "overlap"
+    sentence = (
+        f"White-box {attack_text(ours.attack)} leaves {_count(ours)} images of {model}; the most harmful attack on "
+        f"{control} leaves {_count(theirs)}. The 95 % intervals {overlap}."
+    )
+    return [_Finding(direction, ours.accuracy == 0, sentence)]
+
+
+def most_harmful(record: RunRecord, model: str) -> EvaluationEntry | None:
+    """Return the most harmful white-box attack within a budget on a model; None without one."""
+    attacks = [e for e in record.evaluations if (e.model, e.threat_model) == (model, WHITE_BOX) and not e.curve]
+    return min(attacks, key=lambda e: e.accuracy, default=None)
+
+
+def _alone(record: RunRecord, cases: Sequence[WorstCase]) -> str:
+    """Return the title of an attack that alone does as much harm as all together; "" without one."""
+    titles: list[dict[str, None]] = []
+    for case in cases:
+        specs = {e.attack: parsed_attack(e.attack) for e in record.evaluations if not e.curve}
+        alone = [
+            attack_title(e.attack)[0]
+            for e in record.evaluations
+            if (e.model, e.threat_model, e.accuracy) == (case.model, WHITE_BOX, case.accuracy)
+            and (spec := specs.get(e.attack)) is not None
+            and (spec.norm, spec.eps) == (case.norm, case.eps)
+        ]
+        titles.append(dict.fromkeys(alone))
+    common = [title for title in titles[0] if all(title in other for other in titles)]
+    return next((title for title in common if title == "PGD"), common[0] if common else "")
+
+
+def _count(case: WorstCase | EvaluationEntry) -> str:
+    return f"{round(case.accuracy * case.n):,} of {case.n:,}"
+
+
+def _transfer(comparisons: Sequence[Row], model: str, control: str) -> list[str]:
+    """Say under which transferred attacks a model is right more or less often than its control."""
+    rows = [row for row in comparisons if (row["defended"], row["control"]) == (model, control)]
+    if not rows:
+        return []
+
+    differing = [row for row in rows if row["p"] < SIGNIFICANCE / len(rows)]
+    more, less = (
+        _joined(list(dict.fromkeys(attack_title(row["attack"])[0] for row in differing if won(row))))
+        for won in (
+            lambda row: row["only_defended"] > row["only_control"],
+            lambda row: row["only_defended"] < row["only_control"],
+        )
+    )
+    start = f"On examples transferred from {rows[0]['source']}, {model} is right"
+    significant = f"as often as {control} (no significant difference)" if not differing else "significantly"
+    parts = [f"{word} often than {control} under {names}" for word, names in (("more", more), ("less", less)) if names]
+    return [f"{start} {significant} {', and '.join(parts)}".rstrip() + f" ({len(rows)} attacks compared)."]
+
+
+def _guessing(record: RunRecord) -> list[str]:
+    """Name the models whose clean accuracy cannot be told from chance."""
+    rows = verdicts.near_chance(record)
+    if not rows:
+        return []
+    accuracies = ", ".join(f"{row['model']} {percent(row['accuracy'])} %" for row in rows)
+    n = count_text(sorted({row["n"] for row in rows}))
+    return [f"Clean accuracy that cannot be told from chance ({percent(rows[0]['chance'])} %): {accuracies} ({n})."]
+
+
+def _too_few(record: RunRecord) -> list[str]:
+    n = min(w.n for w in record.worst_case or record.evaluations)
+    budgets = len({(w.norm, w.eps) for w in record.worst_case or ()}) or 1
+    least = next(m for m in range(1, 100) if 2 * 0.5**m < SIGNIFICANCE / budgets)
+    if n >= FEW_IMAGES or record.experiment.seeds > 1:
+        return []
+    return [f"With n = {n}, a difference shows only from {least} images on, all in one direction."]
+
+
+def _phrase(record: RunRecord, model: str, findings: Sequence[_Finding]) -> str:
+    if any(record.bases[row["model"]] == model for row in verdicts.near_chance(record)):
+        return _GUESSING
+    directions = {finding.direction for finding in findings}
+    if {1, -1} <= directions:
+        return _MIXED
+    if -1 in directions:
+        return _LESS
+    if 1 in directions:
+        return _DOUBTFUL if _doubted(record, model) else _MORE
+    return _NOT_MORE if findings and all(finding.nothing_left for finding in findings) else _SAME
+
+
+def _doubted(record: RunRecord, model: str) -> bool:
+    """Tell whether a flag was raised on a model, or an attack on it failed its active test."""
+    names = [name for name, base in record.bases.items() if base == model]
+    raised = any(flag["model"] in names for flag in verdicts.raised_flags(record))
+    return raised or any(w["model"] in names and w["untrusted"] for w in verdicts.worst_cases(record))
+
+
+def _group_headline(record: RunRecord, phrase: str, models: Sequence[str], controls: Mapping[str, str]) -> str:
+    is_, its = ("is", "its") if len(models) == 1 else ("are", "their")
+    if phrase == _GUESSING:
+        return f"{_joined(models)} cannot be told from guessing on clean images, so {its} robustness means nothing"
+    if len(controls) == 1:
+        defense = record.experiment.first_replicates()[models[0]].defense
+        return f"{models[0]} ({_DEFENSES.get(defense, defense)}) is {phrase} its control here"
+    return f"{_joined(models)} {is_} {phrase} {its} control here"
+
+
+def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
+    """Return headline and reason for a model that is compared with no control; "" without attacks."""
+    name = next(name for name, base in record.bases.items() if base == model)
+    budget = main_budget(record)
+    cases = [w for w in record.worst_case or () if (w.model, w.threat_model) == (name, WHITE_BOX)]
+    case: WorstCase | EvaluationEntry | None
+    case = next((w for w in cases if (w.norm, w.eps) == budget), None) or most_harmful(record, name)
+    if case is None:
+        return "", ""
+    if any(row["model"] == name for row in verdicts.near_chance(record)):
+        return _group_headline(record, _GUESSING, [model], {}), ""
+    at = f" at {budget_text(*budget)}" if isinstance(case, WorstCase) and budget else ""
+    doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
+    headline = f"{model} withstands the attacks on {_count(case)} images{at}{doubt}"
+    clean = next((e for e in record.evaluations if (e.model, e.threat_model) == (name, CLEAN)), None)
+    without = f" Without an attack, {_count(clean)} are right." if clean else ""
+    texts = [f"{percent(case.accuracy)} % in the worst case{at}"] if not cases else [
+        f"{percent(w.accuracy)} % ({percent(w.accuracy_low)}–{percent(w.accuracy_high)}) at {budget_text(w.norm, w.eps)}"
+        for w in cases
+    ]
+    missing = ""
+    if record.roles[name] == "defended":
+        missing = " This run has no control for it, so nothing of that can be attributed to the defense."
+    sentence = f"{model}, accuracy in the worst case of each image (95 % interval): {', '.join(texts)}.{without}{missing}"
+    return headline, sentence
+
+
+def _trust(record: RunRecord) -> list[str]:
+    """Return what limits the verdict: the tests of the attacks, and the number of seeds."""
+    reasons = [sentences.reliability_in_short(record)]
+    if record.experiment.trains and record.experiment.seeds == 1:
+        reasons.append("There is one seed per model. Models of other seeds may differ by more than these tests show.")
+    return [reason for reason in reasons if reason]
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Return ``a, b and c``."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]])) if names else ""

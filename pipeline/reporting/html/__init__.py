@@ -1,0 +1,1 @@
+"""Pages of reports: one frame and one style sheet for runs and sweeps."""
