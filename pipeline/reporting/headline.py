@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from components.config import roles
-from components.threat_models import CLEAN, TRANSFER, WHITE_BOX
+from components.threat_models import CLEAN, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord, WorstCase
 from pipeline.reporting import over_seeds, sentences, verdicts
 from pipeline.reporting.labels import attack_text, attack_title, budget_text, count_text, parsed_attack, percent
@@ -22,7 +22,11 @@ FEW_IMAGES = 50
 MANY_MODELS = 2
 """With more defended models than this, the verdict gives fewer reasons for each."""
 _DEFENSES = {"defend++": "Defend++", "adversarial": "adversarial training", "comdefend": "ComDefend"}
-_MORE, _LESS, _MIXED = "more robust than", "less robust than", "more robust at one budget and less robust at another than"
+_MORE, _LESS, _MIXED = (
+    "more robust than",
+    "less robust than",
+    "more robust at one budget and less robust at another than",
+)
 _NOT_MORE, _SAME = "not more robust than", "not distinguishable in robustness from"
 _DOUBTFUL = "apparently more robust, but under attacks that cannot be trusted, than"
 _GUESSING = "guessing"
@@ -49,14 +53,18 @@ class _Finding:
 
 
 def main_budget(record: RunRecord) -> tuple[str, float] | None:
-    """Return the (norm, eps) of most attacks of a run, Linf before L2, the smaller eps first.
+    """Return the (norm, eps) that tells most about a run; None for a record without worst cases.
 
-    It is None for a record without worst cases.
+    A budget that leaves something of a model comes first, then that of most attacks, then Linf,
+    then the smaller eps.
     """
-    cases = {(w.norm, w.eps) for w in record.worst_case or () if w.threat_model == WHITE_BOX}
+    left: dict[tuple[str, float], float] = {}
+    for w in record.worst_case or ():
+        if w.threat_model == WHITE_BOX:
+            left[w.norm, w.eps] = max(w.accuracy, left.get((w.norm, w.eps), 0.0))
     specs = [parsed_attack(attack) for attack in {e.attack for e in record.evaluations if not e.curve}]
     own = [(spec.norm, spec.eps) for spec in specs if spec is not None and spec.name != "noise"]
-    return max(cases, key=lambda case: (own.count(case), case[0] == "linf", -case[1]), default=None)
+    return max(left, key=lambda case: (left[case] > 0, own.count(case), case[0] == "linf", -case[1]), default=None)
 
 
 def verdict(record: RunRecord, comparisons: Sequence[Row]) -> Verdict:
@@ -134,7 +142,9 @@ def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
         else:
             p = "p < 0.0001" if pair.p < 0.0001 else f"p = {pair.p:.2g}"
             test = f"exact McNemar test, {p}" if differs else f"no significant difference: exact McNemar test, {p}"
-            sentence = f"{at} attacks leave {_count(ours)} images of {model} and {_count(theirs)} of {control} ({test})."
+            sentence = (
+                f"{at} attacks leave {_count(ours)} images of {model} and {_count(theirs)} of {control} ({test})."
+            )
         findings.append(_Finding(direction, ours.accuracy == 0, sentence))
     return findings or _findings_of_single_attacks(record, model, control)
 
@@ -150,7 +160,7 @@ def _findings_over_seeds(record: RunRecord, model: str, control: str) -> list[_F
         mean = means[model, row["norm"], row["eps"]]["mean"]
         more = "more than" if row["resolved"] else "no more than"
         sentence = (
-            f"At {budget_text(row['norm'], row['eps'])}, white-box attacks leave {percent(mean)} % of {model} on average "
+            f"At {budget_text(row['norm'], row['eps'])}, white-box attacks leave {model} {percent(mean)} % on average "
             f"over {row['seeds']} seeds, {100 * difference:+.1f} points against {control} (± {100 * half:.1f}): {more} "
             "seeds alone explain."
         )
@@ -207,16 +217,13 @@ def _transfer(comparisons: Sequence[Row], model: str, control: str) -> list[str]
         return []
 
     differing = [row for row in rows if row["p"] < SIGNIFICANCE / len(rows)]
-    more, less = (
-        _joined(list(dict.fromkeys(attack_title(row["attack"])[0] for row in differing if won(row))))
-        for won in (
-            lambda row: row["only_defended"] > row["only_control"],
-            lambda row: row["only_defended"] < row["only_control"],
-        )
-    )
+    names: dict[str, dict[str, None]] = {"more": {}, "less": {}}
+    for row in differing:
+        side = "more" if row["only_defended"] > row["only_control"] else "less"
+        names[side][attack_title(row["attack"])[0]] = None
     start = f"On examples transferred from {rows[0]['source']}, {model} is right"
     significant = f"as often as {control} (no significant difference)" if not differing else "significantly"
-    parts = [f"{word} often than {control} under {names}" for word, names in (("more", more), ("less", less)) if names]
+    parts = [f"{side} often than {control} under {_joined(list(titles))}" for side, titles in names.items() if titles]
     return [f"{start} {significant} {', and '.join(parts)}".rstrip() + f" ({len(rows)} attacks compared)."]
 
 
@@ -285,15 +292,16 @@ def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
     headline = f"{model} withstands the attacks on {_count(case)} images{at}{doubt}"
     clean = next((e for e in record.evaluations if (e.model, e.threat_model) == (name, CLEAN)), None)
     without = f" Without an attack, {_count(clean)} are right." if clean else ""
-    texts = [f"{percent(case.accuracy)} % in the worst case{at}"] if not cases else [
-        f"{percent(w.accuracy)} % ({percent(w.accuracy_low)}–{percent(w.accuracy_high)}) at {budget_text(w.norm, w.eps)}"
+    bounds = "{} % ({}–{}) at {}"
+    texts = [
+        bounds.format(*map(percent, (w.accuracy, w.accuracy_low, w.accuracy_high)), budget_text(w.norm, w.eps))
         for w in cases
     ]
     missing = ""
     if record.roles[name] == "defended":
         missing = " This run has no control for it, so nothing of that can be attributed to the defense."
-    sentence = f"{model}, accuracy in the worst case of each image (95 % interval): {', '.join(texts)}.{without}{missing}"
-    return headline, sentence
+    worst = f"{model}, accuracy in the worst case of each image (95 % interval): {', '.join(texts)}." if texts else ""
+    return headline, f"{worst}{without}{missing}".strip()
 
 
 def _trust(record: RunRecord) -> list[str]:

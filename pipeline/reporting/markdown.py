@@ -115,7 +115,10 @@ def _worst_cases(record: RunRecord) -> list[str]:
         lines += _section(
             "Worst case in pairs: images that only one of two models withstands",
             ("model", "against", "budget", "examples", "only model", "only the other", "n", "p (McNemar)"),
-            [(*(str(w[key]) for key in keys), labels.p_value(w["p"], w["only_model"], w["only_against"])) for w in pairs],
+            [
+                (*(str(w[key]) for key in keys), labels.p_value(w["p"], w["only_model"], w["only_against"]))
+                for w in pairs
+            ],
         )
     return lines
 

@@ -81,7 +81,9 @@ def table_data(record: RunRecord, root: Storage) -> dict[str, Any]:
     }
 
 
-def page(record: RunRecord, data: Mapping[str, Any], plots: Mapping[str, Plot], missing: Sequence[str], run: Storage) -> str:
+def page(
+    record: RunRecord, data: Mapping[str, Any], plots: Mapping[str, Plot], missing: Sequence[str], run: Storage
+) -> str:
     """Return the HTML page of a run, from its record and the result of :func:`table_data`."""
     files = ("table.csv", "table.md", "table.json", "../run.json", *(["plots/"] if plots else []))
     return render(

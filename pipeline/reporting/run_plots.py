@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
-import matplotlib
-
 from components.config import roles
 from pipeline.records import RunRecord
-from pipeline.reporting import headline, labels, sentences, verdicts
+from pipeline.reporting import labels, sentences, verdicts
 from pipeline.reporting.figures.fig2 import fig2
 from pipeline.reporting.figures.fig5 import fig5
 from pipeline.reporting.figures.fig6 import fig6
@@ -20,7 +18,7 @@ from pipeline.reporting.figures.fig8 import fig8
 from pipeline.reporting.plots import budgets, charts, confusion, images, panels, style, worst
 from pipeline.reporting.plots.panels import Arrays
 from pipeline.reporting.plots.style import Plot
-from pipeline.reporting.plots.svg import SETTINGS
+from pipeline.reporting.plots.svg import settings
 
 Value = TypeVar("Value")
 
@@ -42,7 +40,7 @@ class RunPlots:
 
     def draw(self) -> dict[str, Plot]:
         """Return every plot that the run has data for, by name; the paper's figures come first."""
-        with matplotlib.rc_context(SETTINGS):
+        with settings():
             plots: dict[str, Plot | None] = {
                 self.HEADLINE: self.worst_case(),
                 **self.figures(),
@@ -156,9 +154,11 @@ class RunPlots:
         ]
         caption = (
             "Number of test images by true class (rows) and predicted class (columns); the shade is the share of the "
-            f"true class. On the diagonal, the prediction is right. Most frequent errors: {'; '.join(errors) or 'none'}."
+            f"true class. The diagonal is right. Most frequent errors: {'; '.join(errors) or 'none'}."
         )
-        return Plot("Which class becomes which", self._with_note(caption), confusion.draw(tables, columns=min(4, len(tables))))
+        return Plot(
+            "Which class becomes which", self._with_note(caption), confusion.draw(tables, columns=min(4, len(tables)))
+        )
 
     def curves(self) -> Plot | None:
         """Draw accuracy over the norm, for examples that were made on the model itself."""
@@ -209,7 +209,7 @@ class RunPlots:
             figure, factor = images.adversarial(self.gallery, rows, clean)
             caption = (
                 "Above each image: the predicted class, ✓ if it is right, ✗ if it is wrong. Below each example: its "
-                f"difference from the clean image × {factor:g} (mid-grey is 0), with the norms of the difference itself."
+                f"difference from the clean image, × {factor:g} (mid-grey is 0), and the norms of the difference."
             )
             plots[f"adversarial-{model}"] = Plot(f"White-box examples of {model}", caption, figure)
         return plots
@@ -231,7 +231,10 @@ class RunPlots:
         trained, note = self._trained()
         if not trained:
             return None
-        caption = f"Thin: each step. Thick: the mean of its neighbourhood. The vertical axis is logarithmic. The background shows the phase of the schedule.{note}"
+        caption = (
+            "Thin: each step. Thick: the mean of its neighbourhood. The vertical axis is logarithmic. The background "
+            f"shows the phase of the schedule.{note}"
+        )
         return Plot("Training losses", caption, charts.losses(trained))
 
     def validation(self) -> Plot | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, TRANSFER, WHITE_BOX
+from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, TRANSFER, WHITE_BOX, split_threat_model
 from pipeline.records import RunRecord
 from pipeline.reporting import over_seeds
 from pipeline.reporting.labels import (
@@ -57,12 +57,12 @@ def _threat_models_explained(record: RunRecord) -> list[str]:
     for e in record.evaluations:
         sources.setdefault(e.threat_model, {})[str(e.source)] = None
     sentences = [sentence for threat, sentence in _MADE_ON.items() if threat in sources]
-    for threat, made_on in sources.items():
-        base, _, name = threat.partition(":")
-        if base == TRANSFER:
-            where = name or f"an undefended model ({', '.join(made_on)})"
-            head = f"Transfer from {name}" if name else "Transfer"
-            sentences.append(f"{head}: the examples were made on {where} {_TRANSFER_CAUTION}")
+    if made_on := sources.get(TRANSFER):
+        undefended = f"an undefended model ({', '.join(made_on)})"
+        sentences.append(f"Transfer: the examples were made on {undefended} {_TRANSFER_CAUTION}")
+    if names := [name for base, name in map(split_threat_model, sources) if base == TRANSFER and name]:
+        that = names[0] if len(names) == 1 else "that model"
+        sentences.append(f"Transfer from {', '.join(names)}: the examples were made on {that} {_TRANSFER_CAUTION}")
     return sentences
 
 

@@ -22,7 +22,7 @@ DOCS |= {"reliability": "When not to believe an attack"}
 
 @dataclass(frozen=True)
 class Link:
-    """A link of a report. Without an address, the page shows where the file is."""
+    """A link of a report. Without an address, the page shows ``where`` instead."""
 
     text: str
     address: str | None

@@ -93,8 +93,6 @@ def draw(panels: Panels, roles: Mapping[str, str], styles: Styles) -> Figure:
         axis.set(title=title.replace(", ", "\n", 1), ylabel="accuracy (%)", ylim=(0, 103))
         axis.set(xlabel=f"eps ({norm_text(norm)}, [0,1] pixels)", xlim=(-0.04 * ticks[-1], 1.04 * ticks[-1]))
         axis.set_xticks(ticks, [eps_text(eps) for eps in ticks])
-    handles = [
-        Line2D([], [], marker="o", markersize=4, label=legend(model, roles), **styles[model]) for model in drawn
-    ]
+    handles = [Line2D([], [], marker="o", markersize=4, label=legend(model, roles), **styles[model]) for model in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)))
     return figure

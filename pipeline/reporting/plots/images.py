@@ -148,7 +148,8 @@ def _reduced(image: np.ndarray) -> np.ndarray:
     if block == 1:
         return image
     image = image[:, : height // block * block, : width // block * block]
-    return image.reshape(channels, height // block, block, width // block, block).mean(axis=(2, 4))
+    reduced: np.ndarray = image.reshape(channels, height // block, block, width // block, block).mean(axis=(2, 4))
+    return reduced
 
 
 def _size(images: np.ndarray) -> str:

@@ -186,10 +186,10 @@ def reconstruction_note(record: RunRecord, gallery: Arrays) -> str:
                 errors[level] = share
         if errors:
             train = record.model_config(model)
-            levels = "level " + " and ".join(map(str, errors)) if len(errors) < 3 else f"levels {', '.join(map(str, errors))}"
+            levels = f"level{'s' if len(errors) > 1 else ''} {' and '.join(map(str, errors))}"
             shares = " and ".join(f"{100 * share:.0f} %" for share in errors.values())
             notes.append(
-                f"{levels} of {model} look like noise because they are hardly learned after {train['epochs']} epochs at "
-                f"lambda {train['lam']:g}: their error is {shares} of that of a uniform grey image."
+                f"{levels} of {model} look like noise because they are hardly learned after {train['epochs']} epochs "
+                f"at lambda {train['lam']:g}: their error is {shares} of that of a uniform grey image."
             )
     return " ".join(note[0].upper() + note[1:] for note in notes)

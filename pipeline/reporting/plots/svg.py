@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 
 PALETTE = {
     "text": ("#111827", "#e6e8ea"),
@@ -39,7 +41,7 @@ PALETTE = {
 }
 """CSS variable -> its colour on a light and on a dark page. Plots are drawn in the light ones."""
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-SETTINGS: dict[str, Any] = {
+_SETTINGS: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",  # Text stays text.
     "svg.hashsalt": "defendpp",  # Otherwise the ids within a file are random.
     "text.color": LIGHT["text"],
@@ -56,9 +58,13 @@ SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "image.composite_image": False,  # Images keep their own pixels, which browsers enlarge.
 }
-"""Settings of matplotlib under which plots are drawn (``matplotlib.rc_context``)."""
 FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _SHAPES = "stroke-linejoin: round; stroke-linecap: butt"
+
+
+def settings() -> AbstractContextManager[None]:
+    """Return the settings of matplotlib under which plots are drawn and written."""
+    return matplotlib.rc_context(_SETTINGS)
 
 
 def palette_css() -> str:
@@ -75,7 +81,7 @@ def plot_css() -> str:
 def svg(figure: Figure) -> bytes:
     """Return a figure as an SVG file; the same figure gives the same bytes."""
     out = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
+    with settings():
         figure.savefig(out, format="svg", metadata={"Date": None})
     text = _lean(out.getvalue())
     style = f"{palette_css()}\n{plot_css()}\nsvg.plot {{ background: var(--card) }}"

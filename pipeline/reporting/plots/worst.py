@@ -33,14 +33,16 @@ def worst_case(rows: Mapping[str, tuple[Bar, Bar | None]], styles: Styles) -> Fi
         styles: as of :func:`pipeline.reporting.plots.style.styles`.
     """
     longest = max(len(name) for name in rows)
-    figure = Figure(figsize=(4.7 + 0.06 * longest, 0.36 * len(rows) + 0.85), layout="constrained")
+    figure = Figure(figsize=(4.7 + 0.06 * longest, 0.4 * len(rows) + 0.85), layout="constrained")
     axis = figure.add_subplot()
     for y, (model, (worst, clean)) in enumerate(rows.items()):
-        axis.barh(y, 100 * worst.accuracy, 0.56, color=styles[model]["color"])
-        _whisker(axis, y, worst, TEXT)
+        axis.barh(y - 0.1, 100 * worst.accuracy, 0.42, color=styles[model]["color"])
+        _whisker(axis, y - 0.1, worst, TEXT)
         if clean is not None:
-            _whisker(axis, y, clean, FRAME)
-            axis.plot(100 * clean.accuracy, y, "D", markersize=5.5, color=styles[model]["color"], fillstyle="none")
+            _whisker(axis, y + 0.27, clean, FRAME)
+            axis.plot(
+                100 * clean.accuracy, y + 0.27, "D", markersize=4.5, color=styles[model]["color"], fillstyle="none"
+            )
         bounds = f"({100 * worst.low:.1f}–{100 * worst.high:.1f})"
         axis.text(106, y, f"{100 * worst.accuracy:.1f} {bounds}", va="center", fontsize=9, color=TEXT, clip_on=False)
     axis.set(xlim=(0, 104), ylim=(len(rows) - 0.5, -0.5), xlabel="accuracy (%)")
@@ -75,7 +77,14 @@ def norms(panels: Mapping[str, tuple[str, Mapping[str, Quartiles]]], styles: Sty
             y = models.index(model)
             axis.barh(y, q.median, 0.56, color=styles[model]["color"])
             axis.plot([q.low, q.high], [y, y], color=TEXT, linewidth=0.9)
-            axis.text(q.high + 0.02 * right, y, f"{q.median:.{3 if norm == 'linf' else 2}f} of {q.broken}", va="center", fontsize=8.5, color=FAINT)
+            axis.text(
+                q.high + 0.02 * right,
+                y,
+                f"{q.median:.{3 if norm == 'linf' else 2}f} of {q.broken}",
+                va="center",
+                fontsize=8.5,
+                color=FAINT,
+            )
         axis.set(title=title, xlim=(0, 1.38 * right), ylim=(len(models) - 0.5, -0.5))
         axis.set_xlabel(f"median {norm_text(norm)} norm ([0,1] pixels)")
         axis.set_yticks(range(len(models)), models)

@@ -7,12 +7,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from pipeline.reporting.plots import style
-from pipeline.sweep.report.summary import finished, interval, references, robust_of, value_text
+from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.plots.svg import LIGHT, settings
+from pipeline.sweep.report.summary import finished, interval, references, robust_of, ties, value_text
 
-NEUTRAL, FRONT, CHOICE = "#9ca3af", "#0072b2", "#d55e00"
+NEUTRAL, FRONT, CHOICE = LIGHT["undefended-2"], LIGHT["blue"], LIGHT["vermilion"]
+SHADES = "viridis"
+NEAR = 0.035
+"""Points that are nearer than this share of both axes have one label together."""
 BINS_PER_DECADE = 1
 MAX_BINS = 8
 """Most bins of a logarithmic range of real numbers."""
@@ -20,44 +30,78 @@ UNIFORM_BINS = 4
 """Bins of a linear range of real numbers."""
 MAX_CELLS = 12
 """Most values of a range of whole numbers along an axis of the heat map."""
-PLOTS = {
-    "pareto": "Clean against robust accuracy on validation images; the line joins what no other trial exceeds in both",
-    "parallel": "Every finished trial as a line over its parameters and results",
-    "heat-map": "Robust accuracy over two parameters: the mean of the trials in a cell, and how many they are",
-}
 
 
-def pareto(record: Mapping[str, Any]) -> bytes:
+def draw(record: Mapping[str, Any]) -> dict[str, Plot]:
+    """Return the plots of a sweep by name. A heat map needs two parameters."""
+    with settings():
+        plots = {"pareto": pareto(record), "parallel": parallel(record), "heat-map": heat_map(record)}
+    return {name: plot for name, plot in plots.items() if plot is not None}
+
+
+def pareto(record: Mapping[str, Any]) -> Plot:
     """Plot robust over clean accuracy with 95 % intervals, and mark front and choice."""
-    figure, (axis,) = style.grid(1, columns=1, width=3.6, height=4.4)
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axis = figure.add_subplot()
+    style.frame(axis)
     trials = finished(record)
     choice = record["choice"]["trial"]
+    labels: list[tuple[float, float, str]] = []
     for trial in trials:
         low, high = interval(trial)
         number = trial.number
         colour = CHOICE if number == choice else FRONT if number in record["front"] else NEUTRAL
         x, y = 100 * trial.last.clean, 100 * trial.last.robust
-        axis.errorbar(x, y, yerr=[[y - 100 * low], [100 * high - y]], color=colour, linewidth=0.7, alpha=0.5, zorder=2)
-        marker, size = ("*", 12) if number == choice else ("o", 5)
-        axis.plot(x, y, marker, color=colour, markersize=size, zorder=3)
+        axis.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=0.8, alpha=0.6, zorder=2)
+        marker, size, order = ("*", 12, 4) if number == choice else ("o", 5, 3)
+        axis.plot(x, y, marker, color=colour, markersize=size, zorder=order)
         if colour != NEUTRAL:
-            axis.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            labels.append((x, y, str(number)))
     front = sorted((t for t in trials if t.number in record["front"]), key=lambda t: t.last.clean)
     axis.plot([100 * t.last.clean for t in front], [100 * t.last.robust for t in front], color=FRONT, linewidth=1)
     for name, scores in references(record).items():
         x, y = 100 * scores["clean"], 100 * scores["robust"]
-        axis.plot(x, y, "D", color="#111827", markersize=5, zorder=3)
-        axis.annotate(name, (x, y), xytext=(6, -9), textcoords="offset points", fontsize=8)
+        axis.plot(x, y, "D", color=style.TEXT, markersize=5, zorder=3)
+        labels.append((x, y, name))
+    axis.margins(0.1)
+    axis.set_ylim(max(-4.0, axis.get_ylim()[0]), min(104.0, axis.get_ylim()[1]))
+    axis.set_xlim(right=min(101.0, axis.get_xlim()[1]))
+    _label(axis, labels)
     axis.set_xlabel("clean accuracy, validation (%)")
     axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")
-    axis.set_title("front (line), choice (star), references (diamonds)")
-    return svg(figure)
+    caption = (
+        "Validation images. Star: the choice. Blue: trials that no other trial exceeds in both accuracies, joined by a "
+        "line. Grey: other trials. Diamonds: references. Numbers: trials. Vertical lines: 95 % interval."
+    )
+    return Plot("Clean against robust accuracy", caption, figure)
 
 
-def parallel(record: Mapping[str, Any]) -> bytes:
-    """Plot parallel coordinates: a line per finished trial, darker where it is more robust."""
-    from matplotlib import colormaps
+def _label(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Write a label beside each point. Points that are close together share one."""
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    groups: list[tuple[float, float, list[str]]] = []
+    for x, y, text in sorted(points):
+        near = (g for g in groups if abs(g[0] - x) < NEAR * (right - left) and abs(g[1] - y) < NEAR * (top - bottom))
+        if (group := next(near, None)) is None:
+            groups.append((x, y, [text]))
+        else:
+            group[2].append(text)
+    for i, (x, y, texts) in enumerate(groups):
+        # Labels go up and down in turn, so that those of a row of points do not touch.
+        above = i % 2 == 0
+        axis.annotate(
+            ", ".join(texts),
+            (x, y),
+            xytext=(0, 8 if above else -8),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right" if x > (left + 3 * right) / 4 else "center",
+            va="bottom" if above else "top",
+        )
 
+
+def parallel(record: Mapping[str, Any]) -> Plot:
+    """Plot parallel coordinates: a line per finished trial, shaded by its robust accuracy."""
     trials = sorted(finished(record), key=robust_of)
     names = list(record["space"]["parameters"])
     axes: dict[str, list[float]] = {}
@@ -65,33 +109,53 @@ def parallel(record: Mapping[str, Any]) -> bytes:
     for name in names:
         axes[name], ticks[name] = _scaled(record["space"]["parameters"][name], [t.parameters[name] for t in trials])
     for name, key in (("clean %", "clean"), ("robust %", "robust")):
-        values = [100 * getattr(t.last, key) for t in trials]
-        low, high = math.floor(min(values)), math.ceil(max(values))
-        span = max(high - low, 1)
-        axes[name] = [(v - low) / span for v in values]
-        ticks[name] = [(i / 4, f"{low + span * i / 4:g}") for i in range(5)]
-    figure, (axis,) = style.grid(1, columns=1, width=max(3.2, 0.9 * len(axes)), height=4.0)
-    axis.grid(False)
-    axis.spines[["left", "bottom"]].set_visible(False)
-    shade = colormaps["viridis_r"]
+        low, high = _range([100 * getattr(t.last, key) for t in trials])
+        axes[name] = [(100 * getattr(t.last, key) - low) / (high - low) for t in trials]
+        marks = [m for m in MaxNLocator(5, integer=True).tick_values(low, high) if low <= m <= high]
+        ticks[name] = [((mark - low) / (high - low), f"{mark:g}") for mark in marks]
+    figure = Figure(figsize=(max(6.4, 1.8 * len(axes)), 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[:].set_visible(False)
+    shade = _shades(trials)
     for i, trial in enumerate(trials):
         chosen = trial.number == record["choice"]["trial"]
         axis.plot(
             range(len(axes)),
             [values[i] for values in axes.values()],
-            color=CHOICE if chosen else shade(i / max(1, len(trials) - 1)),
-            linewidth=2.2 if chosen else 1.0,
-            alpha=1.0 if chosen else 0.8,
+            color=CHOICE if chosen else shade(robust_of(trial)),
+            linewidth=2.4 if chosen else 1.2,
+            zorder=3 if chosen else 2,
         )
     for x, name in enumerate(axes):
-        axis.axvline(x, color="#374151", linewidth=0.8)
+        axis.axvline(x, color=style.FRAME, linewidth=0.8)
         for y, text in ticks[name]:
-            axis.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", fontsize=7.5, va="center")
+            axis.annotate(
+                text, (x, y), xytext=(4, 0), textcoords="offset points", fontsize=8, va="center", color=style.FAINT
+            )
     axis.set_xticks(range(len(axes)), list(axes))
     axis.set_yticks([])
     axis.margins(x=0.08)
-    axis.set_title("darker: more robust; orange: the choice")
-    return svg(figure)
+    tied = ties(record)
+    shades = f"All lines have one colour, because {tied}." if tied else "The lighter a line, the more robust its trial."
+    return Plot("Parameters and results", f"A line per finished trial. Orange: the choice. {shades}", figure)
+
+
+def _range(percents: Sequence[float]) -> tuple[float, float]:
+    """Return whole percents around the values, at least one apart, and within 0 to 100."""
+    low, high = math.floor(min(percents)), math.ceil(max(percents))
+    if low == high:
+        low, high = (low, high + 1) if high < 100 else (low - 1, high)
+    return low, high
+
+
+def _shades(trials: Sequence[Any]) -> Any:
+    """Return a function from robust accuracy to colour. Equal accuracies have the same colour."""
+    values = [robust_of(trial) for trial in trials]
+    low, high = min(values), max(values)
+    # The lightest fifth of the scale can hardly be seen on white, the darkest on black.
+    scale = Normalize(low, high) if high > low else Normalize(low - 1, low + 1)
+    colours = matplotlib.colormaps[SHADES]
+    return lambda value: colours(0.15 + 0.7 * float(scale(value)))
 
 
 def _scaled(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -119,7 +183,7 @@ def mapped_parameters(record: Mapping[str, Any]) -> list[str]:
     return ["lam", "shared_blocks"] if {"lam", "shared_blocks"} <= set(names) else names[:2]
 
 
-def heat_map(record: Mapping[str, Any]) -> bytes | None:
+def heat_map(record: Mapping[str, Any]) -> Plot | None:
     """Plot mean robust accuracy over two parameters; None if the space has one.
 
     Ranges of real numbers are divided into bins.
@@ -137,22 +201,26 @@ def heat_map(record: Mapping[str, Any]) -> bytes | None:
         sums[y, x] += 100 * robust_of(trial)
         counts[y, x] += 1
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
-    width, height = 0.85 * len(x_labels) + 1.5, 0.6 * len(y_labels) + 1.4
-    figure, (axis,) = style.grid(1, columns=1, width=width / 2, height=height)
+    low, high = _range([float(mean) for mean in means[counts > 0]])
+    figure = Figure(figsize=(max(4.6, 0.85 * len(x_labels) + 1.9), 0.62 * len(y_labels) + 1.3), layout="constrained")
+    axis = figure.add_subplot()
+    style.frame(axis)
     axis.grid(False)
-    image = axis.imshow(means, cmap="viridis", aspect="auto", origin="lower")
-    middle = float(np.nanmean(means))
+    image = axis.imshow(means, cmap=SHADES, vmin=low, vmax=high, aspect="auto", origin="lower", interpolation="none")
     for (y, x), count in np.ndenumerate(counts):
         if count:
-            colour = "white" if means[y, x] < middle else "black"
+            colour = "#fcfcfc" if means[y, x] < (low + high) / 2 else "#101010"
             axis.text(x, y, f"{means[y, x]:.1f}\n({count:.0f})", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(x_labels)), x_labels, fontsize=8)
     axis.set_yticks(range(len(y_labels)), y_labels, fontsize=8)
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
-    axis.set_title("robust accuracy in %: mean (trials)")
-    figure.colorbar(image, ax=axis)
-    return svg(figure)
+    tied = ties(record)
+    if not tied:
+        figure.colorbar(image, ax=axis, label="robust accuracy (%)")
+    caption = "Robust accuracy in %: the mean of the trials in a cell, and in brackets how many they are."
+    caption += f" There is one shade, because {tied}." if tied else ""
+    return Plot("Robust accuracy over two parameters", caption, figure)
 
 
 def _cells(domain: Mapping[str, Any], values: Sequence[Any]) -> tuple[list[int], list[str]]:

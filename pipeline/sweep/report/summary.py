@@ -116,12 +116,22 @@ def indistinct(record: Mapping[str, Any]) -> list[int]:
     return [number for number, (begin, end) in intervals.items() if begin <= high and end >= low]
 
 
+def ties(record: Mapping[str, Any]) -> str:
+    """Say that all finished trials have the same robust accuracy; "" if they differ or are alone."""
+    values = [trial.last.robust for trial in finished(record)]
+    if len(values) < 2 or len(set(values)) > 1:
+        return ""
+    return f"all {len(values)} trials tie at {100 * values[0]:.1f} % robust accuracy"
+
+
 def conclusion(record: Mapping[str, Any]) -> str:
     """Return the choice in a sentence or two."""
     choice, trial = record["choice"], chosen(record)
     low, high = interval(trial)
     same, others = len(indistinct(record)), len(finished(record)) - 1
     apart = f"; {same} of {others} other trials cannot be told from it by {trial.last.n} images" if others else ""
+    if tied := ties(record):
+        apart = f"; {tied}: there was nothing to choose by but clean accuracy"
     deviation = seed_deviation(trial)
     seeds = "" if deviation is None else f", sd over {len(trial.last.each)} seeds {100 * deviation:.1f}"
     return (
@@ -176,21 +186,40 @@ def _seeds(record: Mapping[str, Any]) -> int:
     return int(record["experiment"]["seeds"])
 
 
-def paragraphs(record: Mapping[str, Any]) -> list[str]:
-    """Return what a sweep that has a choice did, chose and compares with."""
+def overview(record: Mapping[str, Any]) -> str:
+    """Return what a sweep that has a choice did."""
     space = record["space"]
     states = [trial.state for trial in trials_of(record)]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     attacked = chosen(record).last.n  # The validation split may have fewer images than the space asks for.
-    text = [
+    rows = ((record.get("data") or {}).get("rows") or {}).get("validation")
+    images = f"{attacked:,} of {rows:,}" if rows else f"{attacked:,}"
+    return (
         f"{len(states)} trials ({counts}), {space['search']} search, seed {record['seed']}, of model {record['model']} "
         f"of {record['name']}. Accuracies are of validation images: clean on the whole split, robust under white-box "
-        f"{space['attack']} on {attacked} of them; they choose, and are no result.",
-        conclusion(record) + ".",
-    ]
+        f"{space['attack']} on {images}. They choose, and are no result."
+    )
+
+
+def _more_robust_references(record: Mapping[str, Any]) -> list[str]:
+    """Return the undefended references whose interval lies above that of the choice."""
+    _, high = interval(chosen(record))
+    n = chosen(record).last.n  # References are attacked on the images that trials are attacked on.
+    scores = {name: s for name, s in references(record).items() if name != record["model"]}
+    return [name for name, s in scores.items() if wilson_interval(round(s["robust"] * n), n)[0] > high]
+
+
+def paragraphs(record: Mapping[str, Any]) -> list[str]:
+    """Return what a sweep that has a choice compares with, and where the choice was tested."""
+    text = []
     if measured := references(record):
         lines = "; ".join(reference_line(name, scores).removeprefix("reference ") for name, scores in measured.items())
         text.append(f"For comparison, measured alike: {lines}. {record['model']} is the model as the recipe has it.")
+    if above := _more_robust_references(record):
+        text.append(
+            f"{' and '.join(above)}, without a defense, {'is' if len(above) == 1 else 'are'} more robust than the "
+            "choice. The 95 % intervals do not overlap."
+        )
     if record["evaluation"]:
         report = f"{record['evaluation']}/report/report.html"
         text.append(f"The choice on test images, beside undefended and control: {report}")
@@ -200,7 +229,8 @@ def paragraphs(record: Mapping[str, Any]) -> list[str]:
 def markdown(record: Mapping[str, Any]) -> str:
     """Return paragraphs, table and origin of a sweep that has a choice, as Markdown."""
     rows = table(record)
-    lines = [line for paragraph in paragraphs(record) for line in (paragraph, "")]
+    texts = [overview(record), f"{conclusion(record)}.", *paragraphs(record)]
+    lines = [line for text in texts for line in (text, "")]
     lines += markdown_table(list(rows[0]), [[str(v) for v in row.values()] for row in rows])
     return "\n".join([*lines, *made_with_section(made_with(Record.from_json(record)))]) + "\n"
 
