@@ -29,6 +29,7 @@ Trains Defend++ and the models that it is compared with, attacks all of them, an
   python pipeline/main.py attack --model FILE [--arch ARCH] [--data SOURCE] [--FIELD VALUE ...]
                                                                stage 3 on a classifier that was not trained here; --help
   python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
+  python pipeline/main.py report --republish DIR [DIR ...]     publish finished records in MLflow anew; --help
   python pipeline/main.py sweep RECIPE --space FILE [--FIELD VALUE ...]
                                                                search settings, test the choice; --help
   python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
@@ -76,7 +77,7 @@ def main(arguments: list[str]) -> int:
 def _run_command(command: str, arguments: list[str]) -> int:
     from components.errors import ConfigError
     from components.fields import is_unicode
-    from pipeline.cli.arguments import names_external_model
+    from pipeline.cli.arguments import has_option, names_external_model
 
     for argument in (command, *arguments):
         if not is_unicode(argument):
@@ -85,6 +86,11 @@ def _run_command(command: str, arguments: list[str]) -> int:
         raise ConfigError.unknown("command", command, (*COMMANDS, "recipes"))
     if command == "sweep":
         return _run_sweep(arguments)
+    if command == "report" and has_option(arguments, "--republish"):
+        from pipeline.cli.republish import republish
+
+        republish(arguments)
+        return 0
     from pipeline.cli.recipe_arguments import parse_experiment, recipe_list
 
     if command == "recipes":

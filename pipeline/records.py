@@ -191,6 +191,8 @@ class RunRecord(Record):
 
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
     """The finished models, in the order of the config."""
+    evaluated: str | None = field(default=None, metadata=_OPTIONAL)
+    """When the results of the attacks last changed."""
     evaluations: tuple[EvaluationEntry, ...] = ()
     worst_case: tuple[WorstCase, ...] | None = field(default=None, metadata=_OPTIONAL)
     worst_case_pairs: tuple[WorstCasePair, ...] | None = field(default=None, metadata=_OPTIONAL)

@@ -11,11 +11,12 @@ from typing import Literal
 from components.config import Experiment
 from pipeline import stages
 from pipeline.records import RunRecord
-from pipeline.reporting import mlflow_run, terminal
+from pipeline.reporting import terminal
+from pipeline.reporting.tracked import links, mlflow_run
 from pipeline.run_directory import Run, open_run
 from pipeline.runtime.console import say
 from pipeline.runtime.stored_record import now
-from pipeline.tracking import uri
+from pipeline.tracking.system_metrics import SystemMetrics
 
 
 def finish(run: Run) -> None:
@@ -24,7 +25,8 @@ def finish(run: Run) -> None:
     run.tracker.conclude()
     terminal.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
-    say(f"MLflow: {uri.ui_command(run.tracker.uri, run.tracker.experiment_id, run.tracker.run_id())}")
+    for line in links.of_run(run.tracker, RunRecord.from_json(run.record)):
+        say(line)
 
 
 def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
@@ -37,14 +39,16 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         will_train=command in ("run", "train"),
         needs_tracking=needs_tracking,
     )
-    mlflow_run.start_run(run.tracker, RunRecord.from_json(run.record))
+    mlflow_run.start_run(run.tracker, RunRecord.from_json(run.record), run.root)
     complete = False
+    usage = SystemMetrics(run.tracker, run.record["created"])
     try:
         if command == "report":
             stages.make_report(run)
             complete = True
             finish(run)
             return
+        usage.start()
         if command in ("run", "pyramids"):
             sets = stages.make_pyramids(experiment, run.stored, run.root)
             if command == "pyramids":
@@ -54,12 +58,9 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
             sets = stages.existing_pyramids(run.record["data"], run.root)
         models = stages.train_models(run, sets) if command in ("run", "train") else stages.trained_models(run)
         if command == "train":
-            stages.register(run, models)
             stages.finish_stage(run)
             return
         stages.attack_models(run, models, sets.test)
-        if command == "run":
-            stages.register(run, models)
         run.record["finished"] = now()
         run.stored.save()
         stages.make_report(run)
@@ -72,4 +73,5 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
         say(f"stopped; all that was computed is kept at {run.root.uri}: the same command continues")
         raise
     finally:
+        usage.stop()
         run.stored.release()

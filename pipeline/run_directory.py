@@ -15,7 +15,8 @@ from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base
 from pipeline.data.sources.open import check_source
 from pipeline.records import SCHEMA, drop_unreadable
-from pipeline.reporting import mlflow_run, records
+from pipeline.reporting import records
+from pipeline.reporting.tracked import mlflow_run
 from pipeline.runtime import cluster, provenance
 from pipeline.runtime.console import say, stage
 from pipeline.runtime.lease import Lease
@@ -47,10 +48,13 @@ class Run:
         """Directory of the run."""
         return self.stored.storage
 
-    def publish(self) -> None:
+    def publish(self, *, attacks_follow: bool = False) -> None:
         """Publish the records in MLflow; an outage does not stop the run."""
+        register = self.experiment.register
         with self.tracker.excused("records"):
-            mlflow_run.publish_run(self.tracker, self.storage, self.root)
+            mlflow_run.publish_run(
+                self.tracker, self.storage, self.root, register=register, attacks_follow=attacks_follow
+            )
 
 
 def shapes_of(experiment: Experiment) -> Shapes:
@@ -75,7 +79,7 @@ def splits_of(experiment: Experiment) -> tuple[base.Split, ...]:
 def run_address(experiment: Experiment) -> str:
     """Return ``runs/<recipe>-<hash>``, hashed over the settings that change the run's results."""
     config = to_dict(experiment)
-    for name in ("storage", "tracking_uri", "experiment_name", "description"):
+    for name in ("storage", "tracking_uri", "experiment_name", "register", "description"):
         del config[name]
     # These settings came later. At their defaults, the addresses of earlier runs stay.
     for name in ("test_split", "image_column", "label_column"):
@@ -187,6 +191,7 @@ def _opened(
     if not records_only:
         stored.content |= provenance.environment()
         stored.save()
+        storage.write_bytes("requirements.txt", provenance.requirements().encode())
     return Run(experiment=experiment, root=root, stored=stored, tracker=tracker)
 
 

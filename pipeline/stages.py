@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from components.attacks.spec import AttackSpec
 from components.config import Experiment, roles
 from components.fields import content_hash
@@ -16,12 +14,13 @@ from components.models import libraries
 from pipeline.data import pyramids, shards
 from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
 from pipeline.records import RunRecord
-from pipeline.reporting import mlflow_run, report, results
+from pipeline.reporting import report, results
+from pipeline.reporting.tracked import mlflow_run
 from pipeline.run_directory import Run, kinds_of_targets, shapes_of, splits_of
 from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.storage import Storage
-from pipeline.runtime.stored_record import StoredRecord
-from pipeline.training import exports, jobs, monitor, train
+from pipeline.runtime.stored_record import StoredRecord, now
+from pipeline.training import jobs, monitor, train
 
 
 def make_pyramids(experiment: Experiment, stored: StoredRecord, root: Storage) -> ShardSets:
@@ -81,7 +80,7 @@ def existing_pyramids(data: Mapping[str, Any], root: Storage, *, verified: bool 
 
 def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     """Train every model of the experiment, as many side by side as there is room for (stage 2)."""
-    run.publish()
+    run.publish(attacks_follow=True)
     e = run.experiment
     for name, config in e.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
@@ -134,7 +133,7 @@ class TrainProgress(monitor.Progress):
             "autoencoder": "autoencoder" in model["parameters"],
         }
         run.stored.save()
-        run.publish()
+        run.publish(attacks_follow=True)
         accuracy = model["validation"].get("accuracy")
         held_out = "" if accuracy is None else f", validation accuracy {100 * accuracy:.1f} %"
         done, total = len(run.record["models"]), len(run.experiment.model_configs())
@@ -181,6 +180,7 @@ def as_subjects(experiment: Experiment, models: dict[str, dict[str, Any]]) -> li
 
 def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> None:
     """Attack every model, and derive worst cases, flags and images (stage 3)."""
+    results_before = {key: run.record.get(key) for key in ("evaluations", "worst_case", "reliability")}
     with run.stored.timed("attack"), stage("attack") as bar:
         evaluations = attack.attack(models, test, run.experiment, run.root, bar.update)
         run.record["evaluations"] = evaluations
@@ -193,6 +193,9 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
         run.record["reliability"] = reliability.reliability(
             models, test, run.experiment, run.root, judgements, bar.update
         )
+        results_now = {key: run.record[key] for key in ("evaluations", "worst_case", "reliability")}
+        if results_now != results_before or not run.record.get("evaluated"):
+            run.record["evaluated"] = now()
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, bar.update)
     run.stored.save()
     run.publish()
@@ -202,31 +205,6 @@ def make_report(run: Run) -> None:
     """Make table, plots and HTML from the records alone (stage 4)."""
     with run.stored.timed("report"), stage("report"):
         report.build(run.storage, run.root)
-
-
-def register(run: Run, models: list[plan.Model]) -> None:
-    """Register each classifier in MLflow's model registry, with its signature.
-
-    Of several replicates it is the first. For a reformer it is the classifier behind it.
-    """
-    data = run.experiment.data
-    replicates = run.experiment.replicates()
-    for model in models:
-        if replicates[model.name][1] > 0 or model.classifier is not None:
-            continue
-        with run.tracker.excused(f"registration of {model.name}"):
-            run.tracker.register_model(
-                f"model/{model.name}",
-                exports.load_classifier(run.root.join(model.path), sha256=model.sha256),
-                example_input(data.channels, data.image_size),
-                f"{run.experiment.name}-{replicates[model.name][0]}",
-                metadata={"path": f"{run.root.uri}/{model.path}", "sha256": model.sha256},
-            )
-
-
-def example_input(channels: int, size: int) -> np.ndarray:
-    """Return one black image, float32 [1,C,W,W]."""
-    return np.zeros((1, channels, size, size), np.float32)
 
 
 def finish_stage(run: Run) -> None:

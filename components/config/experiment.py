@@ -185,6 +185,9 @@ class Experiment:
     experiment_name: str = ""
     """MLflow experiment that the run is published in. Empty: $MLFLOW_EXPERIMENT_NAME, or
     defendpp."""
+    register: bool = False
+    """Make the models versions of registered models in MLflow, RECIPE-MODEL; of a sweep, the choice
+    as RECIPE-SPACE."""
 
     def __post_init__(self) -> None:
         check_name("name", self.name)

@@ -113,6 +113,13 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def requirements() -> str:
+    """Return the installed distributions as a requirements file, without this project."""
+    names = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    pins = (f"{name}=={version}\n" for name, version in sorted(names.items(), key=lambda item: item[0].lower()))
+    return "".join(pin for pin in pins if not pin.startswith("defendpp=="))
+
+
 def hardware() -> dict[str, Any]:
     """Return the processor, CPUs, memory and GPUs of this machine. Workers may run on others."""
     machine: dict[str, Any] = {

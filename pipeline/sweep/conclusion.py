@@ -9,11 +9,8 @@ from pipeline.records import SCHEMA
 from pipeline.run_directory import recorded, run_address
 from pipeline.runtime.console import say
 from pipeline.runtime.stored_record import now
-from pipeline.stages import example_input
-from pipeline.sweep.report import html, mlflow_sweep, summary
+from pipeline.sweep.report import html, summary
 from pipeline.sweep.sweep_directory import Sweep
-from pipeline.sweep.trials.entry import TrialEntry
-from pipeline.training import exports
 
 
 def conclude(sweep: Sweep) -> None:
@@ -45,28 +42,12 @@ def conclude(sweep: Sweep) -> None:
         sweep.stored.save()
     say(summary.conclusion(sweep.record))
     write_report(sweep)
-    register_choice(sweep, chosen)
 
 
 def write_report(sweep: Sweep) -> None:
     """Write the report of a sweep that has a choice, and publish the record."""
     html.build(sweep.record, sweep.storage)
     sweep.publish()
-
-
-def register_choice(sweep: Sweep, chosen: TrialEntry) -> None:
-    """Register the chosen model (of several seeds the first) in MLflow."""
-    path = chosen.models[0].path
-    data = sweep.experiment.data
-    with sweep.tracker.excused("registration of the chosen model"):
-        arch = str(chosen.parameters.get("arch", sweep.base.arch))
-        sweep.tracker.register_model(
-            mlflow_sweep.trial_alias(chosen),
-            exports.load_classifier(sweep.root.join(path), trusted=arch),
-            example_input(data.channels, data.image_size),
-            metadata={"path": f"{sweep.root.uri}/{path}", "parameters": chosen.parameters},
-            **mlflow_sweep.choice_version(sweep.record, sweep.storage),
-        )
 
 
 def evaluate_choice(sweep: Sweep) -> None:

@@ -69,6 +69,7 @@ def final_experiment(
         paper="",
         scale="",
         allow_diverged=False,
+        register=False,  # The sweep registers its choice.
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from components.config import Experiment
 from components.fields import parse_spec
 from pipeline import stages
+from pipeline.reporting.tracked import links
 from pipeline.run_directory import shapes_of
 from pipeline.runtime import cluster
 from pipeline.runtime.console import say, stage
@@ -24,15 +25,17 @@ from pipeline.sweep.sweep_directory import Sweep, open_sweep
 from pipeline.sweep.trials.entry import TrialEntry
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.states import DIVERGED, FINISHED
-from pipeline.tracking.uri import ui_command
+from pipeline.tracking.system_metrics import SystemMetrics
 from pipeline.training import pretrained, train
 
 
 def execute(experiment: Experiment, options: SweepOptions) -> None:
     """Run a sweep, or what is left of it, from its trials to the evaluation of its choice."""
     sweep, preflight = open_sweep(experiment, options)
+    usage = SystemMetrics(sweep.tracker, sweep.record["created"])
     try:
-        mlflow_sweep.start_sweep(sweep.tracker, sweep.record)
+        mlflow_sweep.start_sweep(sweep.tracker, sweep.record, sweep.root)
+        usage.start()
         pending, proposals = pending_trials(sweep)
         beside, missing = references(sweep)
         left = len(pending) + proposals
@@ -56,12 +59,15 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
             write_report(sweep)
             sweep.tracker.conclude()
         say(f"sweep: {sweep.storage.uri}")
-        say(f"MLflow: {ui_command(sweep.tracker.uri, sweep.tracker.experiment_id, sweep.tracker.run_id())}")
+        finished = [mlflow_sweep.trial_alias(trial) for trial in sweep.trials if trial.state == FINISHED]
+        for line in links.lines(sweep.tracker, "trials", finished):
+            say(line)
     except BaseException as e:
         sweep.tracker.stop_for(e, complete=bool(sweep.record.get("finished")))
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")
         raise
     finally:
+        usage.stop()
         sweep.stored.release()
 
 

@@ -77,7 +77,7 @@ class Sweep:
             record = copy.deepcopy(self.record)
         # Publishing reads from the storage: outside the lock it does not hold up the trials.
         with self.tracker.excused("records"):
-            mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root)
+            mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root, register=self.experiment.register)
 
     def final(self, point: Point) -> Experiment:
         """Return the experiment that tests a point on test images as the options say."""
@@ -139,6 +139,7 @@ def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Ex
         sweep.record.setdefault("earlier_evaluations", [])
         sweep.stored.content |= {"space": space.to_dict(), "finished": None, **provenance.environment()}
         sweep.stored.save()
+        storage.write_bytes("requirements.txt", provenance.requirements().encode())
     except BaseException:
         sweep.stored.release()
         raise

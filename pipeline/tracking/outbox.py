@@ -11,7 +11,6 @@ import time as clock
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -21,9 +20,9 @@ from pipeline.runtime.redaction import without_password
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.tracking.requests import http_limits, reason_of, status_of
 from pipeline.tracking.server import artifact_root_of, connect, experiment_of
+from pipeline.tracking.state import SCHEMA, State, TrackingFile, new_state
 
 FILE = "tracking.json"
-SCHEMA = 1
 RETRY_SECONDS = 10.0
 """Pause after an operation failed because of an outage, before it is tried again."""
 SAVE_SECONDS = 2.0
@@ -34,36 +33,6 @@ BEHIND = 100
 """Number of waiting operations above which MLflow does not keep up or does not answer."""
 
 
-class RunState(TypedDict):
-    """An MLflow run that exists."""
-
-    id: str
-    start: int
-    """Milliseconds since 1970."""
-
-
-class State(TypedDict):
-    """What ``tracking.json`` remembers of one MLflow server or database."""
-
-    experiment: str | None
-    runs: dict[str, RunState]
-    """By alias."""
-    published: list[str]
-    """Keys of operations, ``ALIAS|WHAT``."""
-    status: dict[str, str]
-    """By alias, the status that was sent last."""
-
-
-class TrackingFile(TypedDict):
-    """The content of ``tracking.json``."""
-
-    schema: int
-    token: str
-    """Random, unique to this run directory. A part of the tag by which a run is found again."""
-    uris: dict[str, State]
-    """By tracking URI without its password."""
-
-
 @dataclass
 class _Operation:
     """A request to MLflow. Sending it again changes nothing, since an answer can be lost."""
@@ -71,6 +40,8 @@ class _Operation:
     key: str
     """``ALIAS|WHAT``."""
     send: Callable[[MlflowClient], object]
+    is_remembered: bool = True
+    """Whether ``tracking.json`` keeps the key, so that a later process does not send it again."""
     failures: int = 0
     """Failures while the server answered."""
 
@@ -108,13 +79,21 @@ class Outbox:
         self._saved_at = 0.0
         self._unsaved = False
         self._file = self._load()
-        self.state = self._file["uris"].setdefault(self.shown_uri, _new_state())
+        self.state = self._file["uris"].setdefault(self.shown_uri, new_state())
+        for key, value in new_state().items():  # Files of earlier revisions lack some keys.
+            self.state.setdefault(key, value)  # type: ignore[misc]
         self._published = set(self.state["published"])
 
     @property
     def token(self) -> str:
         """Random text, unique to this run directory. It is persistent after :meth:`save`."""
         return self._file["token"]
+
+    @property
+    def key_prefix(self) -> str:
+        """What the keys of this directory's runs begin with in MLflow. Each generation has its own."""
+        generation = self.state["generation"]
+        return f"{self.token}-{generation}/" if generation else f"{self.token}/"
 
     @property
     def is_saved(self) -> bool:
@@ -135,11 +114,32 @@ class Outbox:
         """Return MLflow's id of a run. Raises KeyError if the run was refused."""
         return self.state["runs"][alias]["id"]
 
+    def model_id(self, alias: str) -> str:
+        """Return MLflow's id of a run's logged model. Raises KeyError if it was refused."""
+        return self.state["models"][alias]
+
+    def replace_runs(self) -> None:
+        """Let everything be published into new runs. A replacement that an outage stopped goes on.
+
+        Raises:
+            StorageError: ``tracking.json`` cannot be written.
+        """
+        with self.lock:
+            if not self.state["is_replacing"]:
+                self._forget_runs(self.state["generation"] + 1, is_replacing=True)
+        self.save()
+
+    def _forget_runs(self, generation: int, *, is_replacing: bool) -> None:
+        new = new_state()
+        new["experiment"], new["generation"] = self.state["experiment"], generation
+        self.state.update(new | {"is_replacing": is_replacing})
+        self._published.clear()
+
     def is_waiting(self, prefix: str) -> bool:
         """Return whether an operation waits whose key begins with ``prefix``."""
         return any(key.startswith(prefix) for key in self._waiting)
 
-    def put(self, alias: str, what: str, send: Callable[[MlflowClient], object]) -> None:
+    def put(self, alias: str, what: str, send: Callable[[MlflowClient], object], *, is_remembered: bool = True) -> None:
         """Queue an operation, unless it waits already or is published."""
         key = f"{alias}|{what}"
         with self.lock:
@@ -149,7 +149,7 @@ class Outbox:
             if self._stopped or key in self._waiting or (self.is_connected and key in self._published):
                 return
             self._waiting.add(key)
-            self._queue.append(_Operation(key, send))
+            self._queue.append(_Operation(key, send, is_remembered))
             if self._sender is None:
                 self._sender = threading.Thread(target=self._send_all, name="MLflow", daemon=True)
                 self._sender.start()
@@ -214,8 +214,7 @@ class Outbox:
                 "there; publishing it again"
             )
             with self.lock:
-                self.state.update(_new_state())
-                self._published.clear()
+                self._forget_runs(self.state["generation"], is_replacing=self.state["is_replacing"])
         with self.lock:
             self.state["experiment"] = experiment_id
             self._client = client
@@ -245,7 +244,8 @@ class Outbox:
                     self._changed.wait_for(lambda: self._stopped, 0.5)
                     continue
                 if error is None:
-                    self._published.add(operation.key)
+                    if operation.is_remembered:
+                        self._published.add(operation.key)
                     self._rejected.pop(operation.key, None)
                     self._unsaved = True
                 else:
@@ -340,10 +340,6 @@ class Outbox:
             except (StorageError, OSError) as e:
                 self._unsaved = True
                 self.echo(f"MLflow's bookkeeping could not be kept: {e}")
-
-
-def _new_state() -> State:
-    return {"experiment": None, "runs": {}, "published": [], "status": {}}
 
 
 def _has_runs(client: MlflowClient, state: State, experiment_id: str) -> bool:

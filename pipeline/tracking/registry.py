@@ -1,51 +1,34 @@
-"""Networks as MLflow's logged models, and as versions of registered models."""
+"""Logged models as versions of registered models."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import hashlib
 import json
-import logging
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
-from pipeline.runtime import provenance
-from pipeline.runtime.quiet import log_levels
+from pipeline.tracking.logged_models import WEIGHTS, text_of
 from pipeline.tracking.outbox import Outbox
-from pipeline.tracking.requests import UPLOAD_TIMEOUT_SECONDS, global_uri, http_limits
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
+from pipeline.tracking.requests import global_uri
 
 
 @dataclass
 class Registration:
-    """A network on its way to become a version of a registered model.
+    """The logged model of a run on its way to become a version of a registered model.
 
-    ``mlflow.pytorch.load_model("models:/NAME@newest")`` returns the module, with ``eval()`` and
-    gradients. This requires MLflow's pickle format, and so trust in its author: the pt2 format
-    returns a graph on which ``eval()`` raises. Attacks use neither. They rebuild the network from
-    ``classifier.safetensors`` and ``model.json``.
-
-    The object remembers what an earlier try has made, so that the next one does not make it again.
+    ``mlflow.pytorch.load_model("models:/NAME@newest")`` returns its network.
     """
 
-    module: nn.Module
-    example_input: np.ndarray
-    """A batch of images, float32 [B,C,H,W], for the signature."""
     name: str
     """Of the registered model."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """JSON types for the model's MLmodel file."""
+    weights: str
+    """Digest of the weights. A run has one version for each."""
     version_alias: str = "newest"
     """Registry alias that is moved to this version."""
     own_alias: str = ""
@@ -55,15 +38,8 @@ class Registration:
     stands for a later choice. If None, it moves whenever other weights are registered."""
     tags: Mapping[str, Any] = field(default_factory=dict)
     """Of the version."""
-    weights: str = field(init=False)
-    """Digest of the weights. A run has one version for each."""
-    _model_id: str = field(init=False, default="")
-    _location: str = field(init=False, default="")
-    _is_uploaded: bool = field(init=False, default=False)
-    _is_output: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.weights = weights_digest(self.module)
         self.name = re.sub("[/:]", "_", self.name)  # MLflow refuses these in the name of a registered model.
 
     @property
@@ -74,12 +50,13 @@ class Registration:
 
     def send(self, client: MlflowClient, outbox: Outbox, alias: str) -> None:
         """Create the version, unless the run has one of these weights. Set its tags and aliases."""
-        run_id = outbox.run_id(alias)
+        run_id, model_id = outbox.run_id(alias), outbox.model_id(alias)
         # The versions are not filtered by name, since MLflow's filters have no escape for quotes.
         versions = [v for v in client.search_model_versions(f"run_id = '{run_id}'") if v.name == self.name]
-        version = next((str(v.version) for v in versions if v.tags.get("weights") == self.weights), None)
+        version = next((str(v.version) for v in versions if v.tags.get(WEIGHTS) == self.weights), None)
         if version is None:
-            version = self._create_version(client, outbox, run_id, {"weights": self.weights, "alias": alias})
+            version = self._create_version(client, outbox, run_id, model_id, {WEIGHTS: self.weights, "alias": alias})
+        self._link_back(client, model_id, version)
         concluded = {} if self.concluded is None else {"concluded": self.concluded}
         for key, value in {**self.tags, **concluded}.items():
             client.set_model_version_tag(self.name, version, key, text_of(value))
@@ -87,55 +64,22 @@ class Registration:
             client.set_registered_model_alias(self.name, self.own_alias, version)
         self._move_alias(client, outbox, version)
 
-    def _create_version(self, client: MlflowClient, outbox: Outbox, run_id: str, tags: dict[str, Any]) -> str:
-        """Log the network as a model of the run and register it. Return the version's number."""
-        if not self._model_id:
-            name = re.sub("""[/:.%"']""", "_", self.name)  # A logged model's name is more restricted.
-            experiment_id = str(outbox.state["experiment"])
-            model = client.create_logged_model(experiment_id, name, run_id, model_type="classifier")
-            self._model_id, self._location = model.model_id, model.artifact_location
-        if not self._is_uploaded:
-            self._upload(client, run_id)
-            self._is_uploaded = True
-        client.finalize_logged_model(self._model_id, "READY")
-        if not self._is_output:
-            client.log_outputs(run_id, [LoggedModelOutput(self._model_id, step=0)])
-            self._is_output = True
+    def _create_version(
+        self, client: MlflowClient, outbox: Outbox, run_id: str, model_id: str, tags: dict[str, Any]
+    ) -> str:
+        """Register the logged model. Return the version's number."""
         with contextlib.suppress(MlflowException):  # It may exist.
             client.create_registered_model(self.name)
-        source = f"models:/{self._model_id}"
         with global_uri(outbox.uri):  # MLflow looks up the logged model of a database by its global URI.
-            version = client.create_model_version(self.name, source, run_id, tags, model_id=self._model_id)
+            version = client.create_model_version(self.name, f"models:/{model_id}", run_id, tags, model_id=model_id)
         return str(version.version)
 
-    def _upload(self, client: MlflowClient, run_id: str) -> None:
-        """Save the network in MLflow's pickle format and upload it for the logged model."""
-        import mlflow.pytorch
-        import torch
-        from mlflow.models import Model, infer_signature
-
-        module = copy.deepcopy(self.module).cpu().eval()
-        with torch.no_grad():
-            output = module(torch.from_numpy(self.example_input)).numpy()
-        metadata = dict(self.metadata) or None
-        card = Model(self._location, run_id, model_uuid=self._model_id, metadata=metadata, model_id=self._model_id)
-        # MLflow logs a warning of the pickle format.
-        with (
-            tempfile.TemporaryDirectory(prefix="defendpp-") as directory,
-            log_levels({"mlflow.pytorch": logging.ERROR}),
-        ):
-            mlflow.pytorch.save_model(
-                module,
-                f"{directory}/model",
-                mlflow_model=card,
-                signature=infer_signature(self.example_input, output),
-                serialization_format="pickle",
-                code_paths=[str(provenance.ROOT / "components")],
-                # Without this list MLflow loads the model in another process to infer it.
-                pip_requirements=[f"torch=={torch.__version__.split('+')[0]}", "torchvision", "numpy", "cloudpickle"],
-            )
-            with http_limits(timeout=UPLOAD_TIMEOUT_SECONDS):
-                client.log_model_artifacts(self._model_id, f"{directory}/model")
+    def _link_back(self, client: MlflowClient, model_id: str, version: str) -> None:
+        """Name the version in the logged model, as ``mlflow.register_model`` does."""
+        link = {"name": self.name, "version": int(version)}
+        links = json.loads(client.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        if not any((other["name"], str(other["version"])) == (self.name, version) for other in links):
+            client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: json.dumps([*links, link])})
 
     def _move_alias(self, client: MlflowClient, outbox: Outbox, version: str) -> None:
         """Move ``version_alias`` to the version, unless it stands for a later conclusion."""
@@ -149,20 +93,3 @@ class Registration:
                 return
             outbox.echo(f"MLflow: {name}@{alias} is now version {version}; before, {owner}")
         client.set_registered_model_alias(name, alias, version)
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Return a hash of the names and values of a network's state."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        # NumPy has no bfloat16 and no float8, so the bytes are read as integers.
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def text_of(value: Any) -> str:
-    """Return a value as the text of a tag or param: a text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)

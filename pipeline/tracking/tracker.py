@@ -6,7 +6,6 @@ harm: what could not be sent waits in the :class:`Outbox`, and the same command 
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import tempfile
@@ -14,23 +13,22 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, InputTag, LoggedModelInput, Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 
-from components.training import schedule
 from pipeline.runtime.storage import Storage
+from pipeline.tracking import runs
+from pipeline.tracking.datasets import SplitData
+from pipeline.tracking.history import epoch_metrics
+from pipeline.tracking.logged_models import LoggedNetwork, text_of
 from pipeline.tracking.outbox import BEHIND, Outbox
-from pipeline.tracking.registry import Registration, text_of
+from pipeline.tracking.registry import Registration
 from pipeline.tracking.requests import UPLOAD_TIMEOUT_SECONDS, error_within, http_limits, reason_of
 from pipeline.tracking.server import EXPERIMENT, to_stderr
-from pipeline.tracking.uri import check_address
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import nn
+from pipeline.tracking.uri import check_address, run_page
 
 T = TypeVar("T")
 
@@ -38,18 +36,16 @@ METRICS_AT_ONCE = 1000
 """MLflow's limit on the metrics of one request."""
 ENTRIES_AT_ONCE = 100
 """MLflow's limit on the tags or params of one request."""
-TAG_LENGTH, PARAM_LENGTH, DIGEST_LENGTH = 5000, 6000, 36
-"""MLflow's limits on the characters of a tag, a param and the digest of a data set."""
-UNQUOTED = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
-"""Characters besides letters and digits that are not quoted in the key by which a run is found."""
+TAG_LENGTH, PARAM_LENGTH = 5000, 6000
+"""MLflow's limits on the characters of a tag and a param."""
 
 
 class Tracker:
     """The MLflow runs of one run directory, addressed by alias.
 
-    Aliases are "run", "model/defend" or "evaluation/defend/white_box/fgsm". Only :meth:`flush`,
-    :meth:`conclude` and :meth:`stop` wait for MLflow, and no method raises because of it. Safe to
-    call from several threads.
+    Aliases are "run", "model/defend" or "trial/001". Only :meth:`flush`, :meth:`conclude` and
+    :meth:`stop` wait for MLflow, and no method raises because of it. Safe to call from several
+    threads.
 
     Args:
         uri: MLflow server or database; see :func:`pipeline.tracking.server.check_reachable`.
@@ -94,7 +90,9 @@ class Tracker:
             if parent is not None:
                 self._require(parent)
             start = self._starts.setdefault(alias, _milliseconds(time))
-            self.outbox.put(alias, "create", lambda client: self._create(client, alias, name, parent, start))
+            self.outbox.put(
+                alias, "create", lambda client: runs.create(client, self.outbox, alias, name, parent, start)
+            )
             if self.outbox.state["status"].get(alias) in ("FAILED", "KILLED"):
                 self.outbox.put(
                     alias, "status/RUNNING", lambda client: self._set_status(client, alias, "RUNNING", None)
@@ -115,22 +113,58 @@ class Tracker:
         """
         self._require(alias)
         self.outbox.put(
-            alias, f"history/{epoch}", lambda client: self._log_metrics(client, alias, _epoch_metrics(read()))
+            alias, f"history/{epoch}", lambda client: self._log_metrics(client, alias, epoch_metrics(read()))
         )
 
     def metrics(
-        self, alias: str, values: Mapping[str, float | None], *, step: int = 0, time: float | None = None
+        self,
+        alias: str,
+        values: Mapping[str, float | None],
+        *,
+        step: int = 0,
+        time: float | None = None,
+        is_remembered: bool = True,
     ) -> None:
-        """Publish metrics at one step.
+        """Publish metrics of a run at one step.
 
         Args:
             values: None is left out.
             time: unix seconds. None: when the run began; sending them again then adds nothing.
+            is_remembered: False for values that are sent once, and whose loss does no harm.
         """
         self._require(alias)
         at = self._starts[alias] if time is None else _milliseconds(time)
         metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
-        self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics)
+        what = f"metrics/{step}/{_digest(sorted(values.items()))}"
+        self.outbox.put(
+            alias, what, lambda client: self._log_metrics(client, alias, metrics), is_remembered=is_remembered
+        )
+
+    def model_metrics(
+        self, alias: str, values: Mapping[str, float | None], *, time: float, data: SplitData | None = None
+    ) -> None:
+        """Publish metrics of a run and of its logged model, as measured on a data set.
+
+        Args:
+            values: None is left out.
+            time: unix seconds. Other values of the same metrics need another time.
+        """
+        self._require(alias)
+        if all(value is None for value in values.values()):
+            return
+        at = _milliseconds(time)
+        name, digest = (data.name, data.digest) if data else (None, None)
+
+        def send(client: MlflowClient) -> None:
+            model_id = self.outbox.model_id(alias)
+            metrics = [
+                Metric(k, float(v), at, 0, model_id=model_id, dataset_name=name, dataset_digest=digest)
+                for k, v in values.items()
+                if v is not None
+            ]
+            self._log_metrics(client, alias, metrics)
+
+        self.outbox.put(alias, f"model_metrics/{_digest([*sorted(values.items()), name, digest])}", send)
 
     def curve(self, alias: str, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
         """Publish one metric over many steps."""
@@ -139,21 +173,43 @@ class Tracker:
         metrics = [Metric(name, float(v), at, int(s)) for s, v in zip(steps, values, strict=True)]
         self._put_metrics(alias, f"curve/{name}/{_digest([list(steps), list(values)])}", metrics)
 
-    def dataset(self, alias: str, *, name: str, digest: str, source: str, context: str, rows: int) -> None:
+    def dataset(self, alias: str, data: SplitData, context: str) -> None:
         """Publish a data set that the run read. ``context`` is training, validation or test."""
         self._require(alias)
-        data = Dataset(
-            name=name,
-            digest=digest[:DIGEST_LENGTH],
-            source_type="storage",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps({"num_rows": rows}),
-        )
-        entry = DatasetInput(data, [InputTag("mlflow.data.context", context)])
+        entry = DatasetInput(data.entity(), [InputTag("mlflow.data.context", context)])
         self.outbox.put(
             alias,
-            f"dataset/{context}/{_digest([name, digest, source, rows])}",
+            f"dataset/{context}/{_digest([data.name, data.digest, data.source, data.rows])}",
             lambda client: client.log_inputs(self.outbox.run_id(alias), datasets=[entry]),
+        )
+
+    def reads_model(self, alias: str, model: str) -> None:
+        """Publish that a run evaluated the logged model of another run, whose alias is ``model``."""
+        self._require(alias)
+
+        def send(client: MlflowClient) -> None:
+            inputs = [LoggedModelInput(self.outbox.model_id(model))]
+            client.log_inputs(self.outbox.run_id(alias), models=inputs)
+
+        self.outbox.put(alias, f"model_input/{model}", send)
+
+    def note(self, alias: str, text: str) -> None:
+        """Publish the description of a run, in Markdown. ``RUN_PAGE`` in it becomes the run's page."""
+        self._require(alias)
+
+        def send(client: MlflowClient) -> None:
+            page = run_page(self.outbox.state["experiment"], self.outbox.run_id(alias))
+            client.set_tag(self.outbox.run_id(alias), MLFLOW_RUN_NOTE, text.replace("RUN_PAGE", page)[:TAG_LENGTH])
+
+        self.outbox.put(alias, f"note/{_digest(text)}", send)
+
+    def text(self, alias: str, text: str, file: str) -> None:
+        """Publish a text as the artifact ``file``."""
+        self._require(alias)
+        self.outbox.put(
+            alias,
+            f"text/{file}/{_digest(text)}",
+            lambda client: client.log_text(self.outbox.run_id(alias), text, file),
         )
 
     def artifact(self, alias: str, storage: Storage, name: str, artifact_path: str = "") -> None:
@@ -180,15 +236,16 @@ class Tracker:
 
         self.outbox.put(alias, f"artifact/{artifact_path}/{Path(name).name}/{digest}", send)
 
-    def register_model(
-        self, alias: str, module: nn.Module, example_input: np.ndarray, name: str, **options: Any
-    ) -> None:
-        """Publish a network as a logged model of the run and as a version of a registered model.
-
-        The arguments are the fields of :class:`Registration`.
-        """
+    def log_model(self, alias: str, network: LoggedNetwork) -> None:
+        """Publish a network as the logged model of a run."""
         self._require(alias)
-        registration = Registration(module, example_input, name, **options)
+        self.outbox.put(
+            alias, f"logged_model/{network.weights}", lambda client: network.send(client, self.outbox, alias)
+        )
+
+    def register(self, alias: str, registration: Registration) -> None:
+        """Publish the logged model of a run as a version of a registered model."""
+        self._require(alias)
         self.outbox.put(alias, registration.key, lambda client: registration.send(client, self.outbox, alias))
 
     # -- end of runs ------------------------------------------------------------------------------
@@ -259,6 +316,23 @@ class Tracker:
                 f"MLflow at {self.outbox.shown_uri} did not learn that the run is {status} ({reason_of(error)})"
             )
 
+    # -- replacement of runs ----------------------------------------------------------------------
+
+    def replace_runs(self) -> None:
+        """Let everything be published into new runs. :meth:`delete_earlier` deletes the others.
+
+        Raises:
+            StorageError: ``tracking.json`` cannot be written.
+        """
+        self.outbox.replace_runs()
+        self._starts = {alias: entry["start"] for alias, entry in self.outbox.state["runs"].items()}
+
+    def delete_earlier(self) -> None:
+        """Delete the runs that :meth:`replace_runs` replaced. MLflow can restore them."""
+        if self.outbox.state["is_replacing"]:
+            what = f"delete/{self.outbox.state['generation']}"
+            self.outbox.put("earlier runs", what, lambda client: runs.delete_earlier(client, self.outbox))
+
     # -- outbox -----------------------------------------------------------------------------------
 
     def run_id(self, alias: str = "run") -> str | None:
@@ -290,24 +364,6 @@ class Tracker:
         if alias not in self._starts:
             raise ValueError(f"start({alias!r}, ...) comes first")
 
-    def _create(self, client: MlflowClient, alias: str, name: str, parent: str | None, start: int) -> None:
-        # The answer to an earlier try may have been lost, so a run is found again by a key.
-        key = f"{self.outbox.token}/{quote(alias, safe=UNQUOTED)}"  # MLflow's filters have no escape for quotes.
-        experiment_id = str(self.outbox.state["experiment"])
-        runs = client.search_runs([experiment_id], f"tags.defendpp_key = '{key}'", max_results=1)
-        if runs:
-            run_id = runs[0].info.run_id
-        else:
-            if not self.outbox.is_saved:
-                # A restarted process can find the run only by a key that is persistent.
-                self.outbox.save()
-            tags = {"defendpp_key": key, "mlflow.user": _user(), "mlflow.source.name": "pipeline/main.py"}
-            if parent is not None:
-                tags["mlflow.parentRunId"] = self.outbox.run_id(parent)
-            run_id = client.create_run(experiment_id, start, tags, name).info.run_id
-        with self.outbox.lock:
-            self.outbox.state["runs"][alias] = {"id": run_id, "start": start}
-
     def _put_batch(self, alias: str, what: str, **entries: Any) -> None:
         self.outbox.put(alias, what, lambda client: client.log_batch(self.outbox.run_id(alias), **entries))
 
@@ -328,23 +384,6 @@ class Tracker:
             self.outbox.state["status"][alias] = status
 
 
-def _epoch_metrics(record: Mapping[str, Any]) -> list[Metric]:
-    phase = schedule.PHASES.index(record["phase"])
-    metrics: list[Metric] = []
-    at, number = 0, 0
-    for step in record["steps"]:
-        at, number = _milliseconds(step["time"]), int(step["step"])
-        for key, value in step.items():
-            if key not in ("step", "time") and value is not None:
-                metrics.append(Metric(f"train/{key}", float(value), at, number))
-        metrics.append(Metric("train/phase", float(phase), at, number))
-        metrics.append(Metric("train/epoch", float(record["epoch"]), at, number))
-    for key, value in (record.get("validation") or {}).items():
-        if value is not None:
-            metrics.append(Metric(f"validation/{key}", float(value), at, number))
-    return metrics
-
-
 def _milliseconds(time: float | None) -> int:
     return round(1000 * (clock.time() if time is None else time))
 
@@ -356,10 +395,3 @@ def _digest(value: Any) -> str:
 def _slices(entries: Sequence[T], size: int) -> Iterator[list[T]]:
     for begin in range(0, len(entries), size):
         yield list(entries[begin : begin + size])
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # A container's user may have no name.
-        return "unknown"

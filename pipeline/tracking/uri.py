@@ -11,7 +11,7 @@ import shlex
 import sqlite3
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,6 +23,10 @@ OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 LOCK_SECONDS = 60.0
 """How long to wait for another process's lock of a database file before going on without it."""
+UI_OF_DATABASE = "http://127.0.0.1:5000"
+"""Where `mlflow ui` opens the UI of a database."""
+_WORKFLOW = "?workflowType=machine_learning"
+"""Without it the UI opens its pages for language models."""
 TABLES_WITH_ROWS = {"alembic_version", "experiments", "workspaces"}
 """Tables that are not empty in a new database. Its only experiment is number 0, the default."""
 
@@ -117,14 +121,31 @@ def _host(uri: str) -> str | None:
         return None
 
 
+def run_page(experiment_id: str | None, run_id: str | None) -> str:
+    """Return the page of a run, which follows the address of MLflow's UI; "" if it is unknown."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}{_WORKFLOW}" if experiment_id and run_id else ""
+
+
+def models_page(experiment_id: str) -> str:
+    """Return the page of the models of an experiment, which follows the address of MLflow's UI."""
+    return f"#/experiments/{experiment_id}/models{_WORKFLOW}"
+
+
+def comparison_page(experiment_id: str, run_ids: Sequence[str]) -> str:
+    """Return the page that compares runs, which follows the address of MLflow's UI."""
+    runs = ",".join(f"%22{run_id}%22" for run_id in run_ids)
+    return f"#/compare-runs?runs=[{runs}]&experiments=[%22{experiment_id}%22]"
+
+
+def ui_address(uri: str) -> str:
+    """Return the address of MLflow's UI: the server's, or that at which :func:`ui_command` opens it."""
+    return (without_password(uri).rstrip("/") if uri.startswith("http") else UI_OF_DATABASE) + "/"
+
+
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """Return a line for a shell that opens the UI, on the page of a run if its id is known."""
-    # Without workflowType the UI opens its pages for language models.
-    page = (
-        f"#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning" if experiment_id and run_id else ""
-    )
+    address = ui_address(uri) + run_page(experiment_id, run_id)
     if uri.startswith("http"):
-        address = without_password(uri).rstrip("/") + "/" + page
         return f"open {shlex.quote(address)}"
     beside = Path(sys.executable).parent / "mlflow"
     mlflow = os.path.relpath(beside) if beside.exists() else "mlflow"
@@ -134,7 +155,7 @@ def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     # Job execution and more workers would start a dozen processes instead of two.
     return (
         f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
-        f"   # then open http://127.0.0.1:5000/{page}"
+        f"   # then open {address}"
     )
 
 

@@ -1,0 +1,1 @@
+"""A run as MLflow shows it, made from its records (docs/mlflow.md)."""
