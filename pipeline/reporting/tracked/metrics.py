@@ -6,6 +6,7 @@ matters most: accuracy, then norms, reliability, size, time and the history of t
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,10 @@ from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting import over_seeds, verdicts
 from pipeline.reporting.labels import attack_labels, is_untrusted
 
-HEADLINE = ("accuracy/clean", "accuracy/worst_case")
-"""Beginnings of the names that the parent run has of its main model."""
-FIRST = (*HEADLINE, "accuracy/white_box/", "accuracy/black_box/", "accuracy/")
-"""Beginnings of the names that come first where MLflow shows metrics in the order of their arrival."""
+HEADLINE = r"accuracy/(clean|[^/]+_worst_case)"
+"""Names of the metrics that the parent run has of its main model."""
+FIRST = ("accuracy/clean", HEADLINE, "accuracy/white_box/.*", "accuracy/black_box/.*", "accuracy/.*")
+"""Names that come first where MLflow shows metrics in the order of their arrival."""
 OF_NO_DATA = ("size/", "time/")
 """Beginnings of the names of what was not measured on a data set."""
 
@@ -56,7 +57,8 @@ def test_metrics(record: RunRecord, model: str) -> dict[str, float]:
     for worst in (w for w in verdicts.worst_cases(record) if w["model"] == model):
         # The worst case is over examples made on the model itself, or also over transferred ones.
         among = "" if worst["threat_model"] == WHITE_BOX else "transfer/"
-        name = f"{among}worst_case_{worst['norm']}_{eps_text(worst['eps'])}"
+        # The budget comes first, because charts have room for the beginning of a name.
+        name = f"{among}{worst['norm']}_{eps_text(worst['eps'])}_worst_case"
         values[f"accuracy/{name}"] = worst["accuracy"]
         if worst["untrusted"]:
             values[f"reliability/untrusted/{name}"] = 1.0
@@ -67,7 +69,7 @@ def test_metrics(record: RunRecord, model: str) -> dict[str, float]:
 
 
 def _importance(name: str) -> int:
-    return next((place for place, beginning in enumerate(FIRST) if name.startswith(beginning)), len(FIRST))
+    return next((place for place, names in enumerate(FIRST) if re.fullmatch(names, name)), len(FIRST))
 
 
 def _reliability_metrics(record: RunRecord, model: str, labels: Mapping[str, str]) -> dict[str, float]:
@@ -137,7 +139,7 @@ def headline(record: RunRecord) -> dict[str, float]:
     main = main_model(record)
     evaluated = dict.fromkeys(e.model for e in record.evaluations)
     replicates = [test_metrics(record, name) for name in evaluated if record.bases[name] == main]
-    names = [name for name in (replicates[0] if replicates else ()) if name.startswith(HEADLINE)]
+    names = [name for name in (replicates[0] if replicates else ()) if re.fullmatch(HEADLINE, name)]
     return {
         name: statistics.fmean(values[name] for values in replicates)
         for name in names

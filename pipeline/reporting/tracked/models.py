@@ -30,7 +30,7 @@ def network_of_run(root: Storage, record: RunRecord, name: str) -> LoggedNetwork
     return network(
         root,
         record,
-        name,
+        f"{name} of {record.name}",
         record.models[name].path,
         behind=classifier.path if classifier else "",
         config=record.model_config(name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -40,6 +41,8 @@ def _is_named(key: str) -> bool:
 
 def _short(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+    with contextlib.suppress(ValueError):
+        text = f"{float(text):.4g}"
     return text if len(text) <= 40 else text[:39] + "…"
 
 

@@ -1,4 +1,4 @@
-"""The description of a run in MLflow: verdict, small table, links."""
+"""The description of a run in MLflow: verdict, links, small table."""
 
 from __future__ import annotations
 
@@ -6,61 +6,77 @@ from components.threat_models import WHITE_BOX
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, markdown, sentences, verdicts
 from pipeline.reporting.cells import interval_text, row_head, worst_value
+from pipeline.reporting.records import Row
 from pipeline.reporting.results import table
 from pipeline.reporting.tracked import metrics
 
 MOST_ROWS = 12
-"""Models in the table. MLflow hides the end of a long description."""
+"""Models in the table."""
 
 
 def note(record: RunRecord) -> str:
     """Return the description of a run that has evaluations, in Markdown.
 
-    ``RUN_PAGE`` stands for the page of the run (:meth:`Tracker.note`).
+    MLflow folds all but the first lines, so verdict and links come first. ``RUN_PAGE`` stands for the
+    page of the run (:meth:`Tracker.note`).
     """
     links = {"Report": "report.html", "all numbers": "table.csv"}
     pages = (f"[{title}](RUN_PAGE/artifacts/report/{file})" for title, file in links.items())
-    lines = [*_verdict(record), "", *_table(record), "", " · ".join(pages)]
-    return "\n".join(lines)
-
-
-def _verdict(record: RunRecord) -> list[str]:
-    """Return what the run says on its main model, and whether its attacks can be trusted."""
-    main = metrics.main_model(record)
-    about = [name for name in record.first_replicates if record.bases[name] == main]
-    in_short = sentences.in_short(record)
     warnings = [f"**{row['sentence']}**" for row in verdicts.near_chance(record)]
-    own = [sentence for sentence in in_short if any(sentence.startswith(f"{name} (") for name in about)]
-    return [*warnings, *own, *filter(None, [sentences.reliability_in_short(record)])]
-
-
-def _table(record: RunRecord) -> list[str]:
-    """Return clean and worst-case accuracy of the models, as means if there are several seeds."""
-    worst = [
-        row
-        for row in verdicts.worst_over_seeds(record) or verdicts.worst_cases(record)
-        if row["threat_model"] == WHITE_BOX
+    main = metrics.main_model(record)
+    compared = [
+        name for name in record.first_replicates if record.bases[name] == main or record.roles[name] == "control"
     ]
+    rows = {row["model"]: row for row in table(record)["rows"]}
+    verdict = " ".join(_sentence(record, rows[name]) for name in compared if name in rows)
+    parts = [*warnings, verdict, " · ".join(pages), "\n".join(_table(record, list(rows.values())))]
+    return "\n\n".join([*parts, *filter(None, [sentences.reliability_in_short(record)])])
+
+
+def _sentence(record: RunRecord, row: Row) -> str:
+    """Return the accuracies of a model on clean images and in the worst cases."""
+    worst = [w for w in _worst_cases(record) if w["model"] == _name(record, row)]
+    clean = row["cells"].get("clean")
+    values = [] if clean is None else [f"{labels.percent(clean['accuracy'])} % clean"]
+    values += [f"{worst_value(w)[0]} % in the worst case at {w['budget']}" for w in worst]
+    return f"{_name(record, row)} ({row_head(row)[1]}): {', '.join(values)}."
+
+
+def _worst_cases(record: RunRecord) -> list[Row]:
+    """Return the worst cases over examples made on each model, over the seeds if there are several."""
+    rows = verdicts.worst_over_seeds(record) or verdicts.worst_cases(record)
+    return [row for row in rows if row["threat_model"] == WHITE_BOX]
+
+
+def _name(record: RunRecord, row: Row) -> str:
+    """Return the name under which the worst cases have the model of a row."""
+    name: str = row["model"]
+    return record.bases[name] if record.experiment.seeds > 1 else name
+
+
+def _table(record: RunRecord, models: list[Row]) -> list[str]:
+    """Return clean and worst-case accuracy of the models. Clean is that of the first seed."""
+    worst = _worst_cases(record)
     budgets = list(dict.fromkeys(row["budget"] for row in worst))
     by_model = {(row["model"], row["budget"]): row for row in worst}
-    replicated = record.experiment.seeds > 1
+    first = [row for row in models if row["model"] in record.first_replicates][:MOST_ROWS]
     rows = []
-    for row in table(record)["rows"][:MOST_ROWS]:
-        name = record.bases[row["model"]] if replicated else row["model"]
+    for row in first:
         clean = row["cells"].get("clean")
-        cells = [f"{name} ({row_head(row)[1]})"]
-        if not replicated:
-            interval = clean and interval_text(clean["accuracy_low"], clean["accuracy_high"])
-            cells.append(f"{labels.percent(clean['accuracy'])} ({interval})" if clean else "–")
+        cells = [f"{_name(record, row)} ({row_head(row)[1]})"]
+        if clean:
+            interval = interval_text(clean["accuracy_low"], clean["accuracy_high"])
+            cells.append(f"{labels.percent(clean['accuracy'])} ({interval})")
+        else:
+            cells.append("–")
         for budget in budgets:
-            value, spread = worst_value(by_model[name, budget]) if (name, budget) in by_model else ("–", "")
-            cells.append(f"{value} ({spread})" if spread else value)
+            found = by_model.get((_name(record, row), budget))
+            cells.append("{} ({})".format(*worst_value(found)) if found else "–")
         rows.append(cells)
-    heads = ["model", *([] if replicated else ["clean"]), *(f"worst case, {budget}" for budget in budgets)]
-    measured = "range over the seeds" if replicated else "95 % interval"
+    seeds = ", and in the worst case the range over the seeds" if record.experiment.seeds > 1 else ""
     return [
-        f"Accuracy in % ({measured}), {labels.counted(record)}. The worst case is over all examples "
-        "that were made on the model itself.",
+        *markdown.markdown_table(["model", "clean", *(f"worst case, {budget}" for budget in budgets)], rows),
         "",
-        *markdown.markdown_table(heads, rows),
+        f"Accuracy in % (95 % interval{seeds}), {labels.counted(record)}. The worst case of an image is over all "
+        "attacks within the budget, with examples made on the model itself.",
     ]

@@ -93,13 +93,15 @@ def _publish_conclusion(tracker: Tracker, record: Mapping[str, Any], sweep: Stor
 
 
 def note(record: Mapping[str, Any]) -> str:
-    """Return the description of a sweep that has a choice: what it did and chose, and links.
+    """Return the description of a sweep that has a choice: what it chose, links, and what it did.
 
     ``RUN_PAGE`` stands for the page of the run (:meth:`Tracker.note`).
     """
     links = {"Report": "report.html", "all trials": "trials.csv"}
     pages = (f"[{title}](RUN_PAGE/artifacts/report/{file})" for title, file in links.items())
-    return "\n\n".join([*summary.paragraphs(record), " · ".join(pages)])
+    # MLflow folds what follows the first lines.
+    did, chose, *others = summary.paragraphs(record)
+    return "\n\n".join([chose, " · ".join(pages), did, *others])
 
 
 def _publish_choice(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, root: Storage, register: bool) -> None:
@@ -110,7 +112,7 @@ def _publish_choice(tracker: Tracker, record: Mapping[str, Any], sweep: Storage,
     chosen = network(
         root,
         common,
-        f"{version['name']} trial {trial.number}",
+        f"trial {trial.number} of {record['name']} {record['space_name']}",
         trial.models[0].path,
         config={**record["base"], **trial.parameters},
         tags={"recipe": record["name"], "model": record["model"], **version["tags"]},
