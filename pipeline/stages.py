@@ -11,7 +11,7 @@ from components.attacks.spec import AttackSpec
 from components.config import Experiment, roles
 from components.fields import content_hash
 from components.models import libraries
-from pipeline.data import pyramids, shards
+from pipeline.data import hub, pyramids, shards
 from pipeline.evaluation import attack, gallery, plan, reliability, worst_case
 from pipeline.records import RunRecord
 from pipeline.reporting import report, results
@@ -49,6 +49,8 @@ def make_pyramids(experiment: Experiment, stored: StoredRecord, root: Storage) -
         "splits": addresses,
         "levels": list(shapes_of(e).sizes),
     }
+    if resolved := hub.resolved(e.data.source):
+        record["data"]["resolved"] = resolved
     stored.save()
     return existing_pyramids(record["data"], root, verified=True)
 

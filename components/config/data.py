@@ -44,11 +44,11 @@ def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
     return tuple(sizes[:levels])
 
 
-_SOURCES = ("sample", "parquet", "folder", "torchvision")
+_SOURCES = ("sample", "parquet", "folder", "hf", "torchvision")
 _DATA_RULES: dict[str, Rule] = {
     "source": (
         lambda v: v.partition(":")[0] in _SOURCES and v.partition(":")[2] != "",
-        "sample:mnist, parquet:DIR, folder:DIR, torchvision:mnist or torchvision:cifar10",
+        "sample:mnist, parquet:DIR, folder:DIR, hf:ORG/NAME, torchvision:mnist or torchvision:cifar10",
     ),
     "channels": (lambda v: v in (1, 3), "1 (grey) or 3 (RGB)"),
     "num_classes": (lambda v: 2 <= v <= MAX_CLASSES, f"2 to {MAX_CLASSES}"),
@@ -64,8 +64,9 @@ class DataConfig:
 
     source: str = "sample:mnist"
     """KIND:WHERE. sample:mnist (bundled), parquet:DIR (Hugging Face image layout), folder:DIR
-    (DIR/train/CLASS/*, DIR/test/CLASS/*; see test_split), torchvision:mnist or torchvision:cifar10
-    (see root and download)."""
+    (DIR/train/CLASS/*, DIR/test/CLASS/*; see test_split), hf:ORG/NAME[@REVISION][/CONFIG] (a data
+    set of the Hugging Face Hub), torchvision:mnist or torchvision:cifar10 (see root and
+    download)."""
     root: str = ""
     """Directory of torchvision's files (only for torchvision:...). Empty: ~/.cache/defendpp."""
     download: bool = False

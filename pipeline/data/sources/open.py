@@ -8,6 +8,7 @@ import numpy as np
 
 from components.config import DataConfig
 from components.errors import ConfigError, DataError
+from pipeline.data import hub
 from pipeline.data.sources.base import Source, Split, absolute_path, split_rows
 from pipeline.data.sources.folder import open_folder
 from pipeline.data.sources.parquet import SAMPLES, open_parquet
@@ -36,6 +37,11 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
         source = open_parquet(data, split, "", SAMPLES[where])
     elif kind == "parquet":
         source = open_parquet(data, split, absolute_path(where), "")
+    elif kind == "hf":
+        # An evaluation needs no training images, which may be a hundred gigabytes.
+        only_test = split == "test" and data.test_split.lower() not in WORDS["train"]
+        snapshot = hub.snapshot(data.source, without_training=only_test)
+        source = open_parquet(data, split, snapshot.directory, "", hub=str(snapshot.address))
     elif kind == "folder":
         source = open_folder(data, split, absolute_path(where))
     else:

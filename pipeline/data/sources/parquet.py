@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from components.config import DataConfig
 from components.errors import DataError
+from pipeline.data import hub as hugging_face
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.decode import decode
 from pipeline.data.sources.parquet_files import (
@@ -56,6 +58,9 @@ class ParquetSource(Source):
     uri: str
     """Directory or URI; empty for a bundled sample, which each node finds beside this file."""
     sample: str
+    hub: str = ""
+    """hf:ORG/NAME@COMMIT[/CONFIG] of files from the Hugging Face Hub; a node that lacks ``uri`` gets
+    them there."""
     files: tuple[_ParquetFile, ...]
     image_column: str
     label_column: str
@@ -63,7 +68,11 @@ class ParquetSource(Source):
     @property
     def storage(self) -> Storage:
         """The directory of the files."""
-        return _directory_of(self.uri, self.sample)
+        return _directory_of(self.uri, self.sample, self.hub)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the source as JSON types, with the commit of files from the Hugging Face Hub."""
+        return {**super().describe(), **({"resolved": self.hub} if self.hub else {})}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -89,7 +98,11 @@ class ParquetSource(Source):
         text = super()._unlabelled()
         if self.split == "train":
             return text
-        others = [name for name in split_names_in(self.storage, self.data.test_split) if self._has_labels(name)]
+        others = [
+            name
+            for name in split_names_in(self.storage, self.data.test_split, self.data.source)
+            if self._has_labels(name)
+        ]
         others.sort(key=lambda name: name.lower() in WORDS["train"])
         return f"{text}: set data.test_split to a split that has labels ({first_names(others)})" if others else text
 
@@ -97,7 +110,7 @@ class ParquetSource(Source):
         """Return whether another split of the same directory has labels."""
         try:
             other = open_parquet(
-                dataclasses.replace(self.data, test_split=split, test_limit=0), "test", self.uri, self.sample
+                dataclasses.replace(self.data, test_split=split, test_limit=0), "test", self.uri, self.sample, self.hub
             )
             return bool((other.labels() >= 0).any())
         except DataError:
@@ -176,20 +189,22 @@ class ParquetSource(Source):
 
 
 @functools.lru_cache(maxsize=8)
-def _directory_of(uri: str, sample: str) -> Storage:
+def _directory_of(uri: str, sample: str, hub: str) -> Storage:
     """Open the directory of a source once in each process, since every row group needs it."""
+    if hub and not Path(uri).is_dir():  # Another node's cache.
+        uri = hugging_face.snapshot(hub).directory
     return Storage(uri or Path(__file__).resolve().parents[1] / sample)
 
 
-def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) -> ParquetSource:
+def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str, hub: str = "") -> ParquetSource:
     """Open a split of the directory ``uri``, or of a bundled sample. Raises DataError."""
-    storage = _directory_of(uri, sample)
+    storage = _directory_of(uri, sample, hub)
     if not storage.exists():
         raise DataError(
             f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, "
             "test-*.parquet"
         )
-    names = find_parquet(storage, split, data.test_split)
+    names = find_parquet(storage, split, data.test_split, data.source)
     files: list[_ParquetFile] = []
     columns = "", ""
     class_names: tuple[str, ...] = ()
@@ -212,6 +227,7 @@ def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str) ->
         class_names=class_names or tuple(map(str, range(data.num_classes))),
         uri=uri,
         sample=sample,
+        hub=hub,
         files=tuple(files),
         image_column=columns[0],
         label_column=columns[1],

@@ -62,17 +62,20 @@ def _parquet(names: Sequence[str]) -> list[str]:
     return [name for name in names if split_of(name)]
 
 
-def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[str]:
+def find_parquet(storage: Storage, split: SourceSplit, test_split: str, source: str) -> list[str]:
     """Return the paths of a split's Parquet files, from the directory ``storage``.
 
     The files are in the directory itself, or in the only folder that has splits, one or two levels
     below (``data``, or a configuration's name). See
     :func:`pipeline.data.sources.split_names.parquet_files` for their names.
 
+    Args:
+        source: ``data.source``, for messages.
+
     Raises:
         DataError: there are none, several folders have splits, or the split is incomplete.
     """
-    place = _find_place(storage, test_split)
+    place = _find_place(storage, test_split, source)
     at = _joined(storage.uri, place.folder)
     _refuse_broken(at, place.listing, test_split)
     for name, listing in place.splits.items():
@@ -82,13 +85,13 @@ def find_parquet(storage: Storage, split: SourceSplit, test_split: str) -> list[
     return [_joined(place.folder, name) for name in parquet_files(at, split, place.files, folders, named)]
 
 
-def split_names_in(storage: Storage, test_split: str) -> list[str]:
+def split_names_in(storage: Storage, test_split: str, source: str) -> list[str]:
     """Return the names of all splits that the directory has, sorted."""
-    place = _find_place(storage, test_split)
+    place = _find_place(storage, test_split, source)
     return sorted({split_of(name) for name in place.files} | set(place.splits))
 
 
-def _find_place(storage: Storage, test_split: str) -> _Place:
+def _find_place(storage: Storage, test_split: str, source: str) -> _Place:
     """Return the folder that has the splits, or the directory itself if none has."""
     top = _look(storage, "", test_split)
     level = [top]
@@ -99,7 +102,7 @@ def _find_place(storage: Storage, test_split: str) -> _Place:
             raise DataError(
                 f"{printable(storage.uri)} has splits in {len(names)} folders, which are data sets or configurations "
                 f"of their own: {first_names(names)}. Give the one that you mean as data.source, for example "
-                f"parquet:{printable(f'{storage.uri}/{names[0]}')}"
+                f"{printable(f'{source}/{names[0]}')}"
             )
         if places:
             return places[0]
