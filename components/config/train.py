@@ -53,14 +53,16 @@ class TrainConfig:
     arch: str = "resnet18"
     """Classifier, which the defense does not change (sec. 3.1, 4.5): resnet18, resnet50, vgg16,
     vgg16_bn, or MODULE:FUNCTION for a network of your own (docs/networks.md). Undefended models may
-    also be torchvision:NAME or timm:NAME, the network of that name in the library."""
+    also be torchvision:NAME or timm:NAME, the network of that name in the library, or
+    robustbench:DATASET/THREAT_MODEL/ID."""
     width: int = 64
     """Channels of the first stage. 64 is the standard network; smaller ones are for tests and
     demos."""
     pretrained: str = ""
     """Weights to start from: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS,
-    mlflow:runs:/ID/PATH, or torchvision:NAME such as torchvision:IMAGENET1K_V1 (downloaded, or from
-    torch's cache). Empty: none."""
+    mlflow:runs:/ID/PATH, hf:ORG/NAME[@REVISION]/FILE, torchvision:NAME such as
+    torchvision:IMAGENET1K_V1 (downloaded, or from torch's cache), or
+    robustbench:DATASET/THREAT_MODEL/ID. Empty: none."""
     replace_head: bool = False
     """Use all pretrained weights but the last layer's, for another number of classes."""
     defense: Literal["none", "defend++", "adversarial", "comdefend"] = "defend++"

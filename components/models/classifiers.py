@@ -79,8 +79,8 @@ def build_classifier(
     Args:
         arch: one of ARCHITECTURES; or ``MODULE:FUNCTION``, the user's own function, called as
             ``FUNCTION(num_classes=..., channels=..., image_size=..., width=...)``, which returns
-            the network and its Adapter (docs/networks.md); or ``torchvision:NAME`` or
-            ``timm:NAME``, which have no adapter.
+            the network and its Adapter (docs/networks.md); or ``torchvision:NAME``,
+            ``timm:NAME`` or ``robustbench:DATASET/THREAT_MODEL/ID``, which have no adapter.
         width: channels of the first stage; 64 is the standard network.
         mean, std: per-channel normalisation inside the network; empty: none.
         needs_adapter: False if the network's blocks are not used. A function may then return a
@@ -91,6 +91,10 @@ def build_classifier(
         ConfigError: the architecture is unknown, a function cannot be imported or returns something
             else, or an adapter does not fit its network.
     """
+    if mean and libraries.normalizes(arch):
+        raise ConfigError.of(
+            "train.normalize_mean", tuple(mean), f"empty with {arch}, which normalises its images itself"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if arch in _BUILDERS:

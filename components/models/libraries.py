@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm, built as their own builders build them for pretrained weights.
+"""Networks of libraries, built as their own builders build them for pretrained weights.
 
 Beside the architecture, torchvision's builders do the following when they load weights (read in its
 0.29 source):
@@ -9,7 +9,8 @@ Beside the architecture, torchvision's builders do the following when they load 
 - vit and maxvit are built for the image size of the weights.
 
 All others, and timm's, are the same network with and without weights; timm's inception_v3 also
-ignores the auxiliary heads of a file. torch is not imported here: trials of a sweep, which read
+ignores the auxiliary heads of a file. RobustBench's networks are in ``components/models/zoo.py``.
+torch is not imported here: trials of a sweep, which read
 ``explicit``, must not pay for it.
 """
 
@@ -25,7 +26,7 @@ from components.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-LIBRARIES = ("torchvision", "timm")
+LIBRARIES = ("torchvision", "timm", "robustbench")
 """Libraries whose networks are named LIBRARY:NAME."""
 _TRANSFORMING = ("googlenet", "inception_v3")
 _AUXILIARY = re.compile(r"^(aux1|aux2|AuxLogits)\.")
@@ -36,6 +37,11 @@ def is_library(arch: str) -> bool:
     """Tell whether ``train.arch`` names a network of a library."""
     library, _, name = arch.partition(":")
     return library in LIBRARIES and bool(name)
+
+
+def normalizes(arch: str) -> bool:
+    """Tell whether a library's network normalises its images itself, always."""
+    return arch.startswith("robustbench:")
 
 
 def parse(arch: str) -> tuple[str, str, bool | None]:
@@ -90,6 +96,10 @@ def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretra
         timm = importlib.import_module("timm")
         net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=channels)
         return net
+    if library == "robustbench":
+        from components.models import zoo  # It imports torch.
+
+        return zoo.build(arch)
     if channels != 3:
         raise ConfigError(
             f"data.channels is {channels}, but torchvision's networks take 3: --data.channels 3 "
@@ -137,7 +147,7 @@ def notes(arch: str, pretrained: str, normalize_mean: tuple[float, ...]) -> list
             f"built as {explicit_arch}, as torchvision builds it for weights; for weights that were trained without "
             f"it, set train.arch={explicit_arch.replace('true', 'false')}"
         )
-    if not normalize_mean:
+    if not normalize_mean and not normalizes(arch):
         lines.append(
             f"the weights of {arch.partition(':')[0]} are made for normalised images, and no normalisation is set: "
             "see train.normalize_mean and train.normalize_std (ImageNet's usual ones: 0.485 0.456 0.406 and "

@@ -13,27 +13,32 @@ from components.config import DataConfig, EvaluationConfig, Experiment, PyramidC
 from components.errors import ConfigError, DataError
 from components.evaluation.metrics import standard_eps
 from components.fields import MAX_NAME_BYTES
-from components.models import libraries, own
+from components.models import libraries, own, zoo
 from components.threat_models import BLACK_BOX, WHITE_BOX
+from pipeline.cli import timm_model
 from pipeline.cli.arguments import Parser, has_option, parse_overrides
+from pipeline.data import hub
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 from pipeline.tracking.uri import default_uri
 from pipeline.training import exports, pretrained, weights_file
 
 MAX_MODEL_NAME_BYTES = MAX_NAME_BYTES - len("attack-")
+_USUAL_NAMES = ("classifier", "model", "pytorch_model")
+"""Names of files of weights on the Hugging Face Hub, which tell nothing of the model."""
 USAGE = """\
 main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME]
                [--FIELD VALUE ...]
 
   --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH,
-           torchvision:WEIGHTS; FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
+           hf:ORG/NAME[@REVISION][/FILE] (docs/ecosystem.md), torchvision:WEIGHTS, or robustbench:ID, which needs no
+           --arch; FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
   --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module
            (docs/networks.md). torchvision:googlenet and :inception_v3 transform their images as torchvision's own
            weights need it; for other weights: torchvision:googlenet,transform_input=false
            A file that this project exported knows its network. But it does not decide which code is imported:
            MODULE:FUNCTION must be given. The adaptive attack uses the autoencoder.safetensors beside the file
-  --data   the test images: sample:mnist, parquet:DIR, folder:DIR, torchvision:cifar10, ... (as data.source)
+  --data   the test images: sample:mnist, parquet:DIR, folder:DIR, hf:ORG/NAME, ... (as data.source)
   --eps    budget of the attacks (default: the field's standard, which is 0.3 for grey images, 8/255 for colour images
            up to 64 pixels, 4/255 above)
   --norm   norm of that budget (default: linf)
@@ -53,9 +58,10 @@ def parse_external_model(arguments: Sequence[str]) -> Experiment:
         DataError, StorageError, UserError: the file cannot be read.
     """
     options, rest = _parser().parse_known_args(list(arguments))
-    norm = options.norm or "linf"
     tracking_uri = options.tracking_uri or default_uri(Storage(options.storage))
-    described = _described(options.model, options.arch, tracking_uri)
+    of_zoo = options.model.startswith(zoo.PREFIX)
+    described = _of_zoo(options) if of_zoo else _described(options.model, options.arch, tracking_uri)
+    norm = options.norm or "linf"
     experiment = parse_overrides(_experiment(options, described), rest, "main.py attack --model ...")
     if norm not in ("linf", "l2"):
         raise ConfigError.of("--norm", norm, "linf or l2")
@@ -70,6 +76,24 @@ def parse_external_model(arguments: Sequence[str]) -> Experiment:
         return experiment
     attacks = full_suite(eps, norm, data.channels)
     return replace(experiment, evaluation=replace(experiment.evaluation, attacks=attacks))
+
+
+def _of_zoo(options: argparse.Namespace) -> tuple[TrainConfig, Shapes]:
+    """Return config and shapes of a model of RobustBench, and complete the options that follow from it.
+
+    Raises:
+        ConfigError: there is no such model, or --data is missing.
+    """
+    model = zoo.find(options.model, "--model")
+    options.model = options.arch = str(model)
+    options.norm = options.norm or model.norm
+    options.name = options.name or default_name(model.name)
+    if not options.data and model.dataset != "cifar10":
+        raise ConfigError(f"--data is missing: name the test images of {model.dataset}, which {model} is for")
+    options.data = options.data or "torchvision:cifar10"
+    size, classes = model.image_size, model.num_classes
+    shapes = Shapes(image_size=size, channels=3, num_classes=classes, sizes=level_sizes(size))
+    return TrainConfig(arch=str(model)), shapes
 
 
 def _parser() -> Parser:
@@ -127,6 +151,10 @@ def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shape
 
 def default_name(model: str) -> str:
     """Return the name of a model without --name: that of its file, if necessary changed."""
+    if model.startswith(hub.PREFIX):
+        address = hub.parse(model, "--model")
+        file = address.path.rpartition("/")[2]
+        model = address.repo.replace(".", "-") if PurePosixPath(file).stem in ("", *_USUAL_NAMES) else file
     text = model.partition("?")[0] if "://" in model else model
     path = PurePosixPath(text.rstrip("/").replace("@", "-"))
     stem = path.parent.name if path.stem == "classifier" and path.parent.name else path.stem
@@ -147,6 +175,8 @@ def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, S
     if model.startswith("torchvision:"):
         return None
     text, data, _ = pretrained.read_file(model, tracking_uri)
+    if model.startswith(hub.PREFIX) and not arch and (timm := timm_model.described(text)):
+        return timm
     if not weights_file.is_safetensors(data):
         if reason := weights_file.why_no_weights(data, text):
             raise DataError(f"{text} {reason}")

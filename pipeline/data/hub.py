@@ -18,6 +18,7 @@ from pathlib import Path
 from components.errors import ConfigError, DataError, first_line
 
 PREFIX = "hf:"
+USUAL_WEIGHTS = "model.safetensors"
 _ADDRESS = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:@(?P<revision>refs/(?:convert/[\w.-]+|pr/\d+)|[^/@]+))?"  # A branch with a slash is not accepted.
@@ -121,7 +122,7 @@ def download(text: str, setting: str) -> tuple[HubAddress, bytes]:
     """Return a file of a model's repository, and its address at the commit that it was read at.
 
     Args:
-        text: ``hf:ORG/NAME[@REVISION]/FILE``.
+        text: ``hf:ORG/NAME[@REVISION][/FILE]``. Without FILE it is the Hub's usual one.
         setting: the field that holds the text, for messages.
 
     Raises:
@@ -129,8 +130,7 @@ def download(text: str, setting: str) -> tuple[HubAddress, bytes]:
         DataError: the file is absent, private, or not in the cache while the Hub cannot be reached.
     """
     address = parse(text, setting)
-    if not address.path:
-        raise ConfigError.of(setting, text, f"followed by a file of the repository: {text}/FILE")
+    address = dataclasses.replace(address, path=address.path or USUAL_WEIGHTS)
     with _errors(text, address, "model", setting):
         from huggingface_hub import hf_hub_download
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from components.config import Shapes, TrainConfig
 from components.errors import DataError, UserError
+from components.models import zoo
 from components.models.defend import DefendNet
 from components.network import build_net
+from pipeline.data import hub
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports, pretrained
 
@@ -41,10 +43,11 @@ def copy_autoencoder(
 
 def autoencoder_beside(classifier: str, tracking_uri: str) -> tuple[bytes | None, str]:
     """Read the auto-encoder's file beside a classifier. Return its bytes, or None and why not."""
-    if classifier.startswith("torchvision:"):
-        return None, "torchvision's weights come without an auto-encoder"
-    if classifier.startswith(pretrained.MLFLOW):
-        # read_file resolves the name of a registered model to a run and a path.
+    if classifier.startswith(("torchvision:", zoo.PREFIX)):
+        return None, f"the weights of {classifier.partition(':')[0]} come without an auto-encoder"
+    if classifier.startswith((pretrained.MLFLOW, hub.PREFIX)):
+        # read_file resolves the name of a registered model to a run and a path, and a branch of the
+        # Hub to a commit.
         path, _, _ = pretrained.read_file(classifier, tracking_uri)
         try:
             return pretrained.read_file(f"{path.rpartition('/')[0]}/{AUTOENCODER}", tracking_uri)[1], ""

@@ -1,4 +1,4 @@
-"""Pretrained weights: read from a file, MLflow or torchvision, and copied for the workers."""
+"""Pretrained weights: read from a file, a hub or a library, and copied for the workers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from components.config import TrainConfig
 from components.errors import ConfigError, DataError
-from components.models import libraries
+from components.models import libraries, zoo
 from components.models.weights import Weights
+from pipeline.data import hub
 from pipeline.runtime.storage import Storage, split_uri
 from pipeline.training import weights_file
 
@@ -22,29 +23,38 @@ def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
 
     Raises:
         StorageError: the file does not exist.
-        DataError: the file holds no tensors, or torchvision's weights cannot be downloaded.
-        ConfigError: torchvision has no such weights of this architecture.
+        DataError: the file holds no tensors, or a hub's or library's weights cannot be downloaded.
+        ConfigError: a library has no such weights, of this architecture, or is not installed.
         UserError: MLflow has no such weights.
     """
     where = config.pretrained
     if where.startswith("torchvision:"):
         name = libraries.parse(config.arch)[1] if libraries.is_library(config.arch) else config.arch
         return _torchvision(name, where.partition(":")[2])
+    if where.startswith(zoo.PREFIX):
+        weights = Weights(zoo.load(where).state_dict())
+        weights.where = where
+        return weights
     text, data, key = read_file(where, tracking_uri)
     return weights_file.read(data, text, key)
 
 
 def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
-    """Read a file that ``train.pretrained`` names by a path, a URI or an mlflow:... address.
+    """Read a file that ``train.pretrained`` names by a path, a URI, an mlflow:... or hf:... address.
 
     Returns:
-        Its full path, its bytes, and the key of the network in it (FILE#KEY), or "".
+        Its full path (for the Hugging Face Hub its address with the commit), its bytes, and the key
+        of the network in it (FILE#KEY), or "".
     """
     if where.startswith(MLFLOW):
         from pipeline.tracking import weights  # Importing MLflow takes seconds.
 
         file, key = _split_key(where)
         return *weights.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
+    if where.startswith(hub.PREFIX):
+        file, key = _split_key(where)
+        address, data = hub.download(file, "train.pretrained")
+        return str(address), data, key
     storage, name, key = locate(where)
     return storage.join(name), storage.read_bytes(name), key
 

@@ -362,7 +362,7 @@ def test_our_own_export_meets_the_attacker_who_knows_its_auto_encoder(
 
 @pytest.mark.cluster
 @pytest.mark.drill
-@pytest.mark.parametrize("arch", ["torchvision:squeezenet1_1", "timm:test_resnet"])
+@pytest.mark.parametrize("arch", ["torchvision:squeezenet1_1", "timm:lcnet_050"])
 def test_a_librarys_network_from_a_local_file(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str
 ) -> None:
