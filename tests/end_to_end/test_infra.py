@@ -165,7 +165,8 @@ def test_image_knows_the_revision_that_it_was_built_from() -> None:
     # A job that brings its own source would inherit a variable of the image.
     assert provenance.REVISION_VARIABLE not in (INFRA / "Dockerfile").read_text()
     for name in ("README.md", "Dockerfile"):
-        (build,) = re.findall(rf"docker build .*-t {IMAGE} .*", (INFRA / name).read_text())
+        text = re.sub(r" \\\n\s*", " ", (INFRA / name).read_text())
+        (build,) = re.findall(rf"docker build .*-t {IMAGE} .*", text)
         # Without --exclude the revision would be the name of a tag, once there is one.
         assert """--build-arg REVISION="$(git describe --always --abbrev=40 --dirty --exclude '*')" """ in build
 
