@@ -64,9 +64,9 @@ class DataConfig:
 
     source: str = "sample:mnist"
     """KIND:WHERE. sample:mnist (bundled), parquet:DIR (Hugging Face image layout), folder:DIR
-    (DIR/train/CLASS/*, DIR/test/CLASS/*; see test_split), hf:ORG/NAME[@REVISION][/CONFIG] (a data
-    set of the Hugging Face Hub), torchvision:mnist or torchvision:cifar10 (see root and
-    download)."""
+    (DIR/train/CLASS/*, DIR/test/CLASS/*; see test_split), hf:ORG/NAME (a data set of the Hugging
+    Face Hub, with @REVISION and /CONFIG behind its name if needed), torchvision:mnist or
+    torchvision:cifar10 (see root and download)."""
     root: str = ""
     """Directory of torchvision's files (only for torchvision:...). Empty: ~/.cache/defendpp."""
     download: bool = False
