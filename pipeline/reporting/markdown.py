@@ -202,9 +202,10 @@ def to_csv(record: RunRecord) -> str:
     names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds", "broken"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted"])
+    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted", "records"])
     for e in record.evaluations:
         metrics = over_seeds.shown_metrics(e)
         settings = [e.model, record.roles.get(e.model, ""), e.threat_model, e.attack, e.source, e.n]
-        writer.writerow([*settings, *(metrics.get(name) for name in names), int(labels.is_untrusted(record, e))])
+        values = [*(metrics.get(name) for name in names), int(labels.is_untrusted(record, e)), e.path]
+        writer.writerow([*settings, *values])
     return out.getvalue()

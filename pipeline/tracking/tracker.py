@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,12 +195,16 @@ class Tracker:
         self.outbox.put(alias, f"model_input/{model}", send)
 
     def note(self, alias: str, text: str) -> None:
-        """Publish the description of a run, in Markdown. ``RUN_PAGE`` in it becomes the run's page."""
+        """Publish the description of a run, in Markdown.
+
+        A link to ``artifact:FILE`` becomes one to the page of that artifact of the run.
+        """
         self._require(alias)
 
         def send(client: MlflowClient) -> None:
-            page = run_page(self.outbox.state["experiment"], self.outbox.run_id(alias))
-            client.set_tag(self.outbox.run_id(alias), MLFLOW_RUN_NOTE, text.replace("RUN_PAGE", page)[:TAG_LENGTH])
+            run_id = self.outbox.run_id(alias)
+            page = run_page(self.experiment_id, run_id, r"/artifacts/\1")
+            client.set_tag(run_id, MLFLOW_RUN_NOTE, re.sub(r"artifact:([^)]*)", page, text)[:TAG_LENGTH])
 
         self.outbox.put(alias, f"note/{_digest(text)}", send)
 

@@ -121,9 +121,13 @@ def _host(uri: str) -> str | None:
         return None
 
 
-def run_page(experiment_id: str | None, run_id: str | None) -> str:
-    """Return the page of a run, which follows the address of MLflow's UI; "" if it is unknown."""
-    return f"#/experiments/{experiment_id}/runs/{run_id}{_WORKFLOW}" if experiment_id and run_id else ""
+def run_page(experiment_id: str | None, run_id: str | None, part: str = "") -> str:
+    """Return the page of a run, which follows the address of MLflow's UI; "" if it is unknown.
+
+    Args:
+        part: such as ``/artifacts/report/report.html``.
+    """
+    return f"#/experiments/{experiment_id}/runs/{run_id}{part}{_WORKFLOW}" if experiment_id and run_id else ""
 
 
 def models_page(experiment_id: str) -> str:

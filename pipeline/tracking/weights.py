@@ -24,9 +24,9 @@ def download_weights(tracking_uri: str, uri: str) -> tuple[str, bytes]:
 
     Args:
         tracking_uri: the MLflow server or database.
-        uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``, a registered model whose run has
-            one file of weights (as the runs of this project do); or ``runs:/RUN_ID/PATH``, a file
-            of a run.
+        uri: ``models:/MODEL_ID``, ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``, a logged or
+            registered model whose run has one file of weights (as the runs of this project do); or
+            ``runs:/RUN_ID/PATH``, a file of a run.
 
     Returns:
         Its name, ``mlflow:runs:/RUN_ID/PATH``, and its content.
@@ -60,9 +60,8 @@ def _locate(client: MlflowClient, uri: str) -> tuple[str, str]:
     elif kind == "models":
         name, at, alias = rest.strip("/").partition("@")
         name, _, number = (name, "", "") if at else name.partition("/")
-        if name and (alias or number):
-            version = client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
-            run_id = str(version.run_id)
+        if name and (alias or number or name.startswith("m-")):
+            run_id = _run_of_model(client, name, alias, number)
             files = list(_weight_files(client, run_id))
             weights = [f for f in files if f.endswith("classifier.safetensors")] or files
             if len(weights) == 1:
@@ -72,9 +71,18 @@ def _locate(client: MlflowClient, uri: str) -> tuple[str, str]:
                 f"({', '.join(weights) or 'no .safetensors, .pth or .pt'}); name one as mlflow:runs:/{run_id}/PATH"
             )
     raise UserError(
-        f"mlflow:{uri} names no weights: give mlflow:models:/NAME@ALIAS, mlflow:models:/NAME/VERSION "
-        "or mlflow:runs:/RUN_ID/PATH"
+        f"mlflow:{uri} names no weights: give mlflow:models:/MODEL_ID, mlflow:models:/NAME@ALIAS, "
+        "mlflow:models:/NAME/VERSION or mlflow:runs:/RUN_ID/PATH"
     )
+
+
+def _run_of_model(client: MlflowClient, name: str, alias: str, number: str) -> str:
+    """Return the run of a registered model's version, or of the logged model whose id is ``name``."""
+    if alias:
+        return str(client.get_model_version_by_alias(name, alias).run_id)
+    if number:
+        return str(client.get_model_version(name, number).run_id)
+    return str(client.get_logged_model(name).source_run_id)
 
 
 def _weight_files(client: MlflowClient, run_id: str, path: str | None = None) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +33,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def runs_by_path(client: MlflowClient) -> dict[str, Run]:
-    """Return the runs by their path of names, ``fake-mnist/defend/white_box/fgsm``."""
+    """Return the runs by their path of names, ``fake-mnist/defend``."""
     experiment = client.get_experiment_by_name("defendpp")
     assert experiment is not None
-    by_id = {r.info.run_id: r for r in client.search_runs([experiment.experiment_id], max_results=1000)}
+    # A search does not return which models a run has evaluated or made.
+    ids = [run.info.run_id for run in client.search_runs([experiment.experiment_id], max_results=1000)]
+    by_id = {run_id: client.get_run(run_id) for run_id in ids}
 
     def path(run: Run) -> str:
         parent = run.data.tags.get("mlflow.parentRunId")
@@ -56,6 +61,9 @@ def everything(client: MlflowClient) -> dict[str, Any]:
         times = (run.info.start_time, run.info.end_time, run.info.status)
         inputs = sorted((i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs)
         out[path] = (run.info.run_id, history, tags, run.data.params, times, inputs)
+    for model in client.search_logged_models([run.info.experiment_id]):
+        measured = sorted((m.key, m.timestamp, m.value, m.dataset_digest or "") for m in model.metrics)
+        out[model.model_id] = (model.source_run_id, measured, model.tags, model.params)
     return out
 
 
@@ -70,56 +78,93 @@ def expect_fake_run(client: MlflowClient, run: Storage) -> None:
     """Check that MLflow has the whole fake run."""
     record = run.read_json("run.json")
     runs = runs_by_path(client)
-    assert len(runs) == 1 + len(fake_run.MODELS) + len(record["evaluations"])
-    parent, defend = runs["fake-mnist"], runs["fake-mnist/defend"]
-    assert parent.data.params["train.lr"] == "0.1"
-    assert parent.data.tags["mlflow.source.git.commit"] == record["git"]["revision"]
-    assert parent.data.tags["source"] == record["source"]
-    assert "| defend (defended) |" in parent.data.tags["mlflow.note.content"]
-    assert {i.tags[0].value for i in parent.inputs.dataset_inputs} == {"training", "validation", "test"}
-    assert {i.dataset.digest for i in parent.inputs.dataset_inputs} == {record["data"]["hash"]}
-    assert defend.data.params["defense"] == "defend++"
-    assert runs["fake-mnist/control"].data.params["defense"] == "none"
+    assert set(runs) == {"fake-mnist", *(f"fake-mnist/{model}" for model in fake_run.MODELS)}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    for each in runs.values():
+        assert each.data.tags["mlflow.source.git.commit"] == record["git"]["revision"]
+        assert (each.data.tags["mlflow.source.type"], each.data.tags["source"]) == ("LOCAL", record["source"])
+    _expect_parent(client, runs["fake-mnist"], record)
+    defend = runs["fake-mnist/defend"]
+    assert (defend.data.params["defense"], runs["fake-mnist/control"].data.params["defense"]) == ("defend++", "none")
     for e in record["evaluations"]:
-        short = "clean" if e["threat_model"] == "clean" else f"{e['threat_model']}/{e['attack'].partition(':')[0]}"
-        child = runs[f"fake-mnist/{e['model']}/{short}"]
-        assert child.data.metrics["accuracy"] == e["metrics"]["accuracy"]
-        assert child.data.metrics["accuracy_low"] == e["metrics"]["accuracy_low"]
-        assert child.data.metrics["n"] == e["n"]
-        table = "clean/accuracy" if short == "clean" else short
-        assert runs[f"fake-mnist/{e['model']}"].data.metrics[table] == e["metrics"]["accuracy"]
-    ddn = runs["fake-mnist/defend/white_box/ddn"]
-    metrics = next(
-        e["metrics"]
-        for e in record["evaluations"]
-        if (e["model"], e["path"]) == ("defend", "judged/defend-white_box-ddn")
-    )
-    assert ddn.data.metrics["accuracy_at/l2_1.5"] == metrics["accuracy_at_budget"]["l2<=1.5"]
-    assert defend.data.metrics["white_box/ddn/l2_median"] == metrics["l2_median"]
-    curve = client.get_metric_history(ddn.info.run_id, "accuracy_by_l2_x1000")
+        attack = e["attack"].partition(":")[0]
+        short = {"clean": "clean", "random": attack}.get(e["threat_model"], f"{e['threat_model']}/{attack}")
+        assert runs[f"fake-mnist/{e['model']}"].data.metrics[f"accuracy/{short}"] == e["metrics"]["accuracy"]
+    _expect_history(client, defend)
+    ddn = next(e for e in record["evaluations"] if e["path"] == "judged/defend-white_box-ddn")["metrics"]
+    assert defend.data.metrics["accuracy_at/white_box/ddn_l2_1.5"] == ddn["accuracy_at_budget"]["l2<=1.5"]
+    assert defend.data.metrics["norm/white_box/ddn_l2_median"] == ddn["l2_median"]
+    curve = client.get_metric_history(defend.info.run_id, "curve/white_box/ddn_by_l2_x1000")
     assert [(m.step, m.value) for m in curve] == [
-        (round(1000 * eps), a) for eps, a in zip(metrics["curve"]["eps"], metrics["curve"]["accuracy"], strict=True)
+        (round(1000 * eps), a) for eps, a in zip(ddn["curve"]["eps"], ddn["curve"]["accuracy"], strict=True)
     ]
+    evaluations = Path(client.download_artifacts(defend.info.run_id, "evaluations.csv")).read_text()
+    rows = {(r["threat_model"], r["attack"]): r for r in csv.DictReader(io.StringIO(evaluations))}
+    assert len(rows) == sum(e["model"] == "defend" for e in record["evaluations"])
+    row = rows["transfer", "ddn:steps=60"]
+    assert (row["source"], row["records"], row["seconds"]) == ("no_defense", "judged/defend-transfer-ddn", "95.0")
+    assert artifacts_of(client, defend.info.run_id) == {
+        "evaluations.csv",
+        *(f"weights/{f}" for f in ("model.json", "classifier.safetensors", "autoencoder.safetensors")),
+    }
+    _expect_logged_model(client, defend)
+
+
+def _expect_parent(client: MlflowClient, parent: Run, record: dict[str, Any]) -> None:
+    clean = next(e for e in record["evaluations"] if (e["model"], e["threat_model"]) == ("defend", "clean"))
+    assert parent.data.params["train.lr"] == "0.1"
+    assert parent.data.metrics == {"accuracy/clean": clean["metrics"]["accuracy"]}
+    assert parent.data.tags["main_model"] == "defend"
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("defend (defended): ")
+    assert f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/report/report.html?" in note
+    inputs = {i.tags[0].value: i.dataset for i in parent.inputs.dataset_inputs}
+    assert {context: data.digest for context, data in inputs.items()} == {
+        "training": "train0123456789abcd",
+        "validation": "validation0123456789abcd",
+        "test": "test0123456789abcd",
+    }
+    assert all(json.loads(data.source)["uri"].startswith("/") for data in inputs.values())
+    evaluated = [model.model_id for model in parent.inputs.model_inputs]
+    assert len(evaluated) == len(fake_run.MODELS), evaluated
+    assert {"run.json", "report/report.html", "report/table.json", "report/plots/losses.png"} <= artifacts_of(
+        client, parent.info.run_id
+    )
+
+
+def _expect_history(client: MlflowClient, defend: Run) -> None:
     loss = client.get_metric_history(defend.info.run_id, "train/loss")
     steps = fake_run.STEPS_PER_EPOCH * fake_run.EPOCHS
     assert [m.step for m in loss] == list(range(steps))
     assert [m.timestamp for m in loss] == [round(1000 * (fake_run.BEGIN + 290 + 2.5 * s)) for s in range(steps)]
-    phases = [m.value for m in client.get_metric_history(defend.info.run_id, "train/phase")]
-    assert phases == [p for p in (1.0, 2.0, 1.0, 0.0) for _ in range(fake_run.STEPS_PER_EPOCH)]
     assert len(client.get_metric_history(defend.info.run_id, "validation/accuracy")) == fake_run.EPOCHS
-    assert {r.info.status for r in runs.values()} == {"FINISHED"}
-    assert {"run.json", "report/report.html", "report/table.json", "report/plots/losses.png"} <= artifacts_of(
-        client, parent.info.run_id
+    assert defend.info.start_time == round(1000 * (fake_run.BEGIN + 290)), "a run begins with its training"
+
+
+def _expect_logged_model(client: MlflowClient, run: Run) -> None:
+    """Check that the page "Models" has what a model's run has."""
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id for model in models]
+    (model,) = models
+    assert model.status == "READY"
+    assert model.params == run.data.params
+    assert (model.tags["role"], model.tags["mlflow.source.git.commit"][:4]) == ("defended", "e44c")
+    metrics = {m.key: m for m in model.metrics}
+    final = {k: v for k, v in run.data.metrics.items() if not k.startswith(("train/", "validation/", "curve/"))}
+    assert {key: m.value for key, m in metrics.items()} == final
+    assert (metrics["accuracy/clean"].dataset_name, metrics["accuracy/clean"].dataset_digest) == (
+        "mnist test",
+        "test0123456789abcd",
     )
-    assert artifacts_of(client, defend.info.run_id) == {
-        f"weights/{f}" for f in ("model.json", "classifier.safetensors", "autoencoder.safetensors")
-    }
+    assert metrics["accuracy/clean_validation"].dataset_name == "mnist validation"
+    assert metrics["time/train_seconds"].dataset_name is None
+    assert [m.key for m in model.metrics][:2] == ["accuracy/clean", "accuracy/white_box/fgsm"], "results come first"
 
 
 def forget_publication(run: Storage, uri: str) -> None:
     """Reset tracking.json to the state of a process that was killed before it wrote the file."""
     file = run.read_json("tracking.json")
-    file["uris"][uri].update(published=[], runs={}, status={})
+    file["uris"][uri].update(published=[], runs={}, status={}, models={})
     run.write_json("tracking.json", file)
 
 

@@ -17,29 +17,35 @@ MOST_ROWS = 12
 def note(record: RunRecord) -> str:
     """Return the description of a run that has evaluations, in Markdown.
 
-    MLflow folds all but the first lines, so verdict and links come first. ``RUN_PAGE`` stands for the
-    page of the run (:meth:`Tracker.note`).
+    MLflow folds all but the first lines, so verdict and links come first.
     """
     links = {"Report": "report.html", "all numbers": "table.csv"}
-    pages = (f"[{title}](RUN_PAGE/artifacts/report/{file})" for title, file in links.items())
-    warnings = [f"**{row['sentence']}**" for row in verdicts.near_chance(record)]
-    main = metrics.main_model(record)
-    compared = [
-        name for name in record.first_replicates if record.bases[name] == main or record.roles[name] == "control"
-    ]
+    pages = (f"[{title}](artifact:report/{file})" for title, file in links.items())
+    near_chance = ", ".join(row["model"] for row in verdicts.near_chance(record))
+    warning = f"**Clean accuracy near chance: {near_chance}. Robust accuracies of such models mean nothing.**"
     rows = {row["model"]: row for row in table(record)["rows"]}
-    verdict = " ".join(_sentence(record, rows[name]) for name in compared if name in rows)
-    parts = [*warnings, verdict, " · ".join(pages), "\n".join(_table(record, list(rows.values())))]
-    return "\n\n".join([*parts, *filter(None, [sentences.reliability_in_short(record)])])
+    main = [name for name in record.first_replicates if record.bases[name] == metrics.main_model(record)]
+    controls = [name for name in record.first_replicates if record.roles[name] == "control"]
+    verdict = " ".join(_sentence(record, rows[name]) for name in dict.fromkeys([*main, *controls]) if name in rows)
+    return "\n\n".join(
+        [
+            *([warning] if near_chance else []),
+            verdict,
+            " · ".join(pages),
+            "\n".join(_table(record, list(rows.values()))),
+            *filter(None, [sentences.reliability_in_short(record)]),
+        ]
+    )
 
 
 def _sentence(record: RunRecord, row: Row) -> str:
     """Return the accuracies of a model on clean images and in the worst cases."""
-    worst = [w for w in _worst_cases(record) if w["model"] == _name(record, row)]
     clean = row["cells"].get("clean")
-    values = [] if clean is None else [f"{labels.percent(clean['accuracy'])} % clean"]
-    values += [f"{worst_value(w)[0]} % in the worst case at {w['budget']}" for w in worst]
-    return f"{_name(record, row)} ({row_head(row)[1]}): {', '.join(values)}."
+    worst = [w for w in _worst_cases(record) if w["model"] == _name(record, row)]
+    in_worst_case = ", ".join(f"{worst_value(w)[0]} % at {w['budget']}" for w in worst)
+    values = [f"{labels.percent(clean['accuracy'])} % clean"] if clean else []
+    values += [f"worst case {in_worst_case}"] if worst else []
+    return f"{_name(record, row)} ({row_head(row)[1]}): {'; '.join(values)}."
 
 
 def _worst_cases(record: RunRecord) -> list[Row]:
@@ -73,9 +79,11 @@ def _table(record: RunRecord, models: list[Row]) -> list[str]:
             found = by_model.get((_name(record, row), budget))
             cells.append("{} ({})".format(*worst_value(found)) if found else "–")
         rows.append(cells)
-    seeds = ", and in the worst case the range over the seeds" if record.experiment.seeds > 1 else ""
+    replicated = record.experiment.seeds > 1
+    seeds = ", and in the worst case the range over the seeds" if replicated else ""
+    heads = [f"worst case, {budget}" for budget in budgets]
     return [
-        *markdown.markdown_table(["model", "clean", *(f"worst case, {budget}" for budget in budgets)], rows),
+        *markdown.markdown_table(["model", "clean, first seed" if replicated else "clean", *heads], rows),
         "",
         f"Accuracy in % (95 % interval{seeds}), {labels.counted(record)}. The worst case of an image is over all "
         "attacks within the budget, with examples made on the model itself.",

@@ -93,12 +93,9 @@ def _publish_conclusion(tracker: Tracker, record: Mapping[str, Any], sweep: Stor
 
 
 def note(record: Mapping[str, Any]) -> str:
-    """Return the description of a sweep that has a choice: what it chose, links, and what it did.
-
-    ``RUN_PAGE`` stands for the page of the run (:meth:`Tracker.note`).
-    """
+    """Return the description of a sweep that has a choice: what it chose, links, and what it did."""
     links = {"Report": "report.html", "all trials": "trials.csv"}
-    pages = (f"[{title}](RUN_PAGE/artifacts/report/{file})" for title, file in links.items())
+    pages = (f"[{title}](artifact:report/{file})" for title, file in links.items())
     # MLflow folds what follows the first lines.
     did, chose, *others = summary.paragraphs(record)
     return "\n\n".join([chose, " · ".join(pages), did, *others])

@@ -18,7 +18,8 @@ from components.config import Experiment
 from components.evaluation.metrics import summarize
 from components.fields import from_dict
 from pipeline.records import RunRecord
-from pipeline.reporting import markdown, mlflow_run, over_seeds, records, report, results, terminal
+from pipeline.reporting import markdown, over_seeds, records, report, results, terminal
+from pipeline.reporting.tracked import metrics
 from pipeline.runtime.storage import Storage
 
 DDN = str(AttackSpec.parse("ddn:steps=60"))
@@ -95,39 +96,12 @@ def test_files_and_metrics_follow_the_same_rule(tmp_path: Path, broken: int) -> 
     cells = {r["model"]: r["cells"] for r in report.table_data(record, root)["rows"]}
     cell = cells["control"]["transfer/ddn"]
     assert (cell["l2_median"], cell["broken"]) == ((0.68, 10) if shows_median else (None, 9))
-    published = mlflow_run.table_metrics(record, "control")
-    assert ("transfer/ddn/l2_median" in published) == shows_median
-    assert published["transfer/ddn/broken"] == broken
+    published = metrics.test_metrics(record, "control")
+    assert ("norm/transfer/ddn_l2_median" in published) == shows_median
     for r in rows:  # White-box BIM breaks nearly all images.
         few = int(r["broken"]) < over_seeds.MIN_FOR_MEDIAN
         assert [bool(r[q]) for q in quantiles] == [not few] * 6, r
     assert run.read_json("run.json") == stored, "the record keeps what was measured"
-
-
-def test_an_evaluation_in_mlflow_follows_the_same_rule(tmp_path: Path) -> None:
-    class RecordingTracker:
-        """A tracker that only keeps the metrics."""
-
-        def __init__(self) -> None:
-            self.published: dict[str, dict[str, Any]] = {}
-
-        def metrics(self, alias: str, values: dict[str, Any]) -> None:
-            self.published[alias] = values
-
-        def __getattr__(self, name: str) -> Any:
-            return lambda *a, **k: None
-
-    root = Storage(tmp_path)
-    run, _ = record_of(root, 4)
-    record = records.read_run(run)
-    tracker = RecordingTracker()
-    for e in record.evaluations:
-        mlflow_run.publish_evaluation(tracker, root, record, e, e.attack.partition(":")[0], 0)  # type: ignore[arg-type]
-    transferred = tracker.published["evaluation/control/transfer/ddn"]
-    assert transferred["broken"] == 4
-    assert not [name for name in transferred if name.startswith(("l2_", "linf_"))]
-    white_box = tracker.published["evaluation/control/white_box/ddn"]
-    assert (white_box["broken"], white_box["l2_median"]) == (200, 0.68)
 
 
 def test_over_seeds_a_median_needs_ten_of_every_seed(tmp_path: Path) -> None:

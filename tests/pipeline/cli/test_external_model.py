@@ -346,7 +346,7 @@ def test_our_own_export_meets_the_attacker_who_knows_its_auto_encoder(
     specs = ("pgd:eps=0.3,steps=2", "adaptive:eps=0.3,steps=2", "adaptive:eps=0.3,objective=reconstruction,steps=2")
     few = ["--evaluation.test-images", "4", "--evaluation.chunk-size", "4", "--evaluation.reliability-images", "0"]
     common = ["--storage", str(storage), *few]
-    assert main(["attack", "--model", str(file), "--evaluation.attacks", *specs, *common]) == 0
+    assert main(["attack", "--model", str(file), "--register", "--evaluation.attacks", *specs, *common]) == 0
     assert "the adaptive attack cannot run" not in capsys.readouterr().out
     _, record = verdict(storage, "attack-ours")
     assert record["models"]["ours"]["autoencoder"]
@@ -410,7 +410,7 @@ def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     )
     common = ["--arch", "own_network:make", "--storage", str(storage), "--evaluation.attacks", *attacks]
     common += ["--evaluation.test-images", "12", "--evaluation.chunk-size", "6", "--evaluation.reliability-images", "4"]
-    assert main(["attack", "--model", str(stranger), *common]) == 0
+    assert main(["attack", "--model", str(stranger), "--register", *common]) == 0
     directory, record = verdict(storage, "attack-net")
     said = capsys.readouterr().out
     assert "taken as it is" in said

@@ -21,8 +21,8 @@ from components.fields import from_dict, to_dict
 from pipeline.evaluation import worst_case as evaluation_worst_case
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, over_seeds, report, results, sentences, terminal, verdicts
-from pipeline.reporting.mlflow_run import table_metrics
 from pipeline.reporting.run_plots import RunPlots
+from pipeline.reporting.tracked.metrics import test_metrics as metrics_of
 from pipeline.runtime.storage import Storage
 
 
@@ -215,12 +215,13 @@ def test_a_flag_stands_in_report_table_and_metrics_with_its_remedy(
     data = json.loads(directory.read_bytes("report/table.json"))
     assert [(f["model"], f["name"]) for f in data["flags"]] == [("defend", "zero_gradients")]
     assert len(data["worst_case"]) == len(record["worst_case"]) - 2, "nothing was transferred to no_defense"
-    metrics = table_metrics(RunRecord.from_json(record), "defend")
-    assert metrics["flag/zero_gradients"] == 1
-    assert metrics["active_test/bim"] == 0.15
-    assert "active_test/ddn" not in metrics
-    assert table_metrics(RunRecord.from_json(record), "control")["flag/zero_gradients"] == 0
-    assert metrics["worst_case/white_box/linf_0.2"] == pytest.approx(
+    metrics = metrics_of(RunRecord.from_json(record), "defend")
+    assert metrics["reliability/flag/zero_gradients"] == 1
+    assert metrics["reliability/active_test/bim"] == 0.15
+    assert "reliability/active_test/ddn" not in metrics
+    assert (metrics["reliability/flags_raised"], metrics["accuracy/clean"]) == (1, pytest.approx(0.98, abs=0.05))
+    assert metrics_of(RunRecord.from_json(record), "control")["reliability/flags_raised"] == 0
+    assert metrics["accuracy/linf_0.2_worst_case"] == pytest.approx(
         next(
             w["accuracy"]
             for w in record["worst_case"]
@@ -274,15 +275,15 @@ def test_what_an_untrusted_attack_says_is_marked_wherever_it_stands(
     assert f"{value}†" in printed
     assert note in printed
 
-    metrics = table_metrics(RunRecord.from_json(record), "defend")
-    assert {k for k in metrics if k.startswith("untrusted/")} == {
-        "untrusted/white_box/bim",
-        "untrusted/worst_case/white_box/linf_0.2",
-        "untrusted/worst_case/any/linf_0.2",
+    metrics = metrics_of(RunRecord.from_json(record), "defend")
+    assert {k for k in metrics if k.startswith("reliability/untrusted/")} == {
+        "reliability/untrusted/white_box/bim",
+        "reliability/untrusted/linf_0.2_worst_case",
+        "reliability/untrusted/transfer/linf_0.2_worst_case",
     }
-    assert metrics["untrusted/white_box/bim"] == 1
-    assert metrics["white_box/bim"] == cell["accuracy"]
-    assert not any(k.startswith("untrusted/") for k in table_metrics(RunRecord.from_json(record), "control"))
+    assert metrics["reliability/untrusted/white_box/bim"] == 1
+    assert metrics["accuracy/white_box/bim"] == cell["accuracy"]
+    assert not any(k.startswith("reliability/untrusted/") for k in metrics_of(RunRecord.from_json(record), "control"))
 
 
 def test_examples_of_an_attack_that_failed_on_their_source_are_marked_where_they_are_transferred(
@@ -316,7 +317,7 @@ def test_nothing_is_marked_where_every_attack_passed(run: tuple[Storage, Storage
     report.build(directory, root)
     for name in ("report.html", "table.md", "table.json", "table.csv"):
         assert "†" not in directory.read_bytes(f"report/{name}").decode(), name
-    assert not any(k.startswith("untrusted/") for k in table_metrics(RunRecord.from_json(record), "defend"))
+    assert not any(k.startswith("reliability/untrusted/") for k in metrics_of(RunRecord.from_json(record), "defend"))
 
 
 def test_over_the_seeds_one_untrusted_replicate_marks_the_row(run: tuple[Storage, Storage, dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from components.config import DataConfig, Experiment
 from components.fields import to_dict
 from pipeline.records import RunRecord
 from pipeline.reporting import records, report, terminal, verdicts
-from pipeline.reporting.mlflow_run import table_metrics
+from pipeline.reporting.tracked.metrics import test_metrics as metrics_of
 from pipeline.runtime.storage import Storage
 
 
@@ -76,5 +76,5 @@ def test_it_stands_in_terminal_report_and_mlflow(tmp_path: Path) -> None:
     (row,) = json.loads(run.read_bytes(paths["table_json"]))["near_chance"]
     assert row["model"] == "control"
     record_read = records.read_run(run)
-    assert table_metrics(record_read, "control")["flag/clean_accuracy_near_chance"] == 1
-    assert "flag/clean_accuracy_near_chance" not in table_metrics(record_read, "defend")
+    assert metrics_of(record_read, "control")["reliability/flag/clean_accuracy_near_chance"] == 1
+    assert "reliability/flag/clean_accuracy_near_chance" not in metrics_of(record_read, "defend")

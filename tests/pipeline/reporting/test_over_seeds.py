@@ -16,9 +16,10 @@ from pipeline.evaluation.plan import Model, plan_evaluations
 from pipeline.recipes.paper import PAPER
 from pipeline.recipes.registry import RECIPES
 from pipeline.records import RunRecord
-from pipeline.reporting import labels, markdown, mlflow_run, over_seeds, paper, records, results
+from pipeline.reporting import labels, markdown, over_seeds, paper, records, results
 from pipeline.reporting.cells import cell
 from pipeline.reporting.paper import beside_paper
+from pipeline.reporting.tracked import metrics
 from pipeline.runtime.storage import Storage
 
 
@@ -281,8 +282,8 @@ def test_a_median_is_of_the_norm_that_the_attack_makes_small() -> None:
     assert cells["pgd"][2:] == []
     over = {r["attack"].partition(":")[0]: results.norms_over_seeds(r) for r in over_seeds.over_seeds(record)}
     assert over == {"none": "", "fab-t": "Linf 0.047 of 20", "ddn": "L2 1.25 of 20", "pgd": ""}
-    published = mlflow_run.table_metrics(record, "no_defense-s1")
+    published = metrics.test_metrics(record, "no_defense-s1")
     medians = {name: value for name, value in published.items() if "median" in name}
-    assert medians == {"white_box/fab-t/linf_median": 0.0625, "white_box/ddn/l2_median": 1.25}
+    assert medians == {"norm/white_box/fab-t_linf_median": 0.0625, "norm/white_box/ddn_l2_median": 1.25}
     within_a_budget = {"norm": None, "l2_median": 1.25, "broken": 20}
     assert labels.median_norm(within_a_budget) == ""

@@ -39,7 +39,6 @@ def test_what_test_images_were_used_for_before_stays_in_the_record(
     tested: list[Experiment] = []
     monkeypatch.setattr(run, "execute", lambda command, e, **_: tested.append(e))
     monkeypatch.setattr(conclusion, "write_report", lambda sweep: None)
-    monkeypatch.setattr(conclusion, "register_choice", lambda sweep, trial: None)
     points = BLOCKS.points(0)
     sweep = opened(tmp_path, BLOCKS, [entry(1, points[0], "finished", 0.3), entry(2, points[1], "failed", 0.1)])
 

@@ -89,7 +89,7 @@ def swept(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     process.kill()
     process.wait()
     begun = {f: f.stat().st_mtime_ns for f in storage.glob("models/*/history/*.json")}
-    process = start(killed_sweep(space, storage, "--no-evaluate", "--resume"), ray_cluster)
+    process = start(killed_sweep(space, storage, "--no-evaluate", "--resume", "--register"), ray_cluster)
     wait_for(lambda: list(storage.glob("models/defended-*/history/epoch-00002.json")), process)
     workers, trials = processes("RayTrainWorker"), processes("run_trial", "ImplicitFunc")
     assert workers
@@ -160,9 +160,16 @@ def test_mlflow_has_the_sweep_and_its_trials(swept: tuple[Path, str, str]) -> No
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["trials/diverged"] == 1
     done = [r for r in trials if r.data.tags["state"] == "finished"]
-    assert {"train/loss", "validation/accuracy", "validation/robust", "clean/validation"} <= set(done[0].data.metrics)
+    assert {"train/loss", "validation/accuracy", "validation/robust", "accuracy/clean_validation"} <= set(
+        done[0].data.metrics
+    )
     assert len(client.get_metric_history(done[0].info.run_id, "validation/robust")) == 4
-    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {"best.json", "sweep.json", "report"}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} == {
+        "best.json",
+        "sweep.json",
+        "requirements.txt",
+        "report",
+    }
     version = client.get_model_version_by_alias("mnist-smoke-grid", "best")
     assert version.run_id in {r.info.run_id for r in done}
 
@@ -299,7 +306,7 @@ def test_a_tracking_server_killed_during_a_sweep_gets_everything(
 ) -> None:
     from mlflow import MlflowClient
 
-    process = start([*early(tmp_path), "--tracking-uri", server.uri], ray_cluster)
+    process = start([*early(tmp_path), "--register", "--tracking-uri", server.uri], ray_cluster)
     wait_for(lambda: list(tmp_path.glob("models/*/history/epoch-00000.json")), process)
     server.kill()
     wait_for(lambda: [t["state"] for t in record_of(tmp_path)["trials"]] == ["finished", "stopped"], process)

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow_view import DatabaseMaker, a_sweep, a_trial, runs_by_path
 
-from pipeline.reporting import mlflow_run
+from pipeline.reporting.tracked import mlflow_run
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import mlflow_sweep
 from pipeline.tracking.tracker import Tracker
@@ -18,9 +18,12 @@ from pipeline.tracking.tracker import Tracker
 pytestmark = pytest.mark.slow
 
 
+ONLY_OF_TRIALS = {"validation/robust", "accuracy/robust_validation", "time/epochs"}
+
+
 def histories(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float]]]:
     """Return steps and values of all metrics except those that only sweeps have."""
-    names = set(run.data.metrics) - {"validation/robust", "epochs"}
+    names = set(run.data.metrics) - ONLY_OF_TRIALS
     by_name = {name: client.get_metric_history(run.info.run_id, name) for name in names}
     return {name: [(m.step, m.value) for m in points] for name, points in by_name.items()}
 
@@ -43,18 +46,28 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
         assert tracker.flush()
     client = MlflowClient(uri)
     runs = runs_by_path(client)
-    parent = "sweep fake-mnist lam"
+    parent = "sweep lam of fake-mnist"
     assert len(runs) == 4 + 1 + 2 + 2
 
     one, alone = runs[f"{parent}/trial 1: lam=0.1"], runs["fake-mnist/defend"]
     assert histories(client, one) == histories(client, alone)
-    assert one.data.metrics["train/total_seconds"] == 120
-    assert set(one.data.metrics) - set(alone.data.metrics) == {"validation/robust", "epochs"}
+    assert one.data.metrics["time/train_seconds"] == 120
+    assert set(one.data.metrics) - set(alone.data.metrics) == ONLY_OF_TRIALS
     robust = client.get_metric_history(one.info.run_id, "validation/robust")
     last = fake_run.STEPS_PER_EPOCH - 1
     assert [(m.step, m.value) for m in robust] == [
         (e * fake_run.STEPS_PER_EPOCH + last, pytest.approx(0.1 * (e + 1))) for e in range(fake_run.EPOCHS)
     ]
+
+    assert next(iter(one.data.metrics)) == "validation/accuracy", "the comparison of trials opens with a result"
+    sweep_run = runs[parent]
+    headline = {k: v for k, v in sweep_run.data.metrics.items() if k.startswith("accuracy/")}
+    assert headline == {"accuracy/clean_validation": 0.9, "accuracy/robust_validation": 0.4}
+    assert sweep_run.data.tags["mlflow.note.content"].startswith("choice: trial 1: lam=0.1")
+    (model,) = [m for m in client.search_logged_models([sweep_run.info.experiment_id]) if "trial" in m.name]
+    assert model.source_run_id == one.info.run_id
+    assert {m.key: m.dataset_name for m in model.metrics} == dict.fromkeys(headline, "mnist validation")
+    assert not client.search_registered_models()
 
     two = histories(client, runs[f"{parent}/trial 2: lam=0.2"])
     seeds = [histories(client, runs[f"fake-mnist/{name}"]) for name in ("no_defense", "control")]
@@ -84,7 +97,7 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
         tracker = Tracker(uri, sweep, echo=lambda line: None)
         mlflow_sweep.publish_sweep(tracker, record, sweep, root)
         assert tracker.flush()
-        trial = runs_by_path(MlflowClient(uri))["sweep fake-mnist lam/trial 1: lam=0.1"]
+        trial = runs_by_path(MlflowClient(uri))["sweep lam of fake-mnist/trial 1: lam=0.1"]
         assert {k: trial.data.tags[k] for k in ("state", "reason")} == {k: attempt[k] for k in ("state", "reason")}
         assert trial.info.status == {"failed": "FAILED"}.get(attempt["state"], attempt["state"].upper())
-    assert trial.data.metrics["epochs"] == fake_run.EPOCHS
+    assert trial.data.metrics["time/epochs"] == fake_run.EPOCHS

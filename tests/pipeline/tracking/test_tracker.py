@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import fake_run
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow_view import (
     DatabaseMaker,
     a_sweep,
@@ -25,10 +28,12 @@ from ports import free_port
 
 from components.errors import UserError
 from pipeline.records import RunRecord
-from pipeline.reporting import mlflow_run, records
+from pipeline.reporting import records
+from pipeline.reporting.tracked import mlflow_run
 from pipeline.runtime.storage import Storage
 from pipeline.sweep.report import mlflow_sweep
-from pipeline.tracking import uri
+from pipeline.tracking import system_metrics, uri
+from pipeline.tracking.outbox import BEHIND
 from pipeline.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.slow
@@ -82,7 +87,7 @@ def test_live_training_and_the_final_publication_meet(
     live = {**record, "models": {}, "evaluations": [], "stages": {}, "finished": None}
     run.write_json("run.json", live)
     tracker = Tracker(uri, run, echo=silent)
-    mlflow_run.start_run(tracker, records.read_run(run))
+    mlflow_run.start_run(tracker, records.read_run(run), root)
     mlflow_run.start_model(tracker, records.read_run(run), "defend", fake_run.BEGIN + 290)
     files = records.history_files(root, record["models"]["defend"]["path"])
     for epoch, file in enumerate(files[:2]):
@@ -92,7 +97,7 @@ def test_live_training_and_the_final_publication_meet(
     runs = runs_by_path(client)
     assert set(runs) == {"fake-mnist", "fake-mnist/defend"}
     assert {r.info.status for r in runs.values()} == {"RUNNING"}
-    assert runs["fake-mnist/defend"].data.metrics["train/epoch"] == 1
+    assert len(client.get_metric_history(runs["fake-mnist/defend"].info.run_id, "validation/accuracy")) == 2
     tracker.finish("model/defend", "FAILED")
     assert tracker.outbox.wait(60)
     assert runs_by_path(client)["fake-mnist/defend"].info.status == "FAILED"
@@ -188,6 +193,38 @@ def test_corrupt_bookkeeping_costs_no_run(root: Storage, database: DatabaseMaker
     assert run.read_json("tracking.json")["uris"][tracker.uri]["runs"]["run"]["id"] == tracker.run_id()
 
 
+def test_system_metrics_are_those_of_mlflow_and_need_no_server(
+    root: Storage, database: DatabaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system_metrics, "INTERVAL_SECONDS", 0.05)
+    tracker = Tracker(database(tmp_path), root / "runs/x", echo=silent)
+    tracker.start("run", "x")
+    usage = system_metrics.SystemMetrics(tracker, datetime.now(UTC).isoformat())
+    usage.start()
+
+    def history() -> list[Metric]:
+        client = MlflowClient(tracker.uri)
+        return client.get_metric_history(tracker.run_id() or "", "system/system_memory_usage_percentage")
+
+    wait_until(lambda: bool(tracker.run_id()) and len(history()) > 2)
+    usage.stop()
+    assert tracker.outbox.wait(60)
+    assert all(0 <= m.value <= 100 for m in history())
+    steps = [m.step for m in history()]
+    assert steps == sorted(set(steps))
+    assert not [key for key in tracker.outbox.state["published"] if "|metrics/" in key], "nobody sends them again"
+
+    away = Tracker(f"http://127.0.0.1:{free_port()}", root / "runs/y", echo=lambda line: None)
+    away.start("run", "y")
+    monkeypatch.setattr(system_metrics, "INTERVAL_SECONDS", 0.001)
+    usage = system_metrics.SystemMetrics(away, None)
+    usage.start()
+    wait_until(lambda: away.is_behind)
+    time.sleep(0.2)
+    usage.stop()
+    assert away.outbox.pending < 2 * BEHIND, "what waits for a dead server takes no memory without end"
+
+
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     lines: list[str] = []
     run = root / "runs/x"
@@ -204,8 +241,8 @@ def test_a_run_that_was_stopped_between_two_splits_is_published(root: Storage) -
     run = fake_run.write(root, evaluations=False)
     record = {**run.read_json("run.json"), "data": {"rows": {"train": 9000}}}
     tracker = Tracker(f"http://127.0.0.1:{free_port()}", run, echo=lambda line: None)
-    mlflow_run.start_run(tracker, RunRecord.from_json(record))
-    mlflow_sweep.start_sweep(tracker, a_sweep(run, [a_trial(1, root)], seeds=1) | {"data": record["data"]})
+    mlflow_run.start_run(tracker, RunRecord.from_json(record), root)
+    mlflow_sweep.start_sweep(tracker, a_sweep(run, [a_trial(1, root)], seeds=1) | {"data": record["data"]}, root)
 
 
 class SlowStorage(Storage):
@@ -255,11 +292,11 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     client = MlflowClient(uri)
     runs = runs_by_path(client)
     for model in ("defend", "no_defense"):  # a damaged model has its evaluations too
-        assert runs[f"fake-mnist/{model}/white_box/ddn"].info.status == "FINISHED"
-    assert "fake-mnist/no_defense" in runs
+        assert runs[f"fake-mnist/{model}"].info.status == "FINISHED"
+        assert runs[f"fake-mnist/{model}"].data.metrics["accuracy/white_box/ddn"] == 0
     assert any("model no_defense not published" in line for line in lines)
     assert any("first epoch of no_defense not published" in line for line in lines)
-    assert "4 operations not published" in lines[-1], lines
+    assert "5 operations not published" in lines[-1], lines
 
     (root.local_root / home / "model.json").rmdir()
     root.write_bytes(f"{home}/model.json", begin)
