@@ -91,7 +91,7 @@ def test_another_recipe_trains_only_what_it_has_more(defenses: Result) -> None:
     assert whole["models"]["defend"]["path"] == record["models"]["defend"]["path"]
     (directory,) = storage.glob("runs/robustness-smoke-*")
     for plot in ("fig8", "transfer", "accuracy", "curves", "curves-transfer"):
-        assert (directory / "report" / "plots" / f"{plot}.png").exists(), plot
+        assert (directory / "report" / "plots" / f"{plot}.svg").exists(), plot
     with np.load(directory / "figures.npz") as figures:
         assert figures["fig8__r__defend"].shape == (8,)
 

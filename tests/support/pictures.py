@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import io
+import xml.etree.ElementTree as ET
 
-from PIL import Image
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def assert_png(data: bytes) -> None:
-    """Check that a PNG is whole and shows something."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.load()
-        assert image.format == "PNG"
-        assert min(image.size) > 200
-        assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 3  # A blank picture has one grey level.
+def assert_svg(data: bytes) -> None:
+    """Check that an SVG is well-formed, shows something, and needs nothing from outside."""
+    root = ET.fromstring(data)
+    assert root.tag == f"{SVG}svg"
+    assert min(float(root.attrib[side]) for side in ("width", "height")) > 100
+    shapes = [e for e in root.iter() if e.tag in (f"{SVG}path", f"{SVG}image")]
+    assert len(shapes) > 3
+    addresses = [value for e in root.iter() for name, value in e.attrib.items() if name.endswith("href")]
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in addresses)
+
+
+def texts_of(data: bytes) -> list[str]:
+    """Return the texts of an SVG."""
+    return ["".join(e.itertext()).strip() for e in ET.fromstring(data).iter(f"{SVG}text")]

@@ -114,15 +114,15 @@ def _lean(text: str) -> str:
     text = re.sub(r' d="([^"]*)"', lambda match: f' d="{_rounded(match[1])}"', text)
     names = {light: name for name, light in LIGHT.items()}
     text = re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda m: f"var(--{names[m[0]]})" if m[0] in names else m[0], text)
-    text = re.sub(r'<svg [^>]*?width="([\d.]+)pt" height="([\d.]+)pt"', _head, text, count=1)
+    text = re.sub(r'width="([\d.]+)pt" height="([\d.]+)pt"', _head, text, count=1)
+    text = text.replace("<svg ", '<svg class="plot" ', 1)
     return re.sub(r"\n\s*", "\n", text).strip() + "\n"
 
 
 def _head(match: re.Match[str]) -> str:
-    """Return the begin of the svg element, with its size in CSS pixels."""
+    """Return a size in points as one in CSS pixels."""
     width, height = (round(float(points) * 96 / 72) for points in match.groups())
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg class="plot" {names} width="{width}" height="{height}"'
+    return f'width="{width}" height="{height}"'
 
 
 def _rounded(path: str) -> str:

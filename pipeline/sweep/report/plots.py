@@ -23,6 +23,8 @@ NEUTRAL, FRONT, CHOICE = LIGHT["undefended-2"], LIGHT["blue"], LIGHT["vermilion"
 SHADES = "viridis"
 NEAR = 0.035
 """Points that are nearer than this share of both axes have one label together."""
+LABEL_OFFSETS = (8, -8, 20, -20)
+"""Distances of labels from their points, in points of type."""
 BINS_PER_DECADE = 1
 MAX_BINS = 8
 """Most bins of a logarithmic range of real numbers."""
@@ -87,16 +89,16 @@ def _label(axis: Axes, points: Sequence[tuple[float, float, str]]) -> None:
         else:
             group[2].append(text)
     for i, (x, y, texts) in enumerate(groups):
-        # Labels go up and down in turn, so that those of a row of points do not touch.
-        above = i % 2 == 0
+        # Labels go up and down in turn, in two rows each, so that those of neighbours do not touch.
+        offset = LABEL_OFFSETS[i % len(LABEL_OFFSETS)]
         axis.annotate(
             ", ".join(texts),
             (x, y),
-            xytext=(0, 8 if above else -8),
+            xytext=(0, offset),
             textcoords="offset points",
             fontsize=8,
             ha="right" if x > (left + 3 * right) / 4 else "center",
-            va="bottom" if above else "top",
+            va="bottom" if offset > 0 else "top",
         )
 
 

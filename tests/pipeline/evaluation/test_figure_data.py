@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import assert_png
+from pictures import assert_svg
 from torch import Tensor, nn
 
 from components.config import DataConfig, EvaluationConfig, Experiment, TrainConfig
@@ -118,7 +118,7 @@ def test_a_reconstruction_that_equals_the_attacked_image_is_counted(tmp_path: Pa
     assert plot is not None
     assert "R < 1 for 0 of 4" in plot.caption
     assert "4 without a finite R" in plot.caption
-    assert_png(plot.png)
+    assert_svg(plot.svg)
 
 
 def test_examples_of_another_length_are_refused(tmp_path: Path) -> None:
@@ -292,8 +292,8 @@ def test_the_report_has_every_figure_asked_for(trained: _Trained, tmp_path: Path
     paths = report.build(run, root)
     found = {name: run.read_bytes(path) for name, path in paths.items() if name.startswith("plot_fig")}
     assert set(found) == {"plot_fig2", "plot_fig5", "plot_fig6", "plot_fig7", "plot_fig8"}
-    for png in found.values():
-        assert_png(png)
+    for picture in found.values():
+        assert_svg(picture)
     html = run.read_bytes("report/report.html").decode()
     for number in (2, 5, 6, 7, 8):
         assert f"Figure {number}:" in html

@@ -9,8 +9,7 @@ from pathlib import Path
 import fake_run
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
-from pictures import assert_png
+from pictures import assert_svg
 
 from components.config import EvaluationConfig, Experiment
 from components.config.roles import first_replicates
@@ -22,23 +21,11 @@ from pipeline.reporting import labels, report
 from pipeline.reporting.figures import fig2, fig6, fig7, fig8
 from pipeline.reporting.plots import charts, style
 from pipeline.reporting.plots.style import Plot
+from pipeline.reporting.plots.svg import svg
 from pipeline.reporting.run_plots import RunPlots
 from pipeline.runtime.storage import Storage
 
 FGSM = "fgsm:eps=0.2"
-
-
-def _figures_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is turned into PNG from now on."""
-    drawn: list[Figure] = []
-    original = style.png
-
-    def keep(figure: Figure) -> bytes:
-        drawn.append(figure)
-        return original(figure)
-
-    monkeypatch.setattr(style, "png", keep)
-    return drawn
 
 
 def _record(
@@ -76,15 +63,14 @@ ONE_SEED = {
 }
 
 
-def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fig7_draws_the_accuracies_of_the_records() -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
-    drawn = _figures_drawn(monkeypatch)
     plot = fig7.fig7(record)
     assert plot is not None
-    assert_png(plot.png)
+    assert_svg(plot.svg)
     looks = style.styles(record.roles)
     found = {}
-    for axis in drawn[0].axes:
+    for axis in plot.figure.axes:
         for line in axis.get_lines():
             if line.get_marker() == "o":
                 model = next(m for m, look in looks.items() if look["color"] == line.get_color())
@@ -100,17 +86,17 @@ def test_fig7_draws_the_accuracies_of_the_records(monkeypatch: pytest.MonkeyPatc
     assert "n = 100 test images" in plot.caption
 
 
-def test_fig7_whiskers_are_wilson_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = _figures_drawn(monkeypatch)
+def test_fig7_whiskers_are_wilson_intervals() -> None:
     record = _record(ONE_SEED, n=100, seeds=1)
-    fig7.fig7(record)
-    segments = [s for c in drawn[0].axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
+    plot = fig7.fig7(record)
+    assert plot is not None
+    segments = [s for c in plot.figure.axes[0].collections for s in np.asarray(c.get_segments())]  # type: ignore[attr-defined]
     whiskers = {tuple(np.round(np.asarray(s)[:, 1], 6)) for s in segments if len(s) == 2}
     for count in (96, 60, 20, 2, 92, 80, 70):
         assert tuple(np.round([100 * x for x in wilson_interval(count, 100)], 6)) in whiskers
 
 
-def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fig7_over_seeds_is_mean_and_range() -> None:
     right = {("bare", "clean", 0.0): [90, 96, 99], ("bare", "white_box", 0.1): [50, 40, 60]}
     record = _record(right, n=100, seeds=3)
     ((point,),) = (
@@ -120,13 +106,12 @@ def test_fig7_over_seeds_is_mean_and_range(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert [point[key] for key in ("seeds", "mean", "min", "max")] == [3, pytest.approx(0.5), 0.4, 0.6]
     assert (point["low"], point["high"]) == (wilson_interval(40, 100)[0], wilson_interval(60, 100)[1])
-    drawn = _figures_drawn(monkeypatch)
     plot = fig7.fig7(record)
     assert plot is not None
     assert "mean of up to 3 seeds" in plot.caption
-    band = drawn[0].axes[0].collections[0].get_paths()[0].vertices
+    band = plot.figure.axes[0].collections[0].get_paths()[0].vertices
     assert {tuple(v) for v in np.round(band, 6)} >= {(0.0, 90.0), (0.0, 99.0), (0.1, 40.0), (0.1, 60.0)}
-    assert style.legend("bare", {"bare": "source"}) in [t.get_text() for t in drawn[0].legends[0].get_texts()]
+    assert style.legend("bare", {"bare": "source"}) in [t.get_text() for t in plot.figure.legends[0].get_texts()]
 
 
 def _ratios(*r: float) -> dict[str, np.ndarray]:
@@ -140,8 +125,7 @@ def _ratios(*r: float) -> dict[str, np.ndarray]:
     }
 
 
-def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = _figures_drawn(monkeypatch)
+def test_fig8_counts_what_the_paper_claims() -> None:
     stored = _ratios(0.25, 0.5, 0.75, 1.0, 1.5, math.inf)
     plot = fig8.fig8(stored, {"defend": "defended"}, {"defend": "defend"})
     assert plot is not None
@@ -157,7 +141,7 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     ten = fig8.fig8(_ratios(*[0.25] * 6, *[0.75] * 4, math.inf), {"defend": "defended"}, {"defend": "defend"})
     assert ten is not None
     assert "median 0.25 of 10, largest 0.75" in ten.caption
-    (axis,) = drawn[0].axes
+    (axis,) = plot.figure.axes
     assert "R < 1: 3 of 6 (50.0 %)" in axis.get_title()
     heights = [(p.get_x(), p.get_height()) for p in axis.patches if p.get_height()]  # type: ignore[attr-defined]
     assert sum(h for _, h in heights) == 5
@@ -170,7 +154,7 @@ def test_fig8_counts_what_the_paper_claims(monkeypatch: pytest.MonkeyPatch) -> N
     assert "Here it does not always" in border.caption  # 0 is not in (0, 1)
 
 
-def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fig5_says_the_norms_of_what_it_shows() -> None:
     record = _record({("bare", "white_box", 0.2): [1]}, n=8, seeds=1, figures=("fig5",))
     clean = np.full((4, 3, 10, 10), 0.5, dtype=np.float32)
     adversarial = clean.copy()
@@ -183,20 +167,20 @@ def test_fig5_says_the_norms_of_what_it_shows(monkeypatch: pytest.MonkeyPatch) -
         f"adversarial__bare__{FGSM}": adversarial,
         f"prediction__bare__{FGSM}": np.array([0, 9, 2, 3]),
     }
-    drawn = _figures_drawn(monkeypatch)
     found = RunPlots(record, kept, {}, {}).figures()
     assert list(found) == ["fig5"]
-    assert_png(found["fig5"].png)
-    said = [a.get_xlabel() for a in drawn[0].axes if a.get_xlabel()]
+    assert_svg(found["fig5"].svg)
+    axes = found["fig5"].figure.axes
+    said = [a.get_xlabel() for a in axes if a.get_xlabel()]
     assert said == ["L2 3.46 · Linf 0.2", "L2 0.25 · Linf 0.25", "L2 0.346 · Linf 0.2"]
-    assert [a.get_title() for a in drawn[0].axes if a.get_title()] == ["is 0", "✓ 0", "is 1", "✗ 9", "is 2", "✓ 2"]
+    assert [a.get_title() for a in axes if a.get_title()] == ["is 0", "✓ 0", "is 1", "✗ 9", "is 2", "✓ 2"]
     assert "× 2 " in found["fig5"].caption  # 0.5 over the median Linf of 0.2 is 2.5
     assert "FGSM, eps 0.2: 1.35" in found["fig5"].caption  # mean of the three
-    amplified = np.asarray(drawn[0].axes[3].get_images()[0].get_array())
+    amplified = np.asarray(axes[3].get_images()[0].get_array())
     np.testing.assert_allclose(amplified, 0.9, atol=1e-6)
 
 
-def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fig6_shows_the_distance_before_and_after() -> None:
     clean = np.full((2, 1, 10, 10), 0.5, dtype=np.float32)
     stored = {
         "fig6__attack": np.array(FGSM),
@@ -207,13 +191,12 @@ def test_fig6_shows_the_distance_before_and_after(monkeypatch: pytest.MonkeyPatc
         "fig6__reconstruction_clean__defend": clean,
         "fig6__reconstruction_adversarial__defend": clean + 0.05,
     }
-    drawn = _figures_drawn(monkeypatch)
     plot = fig6.fig6(stored, {"bare": "source", "defend": "defended"})
     assert plot is not None
     assert "defend: 2.00 before, 0.50 after" in plot.caption
-    assert_png(plot.png)
-    assert len(drawn[0].axes[0].get_images()) == 4 * 2
-    texts = [t.get_text() for t in drawn[0].axes[0].texts]
+    assert_svg(plot.svg)
+    assert len(plot.figure.axes[0].get_images()) == 4 * 2
+    texts = [t.get_text() for t in plot.figure.axes[0].texts]
     assert [t for t in texts if t.startswith(("✓", "✗"))] == ["✓ 4", "✗ 7"]
 
 
@@ -243,8 +226,8 @@ def test_corrupt_figures_are_named(tmp_path: Path) -> None:
 BASES = ("no_defense", "control", *(f"defended_{i}" for i in range(9)))
 
 
-def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Plot], dict[str, Figure]]:
-    """The plots of a run of 11 models x 3 seeds, and the figures behind them."""
+def _many() -> dict[str, Plot]:
+    """The plots of a run of 11 models x 3 seeds."""
     undefended = [f"{b}:defense=none,seed={i}" for i, b in enumerate(BASES[:2])]
     experiment = Experiment(
         name="many",
@@ -262,29 +245,27 @@ def _many(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Plot], dict[str, F
         steps = [{"step": s, "time": 0.0, "loss": 1.0, **terms} for s in range(4)]
         histories[name] = [{"epoch": 0, "phase": phase, "steps": steps, "validation": {"accuracy": 0.9}}]
     record = RunRecord.from_json({"name": "many", "experiment": to_dict(experiment), "evaluations": evaluations})
-    drawn = _figures_drawn(monkeypatch)
-    plots = RunPlots(record, {}, histories, {}).draw()
-    return plots, dict(zip(plots, drawn, strict=True))
+    return RunPlots(record, {}, histories, {}).draw()
 
 
 @pytest.mark.slow
-def test_33_models_show_means_and_one_seed_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    plots, drawn = _many(monkeypatch)
-    assert set(plots) == {"accuracy", "losses", "validation"}
+def test_33_models_show_means_and_one_seed_of_each() -> None:
+    plots = _many()
+    assert set(plots) == {"worst-case", "accuracy", "losses", "validation"}
     for plot in plots.values():
-        assert_png(plot.png)
-    (axis,) = [a for a in drawn["accuracy"].axes if a.get_title()]
+        assert_svg(plot.svg)
+    (axis,) = [a for a in plots["accuracy"].figure.axes if a.get_title()]
     assert [t.get_text() for t in axis.get_yticklabels()] == list(BASES)
     widths = [p.get_width() for p in axis.patches]  # type: ignore[attr-defined]
     assert widths == pytest.approx([5 * i + 1 for i in range(11)])  # mean of 0, 1 and 2 points above
     whisker = np.asarray(axis.collections[1].get_segments()[0])  # type: ignore[attr-defined]
     assert whisker[:, 0] == pytest.approx([5, 7])  # of control: the least and the greatest, not the Wilson interval
     assert "mean over the seeds" in plots["accuracy"].caption
-    assert [a.get_title() for a in drawn["losses"].axes] == [f"{b}-s0" for b in BASES]
+    assert [a.get_title() for a in plots["losses"].figure.axes] == [f"{b}-s0" for b in BASES]
     for name in ("losses", "validation"):
         assert "Of 33 models, the first seed of each." in plots[name].caption
-    assert len(drawn["validation"].axes[0].get_lines()) == 11
-    looks = {(line.get_color(), line.get_linestyle()) for line in drawn["validation"].axes[0].get_lines()}
+    assert len(plots["validation"].figure.axes[0].get_lines()) == 11
+    looks = {(line.get_color(), line.get_linestyle()) for line in plots["validation"].figure.axes[0].get_lines()}
     assert len(looks) == 11  # more models than colours, and still told apart
 
 
@@ -306,7 +287,7 @@ def test_names_that_fit_no_line_are_not_cut() -> None:
     threat = labels.threat_title("transfer:no_defense-resnet18")
     roles = dict.fromkeys([*models, "not_measured"], "control")
     figure = charts.bars({threat: {"FGSM\neps 0.05": models}}, roles, style.styles(roles))
-    assert_png(style.png(figure))
+    assert_svg(svg(figure))
     (axis,) = [a for a in figure.axes if a.get_title()]
     assert re.sub(r"\s+", " ", axis.get_title()) == "transfer from no_defense-resnet18 FGSM eps 0.05"
     assert max(map(len, axis.get_title().split("\n"))) <= 24

@@ -44,7 +44,7 @@ class _Tables(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
-        self.addresses += [found[k] or "" for k in ("src", "href") if k in found]
+        self.addresses += [found[k] or "" for k in ("src", "href", "xlink:href") if k in found]
         if tag == "table" and found.get("id"):
             self._rows = self.tables.setdefault(found["id"] or "", [])
         if self._rows is not None and tag == "tr":
@@ -118,7 +118,7 @@ def test_every_value_of_the_html_table_is_the_record(built: tuple[Storage, Stora
     run, _, _ = built
     record = run.read_json("run.json")
     _, page = _page(run)
-    groups, heads, *rows = page.tables["results"]
+    groups, heads, *rows = page.tables["results-table"]
     assert groups == ["model", "clean", "random (control)", "white-box", "transfer"]
     assert [h.split()[0] for h in heads] == ["no", "random", "FGSM", "BIM", "DDN", "FGSM", "BIM", "DDN"]
     order = [
@@ -190,16 +190,23 @@ def test_comparison_is_paired_by_sample(built: tuple[Storage, Storage, dict[str,
         assert c["only_control"] == int((right["control"] & ~right["defend"]).sum())
         assert c["p"] == mcnemar(right["defend"], right["control"])
     _, page = _page(run)
-    assert [row[7] for row in page.tables["comparisons"][1:]] == ["300"] * 3
+    assert [row[7] for row in page.tables["comparisons-table"][1:]] == ["300"] * 3
 
 
 def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str, str]]) -> None:
     run, _, paths = built
     text, page = _page(run)
-    assert page.addresses
-    assert all(a.startswith("data:image/png;base64,") for a in page.addresses)
-    assert not re.search(r"@import|url\(|<script", text)
-    assert len(page.addresses) == len([k for k in paths if k.startswith("plot_")])
+    images = [a for a in page.addresses if a.startswith("data:image/png;base64,")]
+    anchors = {a for a in page.addresses if a.startswith("#")}
+    files = set(page.addresses) - set(images) - anchors
+    assert images
+    assert files == {"table.csv", "table.md", "table.json", "../run.json", "plots/"}
+    assert all((run.local_root / "report" / file).exists() for file in files)
+    assert not re.search(r"@import|url\((?!#)|<script|<link|<img", text)
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "of two elements with one id, a link finds the first"
+    assert {a.removeprefix("#") for a in anchors} <= set(ids)
+    assert text.count('<svg class="plot"') == len([k for k in paths if k.startswith("plot_")])
     assert "This report is partial" not in text
     for sentence in sentences.explanation(records.read_run(run)):
         assert sentence in text
@@ -283,7 +290,7 @@ def test_partial_runs_give_a_partial_report(tmp_path: Path) -> None:
     assert "This report is partial" in text
     for word in ("no evaluations yet", "no gallery of images yet", "the run has not finished"):
         assert word in text
-    assert "results" not in page.tables
+    assert "results-table" not in page.tables
     assert {k for k in paths if k.startswith("plot_")} == {"plot_losses", "plot_validation"}
     assert "no evaluations yet" in _text(run, 100)
 
@@ -343,8 +350,8 @@ def test_attacks_of_one_name_are_told_apart(tmp_path: Path) -> None:
         "fgsm:eps=0.2": "fgsm",
         "bim:eps=0.2,norm=l2,steps=40": "bim-l2",
     }
-    assert labels.attack_title("cw:steps=20") == ("CW", "any L2 norm, 20 steps")
-    assert labels.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 0.03137, 40 steps")
+    assert labels.attack_title("cw:steps=20") == ("C&W", "any L2 norm, 20 steps")
+    assert labels.attack_title("bim:eps=0.03137254901960784,steps=40") == ("BIM", "eps 8/255, 40 steps")
 
 
 def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
@@ -391,7 +398,7 @@ def test_source_hash_is_that_of_a_copy_and_changes_with_every_byte_and_name(tmp_
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "x.py").write_text("x")
     assert provenance.source_hash(tmp_path) == expected
-    for name in ("components/dct.py", "pipeline/reporting/report.html.j2", "tune_spaces/ablation.py"):
+    for name in ("components/dct.py", "pipeline/reporting/html/run.html.j2", "tune_spaces/ablation.py"):
         file = tmp_path / name
         source = file.read_bytes()
         file.write_bytes(source + b"\n")

@@ -66,11 +66,9 @@ def whole(record: dict[str, Any], root: Storage) -> dict[str, str]:
     read = records.read_run(at)
     out = io.StringIO()
     terminal.print_table(at, console=Console(file=out, width=140))
-    html = report.page(read, report.table_data(read, root), [], sentences.missing(read, {"clean": 0}, {}, []))
+    html = report.page(read, report.table_data(read, root), {}, sentences.missing(read, {"clean": 0}, {}, []), at)
     return {
-        "html": " ".join(
-            re.sub(r"<[^>]+>", " ", html.partition("<main>")[2].partition("<h2>Resolved config")[0]).split()
-        ),
+        "html": " ".join(re.sub(r"<[^>]+>", " ", html.partition("<main>")[2].partition("<pre>")[0]).split()),
         "markdown": markdown.markdown(read),
         "terminal": " ".join(out.getvalue().split()),
     }
@@ -265,9 +263,11 @@ def test_a_sweep_counts_the_images_that_were_attacked() -> None:
     }
     record |= {"choice": {"trial": 1, "parameters": {"lam": 0.1}, "clean": 0.9, "robust": 0.5, "rule": "the best"}}
     record |= {"evaluation": None, "experiment": {"seeds": 1}}
-    said = summary.paragraphs(record)[0]
-    assert "pgd:eps=0.3 on 83 of them" in said
+    said = summary.overview(record)
+    assert "pgd:eps=0.3 on 83." in said
     assert "200" not in said
+    record["data"] = {"rows": {"train": 900, "validation": 83}}
+    assert "pgd:eps=0.3 on 83 of 83." in summary.overview(record)
 
 
 def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_path: Path) -> None:

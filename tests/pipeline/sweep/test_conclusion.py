@@ -109,8 +109,8 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
         "references": {"control": {"clean": 0.95, "robust": 0.05}, "no_defense": {"state": "failed", "reason": "x"}},
     }
     names = build(record, Storage(str(tmp_path)))
-    assert names == ["pareto.png", "parallel.png", "heat-map.png", "trials.csv", "table.md", "report.html"]
-    assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".png"))
+    assert names == ["pareto.svg", "parallel.svg", "heat-map.svg", "trials.csv", "table.md", "report.html"]
+    assert all((tmp_path / "report" / n).stat().st_size > 1000 for n in names if n.endswith(".svg"))
     html = (tmp_path / "report/report.html").read_text()
     for part in (
         "trial 4",
@@ -143,8 +143,8 @@ def test_plots_of_one_parameter(tmp_path: Path, domain: Any) -> None:
     record = opened(tmp_path, space, [entry(i + 1, p, "finished", 0.2) for i, p in enumerate(space.points(0))]).record
     record |= {"front": [1], "choice": {"trial": 1, "parameters": {}, "clean": 0.9, "robust": 0.2, "rule": ""}}
     assert build(record, Storage(str(tmp_path))) == [
-        "pareto.png",
-        "parallel.png",
+        "pareto.svg",
+        "parallel.svg",
         "trials.csv",
         "table.md",
         "report.html",
