@@ -127,7 +127,7 @@ def _expect_parent(client: MlflowClient, parent: Run, record: dict[str, Any]) ->
     assert all(json.loads(data.source)["uri"].startswith("/") for data in inputs.values())
     evaluated = [model.model_id for model in parent.inputs.model_inputs]
     assert len(evaluated) == len(fake_run.MODELS), evaluated
-    assert {"run.json", "report/report.html", "report/table.json", "report/plots/losses.png"} <= artifacts_of(
+    assert {"run.json", "report/report.html", "report/table.json", "report/plots/losses.svg"} <= artifacts_of(
         client, parent.info.run_id
     )
 
