@@ -224,7 +224,10 @@ def _transfer(comparisons: Sequence[Row], model: str, control: str) -> list[str]
     start = f"On examples transferred from {rows[0]['source']}, {model} is right"
     significant = f"as often as {control} (no significant difference)" if not differing else "significantly"
     parts = [f"{side} often than {control} under {_joined(list(titles))}" for side, titles in names.items() if titles]
-    return [f"{start} {significant} {', and '.join(parts)}".rstrip() + f" ({len(rows)} attacks compared)."]
+    return [
+        f"{start} {significant} {', and '.join(parts)}".rstrip()
+        + f" ({len(rows)} attack{'s' if len(rows) > 1 else ''} compared)."
+    ]
 
 
 def _guessing(record: RunRecord) -> list[str]:

@@ -53,7 +53,7 @@ def worst_case(rows: Mapping[str, tuple[Bar, Bar | None]], styles: Styles) -> Fi
     axis.tick_params(axis="y", length=0)
     # The text beside the bars belongs to the axes, so that the layout leaves room for it.
     handles = [
-        Patch(color=FAINT, label="worst case, 95 % interval"),
+        Patch(color=FAINT, label="under attack, 95 % interval"),
         Line2D([], [], marker="D", fillstyle="none", linestyle="none", color=FAINT, label="clean"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5)
