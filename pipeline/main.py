@@ -32,6 +32,7 @@ Trains Defend++ and the models that it is compared with, attacks all of them, an
   python pipeline/main.py report --republish DIR [DIR ...]     publish finished records in MLflow anew; --help
   python pipeline/main.py sweep RECIPE --space FILE [--FIELD VALUE ...]
                                                                search settings, test the choice; --help
+  python pipeline/main.py export MODEL_DIR --out FILE          a trained classifier for other programs; --help
   python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
   python pipeline/main.py recipes                              the recipes and what they cost
   python pipeline/main.py --version                            the version of this project
@@ -82,8 +83,12 @@ def _run_command(command: str, arguments: list[str]) -> int:
     for argument in (command, *arguments):
         if not is_unicode(argument):
             raise ConfigError(f"{argument!r} is not UTF-8: rename the file or directory, or correct the argument")
+    if command == "export":
+        from pipeline.cli import export
+
+        return export.execute(arguments)
     if command not in (*COMMANDS, "recipes"):
-        raise ConfigError.unknown("command", command, (*COMMANDS, "recipes"))
+        raise ConfigError.unknown("command", command, (*COMMANDS, "export", "recipes"))
     if command == "sweep":
         return _run_sweep(arguments)
     if command == "report" and has_option(arguments, "--republish"):

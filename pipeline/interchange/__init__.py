@@ -1,0 +1,1 @@
+"""Results in the formats of other programs: files of classifiers and RobustBench's records."""
