@@ -45,8 +45,11 @@ def conclude(sweep: Sweep) -> None:
 
 
 def write_report(sweep: Sweep) -> None:
-    """Write the report of a sweep that has a choice, and publish the record."""
+    """Write report and study of a sweep that has a choice, and publish the record."""
     html.build(sweep.record, sweep.storage)
+    from pipeline.sweep.search import study  # Importing Optuna takes a second.
+
+    sweep.storage.write_bytes(study.FILE, study.study_file(sweep.record))
     sweep.publish()
 
 

@@ -5,24 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from components.search_space import DRAWS_PER_TRIAL, Choice, IntRange, LogUniform, Point, Space
-
-
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Return Optuna's distribution of each parameter."""
-    result: dict[str, BaseDistribution] = {}
-    for name, domain in space.parameters.items():
-        if isinstance(domain, Choice):
-            result[name] = CategoricalDistribution(tuple(domain.values))
-        elif isinstance(domain, IntRange):
-            result[name] = IntDistribution(domain.low, domain.high)
-        else:
-            result[name] = FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
-    return result
+from components.search_space import DRAWS_PER_TRIAL, Point, Space
+from pipeline.sweep.search.study import distributions
 
 
 class UnrepeatedSearch(OptunaSearch):
@@ -36,7 +23,7 @@ class UnrepeatedSearch(OptunaSearch):
     """
 
     def __init__(self, space: Space, proposed: Iterable[Point], **more: Any) -> None:
-        super().__init__(distributions(space), **more)
+        super().__init__(distributions(space.to_dict()["parameters"]), **more)
         self._points = space
         self._proposed = {_key(point) for point in proposed}
 

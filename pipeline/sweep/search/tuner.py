@@ -136,12 +136,13 @@ def search_algorithm(sweep: Sweep, pending: Sequence[TrialEntry]) -> tuple[dict[
         return {"listed": tune.grid_search(points)}, None
     import optuna
 
-    from pipeline.sweep.search.optuna_search import UnrepeatedSearch, distributions
+    from pipeline.sweep.search.optuna_search import UnrepeatedSearch
+    from pipeline.sweep.search.study import DIRECTIONS, distributions
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.InMemoryStorage()
-    space = distributions(sweep.space)
-    study = optuna.create_study(storage=storage, study_name="sweep", directions=["maximize", "maximize"])
+    space = distributions(sweep.space.to_dict()["parameters"])
+    study = optuna.create_study(storage=storage, study_name="sweep", directions=list(DIRECTIONS))
     for trial in sweep.trials:
         if trial.is_settled:
             # The search avoids a point that diverged.
