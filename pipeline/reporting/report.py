@@ -13,8 +13,9 @@ from typing import Any
 
 from components.fields import to_dict
 from pipeline.evaluation import figure_data
+from pipeline.interchange import model_info
 from pipeline.records import RunRecord
-from pipeline.reporting import headline, labels, markdown, records, results, sentences, verdicts
+from pipeline.reporting import headline, history, labels, markdown, records, results, sentences, verdicts
 from pipeline.reporting.html import pivots
 from pipeline.reporting.html.page import links, render
 from pipeline.reporting.plots import panels
@@ -24,13 +25,14 @@ from pipeline.runtime.storage import Storage, read_arrays
 
 
 def build(run: Storage, root: Storage) -> dict[str, str]:
-    """Write ``report/`` of a run: report.html, table.json, table.csv, table.md and plots/*.svg.
+    """Write ``report/`` of a run: report.html, its tables and plots, and files for other programs.
 
     A partial run gives a partial report.
 
     Returns:
         Name -> path below the run directory of every file: "html", "table_json", "table_csv",
-        "table_md", and "plot_..." for each plot that the run has data for.
+        "table_md", "history_csv", "plot_..." for each plot that the run has data for, and
+        "model_info_..." for each model that RobustBench's leaderboard could list.
 
     Raises:
         DataError: a record is missing or corrupt; the message names it.
@@ -52,6 +54,7 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
         "table_json": "report/table.json",
         "table_csv": "report/table.csv",
         "table_md": "report/table.md",
+        "history_csv": history.FILE,
     }
     for name, plot in plots.items():
         paths[f"plot_{name}"] = f"report/plots/{name}.svg"
@@ -61,6 +64,10 @@ def build(run: Storage, root: Storage) -> dict[str, str]:
     run.write_json(paths["table_json"], data)
     run.write_bytes(paths["table_csv"], markdown.to_csv(record).encode())
     run.write_bytes(paths["table_md"], f"# {record.name}\n\n{markdown.markdown(record)}\n".encode())
+    run.write_bytes(paths["history_csv"], history.to_csv(histories).encode())
+    for name, info in model_info.model_infos(record).items():
+        paths[f"model_info_{name}"] = f"report/model_info/{name}"
+        run.write_json(paths[f"model_info_{name}"], info)
     html = page(record, data, plots, sentences.missing(record, gallery, histories, plots), run)
     # Write the page last: it marks a complete report.
     run.write_bytes(paths["html"], html.encode())
