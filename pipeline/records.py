@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, cast
 
 from components.config import Experiment, roles
 from components.errors import DataError
-from components.fields import from_dict, to_dict
+from components.fields import content_hash, from_dict, to_dict
 
 SCHEMA = 1
 """Schema of ``run.json``, ``sweep.json``, ``best.json`` and ``table.json``."""
@@ -243,6 +243,20 @@ class RunRecord(Record):
         """Return the complete training config of a model, also before the model is trained."""
         trained = self.models[name].train if name in self.models else {}
         return trained or to_dict(self.experiment.model_configs()[name].canonical())
+
+
+def run_address(experiment: Experiment) -> str:
+    """Return ``runs/<recipe>-<hash>``, hashed over the settings that change the run's results."""
+    config = to_dict(experiment)
+    for name in ("storage", "tracking_uri", "experiment_name", "register", "description"):
+        del config[name]
+    # These settings came later. At their defaults, the addresses of earlier runs stay.
+    for name in ("test_split", "image_column", "label_column"):
+        if not config["data"][name]:
+            del config["data"][name]
+    # Of the scaling settings only the number of workers changes a result.
+    config["scaling"] = {"workers": config["scaling"]["workers"]}
+    return f"runs/{experiment.name}-{content_hash(config)}"
 
 
 def drop_unreadable(record: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pipeline.reporting import terminal
 from pipeline.reporting.tracked import links, mlflow_run
 from pipeline.run_directory import Run, open_run
 from pipeline.runtime.console import say
+from pipeline.runtime.storage import Storage
 from pipeline.runtime.stored_record import now
 from pipeline.tracking.system_metrics import SystemMetrics
 
@@ -29,8 +30,12 @@ def finish(run: Run) -> None:
         say(line)
 
 
-def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> None:
-    """Run one stage (``command`` is pyramids, train, attack or report), or all of them (run)."""
+def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True) -> Storage:
+    """Run one stage (``command`` is pyramids, train, attack or report), or all of them (run).
+
+    Returns:
+        The directory of the run.
+    """
     needs: dict[str, Literal["shards", "models"]] = {"train": "shards", "attack": "models"}
     run = open_run(
         experiment,
@@ -47,25 +52,26 @@ def execute(command: str, experiment: Experiment, *, needs_tracking: bool = True
             stages.make_report(run)
             complete = True
             finish(run)
-            return
+            return run.storage
         usage.start()
         if command in ("run", "pyramids"):
             sets = stages.make_pyramids(experiment, run.stored, run.root)
             if command == "pyramids":
                 stages.finish_stage(run)
-                return
+                return run.storage
         else:
             sets = stages.existing_pyramids(run.record["data"], run.root)
         models = stages.train_models(run, sets) if command in ("run", "train") else stages.trained_models(run)
         if command == "train":
             stages.finish_stage(run)
-            return
+            return run.storage
         stages.attack_models(run, models, sets.test)
         run.record["finished"] = now()
         run.stored.save()
         stages.make_report(run)
         complete = True
         finish(run)
+        return run.storage
     except BaseException as e:
         # The results are complete even if the report cannot be written.
         complete = complete or (isinstance(e, Exception) and bool(run.record["finished"]))

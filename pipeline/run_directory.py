@@ -9,12 +9,12 @@ from components.config import Experiment, level_sizes
 from components.config.data import Shapes
 from components.config.train import stored_levels
 from components.errors import ConfigError, UserError
-from components.fields import content_hash, from_dict, to_dict
+from components.fields import from_dict, to_dict
 from pipeline.data import pyramids
 from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base
-from pipeline.data.sources.open import check_source
-from pipeline.records import SCHEMA, drop_unreadable
+from pipeline.data.sources.open import check_source, refuse_memory
+from pipeline.records import SCHEMA, drop_unreadable, run_address
 from pipeline.reporting import records
 from pipeline.reporting.tracked import mlflow_run
 from pipeline.runtime import cluster, provenance
@@ -74,20 +74,6 @@ def splits_of(experiment: Experiment) -> tuple[base.Split, ...]:
         return ("test",)
     held_out: tuple[base.Split, ...] = ("validation",) if experiment.data.validation_fraction else ()
     return ("train", *held_out, "test")
-
-
-def run_address(experiment: Experiment) -> str:
-    """Return ``runs/<recipe>-<hash>``, hashed over the settings that change the run's results."""
-    config = to_dict(experiment)
-    for name in ("storage", "tracking_uri", "experiment_name", "register", "description"):
-        del config[name]
-    # These settings came later. At their defaults, the addresses of earlier runs stay.
-    for name in ("test_split", "image_column", "label_column"):
-        if not config["data"][name]:
-            del config["data"][name]
-    # Of the scaling settings only the number of workers changes a result.
-    config["scaling"] = {"workers": config["scaling"]["workers"]}
-    return f"runs/{experiment.name}-{content_hash(config)}"
 
 
 def open_run(
@@ -160,6 +146,7 @@ def check_and_join(
     Raises:
         UserError: of the kind that fits; the message names what, where and what to do.
     """
+    refuse_memory(experiment.data)  # Its networks were in memory, too.
     for line in train.check_models(networks, shapes, tracking_uri):
         say(line)
     scaling, attacked = experiment.scaling, experiment.evaluation.test_images

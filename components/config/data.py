@@ -44,7 +44,8 @@ def level_sizes(image_size: int, levels: int = 0) -> tuple[int, ...]:
     return tuple(sizes[:levels])
 
 
-_SOURCES = ("sample", "parquet", "folder", "hf", "torchvision")
+_SOURCES = ("sample", "parquet", "folder", "hf", "torchvision", "memory")
+"""Kinds of sources. memory:HASH stands for the images of ``defendpp.evaluate``, in its record only."""
 _DATA_RULES: dict[str, Rule] = {
     "source": (
         lambda v: v.partition(":")[0] in _SOURCES and v.partition(":")[2] != "",

@@ -107,7 +107,7 @@ def probe(
         "clean_correct": int(right.sum()),
         "norm": norm,
         "eps": float(eps),
-        "output": _kind_of_output(first),
+        "output": kind_of_output(first),
         "random_output": randomness,
         "batch_dependence": batch_dependence(model, inputs, first, randomness["largest_difference"], at_once),
         "zero_gradients": {
@@ -195,7 +195,8 @@ def checked_outputs(model: nn.Module, images: Tensor, batch: int = POINTS_AT_ONC
     return out.float()
 
 
-def _kind_of_output(out: Tensor) -> str:
+def kind_of_output(out: Tensor) -> str:
+    """Return "logits", "probabilities" or "log_probabilities" for outputs [N,K]."""
     out = out.double()
     if bool((out >= 0).all()) and bool(((out.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE).all()):
         return "probabilities"

@@ -13,21 +13,28 @@ from typing import Any
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment
 from components.evaluation.metrics import standard_budgets, summarize
-from pipeline.data import shards
 from pipeline.evaluation.addresses import ExampleSet, example_sets, searches_in_bfloat16
 from pipeline.evaluation.attack_progress import AttackProgress, Chunk, ChunkBatch, Progress
-from pipeline.evaluation.attack_tasks import attack_chunks, job_basis
+from pipeline.evaluation.attack_tasks import TestSet, attack_chunks, job_basis
 from pipeline.evaluation.chunks import chunk_name, read_chunks, read_metadata, write_json_once
 from pipeline.evaluation.plan import Evaluation, Model, plan_evaluations
 from pipeline.runtime.cluster import attack_bundle
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage
-from pipeline.runtime.tasks import run_tasks
+from pipeline.runtime.tasks import RunTasks, run_tasks
 
 
 def attack(
-    models: Sequence[Model], test: shards.ShardSet, experiment: Experiment, root: Storage, progress: Progress
+    models: Sequence[Model],
+    test: TestSet,
+    experiment: Experiment,
+    root: Storage,
+    progress: Progress,
+    run: RunTasks = run_tasks,
 ) -> list[dict[str, Any]]:
     """Attack every model under every threat model, and return the ``evaluations`` of run.json.
+
+    Args:
+        run: runs the tasks, by default with Ray.
 
     Raises:
         AttackViolation: an attack returned an example outside its rules.
@@ -54,7 +61,7 @@ def attack(
     basis = job_basis(experiment, root, test)
     jobs = ((_task_job(batch, basis), batch) for batch in pending)
     bundle = attack_bundle(experiment.scaling)
-    for batch in run_tasks(attack_chunks, jobs, bundle, name="attack", on_straggler=tracker.note_straggler):
+    for batch in run(attack_chunks, jobs, bundle, name="attack", on_straggler=tracker.note_straggler):
         tracker.finish(batch)
         if tracker.is_complete(batch.examples.address):
             add_entries()  # Each read from storage overlaps with the tasks that still run.
@@ -62,7 +69,7 @@ def attack(
 
 
 def _write_specs(
-    sets: Sequence[ExampleSet], test: shards.ShardSet, ends_within_a_chunk: int, config: EvaluationConfig, root: Storage
+    sets: Sequence[ExampleSet], test: TestSet, ends_within_a_chunk: int, config: EvaluationConfig, root: Storage
 ) -> None:
     """Write the settings behind each address beside its chunks, for people who look there."""
     for examples in sets:

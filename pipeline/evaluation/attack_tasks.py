@@ -21,34 +21,52 @@ from components.models.defend import adaptive_objective
 from components.random_streams import stream_seed
 from pipeline.data import shards
 from pipeline.evaluation.chunks import chunk_name, read_examples, write_table
+from pipeline.evaluation.in_memory import InMemory, as_images, in_memory_of
 from pipeline.runtime.cluster import ResourceError
 from pipeline.runtime.storage import Storage, join_uri
 from pipeline.runtime.tasks import T
 from pipeline.training import exports
 
+TestSet = shards.ShardSet | InMemory
+"""The test images: shards on the storage, or images and networks in memory."""
 
-def job_basis(experiment: Experiment, root: Storage, test: shards.ShardSet) -> dict[str, Any]:
+
+def job_basis(experiment: Experiment, root: Storage, test: TestSet) -> dict[str, Any]:
     """Return the part of a job that all tasks share: data and setup of the process."""
+    in_memory = test if isinstance(test, InMemory) else None
+    device = "cuda" if experiment.scaling.gpus_per_attack else "cpu"
     return {
         "root": root.full_uri,
         "test": test.address,
+        "in_memory": in_memory,
         "seed": experiment.evaluation.seed,
-        "device": "cuda" if experiment.scaling.gpus_per_attack else "cpu",
+        "device": in_memory.device if in_memory else device,
         "threads": experiment.scaling.threads_per_worker,
         "trusted": sorted({config.arch for config in experiment.model_configs().values()}),
     }
+
+
+def forget_networks() -> None:
+    """Drop the networks that this process holds for further tasks."""
+    for cached in (load_model, load_fast_copy, _autoencoder):
+        cached.cache_clear()
 
 
 # The functions below run in the tasks.
 
 
 @functools.lru_cache(maxsize=8)
-def load_model(root: str, weights: str, device: str) -> nn.Module:
+def load_model(root: str | InMemory, weights: str, device: str) -> nn.Module:
     """Load the model of :attr:`Model.weights` in eval mode.
+
+    Args:
+        root: URI of the storage, or what holds the model in memory.
 
     Raises:
         DataError: a file no longer holds the weights that the records name.
     """
+    if isinstance(root, InMemory):
+        return root.networks[weights].to(device)
     parts = [part.partition("#") for part in weights.split("+")]
     (path, _, sha256), *behind = ((join_uri(root, path), mark, sha256) for path, mark, sha256 in parts)
     if not behind:
@@ -65,8 +83,9 @@ def load_test_set(root: str, address: str) -> shards.ShardSet:
 
 def load_images(job: dict[str, Any], start: int, stop: int) -> tuple[dict[str, np.ndarray], Tensor, Tensor]:
     """Return rows of a job's test set, and their images in [0,1] and labels on the job's device."""
-    rows = load_test_set(job["root"], job["test"]).read_rows(start, stop)
-    images = torch.from_numpy(rows["image"]).to(job["device"]).float().div_(255)
+    test = in_memory_of(job) or load_test_set(job["root"], job["test"])
+    rows = test.read_rows(start, stop)
+    images = as_images(rows["image"], job["device"])
     return rows, images, torch.from_numpy(rows["label"]).to(job["device"]).long()
 
 
@@ -79,6 +98,12 @@ def named_seed(seed: int, chunk: int, name: str) -> int:
             randomised network draws.
     """
     return stream_seed(seed, chunk, int(content_hash(name)[:15], 16))
+
+
+def networks_of(job: dict[str, Any]) -> str | InMemory:
+    """Return where a job's networks are: the URI of the storage, or memory."""
+    root: str = job["root"]
+    return in_memory_of(job) or root
 
 
 def prepare_task(job: dict[str, Any]) -> None:
@@ -111,7 +136,7 @@ def attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
         directory = root / judged
         if directory.exists(chunk_name(i)):
             continue
-        model = load_model(job["root"], weights, device)
+        model = load_model(networks_of(job), weights, device)
         torch.manual_seed(named_seed(job["seed"], i, judged))
         columns, micro_batch = judge_in_batches(model, clean, adversarial, labels)
         records = {"index": pa.array(rows["index"]), **{k: pa.array(v) for k, v in columns.items()}}
@@ -119,7 +144,9 @@ def attack_chunk(job: dict[str, Any], i: int, start: int, stop: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool) -> nn.Module | None:
+def load_fast_copy(
+    root: str | InMemory, weights: str, device: str, shape: tuple[int, ...], bfloat16: bool
+) -> nn.Module | None:
     """Return the fast copy of the model of ``weights``, on which attacks search, or None.
 
     The model and its copy must agree on eight random images.
@@ -128,12 +155,14 @@ def load_fast_copy(root: str, weights: str, device: str, shape: tuple[int, ...],
     model = load_model(root, weights, device)
     # The copy is made while the task's first chunk is attacked. The network may draw random numbers
     # meanwhile, which must not change that chunk's stream.
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if device == "cuda" else ()):
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.startswith("cuda") else ()):
         return make_fast_copy(model, images, bfloat16=bfloat16)
 
 
 @functools.lru_cache(maxsize=2)
-def _autoencoder(root: str, weights: str, device: str) -> nn.Module:
+def _autoencoder(root: str | InMemory, weights: str, device: str) -> nn.Module:
+    if isinstance(root, InMemory):
+        return root.networks[weights].to(device)
     path, _, sha256 = weights.partition("#")
     return exports.load_autoencoder(join_uri(root, path), device, sha256=sha256)
 
@@ -142,14 +171,15 @@ def _make_examples(
     job: dict[str, Any], i: int, directory: Storage, clean: Tensor, labels: Tensor, rows: dict[str, np.ndarray]
 ) -> None:
     spec = AttackSpec.parse(job["attack"])
-    model = load_model(job["root"], job["source"], job["device"]) if job["source"] else nn.Identity()
+    networks, device = networks_of(job), job["device"]
+    model = load_model(networks, job["source"], device) if job["source"] else nn.Identity()
     begin = time.perf_counter()
-    autoencoder = _autoencoder(job["root"], job["autoencoder"], job["device"]) if spec.name == "adaptive" else None
+    autoencoder = _autoencoder(networks, job["autoencoder"], device) if spec.name == "adaptive" else None
 
     def fast_copy() -> nn.Module | None:
         if not job["source"]:
             return None
-        return load_fast_copy(job["root"], job["source"], job["device"], clean.shape[1:], job["bfloat16"])
+        return load_fast_copy(networks, job["source"], device, clean.shape[1:], job["bfloat16"])
 
     torch.manual_seed(named_seed(job["seed"], i, job["examples"]))
     seed = named_seed(job["seed"], i, str(spec))

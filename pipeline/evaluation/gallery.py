@@ -20,8 +20,10 @@ from components.threat_models import WHITE_BOX
 from pipeline.data.shards import ShardSet
 from pipeline.evaluation import figure_data
 from pipeline.evaluation.attack_progress import Progress
+from pipeline.evaluation.attack_tasks import TestSet
 from pipeline.evaluation.chunks import read_chunks, read_examples
 from pipeline.evaluation.figure_data import Arrays
+from pipeline.evaluation.in_memory import as_images
 from pipeline.evaluation.plan import Model
 from pipeline.runtime.storage import Storage
 from pipeline.training import exports
@@ -30,7 +32,7 @@ IMAGES = 8
 
 
 def make(
-    test: ShardSet,
+    test: TestSet,
     models: Sequence[Model],
     evaluations: Sequence[dict[str, Any]],
     experiment: Experiment,
@@ -46,7 +48,7 @@ def make(
     """
     n = min(IMAGES, test.num_rows, experiment.evaluation.chunk_size, experiment.evaluation.test_images or IMAGES)
     rows = test.read_rows(0, n, ["image", "label"])
-    clean = torch.from_numpy(rows["image"]).float() / 255
+    clean = as_images(rows["image"])
     first = set(first_replicates([m.name for m in models], experiment.base_names()))
     shown = [m for m in models if m.name in first]
     with_autoencoder = [m for m in models if (root / m.path).exists("autoencoder.safetensors")]
@@ -61,7 +63,7 @@ def make(
     if "fig6" in experiment.figures and fgsm:
         subjects = [m for m in shown if m in with_autoencoder and m.name in fgsm]
         figures |= figure_data.fig6_arrays(clean, rows["label"], subjects, fgsm, root)
-    if "fig8" in experiment.figures and fgsm:
+    if "fig8" in experiment.figures and fgsm and isinstance(test, ShardSet):
         subjects = [m for m in with_autoencoder if m.name in fgsm]
         earlier = figure_data.read_earlier_figures(run)
         figures |= figure_data.fig8_arrays(test, subjects, fgsm, experiment, root, earlier, progress)

@@ -19,7 +19,6 @@ from components.evaluation.probe import POINTS_AT_ONCE, probe
 from components.fields import content_hash
 from components.random_streams import stream_seed
 from components.threat_models import DIRECT
-from pipeline.data import shards
 from pipeline.evaluation import addresses, attack_tasks
 from pipeline.evaluation.attack_progress import Progress
 from pipeline.evaluation.plan import Model
@@ -39,13 +38,17 @@ own term knows nothing of the planted point; apart from that term it is PGD, whi
 
 def reliability(
     models: Sequence[Model],
-    test: shards.ShardSet,
+    test: attack_tasks.TestSet,
     experiment: Experiment,
     root: Storage,
     judgements: EvaluationRecords,
     progress: Progress,
+    run: tasks.RunTasks = tasks.run_tasks,
 ) -> dict[str, dict[str, Any]]:
     """Probe every model, run the active test of every attack on it, and raise the flags.
+
+    Args:
+        run: runs the tests, by default as Ray tasks.
 
     Returns:
         model -> {probe, active: {attack: ...}, flags: [...]} (docs/records.md); empty with
@@ -65,7 +68,7 @@ def reliability(
     report()
     tagged_jobs = ((job, f", {job['attack'] or 'probe'} on {job['name']}") for job in pending.values())
     bundle = attack_bundle(experiment.scaling)
-    for note in tasks.run_tasks(measure, tagged_jobs, bundle, name="reliability", on_straggler=report):
+    for note in run(measure, tagged_jobs, bundle, name="reliability", on_straggler=report):
         done += 1
         report(note)
     return {model.name: _entry(jobs[model.name], judgements.of(model.name), root) for model in models}
@@ -86,7 +89,7 @@ def _entry(
 
 def reliability_jobs(
     model: Model,
-    test: shards.ShardSet,
+    test: attack_tasks.TestSet,
     experiment: Experiment,
     root: Storage,
     judged: Sequence[tuple[dict[str, Any], Columns]],
@@ -165,10 +168,11 @@ def measure(job: dict[str, Any]) -> None:
     """Run one test in a Ray task and write its result."""
     attack_tasks.prepare_task(job)
     _, images, labels = attack_tasks.load_images(job, 0, job["images"])
-    model = attack_tasks.load_model(job["root"], job["model"], job["device"])
+    networks, device = attack_tasks.networks_of(job), job["device"]
+    model = attack_tasks.load_model(networks, job["model"], device)
     fast = None
     if job["attack"]:
-        fast = attack_tasks.load_fast_copy(job["root"], job["model"], job["device"], images.shape[1:], job["bfloat16"])
+        fast = attack_tasks.load_fast_copy(networks, job["model"], device, images.shape[1:], job["bfloat16"])
 
     def attempt(micro_batches: list[slice]) -> dict[str, Any]:
         batch = micro_batches[0].stop

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from pipeline.runtime import interrupts
 
-console = Console(highlight=False, soft_wrap=True)
+# In a notebook, rich would show each line as a block of HTML, and no bar without ipywidgets.
+console = Console(highlight=False, soft_wrap=True, force_jupyter=False)
 PLAIN_INTERVAL_S = 10.0
 """Shortest time between two plain lines of a stage."""
 

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import ray
 
@@ -71,13 +71,47 @@ def run_tasks(
                 watch.ended(ref)
                 yield tag
             watch.look()
-    except Exception as e:
+    except (Exception, KeyboardInterrupt) as e:
+        # After Ctrl-C a notebook goes on, and so would the tasks.
         for ref in waiting:
             ray.cancel(ref)
+        if isinstance(e, KeyboardInterrupt):
+            raise
         user_error = unwrap(e)
         if user_error is not None and user_error is not e:
             raise user_error from e
         raise
+
+
+class RunTasks(Protocol):
+    """The signature of :func:`run_tasks` and of :func:`run_in_process`."""
+
+    def __call__(
+        self,
+        function: Callable[[dict[str, Any]], Any],
+        jobs: Iterable[tuple[dict[str, Any], T]],
+        bundle: dict[str, float],
+        *,
+        name: str,
+        on_straggler: Callable[[str], None],
+    ) -> Iterator[T]: ...
+
+
+def run_in_process(
+    function: Callable[[dict[str, Any]], Any],
+    jobs: Iterable[tuple[dict[str, Any], T]],
+    bundle: dict[str, float],
+    *,
+    name: str,
+    on_straggler: Callable[[str], None],
+) -> Iterator[T]:
+    """Run the jobs one after the other in this process, without Ray, and yield the tag of each.
+
+    Args: as :func:`run_tasks`. Nothing is reserved, and there are no stragglers.
+    """
+    for job, tag in jobs:
+        function(job)
+        yield tag
 
 
 class StragglerWatch:

@@ -16,6 +16,7 @@ from pipeline.reporting.tracked import links
 from pipeline.run_directory import shapes_of
 from pipeline.runtime import cluster
 from pipeline.runtime.console import say, stage
+from pipeline.runtime.storage import Storage
 from pipeline.runtime.stored_record import now
 from pipeline.sweep.conclusion import conclude, evaluate_choice, write_report
 from pipeline.sweep.options import SweepOptions
@@ -29,8 +30,12 @@ from pipeline.tracking.system_metrics import SystemMetrics
 from pipeline.training import pretrained, train
 
 
-def execute(experiment: Experiment, options: SweepOptions) -> None:
-    """Run a sweep, or what is left of it, from its trials to the evaluation of its choice."""
+def execute(experiment: Experiment, options: SweepOptions) -> Storage:
+    """Run a sweep, or what is left of it, from its trials to the evaluation of its choice.
+
+    Returns:
+        The directory of the sweep.
+    """
     sweep, preflight = open_sweep(experiment, options)
     usage = SystemMetrics(sweep.tracker, sweep.record["created"])
     try:
@@ -62,6 +67,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> None:
         finished = [mlflow_sweep.trial_alias(trial) for trial in sweep.trials if trial.state == FINISHED]
         for line in links.lines(sweep.tracker, "trials", finished):
             say(line)
+        return sweep.storage
     except BaseException as e:
         sweep.tracker.stop_for(e, complete=bool(sweep.record.get("finished")))
         say(f"stopped; all that was computed is kept at {sweep.root.uri}: the same command continues")

@@ -31,6 +31,7 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     """
     kind, _, where = data.source.partition(":")
     source: Source
+    refuse_memory(data)
     if kind == "sample":
         if where not in SAMPLES:
             raise ConfigError.of("data.source", data.source, "sample:" + ", sample:".join(SAMPLES))
@@ -52,6 +53,16 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     if source.num_rows == 0:
         raise DataError(f"{source.place}: the {split} split has no image; give a data.source that has some")
     return source
+
+
+def refuse_memory(data: DataConfig) -> None:
+    """Refuse the source that only the record of ``defendpp.evaluate`` has. Raises ConfigError."""
+    if data.source.startswith("memory:"):
+        raise ConfigError.of(
+            "data.source",
+            data.source,
+            "images on a storage. These were in the memory of a process that called defendpp.evaluate: call it again",
+        )
 
 
 def check_source(data: DataConfig, *, trains: bool = True, attacked: int = 0, workers: int = 1) -> list[str]:

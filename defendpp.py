@@ -1,0 +1,14 @@
+"""The Python API of this project (docs/python.md). Nothing heavy is imported before it is used."""
+
+from typing import Any
+
+from pipeline import api
+from pipeline.api import __all__ as __all__
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

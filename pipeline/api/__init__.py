@@ -1,0 +1,47 @@
+"""The Python API: evaluation of networks in memory, and the stages of a run (docs/python.md)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api.evaluation import evaluate
+    from pipeline.api.result import EvaluationResult, Result
+    from pipeline.api.run_result import RunResult, TrainResult
+    from pipeline.api.runs import load_run, recipes, run, train
+    from pipeline.api.sweeps import SweepResult, load_sweep, sweep
+    from pipeline.training.exports import load_autoencoder, load_classifier
+
+_MODULES = {
+    "evaluate": "pipeline.api.evaluation",
+    **dict.fromkeys(("EvaluationResult", "Result"), "pipeline.api.result"),
+    **dict.fromkeys(("RunResult", "TrainResult"), "pipeline.api.run_result"),
+    **dict.fromkeys(("load_run", "recipes", "run", "train"), "pipeline.api.runs"),
+    **dict.fromkeys(("SweepResult", "load_sweep", "sweep"), "pipeline.api.sweeps"),
+    **dict.fromkeys(("load_autoencoder", "load_classifier"), "pipeline.training.exports"),
+}
+"""Module of each name. Torch, Ray and MLflow take seconds to import, so each is loaded when needed."""
+
+__all__ = [
+    "EvaluationResult",
+    "Result",
+    "RunResult",
+    "SweepResult",
+    "TrainResult",
+    "evaluate",
+    "load_autoencoder",
+    "load_classifier",
+    "load_run",
+    "load_sweep",
+    "recipes",
+    "run",
+    "sweep",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
