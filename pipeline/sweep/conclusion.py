@@ -5,8 +5,8 @@ from __future__ import annotations
 from components.errors import UserError
 from components.search_space import choose, pareto_front
 from pipeline import run
-from pipeline.records import SCHEMA
-from pipeline.run_directory import recorded, run_address
+from pipeline.records import SCHEMA, run_address
+from pipeline.run_directory import recorded
 from pipeline.runtime.console import say
 from pipeline.runtime.stored_record import now
 from pipeline.sweep.report import html, summary

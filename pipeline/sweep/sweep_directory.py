@@ -11,7 +11,7 @@ from components.errors import UserError
 from components.fields import content_hash, to_dict
 from components.search_space import Point, Space
 from pipeline import run_directory
-from pipeline.records import SCHEMA
+from pipeline.records import SCHEMA, run_address
 from pipeline.reporting import records
 from pipeline.runtime import provenance
 from pipeline.runtime.console import say
@@ -92,9 +92,7 @@ def sweep_address(experiment: Experiment, space_name: str, space: Space, seed: i
     The number of trials is not part of it: with more trials the same sweep goes on.
     """
     settings = {k: v for k, v in space.to_dict().items() if k != "trials"}
-    return (
-        f"sweeps/{experiment.name}-{space_name}-{content_hash(run_directory.run_address(experiment), settings, seed)}"
-    )
+    return f"sweeps/{experiment.name}-{space_name}-{content_hash(run_address(experiment), settings, seed)}"
 
 
 def open_sweep(experiment: Experiment, options: SweepOptions) -> tuple[Sweep, Experiment]:

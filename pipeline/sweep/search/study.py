@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -22,7 +22,7 @@ from pipeline.sweep.trials.entry import TrialEntry, trials_of
 from pipeline.sweep.trials.states import DIVERGED, FAILED, FINISHED, PENDING, RUNNING, STOPPED
 
 FILE = "study.log"
-DIRECTIONS = ("maximize", "maximize")
+DIRECTIONS: tuple[Literal["maximize"], Literal["maximize"]] = ("maximize", "maximize")
 METRICS = ("clean", "robust")
 """Names of the values, both of which are accuracies on validation images."""
 _STATES = {
