@@ -196,16 +196,32 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     return [head, "| --- " * len(heads) + "|", *body]
 
 
-def to_csv(record: RunRecord) -> str:
-    """Return one line per evaluation as CSV, with accuracies as fractions."""
+def to_csv(record: RunRecord, *, with_paths: bool = False) -> str:
+    """Return one line per evaluation as CSV, with accuracies as fractions.
+
+    Args:
+        with_paths: add a column with the address of the evaluation's records.
+    """
     names = ["accuracy", "accuracy_low", "accuracy_high", "accuracy_rounded", "clean_accuracy", "success_rate"]
     names += [f"{norm}_{q}" for norm in ("l2", "linf") for q in ("median", "q25", "q75")] + ["seconds", "broken"]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["model", "role", "threat_model", "attack", "source", "n", *names, "untrusted", "records"])
+    writer.writerow(
+        [
+            "model",
+            "role",
+            "threat_model",
+            "attack",
+            "source",
+            "n",
+            *names,
+            "untrusted",
+            *(["records"] if with_paths else []),
+        ]
+    )
     for e in record.evaluations:
         metrics = over_seeds.shown_metrics(e)
         settings = [e.model, record.roles.get(e.model, ""), e.threat_model, e.attack, e.source, e.n]
-        values = [*(metrics.get(name) for name in names), int(labels.is_untrusted(record, e)), e.path]
-        writer.writerow([*settings, *values])
+        values = [*(metrics.get(name) for name in names), int(labels.is_untrusted(record, e))]
+        writer.writerow([*settings, *values, *([e.path] if with_paths else [])])
     return out.getvalue()

@@ -13,6 +13,7 @@ import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,10 +137,7 @@ class Tracker:
         self._require(alias)
         at = self._starts[alias] if time is None else _milliseconds(time)
         metrics = [Metric(k, float(v), at, step) for k, v in values.items() if v is not None]
-        what = f"metrics/{step}/{_digest(sorted(values.items()))}"
-        self.outbox.put(
-            alias, what, lambda client: self._log_metrics(client, alias, metrics), is_remembered=is_remembered
-        )
+        self._put_metrics(alias, f"metrics/{step}/{_digest(sorted(values.items()))}", metrics, is_remembered)
 
     def model_metrics(
         self, alias: str, values: Mapping[str, float | None], *, time: float, data: SplitData | None = None
@@ -244,14 +242,13 @@ class Tracker:
     def log_model(self, alias: str, network: LoggedNetwork) -> None:
         """Publish a network as the logged model of a run."""
         self._require(alias)
-        self.outbox.put(
-            alias, f"logged_model/{network.weights}", lambda client: network.send(client, self.outbox, alias)
-        )
+        send = partial(network.send, outbox=self.outbox, alias=alias)
+        self.outbox.put(alias, f"logged_model/{network.weights}", send)
 
     def register(self, alias: str, registration: Registration) -> None:
         """Publish the logged model of a run as a version of a registered model."""
         self._require(alias)
-        self.outbox.put(alias, registration.key, lambda client: registration.send(client, self.outbox, alias))
+        self.outbox.put(alias, registration.key, partial(registration.send, outbox=self.outbox, alias=alias))
 
     # -- end of runs ------------------------------------------------------------------------------
 
@@ -372,8 +369,9 @@ class Tracker:
     def _put_batch(self, alias: str, what: str, **entries: Any) -> None:
         self.outbox.put(alias, what, lambda client: client.log_batch(self.outbox.run_id(alias), **entries))
 
-    def _put_metrics(self, alias: str, what: str, metrics: list[Metric]) -> None:
-        self.outbox.put(alias, what, lambda client: self._log_metrics(client, alias, metrics))
+    def _put_metrics(self, alias: str, what: str, metrics: list[Metric], is_remembered: bool = True) -> None:
+        send = partial(self._log_metrics, alias=alias, metrics=metrics)
+        self.outbox.put(alias, what, send, is_remembered=is_remembered)
 
     def _log_metrics(self, client: MlflowClient, alias: str, metrics: list[Metric]) -> None:
         # Sending it again changes nothing: MLflow has one row per metric, step and time.

@@ -134,7 +134,8 @@ def _publish_model(tracker: Tracker, root: Storage, record: RunRecord, name: str
         tracker.curve(alias, curve, steps, accuracies)
     own = tuple(e for e in record.evaluations if e.model == name)
     if own:
-        tracker.text(alias, markdown.to_csv(dataclasses.replace(record, evaluations=own)), "evaluations.csv")
+        table = markdown.to_csv(dataclasses.replace(record, evaluations=own), with_paths=True)
+        tracker.text(alias, table, "evaluations.csv")
     log_datasets(tracker, alias, record, root, ("train", "validation", *(("test",) if own else ())))
     for file in ("model.json", *WEIGHTS):
         if root.exists(f"{model.path}/{file}"):
