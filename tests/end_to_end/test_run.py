@@ -62,6 +62,9 @@ def test_a_job_knows_its_revision_though_its_copy_has_no_git(finished: tuple[Pat
     assert record["finished"]
     assert record["source"] == provenance.source_hash(ROOT)
     assert record["git"]["revision"] == provenance.git(ROOT)["revision"]
+    assert record["created"] < record["evaluated"] <= record["finished"]
+    (requirements,) = finished[0].glob("runs/*/requirements.txt")
+    assert f"torch=={record['versions']['torch']}\n" in requirements.read_text()
 
 
 def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[Path, str]) -> None:

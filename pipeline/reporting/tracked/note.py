@@ -45,7 +45,7 @@ def _sentence(record: RunRecord, row: Row) -> str:
     in_worst_case = ", ".join(f"{worst_value(w)[0]} % at {w['budget']}" for w in worst)
     values = [f"{labels.percent(clean['accuracy'])} % clean"] if clean else []
     values += [f"worst case {in_worst_case}"] if worst else []
-    return f"{_name(record, row)} ({row_head(row)[1]}): {'; '.join(values)}."
+    return f"{_title(record, row)}: {'; '.join(values)}."
 
 
 def _worst_cases(record: RunRecord) -> list[Row]:
@@ -60,6 +60,12 @@ def _name(record: RunRecord, row: Row) -> str:
     return record.bases[name] if record.experiment.seeds > 1 else name
 
 
+def _title(record: RunRecord, row: Row) -> str:
+    """Return the model of a row with its role, unless that is its name."""
+    name, role = _name(record, row), row_head(row)[1]
+    return name if name == role else f"{name} ({role})"
+
+
 def _table(record: RunRecord, models: list[Row]) -> list[str]:
     """Return clean and worst-case accuracy of the models. Clean is that of the first seed."""
     worst = _worst_cases(record)
@@ -69,7 +75,7 @@ def _table(record: RunRecord, models: list[Row]) -> list[str]:
     rows = []
     for row in first:
         clean = row["cells"].get("clean")
-        cells = [f"{_name(record, row)} ({row_head(row)[1]})"]
+        cells = [_title(record, row)]
         if clean:
             interval = interval_text(clean["accuracy_low"], clean["accuracy_high"])
             cells.append(f"{labels.percent(clean['accuracy'])} ({interval})")

@@ -228,7 +228,8 @@ def _read_mean(root: Storage, files: Sequence[str], robust: float | None) -> dic
         {**_means(replicates), "step": replicates[0]["step"], "time": max(s["time"] for s in replicates)}
         for replicates in zip(*(epoch["steps"] for epoch in epochs), strict=False)
     ]
-    validation = {**_means([epoch.get("validation") or {} for epoch in epochs]), "robust": robust}
+    # MLflow's comparison of trials opens with the metric that was logged first.
+    validation = {"robust": robust, **_means([epoch.get("validation") or {} for epoch in epochs])}
     return {**epochs[0], "steps": steps, "validation": validation}
 
 

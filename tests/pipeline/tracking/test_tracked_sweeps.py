@@ -59,7 +59,7 @@ def test_a_trial_has_the_metrics_of_a_models_run_by_the_same_names(
         (e * fake_run.STEPS_PER_EPOCH + last, pytest.approx(0.1 * (e + 1))) for e in range(fake_run.EPOCHS)
     ]
 
-    assert next(iter(one.data.metrics)) == "validation/accuracy", "the comparison of trials opens with a result"
+    assert next(iter(one.data.metrics)) == "validation/robust", "the comparison of trials opens with a result"
     sweep_run = runs[parent]
     headline = {k: v for k, v in sweep_run.data.metrics.items() if k.startswith("accuracy/")}
     assert headline == {"accuracy/clean_validation": 0.9, "accuracy/robust_validation": 0.4}

@@ -64,6 +64,7 @@ def test_ui_command_names_the_run() -> None:
     assert "'sqlite:////data/my runs/mlflow.db'" in command
     assert "#/experiments/7/runs/abc" in command
     assert uri.ui_command("http://host:5000/", "7", "abc").startswith("open 'http://host:5000/#/experiments/7/runs/abc")
+    assert uri.comparison_page("7", ["a", "b"]) == "#/compare-runs?runs=[%22a%22,%22b%22]&experiments=[%227%22]"
     assert shutil.which(command.split()[1]) or Path(command.split()[1]).exists()
 
 
