@@ -40,8 +40,6 @@ def made_with_tags(tracker: Tracker, record: Record, kind: str) -> dict[str, Any
         "records": tracker.storage.uri,
         "command": record.command or None,
         "hardware": record.hardware,
-        "versions": record.versions or None,
-        "stage_seconds": {stage: round(seconds, 1) for stage, seconds in record.stages.items()} or None,
     }
 
 
