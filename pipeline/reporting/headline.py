@@ -293,6 +293,8 @@ def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
     at = f" at {budget_text(*budget)}" if isinstance(case, WorstCase) and budget else ""
     doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
     headline = f"{model} withstands the attacks on {_count(case)} images{at}{doubt}"
+    if case.accuracy == 0:
+        headline = f"{model} is broken on all {case.n:,} images{at}"
     clean = next((e for e in record.evaluations if (e.model, e.threat_model) == (name, CLEAN)), None)
     without = f" Without an attack, {_count(clean)} are right." if clean else ""
     bounds = "{} % ({}–{}) at {}"

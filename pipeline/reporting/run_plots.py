@@ -111,7 +111,7 @@ class RunPlots:
             gaps = " A missing bar is 0 % if it has a whisker or a 0; else it was not measured."
             if len(role) > style.MANY_BARS:
                 gaps = " A dash: not measured."
-        none = f" Not drawn, because they leave no image of any model: {'; '.join(zero)}." if zero else ""
+        none = f" Not drawn, because they leave no image: {'; '.join(zero)}." if zero else ""
         caption = self._with_note(f"Accuracy in %, {labels.counted(self.record)}. {whiskers}{gaps}{none}")
         return Plot("Accuracy by threat model", caption, charts.bars(bars, role, styles))
 
@@ -148,7 +148,7 @@ class RunPlots:
         if not tables or self.record.experiment.data.num_classes > confusion.MAX_CLASSES:
             return None
         errors = [
-            f"{title}: {error[0]} becomes {error[1]} ({error[2]} images)"
+            f"{title}: {error[0]} becomes {error[1]} ({error[2]} of {table.sum()})"
             for title, table in tables.items()
             if (error := confusion.most_frequent(table)) is not None
         ]

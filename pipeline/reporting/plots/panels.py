@@ -168,28 +168,37 @@ def clean_predictions(record: RunRecord, model: str, judged: Mapping[str, Arrays
 
 
 def reconstruction_note(record: RunRecord, gallery: Arrays) -> str:
-    """Say which reconstructions look like noise because they were hardly learned; "" if none does.
-
-    The error of a reconstruction is compared with that of a uniform grey image in its place.
-    """
+    """Say which reconstructions look like noise because they were hardly learned; "" if none does."""
     notes = []
     for model in record.first_replicates:
-        errors = {}
-        for level in range(record.experiment.pyramids.levels):
-            reconstruction = gallery.get(f"reconstruction_{level}__{model}")
-            target = gallery["clean"] if level == 0 else gallery.get(f"level_{level}")
-            if reconstruction is None or target is None:
-                continue
-            grey = target.var(axis=(1, 2, 3)).mean()
-            share = float(((reconstruction - target) ** 2).mean() / max(grey, 1e-12))
-            if share >= UNLEARNED:
-                errors[level] = share
-        if errors:
-            train = record.model_config(model)
-            levels = f"level{'s' if len(errors) > 1 else ''} {' and '.join(map(str, errors))}"
-            shares = " and ".join(f"{100 * share:.0f} %" for share in errors.values())
-            notes.append(
-                f"{levels} of {model} look like noise because they are hardly learned after {train['epochs']} epochs "
-                f"at lambda {train['lam']:g}: their error is {shares} of that of a uniform grey image."
-            )
-    return " ".join(note[0].upper() + note[1:] for note in notes)
+        shares = {m: share for m, share in _error_shares(gallery, model).items() if share >= UNLEARNED}
+        if not shares:
+            continue
+        train = record.model_config(model)
+        levels = " and ".join(map(str, shares))
+        errors = " and ".join(f"{100 * share:.0f} %" for share in shares.values())
+        several = len(shares) > 1
+        subject, they, their = (
+            (f"Levels {levels} of {model} look", "they are", "their errors are")
+            if several
+            else (f"Level {levels} of {model} looks", "it is", "its error is")
+        )
+        notes.append(
+            f"{subject} like noise because {they} hardly learned after {train['epochs']} epochs at lambda "
+            f"{train['lam']:g}: {their} {errors} of that of a uniform grey image."
+        )
+    return " ".join(notes)
+
+
+def _error_shares(gallery: Arrays, model: str) -> dict[int, float]:
+    """Return level -> squared error of a model's reconstruction, as a share of a uniform grey image's."""
+    shares = {}
+    for key, reconstruction in gallery.items():
+        head, _, name = key.partition("__")
+        if name != model or not head.startswith("reconstruction_"):
+            continue
+        level = int(head.removeprefix("reconstruction_"))
+        target = gallery["clean"] if level == 0 else gallery[f"level_{level}"]
+        grey = float(target.var(axis=(1, 2, 3)).mean())
+        shares[level] = float(((reconstruction - target) ** 2).mean()) / max(grey, 1e-12)
+    return dict(sorted(shares.items()))

@@ -69,25 +69,21 @@ def norms(panels: Mapping[str, tuple[str, Mapping[str, Quartiles]]], styles: Sty
     models = list(dict.fromkeys(model for _, rows in panels.values() for model in rows))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.5 * columns + 0.4, (0.32 * len(models) + 1.0) * lines), layout="constrained")
+    names = 0.075 * max(map(len, models))
+    figure = Figure(figsize=(names + 2.9 * columns + 0.4, (0.32 * len(models) + 1.2) * lines), layout="constrained")
     for i, (title, (norm, rows)) in enumerate(panels.items()):
         axis = figure.add_subplot(lines, columns, i + 1)
         right = max(q.high for q in rows.values())
+        digits = 3 if norm == "linf" else 2
         for model, q in rows.items():
             y = models.index(model)
             axis.barh(y, q.median, 0.56, color=styles[model]["color"])
             axis.plot([q.low, q.high], [y, y], color=TEXT, linewidth=0.9)
-            axis.text(
-                q.high + 0.02 * right,
-                y,
-                f"{q.median:.{3 if norm == 'linf' else 2}f} of {q.broken}",
-                va="center",
-                fontsize=8.5,
-                color=FAINT,
-            )
-        axis.set(title=title, xlim=(0, 1.38 * right), ylim=(len(models) - 0.5, -0.5))
+            text = f"{q.median:.{digits}f} of {q.broken}"
+            axis.text(q.high + 0.02 * right, y, text, va="center", fontsize=8.5, color=FAINT)
+        axis.set(title=title.replace(", ", "\n", 1), xlim=(0, 1.45 * right), ylim=(len(models) - 0.5, -0.5))
         axis.set_xlabel(f"median {norm_text(norm)} norm ([0,1] pixels)")
-        axis.set_yticks(range(len(models)), models)
+        axis.set_yticks(range(len(models)), models if i % columns == 0 else [])
         frame(axis)
         axis.grid(axis="y", visible=False)
         axis.tick_params(axis="y", length=0)

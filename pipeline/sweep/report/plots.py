@@ -68,6 +68,9 @@ def pareto(record: Mapping[str, Any]) -> Plot:
     axis.margins(0.1)
     axis.set_ylim(max(-4.0, axis.get_ylim()[0]), min(104.0, axis.get_ylim()[1]))
     axis.set_xlim(right=min(101.0, axis.get_xlim()[1]))
+    # The margin may go beyond 0 and 100 %, but no number does.
+    axis.set_xticks([t for t in axis.get_xticks() if max(0, axis.get_xlim()[0]) <= t <= min(100, axis.get_xlim()[1])])
+    axis.set_yticks([t for t in axis.get_yticks() if max(0, axis.get_ylim()[0]) <= t <= min(100, axis.get_ylim()[1])])
     _label(axis, labels)
     axis.set_xlabel("clean accuracy, validation (%)")
     axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")

@@ -154,6 +154,8 @@ def test_an_external_model_is_compared_with_nothing() -> None:
     assert title == "net withstands the attacks on 50 of 200 images at Linf ≤ 8/255"
     assert "control" not in reasons
     assert "seed" not in reasons
+    broken = RunRecord.from_json({**record.to_json(), "worst_case": [worst("net", 8 / 255, 0)]})
+    assert said(broken)[0] == "net is broken on all 200 images at Linf ≤ 8/255"
 
 
 def test_a_record_without_worst_cases_compares_intervals() -> None:

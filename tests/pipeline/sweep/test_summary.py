@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,76 @@ def test_a_conclusion_is_of_the_time_at_which_its_last_trial_ended() -> None:
     running = {**trial(3, point, 0.1), "state": "running"}
     sweep = record(Space(parameters=BLOCKS), trial(2, point, 0.3), trial(1, point, 0.3), running)
     assert summary.concluded_at(sweep) == 1780002210.0, "21:02:00 and 90 s"
+
+
+POINTS = [{"lam": 10.0**-i, "shared_blocks": i} for i in range(1, 5)]
+
+
+def test_a_tie_is_said_and_has_one_colour() -> None:
+    tied = record(Space(parameters=BLOCKS), *(trial(i + 1, p, 0.0) for i, p in enumerate(POINTS)))
+    assert summary.ties(tied) == "all 4 trials tie at 0.0 % robust accuracy"
+    assert summary.conclusion(tied).endswith("there was nothing to choose by but clean accuracy")
+    drawn = plots.draw(tied)
+    assert "All lines have one colour, because all 4 trials tie" in drawn["parallel"].caption
+    (axis,) = drawn["parallel"].figure.axes
+    colours = {line.get_color() for line in axis.get_lines() if len(line.get_xdata()) == 4} - {plots.CHOICE}
+    assert len(colours) == 1
+    assert len(drawn["heat-map"].figure.axes) == 1, "a colour bar of one value says nothing"
+    assert "There is one shade" in drawn["heat-map"].caption
+    apart = record(Space(parameters=BLOCKS), *(trial(i + 1, p, 0.1 * i) for i, p in enumerate(POINTS)))
+    assert summary.ties(apart) == summary.ties(record(Space(parameters=BLOCKS), trial(1, POINTS[0], 0.1))) == ""
+
+
+def test_lines_are_shaded_by_value_not_by_rank() -> None:
+    values = [0.3, 0.1, 0.1, 0.9]  # The first is the choice.
+    sweep = record(
+        Space(parameters=BLOCKS), *(trial(i + 1, p, v) for i, (p, v) in enumerate(zip(POINTS, values, strict=True)))
+    )
+    (axis,) = plots.draw(sweep)["parallel"].figure.axes
+    colours = [line.get_color() for line in axis.get_lines() if len(line.get_xdata()) == 4]
+    assert colours[0] == colours[1] != colours[3], "trials of one accuracy look alike"
+    heat = plots.draw(sweep)["heat-map"].figure.axes[0].get_images()[0]
+    assert heat.get_clim() == (10, 90)
+
+
+@pytest.mark.parametrize("robust", [0.0, 1.0])
+def test_no_axis_leaves_0_to_100_percent(robust: float) -> None:
+    drawn = plots.draw(record(Space(parameters=BLOCKS), *(trial(i + 1, p, robust) for i, p in enumerate(POINTS))))
+    low, high = drawn["heat-map"].figure.axes[0].get_images()[0].get_clim()
+    assert 0 <= low < high <= 100
+    for plot in drawn.values():
+        for axis in plot.figure.axes:
+            ticks = [t.get_text() for t in (*axis.get_xticklabels(), *axis.get_yticklabels(), *axis.texts)]
+            assert not [t for t in ticks if t.startswith(("-", "\N{MINUS SIGN}"))]
+
+
+def test_labels_of_points_at_one_place_are_joined() -> None:
+    sweep = record(Space(parameters=BLOCKS), *(trial(i + 1, p, 0.3) for i, p in enumerate(POINTS)))
+    sweep["front"] = [1, 2, 3]
+    sweep["references"] = {"control": {"clean": 0.5, "robust": 0.1}, "no_defense": {"clean": 0.501, "robust": 0.101}}
+    (axis,) = plots.draw(sweep)["pareto"].figure.axes
+    assert sorted(t.get_text() for t in axis.texts) == ["1, 2, 3", "control, no_defense"]
+
+
+def test_an_undefended_network_that_is_more_robust_is_named() -> None:
+    sweep = record(Space(parameters=BLOCKS), trial(1, POINTS[0], 0.1), trial(2, POINTS[1], 0.05))
+    sweep["references"] = {"control": {"clean": 0.9, "robust": 0.11}, "no_defense": {"clean": 0.9, "robust": 0.6}}
+    assert "no_defense, without a defense, is more robust than the choice." in " ".join(summary.paragraphs(sweep))
+    sweep["references"]["no_defense"]["robust"] = 0.12
+    assert "more robust than" not in " ".join(summary.paragraphs(sweep))
+
+
+def test_the_page_of_a_sweep_has_the_frame_of_a_runs_and_links_to_the_test_of_its_choice(tmp_path: Path) -> None:
+    sweep = record(Space(parameters=BLOCKS), *(trial(i + 1, p, 0.1 * i) for i, p in enumerate(POINTS)))
+    at = Storage(tmp_path) / "sweeps/mnist-smoke-s-0"
+    at.write_bytes("report/pareto.png", b"an earlier revision's")
+    html.build(sweep, at)
+    assert not at.exists("report/pareto.png")
+    text = at.read_bytes("report/report.html").decode()
+    (address,) = re.findall(r'href="([^"]+)">report on test images', text)
+    assert (at.local_root / "report" / address).resolve() == (
+        tmp_path / "runs/mnist-smoke-best-1/report/report.html"
+    ).resolve()
+    assert text.count('<svg class="plot"') == 3
+    assert "prefers-color-scheme: dark" in text
+    assert 'aria-label="Contents"' in text
