@@ -10,7 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from components.threat_models import WHITE_BOX
 from pipeline.records import RunRecord
-from pipeline.reporting.labels import attack_text, parsed_attack
+from pipeline.reporting.labels import attack_text, attack_title, parsed_attack
 from pipeline.reporting.plots import images, style
 from pipeline.reporting.plots.style import Plot
 
@@ -41,7 +41,7 @@ def fig5(record: RunRecord, gallery: Mapping[str, np.ndarray]) -> Plot | None:
         f"shown, largest first: {ranked}."
     )
     stopping = [a for a in attacks if (spec := parsed_attack(a)) and spec.can_stop_on_success]
-    if early := dict.fromkeys(attack.partition(":")[0].upper() for attack in stopping):
+    if early := dict.fromkeys(attack_title(attack)[0] for attack in stopping):
         caption += f" {', '.join(early)}: the attack stops at the first step that fools the model."
     return Plot("Figure 5: adversarial examples and their perturbations", caption, figure)
 

@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.reporting.labels import attack_text
 from pipeline.reporting.plots import style
 from pipeline.reporting.plots.style import Plot
 from pipeline.reporting.plots.svg import LIGHT, settings
@@ -73,7 +74,7 @@ def pareto(record: Mapping[str, Any]) -> Plot:
     axis.set_yticks([t for t in axis.get_yticks() if max(0, axis.get_ylim()[0]) <= t <= min(100, axis.get_ylim()[1])])
     _label(axis, labels)
     axis.set_xlabel("clean accuracy, validation (%)")
-    axis.set_ylabel(f"accuracy under {record['space']['attack']} (%)")
+    axis.set_ylabel(f"accuracy under {attack_text(record['space']['attack'])} (%)")
     caption = (
         "Validation images. Star: the choice. Blue: trials that no other trial exceeds in both accuracies, joined by a "
         "line. Grey: other trials. Diamonds: references. Numbers: trials. Vertical lines: 95 % interval."

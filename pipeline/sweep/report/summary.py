@@ -196,8 +196,8 @@ def overview(record: Mapping[str, Any]) -> str:
     images = f"{attacked:,} of {rows:,}" if rows else f"{attacked:,}"
     return (
         f"{len(states)} trials ({counts}), {space['search']} search, seed {record['seed']}, of model {record['model']} "
-        f"of {record['name']}. Accuracies are of validation images: clean on the whole split, robust under white-box "
-        f"{space['attack']} on {images}. They choose, and are no result."
+        f"of {record['name']}. Accuracies are of validation images: clean on the whole split, robust on {images} "
+        f"under white-box {labels.attack_text(space['attack'])}. They choose, and are no result."
     )
 
 

@@ -264,10 +264,10 @@ def test_a_sweep_counts_the_images_that_were_attacked() -> None:
     record |= {"choice": {"trial": 1, "parameters": {"lam": 0.1}, "clean": 0.9, "robust": 0.5, "rule": "the best"}}
     record |= {"evaluation": None, "experiment": {"seeds": 1}}
     said = summary.overview(record)
-    assert "pgd:eps=0.3 on 83." in said
+    assert "robust on 83 under white-box PGD, eps 0.3." in said
     assert "200" not in said
     record["data"] = {"rows": {"train": 900, "validation": 83}}
-    assert "pgd:eps=0.3 on 83 of 83." in summary.overview(record)
+    assert "robust on 83 of 83 under white-box PGD, eps 0.3." in summary.overview(record)
 
 
 def test_a_given_models_description_names_no_suite_that_may_not_have_run(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_the_report_of_a_sweep_names_front_choice_and_what_cannot_be_told_apart(
     assert text == summary.markdown(record)
     for part in (
         "| 6 |",
-        "white-box pgd:eps=0.1,steps=10 on 100",
+        "robust on 100 under white-box PGD, eps 0.1, 10 steps.",
         "control: clean 95.0 %",
         f"`{record['command']}`",
         "torch 2.",
