@@ -25,6 +25,7 @@ from ray.data import Datasink
 
 from components.config import DataConfig, PyramidConfig
 from components.errors import DataError, UserError
+from pipeline import ray_metrics
 from pipeline.data.shard_plan import ShardSetPlan, Targets, plan_shard_set, shard_name
 from pipeline.data.shards import MANIFEST, ShardSet, load, to_numpy
 from pipeline.data.sources.base import Split
@@ -103,7 +104,9 @@ class _ShardDatasink(Datasink[dict[str, Any]]):
         if table.num_rows != expected:
             raise RuntimeError(f"Ray Data passed {table.num_rows} rows of shard {shard}, not {expected}")
         with carrying_user_errors():
-            return write_shard(self.directory, shard, table)
+            entry = write_shard(self.directory, shard, table)
+        ray_metrics.shard_written(self.plan.split, table.num_rows)
+        return entry
 
     def on_write_complete(self, write_result: Any) -> None:
         """Write the manifest."""

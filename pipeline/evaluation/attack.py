@@ -112,6 +112,7 @@ def _task_job(batch: ChunkBatch, basis: dict[str, Any]) -> dict[str, Any]:
     examples, source = batch.examples, batch.examples.source
     return {
         **basis,
+        "tags": {"run": basis["run"], "model": source.name if source else "", "attack": examples.attack},
         "examples": examples.address,
         "source": source.weights if source else None,
         "autoencoder": f"{source.path}#{source.autoencoder}" if source else None,

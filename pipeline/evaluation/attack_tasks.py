@@ -19,6 +19,7 @@ from components.evaluation.judge import Columns, judge, verify_examples
 from components.fields import content_hash
 from components.models.defend import adaptive_objective
 from components.random_streams import stream_seed
+from pipeline import ray_metrics
 from pipeline.data import shards
 from pipeline.evaluation.chunks import chunk_name, read_examples, write_table
 from pipeline.evaluation.in_memory import InMemory, as_images, in_memory_of
@@ -36,6 +37,7 @@ def job_basis(experiment: Experiment, root: Storage, test: TestSet) -> dict[str,
     in_memory = test if isinstance(test, InMemory) else None
     device = "cuda" if experiment.scaling.gpus_per_attack else "cpu"
     return {
+        "run": experiment.name,
         "root": root.full_uri,
         "test": test.address,
         "in_memory": in_memory,
@@ -196,6 +198,7 @@ def _make_examples(
         {"index": pa.array(rows["index"]), "label": pa.array(rows["label"]), "adversarial": images},
         {"seconds": seconds, "micro_batch": micro_batch, "bfloat16": bfloat16, "attack": job["attack"]},
     )
+    ray_metrics.chunk_attacked(job.get("tags", {}), len(clean), seconds)
 
 
 def _auxiliary(autoencoder: nn.Module, clean: Tensor, spec: AttackSpec) -> Callable[[Tensor, Tensor], Tensor]:

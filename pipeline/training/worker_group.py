@@ -13,6 +13,7 @@ import torch.distributed as dist
 from components.config import Shapes, TrainConfig, stored_levels
 from components.errors import UserError
 from components.fields import from_dict
+from pipeline import ray_metrics
 from pipeline.data import shards
 from pipeline.runtime.storage import HALF_WRITTEN_S, Storage, StorageError
 from pipeline.training import pretrained
@@ -22,7 +23,7 @@ from pipeline.training.jobs import FAILED_MODEL, NOT_FINITE
 from pipeline.training.loop import NonFiniteLoss, RankData, Ranks, TrainingLoop
 
 LIVE_INTERVAL_S = 1.0
-"""Time between two writes of live.json, and between two looks at it."""
+"""Least time between two writes of live.json, and time between two looks at it."""
 POLL_S = 2.0
 """Time between two looks at a model that another run trains."""
 
@@ -180,9 +181,10 @@ def train_model(
         for directory in ("", "checkpoints", "history"):
             home.delete_stale(directory, HALF_WRITTEN_S)
     loop.resume(home / "checkpoints")
-    live = _live_writer(home, data.ranks)
+    live = _live_writer(home, data.ranks, loop.local_batch)
     while loop.epoch < config.epochs:
         record = loop.run_epoch(live)
+        ray_metrics.epoch_trained(home.uri, record["images_per_second"])
         callback.measure(loop, record)
         if data.ranks.rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)
@@ -195,12 +197,17 @@ def train_model(
         export_trained(loop, home, request)
 
 
-def _live_writer(home: Storage, ranks: Ranks) -> Callable[[int, int, Callable[[], float]], None]:
-    """Return a function that writes live.json on rank 0, at most every LIVE_INTERVAL_S."""
+def _live_writer(home: Storage, ranks: Ranks, batch: int) -> Callable[[int, int, Callable[[], float]], None]:
+    """Return a function that counts a step's images, and writes live.json on rank 0 at times.
+
+    Args:
+        batch: images of a step on this rank.
+    """
     last = 0.0
 
     def write(done: int, total: int, loss: Callable[[], float]) -> None:
         nonlocal last
+        ray_metrics.images_trained(home.uri, batch)
         if ranks.rank == 0 and time.monotonic() - last >= LIVE_INTERVAL_S:
             last = time.monotonic()
             with suppress(StorageError):  # The file only moves the progress bar.

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     home = tmp_path_factory.mktemp("finished")
     with job_shell(home, SECRETS) as shell:
         done = shell.submit("run", *SMALL)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        (home / "metrics.txt").write_text(shell.metrics("defendpp_attack_chunks"))
     assert "Traceback" not in done.stdout + done.stderr
     return home / "defendpp", done.stdout
 
@@ -83,6 +85,24 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
         record_of(storage)["models"]
     )
     assert re.search(r"all models: http://127.0.0.1:5000/#/experiments/\d+/models", printed)
+
+
+def test_prometheus_reads_the_work_of_every_stage(finished: tuple[Path, str]) -> None:
+    text = (finished[0].parent / "metrics.txt").read_text()
+    totals: Counter[tuple[str, str]] = Counter()
+    for name, labels, value in re.findall(r"^ray_defendpp_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        totals[name, "/".join(tags.get(t, "") for t in ("run", "model", "attack", "split"))] += float(value)
+    record = record_of(finished[0])
+    for model in record["models"]:
+        ddn = next(e["attack"] for e in record["evaluations"] if e["attack"].startswith("ddn"))
+        assert totals["attack_images_total", f"mnist-smoke/{model}/{ddn}/"] == 20
+    assert totals["attack_chunks_total", f"mnist-smoke/defend/{ddn}/"] == 2
+    assert totals["attack_chunk_seconds_count", f"mnist-smoke/defend/{ddn}/"] == 2
+    for model in record["models"].values():
+        (training,) = (v for k, v in totals.items() if k == ("training_images_total", f"/{model['path'][7:]}//"))
+        assert training == 0
+    assert totals["shard_images_total", "///test"] == 20
 
 
 def test_paths_of_records_in_the_readme_exist_after_a_run(finished: tuple[Path, str]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +42,21 @@ class Shell:
             text=True,
             timeout=500,
         )
+
+    def metrics(self, name: str) -> str:
+        """Return what Prometheus would read from the cluster's nodes, once it has metrics of this name.
+
+        Ray writes the addresses for Prometheus, and a process sends its metrics every few seconds.
+        """
+        state = Path(f"/tmp/defendpp-{os.getuid()}-{self.variables['LOCAL_RAY_PORT']}")
+        file = state / "r" / "prom_metrics_service_discovery.json"
+        deadline = time.monotonic() + 60
+        while True:
+            targets = [target for group in json.loads(file.read_text()) for target in group["targets"]]
+            text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=30).read().decode() for t in targets)
+            if name in text or time.monotonic() > deadline:
+                return text
+            time.sleep(1)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+from documentation import blocks
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -89,10 +90,15 @@ def test_optuna_reads_every_trial(tmp_path: Path, search: str) -> None:
         assert theirs.distributions["schedule"].choices == ("joint", "alternating")
     assert study.trials[0].values == [0.9, 0.3]
     assert [t.number + 1 for t in study.best_trials] == record(search)["front"]
-    importance = optuna.importance.get_param_importances(
-        study, target=lambda t: -t.values[1], evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-    )
-    assert importance.keys() == PARAMETERS.keys()
+
+
+def test_the_snippet_of_the_page_reads_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snippet,) = [b.text for b in blocks("python") if b.page.name == "ecosystem.md" and "study.log" in b.text]
+    monkeypatch.chdir(file.parent)
+    exec(snippet, {})
+    assert "COMPLETE" in capsys.readouterr().out
 
 
 @pytest.mark.slow
