@@ -6,7 +6,6 @@ loads its weights; this module only finds it.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import sys
@@ -63,13 +62,14 @@ class ZooModel:
         return (DIRECTORY if here.is_dir() else CACHE.expanduser()).absolute()
 
 
-@functools.cache
 def _utils() -> Any:
-    """Import robustbench.utils.
+    """Return the module robustbench.utils.
 
     Release 1.1.1 imports two packages at its top that it does not depend on (autoattack and
     pkg_resources), for its own evaluation. Where they are absent, its top is left out.
     """
+    if loaded := sys.modules.get("robustbench.utils"):
+        return loaded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # They are about timm's and torch's own modules.
         try:

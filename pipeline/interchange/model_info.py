@@ -94,7 +94,7 @@ def _footnote(record: RunRecord, evaluation: EvaluationEntry) -> str:
     low, high = evaluation.interval
     reliability = (record.reliability or {}).get(evaluation.model)
     raised = [flag["name"] for flag in reliability.flags if flag.get("fired")] if reliability else []
-    revision = record.git.get("revision")
+    revision = f"{record.git.get('revision') or ''}{'-dirty' if record.git.get('dirty') else ''}"
     return " ".join(
         [
             f"{evaluation.n} test images; 95 % interval of autoattack_acc: {_percent(low)} to {_percent(high)}.",

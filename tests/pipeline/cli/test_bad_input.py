@@ -9,7 +9,7 @@ part that names the remedy.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.abc
 import inspect
 import io
 import json
@@ -161,6 +161,7 @@ CASES: dict[str, list[Case]] = {
         override("--data.source http://x/y.zip", "data.source is 'http://x/y.zip'", "it must be sample:mnist, parquet:DIR, folder:DIR"),
         override("--data.source parquet:", "data.source is 'parquet:'", "it must be sample:mnist, parquet:DIR"),
         override("--data.source sample:cifar", "data.source is 'sample:cifar'", "it must be sample:mnist"),
+        override("--data.source hf:cifar10", "data.source is 'hf:cifar10'", "it must be hf:ORG/NAME, hf:ORG/NAME@REVISION"),
         override("--data.source torchvision:svhn", "data.source is 'torchvision:svhn'", "it must be torchvision:mnist or torchvision:cifar10"),
         override("--data.image-size 6", "data.image_size is 6", "it must be at least 7 pixels"),
         override("--data.image-size 100000", "data.image_size is 100000", "it must be at most 16384 pixels"),
@@ -282,8 +283,15 @@ CASES: dict[str, list[Case]] = {
         Case("a safetensors file cut short", "attack --model {here}/w.safetensors --arch resnet18", "cannot be read as a state_dict", "copy it again", text("w.safetensors", "abc")),
         Case("weights of another number of classes", f"{GIVEN} --arch own_network:make", "holds a head of 4 classes, but data.num_classes is 10", "--data.num-classes 4", lambda here: other_head(here)),
         Case("torchvision's weights that do not exist", "attack --model torchvision:NONE --arch torchvision:resnet18 --data.channels 3", "train.pretrained is 'torchvision:NONE'", "it must be torchvision:IMAGENET1K_V1"),
+        Case("a model of the Hugging Face Hub without the package for it", "attack --model hf:org/net --arch resnet18", "train.pretrained is 'hf:org/net'; the Hugging Face Hub needs a package of its own", "pip install 'defendpp[hub]'", without="huggingface_hub"),
+        Case("a model of RobustBench without the package for it", "attack --model robustbench:Wong2020Fast", "--model is 'robustbench:Wong2020Fast'; the model zoo is in a package of its own", "pip install 'defendpp[robustbench]'", without="robustbench"),
         Case("weights that MLflow does not have", "attack --model mlflow:models:/nobody@best --arch resnet18", "mlflow:models:/nobody@best", "check the name and --tracking-uri"),
         Case("an MLflow name without its kind", "attack --model mlflow:nobody --arch resnet18", "mlflow:nobody", "give mlflow:models:/NAME@ALIAS"),
+    ],
+    "Files for other programs (`export`)": [
+        Case("`export` of a directory without a model", "export {here} --out {here}/net.onnx", "{here} is no model", "give the directory of one (STORAGE/models/KIND-HASH)"),
+        Case("`export` without `--out`", "export {here}", "--out is missing", "name the file to write"),
+        Case("a file of another format", "export {here} --out {here}/net.h5", "--format is ''", "it must be one of onnx, torch-export, safetensors"),
     ],
     "Data files": [
         override("--data.source parquet:{here}/none", "{here}/none does not exist", "must name a directory with train-*.parquet", "a directory that does not exist"),
@@ -408,6 +416,19 @@ def no_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
 
 
+def hide(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the import of a package fail as if it were not installed."""
+
+    class Hidden(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hidden(), *sys.meta_path])
+
+
 def identifiers() -> dict[str, tuple[str, Case]]:
     return {f"{group}: {case.given}": (group, case) for group, cases in CASES.items() for case in cases}
 
@@ -416,8 +437,8 @@ def identifiers() -> dict[str, tuple[str, Case]]:
 def test_bad_input_is_one_clear_error_before_compute(
     case: Case, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if case.without and importlib.util.find_spec(case.without):
-        pytest.skip(f"{case.without} is installed")
+    if case.without:
+        hide(case.without, monkeypatch)
     if case.make is not None:
         case.make(tmp_path)
     # a run is kept below HOME unless --storage says otherwise
