@@ -184,7 +184,6 @@ def train_model(
     live = _live_writer(home, data.ranks, loop.local_batch)
     while loop.epoch < config.epochs:
         record = loop.run_epoch(live)
-        ray_metrics.epoch_trained(home.uri, record["images_per_second"])
         callback.measure(loop, record)
         if data.ranks.rank == 0:
             home.write_json(f"history/epoch-{record['epoch']:05d}.json", record)

@@ -147,6 +147,16 @@ def test_one_pyramid_set_serves_all_trials(swept: tuple[Path, str, str]) -> None
 
 
 @pytest.mark.cluster
+def test_optuna_opens_the_sweep(swept: tuple[Path, str, str]) -> None:
+    import optuna
+
+    (file,) = swept[0].glob("sweeps/*/study.log")
+    backend = optuna.storages.journal.JournalFileBackend(str(file))
+    study = optuna.load_study(study_name=None, storage=optuna.storages.JournalStorage(backend))
+    assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE", "FAIL", "PRUNED"]
+
+
+@pytest.mark.cluster
 def test_mlflow_has_the_sweep_and_its_trials(swept: tuple[Path, str, str]) -> None:
     from mlflow import MlflowClient
 
