@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from components.config import Experiment
+    from components.errors import UserError
+    from pipeline.api.data import load_images
     from pipeline.api.evaluation import evaluate
     from pipeline.api.result import EvaluationResult, Result
     from pipeline.api.run_result import RunResult, TrainResult
@@ -14,7 +17,10 @@ if TYPE_CHECKING:
     from pipeline.training.exports import load_autoencoder, load_classifier
 
 _MODULES = {
+    "Experiment": "components.config",
+    "UserError": "components.errors",
     "evaluate": "pipeline.api.evaluation",
+    "load_images": "pipeline.api.data",
     **dict.fromkeys(("EvaluationResult", "Result"), "pipeline.api.result"),
     **dict.fromkeys(("RunResult", "TrainResult"), "pipeline.api.run_result"),
     **dict.fromkeys(("load_run", "recipes", "run", "train"), "pipeline.api.runs"),
@@ -25,13 +31,16 @@ _MODULES = {
 
 __all__ = [
     "EvaluationResult",
+    "Experiment",
     "Result",
     "RunResult",
     "SweepResult",
     "TrainResult",
+    "UserError",
     "evaluate",
     "load_autoencoder",
     "load_classifier",
+    "load_images",
     "load_run",
     "load_sweep",
     "recipes",

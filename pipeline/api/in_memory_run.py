@@ -94,7 +94,7 @@ def run(
             "rows": {"test": len(images)},
             "splits": {"test": test.address},
         },
-        "models": {m.name: {"path": m.path, "train": _train(experiment, m.name)} for m in models},
+        "models": {m.name: _model_entry(subjects, m, experiment) for m in models},
         "evaluations": evaluations,
         "worst_case": worst_case.worst_cases(names, experiment, judged),
         "worst_case_pairs": worst_case.paired_worst_cases(
@@ -108,8 +108,17 @@ def run(
     return RunRecord.from_json(content)
 
 
-def _train(experiment: Experiment, name: str) -> dict[str, Any]:
-    return to_dict(experiment.model_configs()[name].canonical())
+def _model_entry(subjects: Subjects, model: Model, experiment: Experiment) -> dict[str, Any]:
+    """Return a network's entry in the record. It was not trained here, and no file holds it."""
+    parts = {"classifier": subjects.networks[model.name]}
+    if model.autoencoder and subjects.autoencoder is not None:
+        parts["autoencoder"] = subjects.autoencoder
+    return {
+        "path": model.path,
+        "train": to_dict(experiment.model_configs()[model.name].canonical()),
+        "parameters": {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()},
+        "autoencoder": bool(model.autoencoder),
+    }
 
 
 def _models(subjects: Subjects, shape: tuple[int, ...]) -> tuple[list[Model], dict[str, nn.Module]]:

@@ -16,12 +16,15 @@ from components.attacks.spec import AttackSpec
 from components.errors import ConfigError, DataError
 from components.threat_models import DIRECT
 from pipeline.evaluation.chunks import chunk_name, read_examples
-from pipeline.records import EvaluationEntry, RunRecord, WorstCase, WorstCasePair, run_address
+from pipeline.records import EvaluationEntry, RunRecord, WorstCase, WorstCasePair, in_order, run_address
 from pipeline.reporting import records
 from pipeline.runtime.storage import Storage
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+METRICS = ("accuracy", "accuracy_low", "accuracy_high", "clean_accuracy", "success_rate", "accuracy_rounded")
+"""The first metrics of :meth:`Result.to_dataframe`."""
 
 
 class Result:
@@ -30,16 +33,15 @@ class Result:
     Names of keys and columns are those of run.json (docs/records.md).
     """
 
-    def __init__(self, record: RunRecord, root: Storage) -> None:
+    def __init__(self, record: RunRecord, root: Storage, directory: Storage) -> None:
         self.record = record
         """All of run.json."""
-        self._root = root
-        self._address = run_address(record.experiment)
+        self._root, self._directory = root, directory
 
     @property
     def directory(self) -> str:
         """Path or URI of the run: run.json is in it."""
-        return (self._root / self._address).uri
+        return self._directory.uri
 
     # -- numbers
 
@@ -83,7 +85,7 @@ class Result:
                     "attack": e.attack,
                     "source": e.source,
                     "n": e.n,
-                    **{k: v for k, v in e.metrics.items() if not isinstance(v, dict)},
+                    **{k: v for k, v in in_order(e.metrics, METRICS).items() if not isinstance(v, dict)},
                 }
                 for e in self.record.evaluations
             ]
@@ -152,7 +154,8 @@ class Result:
         wanted = attack if attack == "none" or ":" not in attack else str(AttackSpec.parse(attack))
         matches = [e for e in shown if wanted in (e.attack, e.attack.partition(":")[0])]
         if not matches:
-            raise ConfigError.unknown(f"attack on {model}:", attack, dict.fromkeys(e.attack for e in shown))
+            known = [e.attack.partition(":")[0] if ":" not in attack else e.attack for e in shown]
+            raise ConfigError.unknown(f"attack on {model}:", attack, dict.fromkeys(known))
         if len(matches) > 1:
             raise ConfigError.of("attack", attack, f"one of {', '.join(e.attack for e in matches)}")
         return matches[0]
@@ -187,7 +190,7 @@ class EvaluationResult(Result):
     def __init__(
         self, record: RunRecord, root: Storage, *, was_training: Sequence[str] = (), temporary: str = ""
     ) -> None:
-        super().__init__(record, root)
+        super().__init__(record, root, root / run_address(record.experiment))
         self.was_training = list(was_training)
         """Networks that came in training mode. They were evaluated in eval mode."""
         if temporary:
@@ -251,8 +254,8 @@ class EvaluationResult(Result):
         for e in self.record.evaluations:
             for path in filter(None, (e.path, e.examples)):
                 _copy_files(self._root / path, target / path)
-        run = target / self._address
-        _copy_files(self._root / self._address, run)
+        run = target / run_address(self.record.experiment)
+        _copy_files(self._directory, run)
         report.build(run, target)
         return Path(run.root) / "report" / "report.html"
 

@@ -26,9 +26,7 @@ class RunResult(Result):
     """A run on its storage: models, evaluations and report."""
 
     def __init__(self, directory: Storage, root: Storage, trusted: exports.Trusted = ()) -> None:
-        super().__init__(records.read_run(directory), root)
-        # A run may have been copied or made by an earlier version, so its own place counts.
-        self._address = f"runs/{directory.uri.rpartition('/')[2]}"
+        super().__init__(records.read_run(directory), root, directory)
         self.models: Mapping[str, nn.Module] = TrainedModels(self.record, root, trusted)
         """The trained models by name, in eval mode on the CPU, each loaded when it is asked for."""
 

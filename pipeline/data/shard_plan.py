@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from components.config import DataConfig, PyramidConfig, level_sizes
 from components.fields import content_hash
 from pipeline.data.shards import FORMAT_VERSION, tensor_array
-from pipeline.data.sources.base import Batch, Source, Split, split_rows
+from pipeline.data.sources.base import Source, Split, read_rows, split_rows
 from pipeline.data.sources.open import open_source
 from pipeline.data.splits import DRAW_VERSION
 from pipeline.runtime.storage import Storage
@@ -109,7 +109,7 @@ class ShardSetPlan:
 
     def table(self, shard: int) -> pa.Table:
         """Decode a shard's images and compute their levels. Raises as :meth:`Source.read`."""
-        images, labels = self._read(self.shard_rows(shard))
+        images, labels = read_rows(self.source, self.shard_rows(shard))
         columns: dict[str, pa.Array] = {
             "index": pa.array(self.source.numbers[self.shard_rows(shard)]),
             "label": pa.array(labels.astype(np.int32)),
@@ -118,15 +118,6 @@ class ShardSetPlan:
         for m, level in enumerate(self._levels(images), start=1):
             columns[f"level_{m}"] = tensor_array(level)
         return pa.table(columns).replace_schema_metadata({"defendpp": self.tag(shard)})
-
-    def _read(self, rows: np.ndarray) -> Batch:
-        """Read rows in the given order, although the source reads its files from front to back."""
-        order = np.argsort(rows)
-        images, labels = self.source.read(rows[order])
-        if (np.diff(order) == 1).all():
-            return images, labels
-        back = np.argsort(order)
-        return images[back], labels[back]
 
     def _levels(self, images: np.ndarray) -> list[np.ndarray]:
         """Return levels 1.. of uint8 images [n,C,W,W], in the stored precision."""

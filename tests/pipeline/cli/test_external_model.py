@@ -13,6 +13,7 @@ from own_network import Net
 from safetensors.torch import save_file
 from torch import nn
 
+import defendpp
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, Experiment, TrainConfig, level_sizes
 from components.config.data import Shapes
@@ -20,6 +21,7 @@ from components.errors import ConfigError, DataError
 from components.network import build_net
 from pipeline.cli.external_model import default_name
 from pipeline.cli.recipe_arguments import parse_experiment
+from pipeline.data import shards
 from pipeline.evaluation import chunks, plan
 from pipeline.evaluation.worst_case import budgets
 from pipeline.main import main
@@ -393,6 +395,25 @@ def test_a_librarys_network_from_a_local_file(
         assert predicted.tolist() == chunks.read_chunks(root / e["path"], 1)["adversarial_prediction"].tolist()
 
 
+def assert_evaluate_agrees(file: Path, storage: Path, record: dict[str, Any], attacks: tuple[str, ...]) -> None:
+    """Evaluate the same network and images in memory, without and with Ray: each sample has the same verdict."""
+    network, root = Net(1, 10), Storage(str(storage))
+    network.load_state_dict(torch.load(file))
+    rows = shards.load(root, record["data"]["splits"]["test"]).read_rows(0, 12)
+    images, labels = torch.from_numpy(rows["image"]).float() / 255, rows["label"]
+    options: dict[str, Any] = {"name": "net", "chunk_size": 6, "reliability_images": 4, "progress": False}
+    for ray in (False, True):
+        result = defendpp.evaluate(network, images, labels, attacks, ray=ray, **options)
+        assert [e.attack for e in result.record.evaluations] == [e["attack"] for e in record["evaluations"]]
+        for e in record["evaluations"]:
+            of_run = chunks.read_chunks(root / e["path"], 2)
+            for column, values in result.samples(e["attack"]).items():
+                assert column == "index" or np.array_equal(values, of_run[str(column)]), (e["attack"], column)
+        content = result.to_json()
+        assert content["worst_case"] == record["worst_case"]
+        assert content["reliability"]["net"] == record["reliability"]["net"]
+
+
 @pytest.mark.cluster
 def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     ray_cluster: str, stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -431,6 +452,8 @@ def test_from_a_file_to_a_verdict_and_from_mlflow_to_the_same(
     html = (directory / "report" / "report.html").read_text()
     for part in ("external, not trained here", "Worst case per sample", "Could the attacks find anything?"):
         assert part in html
+
+    assert_evaluate_agrees(stranger, storage, record, attacks)
 
     registered = "mlflow:models:/attack-net-net@newest"
     tasks = ["--scaling.chunks-per-attack", "2", "--scaling.cpus-per-attack", "0.5"]

@@ -1,0 +1,53 @@
+"""The page docs/python.md and the notebook: what they show runs, and does what they say."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from python_page import PAGE, blocks_of
+from repository import ROOT
+
+import defendpp
+
+NOTEBOOK = ROOT / "docs" / "notebooks" / "evaluate.ipynb"
+
+
+def test_the_snippets_on_evaluations_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    for title in ("Evaluate a network", "Read the result", "The parts below"):
+        for block in blocks_of(title):
+            exec(block.replace("/data/defendpp", str(tmp_path)), names)
+    assert "n = 20" in capsys.readouterr().out
+    assert names["page"].is_file()
+    assert names["again"].to_json() == names["result"].to_json()
+    assert names["adversarial"].shape == names["images"].shape
+
+
+def test_every_function_and_argument_is_on_the_page() -> None:
+    functions = [name for name in defendpp.__all__ if inspect.isfunction(getattr(defendpp, name))]
+    assert [name for name in functions if f"`{name}(" not in PAGE] == []
+    arguments = inspect.signature(defendpp.evaluate).parameters
+    assert [name for name in arguments if not re.search(rf"`{name}\b", PAGE)] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_the_result(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    kept = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert kept, "the page shows the outputs of an earlier run"
+    for cell in notebook.cells:
+        cell["outputs"] = []
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [o.output_type for o in outputs] == [o.output_type for o in kept]
+    pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
+    assert any('<b class="number">' in page for page in pages)
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 2
+    (sentence,) = [o.text for o in outputs if o.output_type == "stream"]
+    assert re.fullmatch(r"\d+% of 50 images withstand all attacks, 95 % interval \d+% to \d+%\n", sentence)
