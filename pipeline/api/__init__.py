@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from pipeline.runtime import quiet
 
 if TYPE_CHECKING:
     from components.config import Experiment
@@ -53,4 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    with quiet.log_levels({"ray.widgets": logging.WARNING}), warnings.catch_warnings():
+        # Imported in a notebook without ipywidgets, Ray and tqdm ask for it.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        return getattr(importlib.import_module(_MODULES[name]), name)

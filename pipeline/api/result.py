@@ -23,8 +23,11 @@ from pipeline.runtime.storage import Storage
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-METRICS = ("accuracy", "accuracy_low", "accuracy_high", "clean_accuracy", "success_rate", "accuracy_rounded")
-"""The first metrics of :meth:`Result.to_dataframe`."""
+METRICS = (
+    *("accuracy", "accuracy_low", "accuracy_high", "clean_accuracy", "success_rate", "accuracy_rounded"),
+    *(f"{norm}_{quantile}" for norm in ("l2", "linf") for quantile in ("q25", "median", "q75")),
+)
+"""Metrics of :meth:`Result.to_dataframe` in their order. Files sort them by name."""
 
 
 class Result:
