@@ -16,6 +16,19 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """Return ``; did you mean a or b?`` for the names that a refused value may stand for, or ""."""
+    near = difflib.get_close_matches(str(value), list(names))
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def one_of(value: object, choices: Iterable[str]) -> str:
+    """Return ``one of a, b, c``, and which of them a refused value may stand for."""
+    names = list(choices)
+    shown = ", ".join(filter(None, names)) + (", or empty" if "" in names else "")
+    return f"one of {shown}" + did_you_mean(value, filter(None, names))
+
+
 class UserError(Exception):
     """Error in what the user provided.
 

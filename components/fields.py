@@ -8,10 +8,10 @@ import json
 import math
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from components.errors import ConfigError
+from components.errors import ConfigError, one_of
 
 MAX_NAME_BYTES = 100
 """Longest name of an experiment or a model.
@@ -38,9 +38,21 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise ConfigError.of(name, value, allowed)
 
 
+def check_choice(value: object, choices: Iterable[str], name: str) -> None:
+    """Raise ConfigError, with the nearest choice, unless a value is one of a few."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError.of(name, value, one_of(value, choices))
+
+
 def is_name(name: str) -> bool:
     """Tell whether a name can be part of a path, a URI and an MLflow name on every system."""
     return re.fullmatch(r"\w[\w.+-]*", name) is not None and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def option_of(field: str) -> str:
+    """Return the command-line option of a field: ``--train.replace-head`` of train.replace_head."""
+    return "--" + field.replace("_", "-")
 
 
 def check_name(where: str, name: str) -> None:
@@ -94,7 +106,7 @@ def check_values(config: Any, prefix: str, rules: Mapping[str, Rule]) -> None:
         where = f"{prefix}.{f.name}".removeprefix(".")
         if typing.get_origin(hints[f.name]) is Literal:
             literals = typing.get_args(hints[f.name])
-            check(value in literals, where, value, "one of " + ", ".join(map(repr, literals)))
+            check_choice(value, literals, where)
         elif isinstance(value, int):
             check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
     for name, (holds, allowed) in rules.items():
@@ -125,6 +137,21 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
 ConfigT = TypeVar("ConfigT")
 
 
+def replace_fields(config: ConfigT, values: Mapping[str, Any]) -> ConfigT:
+    """Return a copy of a config with some fields replaced.
+
+    Args:
+        values: field -> value. A field of a section has the section's name before it:
+            ``train.epochs``.
+    """
+    sections = {name.partition(".")[0] for name in values if "." in name}
+    own = {name: value for name, value in values.items() if "." not in name}
+    for section in sections:
+        below = {n.removeprefix(f"{section}."): v for n, v in values.items() if n.startswith(f"{section}.")}
+        own[section] = replace_fields(getattr(config, section), below)
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
 def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> ConfigT:
     """Return a copy of a config with some fields replaced by values given as text.
 
@@ -140,23 +167,28 @@ def replace_typed(config: ConfigT, overrides: dict[str, str], where: str) -> Con
     return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
+TYPE_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+"""Types of fields, in words."""
+
+
 def convert(text: str, hint: Any, where: str) -> Any:
-    """Convert text to a field's type. A Literal's text stays, since the dataclass checks it itself.
+    """Convert text to a field's type.
 
     Raises:
         ConfigError: the text is no value of the type.
     """
     if typing.get_origin(hint) is Literal:
+        check_choice(text, typing.get_args(hint), where)
         return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise ConfigError.of(where, text, "true or false")
+            raise ConfigError.of(where, text, TYPE_WORDS[bool])
         return text.lower() == "true"
     if hint in (int, float, str):
         try:
             return hint(text)
         except ValueError:
-            raise ConfigError.of(where, text, f"a value of type {hint.__name__}") from None
+            raise ConfigError.of(where, text, TYPE_WORDS[hint]) from None
     raise ConfigError(f"{where} cannot be set for one model: set it for all of them, as an option")
 
 
@@ -166,40 +198,42 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
-def from_dict(cls: type[ConfigT], values: Any) -> ConfigT:
+def from_dict(cls: type[ConfigT], values: Any, where: str = "") -> ConfigT:
     """Return the config whose :func:`to_dict` is ``values``.
 
     Args:
         values: parsed JSON, possibly from a file of another program.
+        where: the values' place in their file, for messages. Empty: the name of ``cls``.
 
     Raises:
         ConfigError: a field is unknown or missing, or a value is of another type or not allowed.
     """
-    check(isinstance(values, dict), cls.__name__, values, "a JSON object with the fields of this version")
+    where = where or cls.__name__
+    check(isinstance(values, dict), where, values, "a JSON object with the fields of this version")
     hints = hints_of(cls)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError.unknown(f"field of {cls.__name__}:", name, hints)
-        kwargs[name] = _from_json(value, hints[name], f"{cls.__name__}.{name}")
+            raise ConfigError.unknown(f"field of {where}:", name, hints)
+        kwargs[name] = _from_json(value, hints[name], f"{where}.{name}")
     for f in dataclasses.fields(typing.cast(Any, cls)):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in kwargs:
-            raise ConfigError(f"{cls.__name__} lacks the field {f.name}, which every record of this version has")
+            raise ConfigError(f"{where} lacks the field {f.name}, which every record of this version has")
     return cls(**kwargs)
 
 
 def _from_json(value: Any, hint: Any, where: str) -> Any:
     """Return a JSON value as a value of type ``hint``."""
     if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(Any, hint), value)
+        return from_dict(typing.cast(Any, hint), value, where)
     if typing.get_origin(hint) is tuple:
         check(isinstance(value, list), where, value, "a list")
         return tuple(_from_json(item, typing.get_args(hint)[0], where) for item in value)
     kinds = (str,) if typing.get_origin(hint) is Literal else typing.get_args(hint) or (hint,)
     accepted = {*kinds, int} if float in kinds else set(kinds)
     # The type must be exact: True is an int to Python.
-    check(type(value) in accepted, where, value, f"a value of type {' or '.join(k.__name__ for k in kinds)}")
+    check(type(value) in accepted, where, value, " or ".join(TYPE_WORDS.get(k, "null") for k in kinds))
     if isinstance(value, int):
         check(is_int64(value), where, value, "a number from -2**63 to 2**63 - 1")
     if isinstance(value, str):

@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
-from components.errors import ConfigError
-from components.fields import check, hints_of
+from components.errors import ConfigError, one_of
+from components.fields import TYPE_WORDS, check, check_choice, hints_of
 
 Value = str | int | float | bool
+Search = Literal["grid", "random", "tpe"]
 Point = dict[str, Value]
 """One value for each parameter of a space."""
 
@@ -166,7 +167,7 @@ class Space:
 
     parameters: Mapping[str, Domain]
     """Fields of TrainConfig, each with its domain."""
-    search: Literal["grid", "random", "tpe"] = "random"
+    search: Search = "random"
     """grid: every combination. random: draws that are evenly spread from the first on. tpe:
     Optuna's multi-objective TPE, which learns from earlier trials."""
     trials: int = 24
@@ -202,10 +203,10 @@ class Space:
                 "Choice([...]), Uniform(low, high), LogUniform(low, high) or IntRange(low, high)",
             )
             for value in ends(domain):
-                check(_has_type(value, hints[name]), where, value, f"a value of type {_type_text(hints[name])}")
+                check(_has_type(value, hints[name]), where, value, _allowed(hints[name], value))
             if listed(domain) is None:
                 check(hints[name] is float, where, str(domain), "IntRange or Choice, since the field has whole numbers")
-        check(self.search in ("grid", "random", "tpe"), "space.search", self.search, "one of 'grid', 'random', 'tpe'")
+        check_choice(self.search, typing.get_args(Search), "space.search")
         if self.search == "grid":
             for name, domain in self.parameters.items():
                 check(
@@ -309,10 +310,10 @@ def _has_type(value: Value, hint: Any) -> bool:
     return hint in (bool, str) and isinstance(value, hint)
 
 
-def _type_text(hint: Any) -> str:
+def _allowed(hint: Any, value: Value) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return str(getattr(hint, "__name__", hint))
+        return one_of(value, typing.get_args(hint))
+    return TYPE_WORDS.get(hint, str(hint))
 
 
 def pareto_front(scores: Sequence[tuple[float, ...]]) -> list[int]:

@@ -78,9 +78,9 @@ check_ports() {
   local ports=("$port" "$dashboard_port" "$client_port" "$agent_port") i j
   for i in "${!ports[@]}"; do
     [[ ${ports[i]} =~ ^[1-9][0-9]{3,4}$ ]] && ((ports[i] >= 1024 && ports[i] <= 65535)) ||
-      die "${names[i]}=${ports[i]} is not possible: a port from 1024 to 65535"
+      die "${names[i]}=${ports[i]} must be a port from 1024 to 65535"
     for ((j = 0; j < i; j++)); do
-      [[ ${ports[i]} != "${ports[j]}" ]] || die "${names[i]}=${ports[i]} is not possible: ${names[j]} has it"
+      [[ ${ports[i]} != "${ports[j]}" ]] || die "${names[i]}=${ports[i]} is taken by ${names[j]}"
     done
   done
   for i in "${!ports[@]}"; do

@@ -1,7 +1,10 @@
-"""The command line: a stage, a recipe, and the fields of it to override.
+"""The command line: a command, a recipe, and the fields of it to override.
 
 python pipeline/main.py run mnist-demo --train.epochs 8 --storage s3://bucket/defendpp
 ray job submit --working-dir . -- python pipeline/main.py run mnist-demo --storage /shared/defendpp
+
+The console script ``defendpp`` and ``python -m pipeline`` are the same program. Libraries that take
+seconds to import are imported after the first line is printed.
 """
 
 from __future__ import annotations
@@ -11,54 +14,29 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# When run as a script, Python puts pipeline/ on sys.path. The packages are in its parent directory.
-# A user's networks may be in the working directory. It comes last: it must not hide packages.
-sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(Path(__file__).parent))]
-if os.getcwd() not in sys.path:
-    sys.path.append(os.getcwd())
+if not __package__:
+    # When run as a script, Python puts pipeline/ on sys.path. The packages are in its parent directory.
+    sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(Path(__file__).parent))]
 
 from pipeline.runtime import interrupts  # noqa: E402
 
-HELP = """\
-Trains Defend++ and the models that it is compared with, attacks all of them, and reports what the numbers mean.
-
-  python pipeline/main.py run RECIPE [--FIELD VALUE ...]       all stages; the same command again continues
-  python pipeline/main.py pyramids RECIPE [--FIELD VALUE ...]  stage 1: images to low-pass pyramids in Parquet shards
-  python pipeline/main.py train RECIPE [--FIELD VALUE ...]     stage 2: train the recipe's models
-  python pipeline/main.py attack RECIPE [--FIELD VALUE ...]    stage 3: attack them, then report
-  python pipeline/main.py attack --model FILE [--arch ARCH] [--data SOURCE] [--FIELD VALUE ...]
-                                                               stage 3 on a classifier that was not trained here; --help
-  python pipeline/main.py report RECIPE [--FIELD VALUE ...]    stage 4: tables and plots from the records alone
-  python pipeline/main.py report --republish DIR [DIR ...]     publish finished records in MLflow anew; --help
-  python pipeline/main.py sweep RECIPE --space FILE [--FIELD VALUE ...]
-                                                               search settings, test the choice; --help
-  python pipeline/main.py export MODEL_DIR --out FILE          a trained classifier for other programs; --help
-  python pipeline/main.py run --from FILE [--FIELD VALUE ...]  the experiment that a record holds (best.json, run.json)
-  python pipeline/main.py recipes                              the recipes and what they cost
-  python pipeline/main.py --version                            the version of this project
-
-What an error message means and what to do about it: docs/errors.md
-
-Fields of a recipe, their types and meanings: python pipeline/main.py run RECIPE --help
-"""
 COMMANDS = ("run", "pyramids", "train", "attack", "report", "sweep")
+"""Commands that take a recipe."""
+OTHER_COMMANDS = ("export", "recipes", "ui")
 PACKAGES = ("components", "pipeline", "tune_spaces")
 """Packages of this project, which are no dependencies."""
 
 
 def main(arguments: list[str]) -> int:
     """Run one command. Return 0, 1 (the run failed) or 2 (the command line or a setting is wrong)."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0 if arguments else 2
-    if arguments[0] in ("-V", "--version"):
-        print(f"defendpp {version()}")
+    if arguments[:1] in (["-V"], ["--version"]):
+        print(version_text())
         return 0
     from components.errors import ConfigError, UserError
     from pipeline.runtime.console import print_error
 
     try:
-        return _run_command(arguments[0], arguments[1:])
+        return _run_command(arguments)
     except UserError as e:
         print_error(str(e))
         return 2 if isinstance(e, ConfigError) else 1
@@ -75,54 +53,94 @@ def main(arguments: list[str]) -> int:
         return interrupts.exit_status(e)
 
 
-def _run_command(command: str, arguments: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     from components.errors import ConfigError
     from components.fields import is_unicode
-    from pipeline.cli.arguments import has_option, names_external_model
 
-    for argument in (command, *arguments):
+    for argument in arguments:
         if not is_unicode(argument):
             raise ConfigError(f"{argument!r} is not UTF-8: rename the file or directory, or correct the argument")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        from pipeline.cli import usage
+
+        print(usage.main_help(), end="")
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command in ("--print-completion", "--complete"):
+        from pipeline.cli import completion
+
+        print(completion.script(rest) if command == "--print-completion" else completion.answer(rest))
+        return 0
+    if command == "recipes":
+        from pipeline.cli import recipe_table
+
+        recipe_table.execute(rest)
+        return 0
+    if command == "ui":
+        from pipeline.cli import ui
+
+        return ui.execute(rest)
     if command == "export":
         from pipeline.cli import export
 
-        return export.execute(arguments)
-    if command not in (*COMMANDS, "recipes"):
-        raise ConfigError.unknown("command", command, (*COMMANDS, "export", "recipes"))
+        return export.execute(rest)
     if command == "sweep":
-        return _run_sweep(arguments)
+        return _run_sweep(rest)
+    if command not in COMMANDS:
+        raise ConfigError.unknown("command", command, (*COMMANDS, *OTHER_COMMANDS))
+    return _run_stages(command, rest)
+
+
+def _run_stages(command: str, arguments: list[str]) -> int:
+    from pipeline.cli.arguments import has_option, names_external_model, parse_attack
+    from pipeline.cli.recipe_arguments import parse_experiment
+
     if command == "report" and has_option(arguments, "--republish"):
         from pipeline.cli.republish import republish
 
         republish(arguments)
         return 0
-    from pipeline.cli.recipe_arguments import parse_experiment, recipe_list
-
-    if command == "recipes":
-        print(recipe_list())
-        return 0
+    external = names_external_model(command, arguments)
+    if external and not {"-h", "--help"} & set(arguments):
+        parse_attack(arguments)  # A typo is answered at once. The rest depends on weights, which torch reads.
+        _say_loading("attack --model")
     experiment = parse_experiment(command, arguments)
-    # Run every stage for an external model: its test images and weights have to be prepared.
-    stage = "run" if names_external_model(command, arguments) else command
+    if not external:
+        _say_loading(f"{command} {experiment.name}")
     from pipeline import run
 
-    run.execute(stage, experiment)
+    # Run every stage for an external model: its test images and weights have to be prepared.
+    run.execute("run" if external else command, experiment)
     return 0
 
 
 def _run_sweep(arguments: list[str]) -> int:
-    from pipeline.cli.arguments import SWEEP_USAGE, parse_sweep
+    from pipeline.cli import usage
+    from pipeline.cli.arguments import parse_sweep
     from pipeline.cli.recipe_arguments import parse_experiment
 
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(SWEEP_USAGE, end="")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage.command_help("sweep"), end="")
         return 0 if arguments else 2
+    if {"-h", "--help"} & set(arguments):
+        parse_experiment("sweep", arguments)
     options, rest = parse_sweep(arguments)
     experiment = parse_experiment("sweep", rest)
+    from pipeline.sweep.space_file import load_space
+
+    load_space(options)  # A wrong name is refused at once.
+    _say_loading(f"sweep {experiment.name} over {options.space}")
     from pipeline.sweep import run
 
     run.execute(experiment, options)
     return 0
+
+
+def _say_loading(what: str) -> None:
+    """Print the first line of a long command, before imports that take seconds."""
+    from pipeline.runtime.console import say
+
+    say(f"{what}: loading PyTorch, Ray and MLflow ...")
 
 
 def is_memory_shortage(error: Exception) -> bool:
@@ -143,6 +161,19 @@ def version() -> str:
         return importlib.metadata.version("defendpp")
 
 
+def version_text() -> str:
+    """Return the versions of this project, of its source, of Python and of the main libraries."""
+    from pipeline.runtime import provenance
+
+    source = provenance.revision(ROOT)
+    changed = ", with changes that are not committed" if source["dirty"] else ""
+    versions = provenance.versions()
+    named = [f"{name} {versions[name]}" for name in ("python", "torch", "ray", "mlflow") if name in versions]
+    return "\n".join(
+        [f"defendpp {version()}", f"revision {source['revision'] or 'unknown'}{changed}", ", ".join(named)]
+    )
+
+
 def script() -> int:
     """Run the command line of this process, and return the exit status."""
     if sys.version_info < (3, 11):  # noqa: UP036 - any Python may run a script
@@ -150,6 +181,9 @@ def script() -> int:
         return 1
     from pipeline.runtime import standard_streams
 
+    # A user's networks may be in the working directory. It comes last: it must not hide packages.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     interrupts.install()
     standard_streams.harden()
     try:
@@ -169,5 +203,10 @@ def _right_python() -> str:
     return f"use {python}, which `make .venv/installed` in {ROOT} sets up"
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """Run the command line of this process, and end the process: the console script ``defendpp``."""
     interrupts.leave(script())
+
+
+if __name__ == "__main__":
+    console()

@@ -14,7 +14,7 @@ from pipeline.records import RunRecord
 from pipeline.reporting import terminal
 from pipeline.reporting.tracked import links, mlflow_run
 from pipeline.run_directory import Run, open_run
-from pipeline.runtime.console import say
+from pipeline.runtime.console import say, stage
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.stored_record import now
 from pipeline.tracking.system_metrics import SystemMetrics
@@ -22,8 +22,9 @@ from pipeline.tracking.system_metrics import SystemMetrics
 
 def finish(run: Run) -> None:
     """Publish the rest, then show the table, the report's path and MLflow's command."""
-    run.publish()
-    run.tracker.conclude()
+    with stage("MLflow"):
+        run.publish()
+        run.tracker.conclude()
     terminal.print_table(run.storage)
     say(f"report: {run.storage.uri}/report/report.html")
     for line in links.of_run(run.tracker, RunRecord.from_json(run.record)):

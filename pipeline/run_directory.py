@@ -8,12 +8,13 @@ from typing import Any, Literal
 from components.config import Experiment, level_sizes
 from components.config.data import Shapes
 from components.config.train import stored_levels
-from components.errors import ConfigError, UserError
+from components.errors import FEW_NAMES, ConfigError, UserError
 from components.fields import from_dict, to_dict
 from pipeline.data import pyramids
 from pipeline.data.shard_plan import Targets
 from pipeline.data.sources import base
 from pipeline.data.sources.open import check_source, refuse_memory
+from pipeline.program import program
 from pipeline.records import SCHEMA, drop_unreadable, run_address
 from pipeline.reporting import records
 from pipeline.reporting.tracked import mlflow_run
@@ -101,17 +102,18 @@ def open_run(
         say(f"storage {experiment.storage} is in the home directory of the node that runs this job")
     exports.trust(config.arch for config in experiment.model_configs().values())
     root = Storage(experiment.storage)
-    root.check_writable()
     storage = root / run_address(experiment)
-    Lease(storage).check_free()
     record = records.read_record(storage, "run.json")
+    # A command that needs an earlier one must not create the storage that it does not find.
     if records_only and record is None:
         raise UserError(
             f"there are no records at {storage.uri}: run the other stages with the same settings first, or "
-            "name the storage that has them by --storage"
+            f"name the storage that has them by --storage. {_runs_of(root, experiment.name)}"
         )
     if needs:
         _check_made(record or {}, experiment, storage, needs)
+    root.check_writable()
+    Lease(storage).check_free()
     uri, experiment_name = server.choose(
         experiment.tracking_uri,
         experiment.experiment_name,
@@ -194,6 +196,16 @@ def _readable_experiment(record: dict[str, Any], experiment: Experiment) -> Any:
     return record["experiment"]
 
 
+def _runs_of(root: Storage, recipe: str) -> str:
+    """Return a sentence with the runs of a storage, those of a recipe first."""
+    names = [name for name in root.list("runs") if (root / f"runs/{name}").exists("run.json")]
+    names.sort(key=lambda name: not name.startswith(f"{recipe}-"))
+    if not names:
+        return f"{root.uri} has no run"
+    shown = ", ".join(names[:FEW_NAMES]) + (f" and {len(names) - FEW_NAMES} more" if len(names) > FEW_NAMES else "")
+    return f"It has the runs {shown}; `{program()} report --from {root.uri}/runs/NAME/run.json` reports one of them"
+
+
 def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage, needs: str) -> None:
     """Refuse a stage whose predecessors have not run.
 
@@ -202,7 +214,8 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
     """
     if "splits" not in (record.get("data") or {}):
         raise UserError(
-            f"{storage.uri} has no shards yet: run `pyramids {experiment.name}` with the same settings first"
+            f"{storage.uri} has no shards yet: "
+            f"first run `{program()} pyramids {experiment.name}` with the same settings"
         )
     if needs == "models":
         made = {**record.get("models", {}), **record.get("diverged", {})}
@@ -210,7 +223,7 @@ def _check_made(record: dict[str, Any], experiment: Experiment, storage: Storage
         if missing:
             raise UserError(
                 f"{storage.uri} has no model {missing[0]!r} yet: "
-                f"run `train {experiment.name}` with the same settings first"
+                f"first run `{program()} train {experiment.name}` with the same settings"
             )
 
 

@@ -91,7 +91,7 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
         models = train.train(e, shapes_of(e), sets.training, run.root, TrainProgress(run, bar), run.tracker.uri)
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
     for name, step in run.record["diverged"].items():
-        say(f"  {name}: diverged at step {step}; the run goes on without it (allow_diverged)")
+        say(f"  {name}: diverged at step {step}; the run goes on without it (--allow-diverged)")
     run.stored.save()
     return as_subjects(e, {name: model for name, model in models.items() if "diverged" not in model})
 

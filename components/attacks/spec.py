@@ -10,8 +10,19 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from components.errors import ConfigError
-from components.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Rule, check, convert, hints_of, is_int64, parse_spec
+from components.errors import ConfigError, one_of
+from components.fields import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TYPE_WORDS,
+    Rule,
+    check,
+    convert,
+    hints_of,
+    is_int64,
+    parse_spec,
+)
 
 Setting = str | int | float
 
@@ -208,13 +219,12 @@ class AttackSpec:
             return value
         if name in _CHOICES:
             if value not in _CHOICES[name]:
-                choices = ", ".join(filter(None, _CHOICES[name]))
-                raise ConfigError.of(where, value, f"one of {choices}" + (", or empty" if "" in _CHOICES[name] else ""))
+                raise ConfigError.of(where, value, one_of(value, _CHOICES[name]))
             return value
         field_type = _FIELD_TYPES[name]
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if not numeric or (field_type is int and not isinstance(value, int)):
-            raise ConfigError.of(where, value, f"a value of type {field_type.__name__}")
+            raise ConfigError.of(where, value, TYPE_WORDS[field_type])
         if isinstance(value, int) and not is_int64(value):
             raise ConfigError.of(where, value, "at most 2**63 - 1")
         holds, allowed = _RULES[name]

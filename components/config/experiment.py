@@ -11,8 +11,8 @@ from typing import Literal
 from components.attacks.spec import AttackSpec
 from components.config.data import DataConfig, PyramidConfig, level_sizes
 from components.config.train import TrainConfig
-from components.errors import ConfigError
-from components.fields import AT_LEAST_1, Rule, check, check_name, check_values, parse_spec, replace_typed
+from components.errors import ConfigError, did_you_mean
+from components.fields import AT_LEAST_1, Rule, check, check_choice, check_name, check_values, parse_spec, replace_typed
 from components.threat_models import BLACK_BOX, TRANSFER, WHITE_BOX, split_threat_model
 
 FIGURES = ("fig2", "fig5", "fig6", "fig7", "fig8")
@@ -84,7 +84,8 @@ class EvaluationConfig:
                 threat_model in (WHITE_BOX, BLACK_BOX, TRANSFER) or (kind == TRANSFER and source != ""),
                 "evaluation.threat_models",
                 threat_model,
-                "one of white_box, black_box, transfer, transfer:NAME and transfer:*",
+                "one of white_box, black_box, transfer, transfer:NAME and transfer:*"
+                + did_you_mean(threat_model, (WHITE_BOX, BLACK_BOX, TRANSFER)),
             )
 
 
@@ -139,7 +140,6 @@ class ScalingConfig:
 _EXPERIMENT_RULES: dict[str, Rule] = {
     "models": (bool, "at least one model, e.g. --models undefended:defense=none"),
     "seeds": AT_LEAST_1,
-    "paper": (lambda v: v in ("", *PRINTED_IN), f"empty or one of {', '.join(PRINTED_IN)}"),
 }
 
 
@@ -162,8 +162,8 @@ class Experiment:
     )
     """The models, NAME or NAME:FIELD=VALUE,... with fields of train."""
     seeds: int = 1
-    """Number of replicates of each model, with seeds that are SEED_STRIDE apart. With several, the
-    report gives mean and spread."""
+    """Number of replicates of each model, with seeds that are 1000 apart. With several, the report
+    gives mean and spread."""
     allow_diverged: bool = False
     """Continue without a model whose loss was not finite, which the report says, instead of
     stopping before the attacks."""
@@ -173,7 +173,8 @@ class Experiment:
     figures: tuple[str, ...] = ()
     """Figures of the paper that the report draws from this run: fig2, fig5, fig6, fig7, fig8."""
     scale: str = ""
-    """Scale of a table's recipe: smoke, fast or paper. The report shows it beside the numbers."""
+    """Scale of a table's recipe: smoke, slim, fast or paper. The report shows it beside the
+    numbers."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     storage: str = "~/defendpp"
@@ -192,8 +193,9 @@ class Experiment:
     def __post_init__(self) -> None:
         check_name("name", self.name)
         check_values(self, "", _EXPERIMENT_RULES)
+        check_choice(self.paper, ("", *PRINTED_IN), "paper")
         for figure in self.figures:
-            check(figure in FIGURES, "figures", figure, f"one of {', '.join(FIGURES)}")
+            check_choice(figure, FIGURES, "figures")
         for attack in self.evaluation.attacks:
             AttackSpec.parse(attack).check_fits(self.data.channels, self.data.image_size)
         for name, config in self.model_configs().items():
@@ -252,7 +254,8 @@ class Experiment:
                 explicit in undefended,
                 "evaluation.transfer_source",
                 explicit,
-                f"the name of an undefended model out of models ({', '.join(sorted(undefended)) or 'there is none'})",
+                f"the name of an undefended model out of models ({', '.join(sorted(undefended)) or 'there is none'})"
+                + did_you_mean(explicit, undefended),
             )
         bases = set(self.base_names().values())
         for threat_model in threat_models:
@@ -261,7 +264,7 @@ class Experiment:
                 base in ("", "*") or base in bases,
                 "evaluation.threat_models",
                 threat_model,
-                f"transfer: and one of the models {', '.join(sorted(bases))}",
+                f"transfer: and one of the models {', '.join(sorted(bases))}" + did_you_mean(base, bases),
             )
         for name, config in self.model_configs().items():
             needs_source = TRANSFER in threat_models or config.defense == "comdefend"

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from components.errors import did_you_mean
 from components.fields import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, Rule, check, check_values, hints_of
 
 MAX_WIDTH = 4096
@@ -175,6 +176,11 @@ class TrainConfig:
 
         Equal models are then trained once.
         """
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: defaults[name] for name in self.unused()})
+
+    def unused(self) -> frozenset[str]:
+        """Return the names of the settings that have no influence on the model."""
         unused = {"checkpoint_every_epochs"}
         if not self.epochs:
             used = {"arch", "width", "pretrained", "epochs", "normalize_mean", "normalize_std", "defense"}
@@ -211,8 +217,7 @@ class TrainConfig:
             unused |= {"crop_padding"}
         if self.optimizer == "adam":
             unused |= {"momentum"}
-        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: defaults[name] for name in unused})
+        return frozenset(unused)
 
     def __post_init__(self) -> None:
         check_values(self, "train", _TRAIN_RULES)
@@ -230,7 +235,9 @@ class TrainConfig:
             own or self.arch in ENCODER_BLOCKS,
             "train.arch",
             self.arch,
-            ", ".join(ENCODER_BLOCKS) + " or MODULE:FUNCTION (docs/networks.md)",
+            ", ".join(ENCODER_BLOCKS)
+            + " or MODULE:FUNCTION (docs/networks.md)"
+            + did_you_mean(self.arch, ENCODER_BLOCKS),
         )
         if own:  # The number of its blocks is known once it is built.
             check(self.shared_blocks >= 1, "train.shared_blocks", self.shared_blocks, "at least 1")
@@ -267,7 +274,7 @@ class TrainConfig:
             0 <= self.adversarial_epochs <= self.epochs,
             "train.adversarial_epochs",
             self.adversarial_epochs,
-            f"0 (all) to train.epochs={self.epochs}",
+            f"0 (all) to train.epochs, which is {self.epochs}",
         )
 
     def _check_epochs(self) -> None:

@@ -107,7 +107,10 @@ def _logits(net: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
             f"{name} does not give logits [N, classes] for {what}, but {_described(logits)}: return the logits alone"
         )
     if num_classes is not None and logits.shape[1] != num_classes:
-        raise ConfigError(f"{name} gives {logits.shape[1]} logits, but there are {num_classes} classes")
+        raise ConfigError(
+            f"{name} gives {logits.shape[1]} logits, but data.num_classes is {num_classes}: set "
+            f"--data.num-classes {logits.shape[1]}, or build the network with num_classes outputs"
+        )
     return logits
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from components.errors import ConfigError
+from components.errors import ConfigError, did_you_mean, first_line
 from components.models import libraries, own
 from components.models.adapter import Adapter, Normalize, adapter_of, apply_head, attach, encoder_blocks, encoder_units
 from components.models.adapter_check import check_adapter, check_output
@@ -110,7 +110,7 @@ def build_classifier(
         else:
             check_output(classifier, channels, image_size, num_classes)
     except ConfigError as e:
-        raise ConfigError.of("train.arch", arch, str(e)) from e
+        raise ConfigError(f"train.arch is {arch!r}; {e}") from e
     return classifier
 
 
@@ -134,7 +134,11 @@ def _of_library(
             "train.arch", arch, f"a network of an installed library ({e}): pip install {library}"
         ) from e
     except Exception as e:  # Each library has errors of its own for an unknown name.
-        raise ConfigError.of("train.arch", arch, f"a name that {library} can build ({type(e).__name__}: {e})") from e
+        name = libraries.parse(arch)[1]
+        if name.lower() in (known := libraries.names(library)):
+            reason = f"{name} cannot be built with the sizes of these images ({type(e).__name__}: {first_line(e)})"
+            raise ConfigError(f"train.arch is {arch!r}; {reason}") from e
+        raise ConfigError.of("train.arch", arch, f"a network of {library}{did_you_mean(name, known)}") from e
 
 
 def _made_elsewhere(

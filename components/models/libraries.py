@@ -118,6 +118,14 @@ def build(arch: str, num_classes: int, channels: int, image_size: int, *, pretra
     return net
 
 
+def names(library: str) -> list[str]:
+    """Return the names of a library's networks for the classification of images."""
+    if library == "timm":
+        return list(importlib.import_module("timm").list_models())
+    models = importlib.import_module("torchvision.models")
+    return list(models.list_models(module=models))
+
+
 def tensors_for(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename a file's weights to the keys of the network of :func:`build`.
 
@@ -145,12 +153,12 @@ def notes(arch: str, pretrained: str, normalize_mean: tuple[float, ...]) -> list
     if explicit_arch != arch:
         lines.append(
             f"built as {explicit_arch}, as torchvision builds it for weights; for weights that were trained without "
-            f"it, set train.arch={explicit_arch.replace('true', 'false')}"
+            f"it, set the network to {explicit_arch.replace('true', 'false')}"
         )
     if not normalize_mean and not normalizes(arch):
         lines.append(
             f"the weights of {arch.partition(':')[0]} are made for normalised images, and no normalisation is set: "
-            "see train.normalize_mean and train.normalize_std (ImageNet's usual ones: 0.485 0.456 0.406 and "
+            "see --train.normalize-mean and --train.normalize-std (ImageNet's usual ones: 0.485 0.456 0.406 and "
             "0.229 0.224 0.225)"
         )
     return lines

@@ -127,7 +127,7 @@ def _difference(net: nn.Module, state: Mapping[str, Any], tensors: Mapping[str, 
     for what, names in (("missing", missing), ("too many", extra), ("of another shape", shapes)):
         if names:
             lines.append(f"{what}: {listed(names)}")
-    lines.append("name the network that they are of (--arch with --model, else train.arch), or give other weights")
+    lines.append("name the network that they are of (--arch with --model, else --train.arch), or give other weights")
     return "\n  ".join(lines)
 
 

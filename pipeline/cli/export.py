@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from components.errors import ConfigError
-from pipeline.cli.arguments import Parser
+from components.errors import ConfigError, one_of
+from pipeline.cli.options import Parser
+from pipeline.program import program
 from pipeline.runtime.console import say
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 """Usual suffix of the files of each format."""
 USAGE = """\
-main.py export MODEL_DIR --out FILE [--format onnx|torch-export|safetensors] [--arch MODULE:FUNCTION]
-main.py export RUN/MODEL --out FILE ...
+{program} export MODEL_DIR --out FILE [--format onnx|torch-export|safetensors] [--arch MODULE:FUNCTION]
+{program} export RUN/MODEL --out FILE ...
 
   MODEL_DIR  a trained model: STORAGE/models/KIND-HASH
   RUN/MODEL  a run's directory and the name of its model: STORAGE/runs/NAME-HASH/defend
@@ -36,7 +37,7 @@ def execute(arguments: Sequence[str]) -> int:
         UserError: the model cannot be read, or its file would give other logits.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        print(USAGE.format(program=program()), end="")
         return 0 if arguments else 2
     parser = Parser("export")
     parser.add_argument("model", nargs="?", default="")
@@ -45,10 +46,10 @@ def execute(arguments: Sequence[str]) -> int:
     options = parser.parse_args(list(arguments))
     if not options.model or not options.out:
         missing = "--out is missing: name the file to write" if options.model else "name the model first"
-        raise ConfigError(f"{missing} (main.py export --help)")
+        raise ConfigError(f"{missing} ({program()} export --help)")
     form = options.format or next((f for f, s in SUFFIXES.items() if PurePosixPath(options.out).suffix == s), "")
     if form not in SUFFIXES:
-        raise ConfigError.of("--format", form, f"one of {', '.join(SUFFIXES)}")
+        raise ConfigError.of("--format", form, one_of(form, SUFFIXES))
     say(f"export {options.model}: loading PyTorch ...")
     _write(options.model, form, options.out, options.arch)
     return 0

@@ -16,8 +16,11 @@ from components.fields import MAX_NAME_BYTES
 from components.models import libraries, own, zoo
 from components.threat_models import BLACK_BOX, WHITE_BOX
 from pipeline.cli import timm_model
-from pipeline.cli.arguments import Parser, has_option, parse_overrides
+from pipeline.cli.arguments import has_option, parse_attack
+from pipeline.cli.options import parse_overrides
+from pipeline.cli.usage import ATTACK_OPTIONS
 from pipeline.data import hub
+from pipeline.program import program
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 from pipeline.tracking.uri import default_uri
@@ -26,28 +29,6 @@ from pipeline.training import exports, pretrained, weights_file
 MAX_MODEL_NAME_BYTES = MAX_NAME_BYTES - len("attack-")
 _USUAL_NAMES = ("classifier", "model", "pytorch_model")
 """Names of files of weights on the Hugging Face Hub, which tell nothing of the model."""
-USAGE = """\
-main.py attack --model MODEL [--arch ARCH] [--data SOURCE] [--eps EPS] [--norm linf|l2] [--name NAME]
-               [--FIELD VALUE ...]
-
-  --model  weights: a .safetensors or .pth file (path or URI), mlflow:models:/NAME@ALIAS, mlflow:runs:/ID/PATH,
-           hf:ORG/NAME[@REVISION][/FILE] (docs/ecosystem.md), torchvision:WEIGHTS, or robustbench:ID, which needs no
-           --arch; FILE#KEY where a file holds several networks (checkpoint.pth#state_dict_ema)
-  --arch   the network: resnet18, ..., torchvision:NAME, timm:NAME, or MODULE:FUNCTION that returns an nn.Module
-           (docs/networks.md). torchvision:googlenet and :inception_v3 transform their images as torchvision's own
-           weights need it; for other weights: torchvision:googlenet,transform_input=false
-           A file that this project exported knows its network. But it does not decide which code is imported:
-           MODULE:FUNCTION must be given. The adaptive attack uses the autoencoder.safetensors beside the file
-  --data   the test images: sample:mnist, parquet:DIR, folder:DIR, hf:ORG/NAME, ... (as data.source)
-  --eps    budget of the attacks (default: the field's standard, which is 0.3 for grey images, 8/255 for colour images
-           up to 64 pixels, 4/255 above)
-  --norm   norm of that budget (default: linf)
-  --name   the model's name in the report
-
-The network takes images in [0,1]. If it normalises them, set --train.normalize-mean and --train.normalize-std.
-Image size, channels and classes: --data.image-size, --data.channels, --data.num-classes.
-Number of attacked images: --evaluation.test-images.
-"""
 
 
 def parse_external_model(arguments: Sequence[str]) -> Experiment:
@@ -57,14 +38,13 @@ def parse_external_model(arguments: Sequence[str]) -> Experiment:
         ConfigError: --arch is missing and the file does not say what it is, or a value is wrong.
         DataError, StorageError, UserError: the file cannot be read.
     """
-    options, rest = _parser().parse_known_args(list(arguments))
+    options, rest = parse_attack(arguments)
     tracking_uri = options.tracking_uri or default_uri(Storage(options.storage))
     of_zoo = options.model.startswith(zoo.PREFIX)
     described = _of_zoo(options) if of_zoo else _described(options.model, options.arch, tracking_uri)
     norm = options.norm or "linf"
-    experiment = parse_overrides(_experiment(options, described), rest, "main.py attack --model ...")
-    if norm not in ("linf", "l2"):
-        raise ConfigError.of("--norm", norm, "linf or l2")
+    default = _experiment(options, described)
+    experiment = parse_overrides(default, rest, "attack --model FILE", ATTACK_OPTIONS)
     # The budget and the step sizes follow from the images, which the overrides may describe.
     data = experiment.data
     eps = options.eps or f"{standard_eps(data.channels, data.image_size, norm)}"
@@ -96,21 +76,12 @@ def _of_zoo(options: argparse.Namespace) -> tuple[TrainConfig, Shapes]:
     return TrainConfig(arch=str(model)), shapes
 
 
-def _parser() -> Parser:
-    """Return the parser of the options from which the experiment's defaults follow."""
-    parser = Parser("attack")
-    for option in ("--model", "--arch", "--data", "--name", "--norm", "--eps", "--tracking-uri"):
-        parser.add_argument(option, default="")
-    parser.add_argument("--storage", default=Experiment.storage)
-    return parser
-
-
 def _experiment(options: argparse.Namespace, described: tuple[TrainConfig, Shapes] | None) -> Experiment:
     """Return the experiment before the overrides. The file may have described its network."""
     if described is None and not options.arch:
         raise ConfigError(
             "--arch is missing: name the network of the weights, since the file does not say it. Only files that this "
-            "project exported do (main.py attack --help)"
+            f"project exported do ({program()} attack --help)"
         )
     train, data, pyramids = TrainConfig(), DataConfig(), PyramidConfig()
     if described is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from components.errors import ConfigError, UserError
-from pipeline.cli.arguments import Parser
+from pipeline.cli.options import Parser
+from pipeline.program import program
 
 USAGE = """\
-main.py report --republish DIR [DIR ...] [--tracking-uri URI] [--experiment-name NAME] [--register]
+{program} report --republish DIR [DIR ...] [--tracking-uri URI] [--experiment-name NAME] [--register]
 
   Publishes the records of finished runs and sweeps in MLflow, in the form of this version. Nothing is computed.
 
@@ -30,7 +31,7 @@ def republish(arguments: Sequence[str]) -> None:
         UserError: a directory has no records, another process works on it, or MLflow cannot be used.
     """
     if {"-h", "--help"} & set(arguments):
-        print(USAGE, end="")
+        print(USAGE.format(program=program()), end="")
         return
     parser = Parser("report --republish")
     parser.add_argument("--republish", nargs="+", metavar="DIR", required=True)

@@ -270,8 +270,8 @@ def as_memory_allows(n: int, attempt: Callable[[list[slice]], T], what: str) -> 
         except torch.OutOfMemoryError as e:
             if size == 1:
                 raise ResourceError(
-                    f"{what} a single image does not fit the memory ({e}). Raise scaling.gpus_per_attack, so that "
-                    "fewer tasks share a GPU, or attack on the CPU with scaling.gpus_per_attack=0"
+                    f"{what} a single image does not fit the memory ({e}). Raise --scaling.gpus-per-attack, so that "
+                    "fewer tasks share a GPU, or attack on the CPU with --scaling.gpus-per-attack 0"
                 ) from e
         # Outside the except block the exception no longer keeps the failed batch's tensors alive.
         size = (size + 1) // 2

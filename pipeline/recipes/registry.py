@@ -1,4 +1,4 @@
-"""Every recipe by its name, with its cost."""
+"""Every recipe by its name."""
 
 from __future__ import annotations
 
@@ -25,29 +25,37 @@ def _described(make: Callable[[str], Experiment], name: str, scale: str) -> Expe
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe and its cost, which was measured or, if the recipe was not run, estimated."""
+    """A recipe, alone or one scale of several."""
 
     make: Callable[[], Experiment]
-    cost: str
+    base: str
+    """Name without the scale, which tables and figures have at its end."""
+    scale: str = ""
+    """One of SCALES, or empty."""
+
+    @property
+    def summary(self) -> str:
+        """Return in one line what the recipe shows, at any of its scales."""
+        return summary_of(PAPER[self.base][0]) if self.base in PAPER else self.make().description
 
 
 RECIPES: dict[str, Recipe] = {
-    "mnist-smoke": Recipe(mnist_smoke, "2 to 4 minutes on 2 cores"),
-    "mnist-demo": Recipe(mnist_demo, "5 minutes on 2 quiet cores without a GPU"),
-    "mnist-slim": Recipe(mnist_slim, "8 minutes a seed on 2 cores"),
-    "mnist": Recipe(mnist, "not measured yet: needs a GPU"),
+    "mnist-demo": Recipe(mnist_demo, "mnist-demo"),
+    "mnist-smoke": Recipe(mnist_smoke, "mnist-smoke", "smoke"),
+    "mnist-slim": Recipe(mnist_slim, "mnist-slim", "slim"),
+    "mnist": Recipe(mnist, "mnist", "fast"),
 }
-_COSTS = {
-    **dict.fromkeys(("table1-smoke", "table3-smoke", "table6-smoke"), "2 minutes"),
-    **dict.fromkeys(("table5-smoke", "table7-smoke"), "1 minute"),
-    "table1-slim": "40 minutes a seed",
-    "eq3-slim": "30 minutes a seed",
-    "robustness-slim": "about 4 hours",
-}
-"""Measured on 2 cores of an AMD EPYC without a GPU, 2026-11-23."""
-
 for _name, (_make, _scales) in sorted(PAPER.items()):
     for _scale in _scales:
         _full = f"{_name}-{_scale}"
-        RECIPES[_full] = Recipe(functools.partial(_described, _make, _name, _scale), _COSTS.get(_full, SCALES[_scale]))
-    RECIPES[_name] = Recipe(RECIPES[f"{_name}-fast"].make, SCALES["fast"])
+        RECIPES[_full] = Recipe(functools.partial(_described, _make, _name, _scale), _name, _scale)
+    RECIPES[_name] = RECIPES[f"{_name}-fast"]  # A table's name alone is its scale "fast".
+
+
+def scales_of(base: str) -> tuple[str, ...]:
+    """Return the scales that follow the name of a recipe; () if it comes at one alone."""
+    return PAPER[base][1] if base in PAPER else ()
+
+
+BASES = tuple(dict.fromkeys(recipe.base for recipe in RECIPES.values()))
+"""Names of the recipes without their scales."""

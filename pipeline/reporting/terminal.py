@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -10,23 +9,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from components.threat_models import TRANSFER, split_threat_model
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, records, results, sentences, verdicts
-from pipeline.reporting.cells import attack_name, beside_title, cell, head, our_value, row_head, worst_value
+from pipeline.reporting.cells import (
+    attack_name,
+    beside_title,
+    cell,
+    head,
+    interval_text,
+    our_value,
+    row_head,
+    worst_value,
+)
 from pipeline.reporting.records import Row
+from pipeline.runtime.console import table_console
 from pipeline.runtime.storage import Storage
 
 
 def print_table(run: Storage, *, console: Console | None = None) -> None:
     """Print the tables of a run.
 
-    Without a terminal, this is plain text of at most 100 columns.
+    Without a terminal, this is plain text of $COLUMNS or 100 columns.
 
     Raises:
         DataError: ``run.json`` is missing or corrupt.
     """
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=100)
+        console = table_console()
     record = records.read_run(run)
     if not record.evaluations:
         console.print(f"{record.name}: no evaluations yet", markup=False, highlight=False)
@@ -34,8 +44,11 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     together = results.across(record)
     # With several seeds, the rows of single models are only in the report.
     tables = [] if together["over_seeds"] else result_tables(record, console.width)
-    for part in (*tables, *comparison_tables(record, together), *worst_case_tables(record)):
+    folded = [] if together["over_seeds"] else transfer_matrices(record)
+    for part in (*tables, *folded, *comparison_tables(record, together), *worst_case_tables(record)):
         console.print(part)
+    if folded:
+        console.print(Text("The report has each attack on each of these examples by itself.", style="dim"))
     for row in verdicts.near_chance(record):
         console.print(Text(row["sentence"], style="bold yellow"))
     for flag in verdicts.raised_flags(record):
@@ -117,13 +130,17 @@ def _table(title: str) -> Table:
 def result_tables(record: RunRecord, width: int) -> list[Table]:
     """Return the result table in as few parts as fit into ``width``.
 
-    A part holds several threat models only if each of them is whole.
+    A part holds several threat models only if each of them is whole. Transfers that
+    :func:`transfer_matrices` folds are left out.
     """
     data = results.table(record)
     first = max(len("model"), *(len(line) for row in data["rows"] for line in row_head(row)))
     parts: list[list[Row]] = []
     groups: dict[str, list[Row]] = {}
+    folded = _folded(data["columns"])
     for column in data["columns"]:
+        if column in folded:
+            continue
         groups.setdefault(column["threat_model"], []).append(column)
 
     def total_width(columns: Sequence[Row]) -> int:
@@ -139,6 +156,46 @@ def result_tables(record: RunRecord, width: int) -> list[Table]:
                 parts.append([])
             parts[-1].append(column)
     return [_result_table(data["rows"], part) for part in parts]
+
+
+def _folded(columns: Sequence[Row]) -> list[Row]:
+    """Return the columns of all transfers if some of them name their source; otherwise none."""
+    transfers = [column for column in columns if split_threat_model(column["threat_model"])[0] == TRANSFER]
+    return transfers if any(column["threat_model"] != TRANSFER for column in transfers) else []
+
+
+def transfer_matrices(record: RunRecord) -> list[Table]:
+    """Return a table of transferred examples by model and source, where a run has several sources.
+
+    A cell is the lowest accuracy over the attacks with a budget or, if there is none, over all.
+    """
+    data = results.table(record)
+    folded = _folded(data["columns"])
+    columns = [column for column in folded if not column["minimal_norm"]] or folded
+    if not columns:
+        return []
+    cells: dict[tuple[str, str], list[tuple[Row, str]]] = {}
+    for row in data["rows"]:
+        for column in columns:
+            if values := row["cells"].get(column["key"]):
+                cells.setdefault((row["model"], values["source"]), []).append((values, column["attack_title"]))
+    attacks = ", ".join(dict.fromkeys(column["attack_title"] for column in columns))
+    table = _table(f"transferred examples, by the model that they were made on: lowest accuracy in % over {attacks}")
+    table.title_justify = "left"
+    table.add_column("model", no_wrap=True)
+    sources = [source for source in record.roles if any(source == made_on for _, made_on in cells)]
+    for source in sources:
+        table.add_column(f"made on\n{source}", justify="right")
+    for row in data["rows"]:
+        texts = [_lowest(cells[at]) if (at := (row["model"], source)) in cells else "-" for source in sources]
+        table.add_row(row["model"], *texts)
+    return [table]
+
+
+def _lowest(cells: Sequence[tuple[Row, str]]) -> str:
+    values, attack = min(cells, key=lambda cell: cell[0]["accuracy"])
+    interval = interval_text(values["accuracy_low"], values["accuracy_high"])
+    return f"{labels.percent(values['accuracy'])}{labels.mark(values)} {attack}\n{interval}"
 
 
 def _result_table(rows: Sequence[Row], columns: Sequence[Row]) -> Table:

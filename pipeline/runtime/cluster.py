@@ -224,7 +224,7 @@ def _shortage(bundle: dict[str, float], count: int, what: str) -> str | None:
     needs = " and ".join(f"{v:g} {k}" for k, v in bundle.items())
     return (
         f"{what}: {count} x ({needs}) asked for, room for {placed}: the cluster has {have['CPU']:g} CPU and "
-        f"{have['GPU']:g} GPU on {len(nodes)} node(s). Lower scaling.workers, scaling.cpus_per_worker or "
-        "scaling.cpus_per_attack, use --scaling.no-gpu where there is none, add nodes, or give a growing cluster time "
-        "with scaling.wait_s"
+        f"{have['GPU']:g} GPU on {len(nodes)} node(s). Lower --scaling.workers, --scaling.cpus-per-worker or "
+        "--scaling.cpus-per-attack, use --scaling.no-gpu where there is none, add nodes, or give a growing cluster "
+        "time with --scaling.wait-s"
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from pipeline.runtime import interrupts
 
@@ -21,9 +23,41 @@ PLAIN_INTERVAL_S = 10.0
 
 def say(text: str) -> None:
     """Print a line with the time of day at once."""
-    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] ", end="")
-    console.print(text, markup=False)
+    # One call: below a live bar, rich redraws the line of a text that does not end it.
+    console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), " ", text))
     sys.stdout.flush()
+
+
+def table_console() -> Console:
+    """Return the console for tables: as wide as the terminal or $COLUMNS, and 100 columns in a pipe."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(highlight=False, width=None if known else 100)
+
+
+class _Count(ProgressColumn):
+    """What is done, and a note on it, which is cut off where the terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of the last update."""
+        return Text(task.fields["count"], no_wrap=True, overflow="ellipsis")
+
+
+class _Clocks(ProgressColumn):
+    """Time since the stage began, and an estimate of what is left."""
+
+    def render(self, task: Task) -> Text:
+        """Return both times in words."""
+        clocks = f"{_clock(task.elapsed or 0)} elapsed"
+        if task.total is not None and task.time_remaining is not None:
+            clocks += f", {_clock(task.time_remaining)} left"
+        return Text(clocks, style="dim")
+
+
+def _clock(seconds: float) -> str:
+    """Return seconds as ``1:02`` or ``1:00:02``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class Bar:
@@ -32,7 +66,7 @@ class Bar:
     def __init__(self, title: str, live: Progress | None) -> None:
         self.title = title
         self._live = live
-        self._task = live.add_task(title, total=None, note="") if live else None
+        self._task = live.add_task(title, total=None, count="") if live else None
         self._start = time.monotonic()
         self._printed = self._start
         self._first: tuple[float, int, int] | None = None
@@ -41,7 +75,7 @@ class Bar:
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` units are done, with a note about them."""
         if self._live is not None and self._task is not None:
-            self._live.update(self._task, completed=done, total=total, note=note)
+            self._live.update(self._task, completed=done, total=total, count=f"{done}/{total} {note}")
             return
         now = time.monotonic()
         # Another total means other units with another pace: reliability tests come after chunks.
@@ -69,10 +103,9 @@ def stage(title: str) -> Iterator[Bar]:
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=20),
+            _Count(),
+            _Clocks(table_column=Column(no_wrap=True)),
         )
         with Progress(*columns, console=console, transient=True) as live:
             yield Bar(title, live)
@@ -85,4 +118,4 @@ def stage(title: str) -> Iterator[Bar]:
 
 def print_error(text: str) -> None:
     """Print an error to standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(text)}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text.assemble(("error:", "bold red"), " ", text))

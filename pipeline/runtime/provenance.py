@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pipeline.program import program
 from pipeline.runtime.redaction import without_password
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
@@ -148,4 +149,4 @@ def _cpu_name() -> str:
 
 def command(argv: list[str]) -> str:
     """Return the command line as it can be pasted into a shell, without passwords of URIs."""
-    return shlex.join(["python", *map(without_password, argv)])
+    return " ".join([program(), shlex.join(map(without_password, argv[1:]))])

@@ -63,7 +63,7 @@ def execute(experiment: Experiment, options: SweepOptions) -> Storage:
         with stage("report"):
             write_report(sweep)
             sweep.tracker.conclude()
-        say(f"sweep: {sweep.storage.uri}")
+        say(f"report of the sweep: {sweep.storage.uri}/report/report.html")
         finished = [mlflow_sweep.trial_alias(trial) for trial in sweep.trials if trial.state == FINISHED]
         for line in links.lines(sweep.tracker, "trials", finished):
             say(line)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from components.errors import ConfigError, UserError
+from components.errors import ConfigError, UserError, one_of
 from components.fields import check_name
 from components.search_space import Space
 from pipeline.runtime import provenance
@@ -25,10 +25,9 @@ def load_space(options: SweepOptions) -> tuple[str, Space]:
     if not path.is_file() and path.parent == Path() and ours.is_file():
         path = ours
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in ours.parent.glob("*.py") if p.stem != "__init__"))
-        raise ConfigError.of(
-            "--space", options.space, f"a file that exists (in a job: in its working directory), or one of {names}"
-        )
+        names = sorted(p.stem for p in ours.parent.glob("*.py") if p.stem != "__init__")
+        allowed = f"a file that exists (in a job: in its working directory), or {one_of(ours.stem, names)}"
+        raise ConfigError.of("--space", options.space, allowed)
     spec = importlib.util.spec_from_file_location(f"space_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError.of("--space", options.space, "a file whose name ends in .py")

@@ -9,22 +9,26 @@ import re
 import secrets
 import shlex
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from components.errors import ConfigError, UserError
+from pipeline.program import program
 from pipeline.runtime.redaction import without_password
 from pipeline.runtime.storage import Storage
 
 OPTION, VARIABLE = "--tracking-uri", "MLFLOW_TRACKING_URI"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+DATABASE = "mlflow.db"
+"""Database file in a local storage, where no tracking URI is given."""
+DEFAULT_PORT = 5000
+"""MLflow's own default, which links can name before a server runs."""
 LOCK_SECONDS = 60.0
 """How long to wait for another process's lock of a database file before going on without it."""
-UI_OF_DATABASE = "http://127.0.0.1:5000"
-"""Where `mlflow ui` opens the UI of a database."""
+UI_OF_DATABASE = f"http://127.0.0.1:{DEFAULT_PORT}"
+"""Where the command ``ui`` opens the UI of a database, unless another program has the port."""
 _WORKFLOW = "?workflowType=machine_learning"
 """Without it the UI opens its pages for language models."""
 TABLES_WITH_ROWS = {"alembic_version", "experiments", "workspaces"}
@@ -51,7 +55,7 @@ def resolve(option: str, storage: Storage) -> tuple[str, str]:
             "give a server with --tracking-uri http://HOST:PORT, or a local file with "
             "--tracking-uri sqlite:////absolute/path/mlflow.db"
         )
-    return sqlite_uri(storage.local_root / "mlflow.db"), ""
+    return sqlite_uri(storage.local_root / DATABASE), ""
 
 
 def default_uri(storage: Storage) -> str:
@@ -146,21 +150,19 @@ def ui_address(uri: str) -> str:
     return (without_password(uri).rstrip("/") if uri.startswith("http") else UI_OF_DATABASE) + "/"
 
 
+def page(experiment_id: str | None, run_id: str | None) -> str:
+    """Return the page of a run, of an experiment or of all experiments, which follows the address."""
+    parts = ([f"experiments/{experiment_id}"] if experiment_id else []) + ([f"runs/{run_id}"] if run_id else [])
+    return f"#/{'/'.join(parts) or 'experiments'}{_WORKFLOW}"
+
+
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:
-    """Return a line for a shell that opens the UI, on the page of a run if its id is known."""
-    address = ui_address(uri) + run_page(experiment_id, run_id)
+    """Return how to see a run in MLflow: a server's page, or the command that opens a database."""
     if uri.startswith("http"):
-        return f"open {shlex.quote(address)}"
-    beside = Path(sys.executable).parent / "mlflow"
-    mlflow = os.path.relpath(beside) if beside.exists() else "mlflow"
-    if mlflow.startswith("../"):
-        mlflow = str(beside)
-    database = shlex.quote(without_password(uri))
-    # Job execution and more workers would start a dozen processes instead of two.
-    return (
-        f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {shlex.quote(mlflow)} ui --workers 1 --backend-store-uri {database}"
-        f"   # then open {address}"
-    )
+        return ui_address(uri) + page(experiment_id, run_id)
+    path = sqlite_path(uri) if uri.startswith("sqlite:") else Path()
+    where = ["--storage", str(path.parent)] if path.name == DATABASE else ["--tracking-uri", without_password(uri)]
+    return f"{program()} {shlex.join(['ui', *where, *(['--run', run_id] if run_id else [])])}"
 
 
 # -- the file of an SQLite database --------------------------------------------------------------

@@ -112,7 +112,7 @@ def refuse_what_does_not_fit(
             raise ResourceError(
                 f"model {name} does not fit the GPU: a step of {config.batch_size} images on {workers} worker(s) takes "
                 f"at least {needed[config] / 2**30:.1f} GiB, the GPU has {gpu_bytes / 2**30:.1f} GiB. "
-                "Lower train.batch_size or train.width, raise scaling.workers, or set train.precision=bfloat16"
+                "Lower --train.batch-size or --train.width, raise --scaling.workers, or set --train.precision bfloat16"
             )
 
 

@@ -118,8 +118,8 @@ class TrainingLoop:
         self.steps_per_epoch = len(data) // self.local_batch
         if self.steps_per_epoch == 0:
             raise DataError(
-                f"train.batch_size={config.batch_size} is more than "
-                f"the {len(data) * self.world} training images there are"
+                f"train.batch_size is {config.batch_size}, but there are only {len(data) * self.world} training "
+                "images: lower --train.batch-size"
             )
         self.net = build_net(config, shapes, weights).to(self.device)
         if config.channels_last:

@@ -240,8 +240,8 @@ def _raise_failures(jobs: Sequence[TrainingJob], ends: Mapping[str, Mapping[str,
         )
     if any("step" in ends[job.name] for job in jobs):
         lines.append(
-            "Lower train.lr or train.reconstruction_weight, or set train.clip_norm; "
-            "with allow_diverged the run goes on without"
+            "Lower --train.lr or --train.reconstruction-weight, or set --train.clip-norm; "
+            "with --allow-diverged the run goes on without"
         )
     lines.append("The other models are trained and kept; the same command tries these again")
     raise TrainingError("\n".join(lines))

@@ -97,7 +97,7 @@ def _reason_of(error: Exception) -> str:
     first = next(iter(str(error).splitlines()), "")
     reason = f"{type(error).__name__}: {first}" if first else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        reason += ". Lower train.batch_size or train.width, or train on GPUs with more memory"
+        reason += ". Lower --train.batch-size or --train.width, or train on GPUs with more memory"
     return reason
 
 

@@ -46,13 +46,16 @@ def test_the_schedules_of_the_space_are_two_in_a_recipe_of_any_length() -> None:
         (lambda: Space(parameters={"seed": IntRange(0, 3)}), "--seeds"),
         (lambda: Space(parameters={"pretrained": Choice(["a"])}), "for each file"),
         (lambda: Space(parameters={"lam": [0.1, 1.0]}), "Choice(["),  # type: ignore[dict-item]
-        (lambda: Space(parameters={"lam": Choice(["much"])}), "type float"),
-        (lambda: Space(parameters={"decoder": Choice(["hourglas"])}), "one of 'pyramid'"),
+        (lambda: Space(parameters={"lam": Choice(["much"])}), "a number"),
+        (
+            lambda: Space(parameters={"decoder": Choice(["hourglas"])}),
+            "one of pyramid, hourglass, hourglass_concat, hourglass_add; did you mean hourglass",
+        ),
         (lambda: Space(parameters={"shared_blocks": Uniform(1, 4)}), "IntRange"),
-        (lambda: Space(parameters={"shared_blocks": Choice([1.5])}), "type int"),
+        (lambda: Space(parameters={"shared_blocks": Choice([1.5])}), "a whole number"),
         (lambda: Space(parameters={"normalize_mean": Choice([0.5])}), "normalize_mean"),
         (lambda: Space(parameters=LAM, search="grid"), "no end of points"),
-        (lambda: Space(parameters=LAM, search="bayes"), "'grid', 'random', 'tpe'"),  # type: ignore[arg-type]
+        (lambda: Space(parameters=LAM, search="bayes"), "grid, random, tpe"),  # type: ignore[arg-type]
         (lambda: Space(parameters=LAM, trials=0), "at least 1"),
         (lambda: Space(parameters={"epochs": IntRange(1, 3)}, asha=Asha()), "unlike length"),
         (lambda: Space(parameters=LAM, attack="ddn"), "with a budget"),

@@ -261,13 +261,13 @@ def test_local_cluster_script_tells_usage_and_leaves_alone_what_it_did_not_start
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"LOCAL_RAY_PORT": "ray"}, "LOCAL_RAY_PORT=ray is not possible: a port from 1024 to 65535"),
-        ({"LOCAL_RAY_PORT": "../7"}, "LOCAL_RAY_PORT=../7 is not possible: a port from 1024 to 65535"),
-        ({"LOCAL_RAY_DASHBOARD_PORT": "80"}, "LOCAL_RAY_DASHBOARD_PORT=80 is not possible: a port from 1024 to 65535"),
-        ({"LOCAL_RAY_AGENT_PORT": "070000"}, "LOCAL_RAY_AGENT_PORT=070000 is not possible: a port from 1024 to 65535"),
+        ({"LOCAL_RAY_PORT": "ray"}, "LOCAL_RAY_PORT=ray must be a port from 1024 to 65535"),
+        ({"LOCAL_RAY_PORT": "../7"}, "LOCAL_RAY_PORT=../7 must be a port from 1024 to 65535"),
+        ({"LOCAL_RAY_DASHBOARD_PORT": "80"}, "LOCAL_RAY_DASHBOARD_PORT=80 must be a port from 1024 to 65535"),
+        ({"LOCAL_RAY_AGENT_PORT": "070000"}, "LOCAL_RAY_AGENT_PORT=070000 must be a port from 1024 to 65535"),
         (
             {"LOCAL_RAY_CLIENT_PORT": "8265"},
-            "LOCAL_RAY_CLIENT_PORT=8265 is not possible: LOCAL_RAY_DASHBOARD_PORT has it",
+            "LOCAL_RAY_CLIENT_PORT=8265 is taken by LOCAL_RAY_DASHBOARD_PORT",
         ),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
     assert 0 < printed.index("test: 20 images, 8 of 10 classes") < printed.index("Ray"), printed[:2000]
     (report,) = storage.glob("runs/*/report/report.html")
     assert str(report) in printed
-    assert "mlflow ui" in printed or "mlflow' ui" in printed
+    assert f"main.py ui --storage {storage} --run " in printed
     with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
         names = dict(database.execute("select run_uuid, name from runs"))
     (comparison,) = re.findall(r"models side by side: (\S+)", printed)

@@ -62,7 +62,8 @@ def split_rows(source: Source, split: Split) -> np.ndarray:
     if not len(rows):
         raise DataError(
             f"{data.source}: the {split} split is empty with {source.num_rows} images and "
-            f"data.validation_fraction={data.validation_fraction}; change data.validation_fraction or raise the limit"
+            f"data.validation_fraction {data.validation_fraction}; change --data.validation-fraction or raise "
+            "--data.train-limit"
         )
     return rows
 
@@ -165,8 +166,8 @@ class Source:
         if named != self.data.num_classes:
             raise DataError(
                 f"{self._classes_place} has {named} {self._classes_kind}, but data.num_classes is "
-                f"{self.data.num_classes}; set data.num_classes={named} (weights of another number of classes then "
-                f"need train.replace_head), or give images of all {self.data.num_classes} classes: a label is a "
+                f"{self.data.num_classes}; set --data.num-classes {named} (weights of another number of classes then "
+                f"need --train.replace-head), or give images of all {self.data.num_classes} classes: a label is a "
                 "position in the list of classes, which is " + first_names(self.class_names)
             )
 
@@ -209,7 +210,7 @@ class Source:
         if not len(bad):
             return
         label = labels[bad[0]]
-        remedy = "set data.num_classes to this data set's number of classes, or repair the label"
+        remedy = "set --data.num-classes to this data set's number of classes, or repair the label"
         if label < 0:
             remedy = (
                 f"{(labels < 0).sum()} of {len(labels)} labels are negative, which marks images without a label; "

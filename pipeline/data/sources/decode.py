@@ -37,7 +37,7 @@ def decode(data: DataConfig, encoded: bytes, where: str, out: np.ndarray) -> Non
             if image.size != (size, size) and data.resize == "none":
                 raise DataError(
                     f"{where}: the image is {image.size[0]}x{image.size[1]} pixels, but data.image_size is {size}; "
-                    "set data.image_size, or data.resize=crop"
+                    "set --data.image-size, or --data.resize crop"
                 )
             mode = "L" if data.channels == 1 else "RGB"
             converted = image if image.mode == mode else image.convert(mode)

@@ -129,7 +129,7 @@ def open_folder(data: DataConfig, split: SourceSplit, root: str) -> FolderSource
         raise ConfigError.of("data.source", data.source, "a local directory for folder:; use parquet: for a URI")
     if not os.path.isdir(root):
         raise DataError(
-            f"{printable(root)} is not a directory; data.source must name one with train/CLASS/* and test/CLASS/*"
+            f"{printable(root)} is not a directory; --data.source must name one with train/CLASS/* and test/CLASS/*"
         )
     top = list_directory(root)
     directory = _split_directory(root, top, split, data.test_split if split == "test" else "")
@@ -178,10 +178,10 @@ def _split_directory(root: str, listing: Listing, split: SourceSplit, test_split
     if word is None:
         names = test_split or " or ".join(WORDS[split])
         there = f"; there are only {first_names(folders)}" if folders else ""
-        remedy = ". Name one of them in data.test_split" if split == "test" and folders else ""
+        remedy = ". Name one of them with --data.test-split" if split == "test" and folders else ""
         parent, name = os.path.split(root)
         if name.lower() in split_words():
-            remedy = f". If these are classes, set data.source=folder:{printable(parent)} and data.test_split={name}"
+            remedy = f". If these are classes, use --data.source folder:{printable(parent)} --data.test-split {name}"
         raise DataError(f"{printable(root)}: no folder for the {split} split ({printable(names)}){there}{remedy}")
     return os.path.join(root, word)
 
@@ -206,7 +206,7 @@ def _check_class_folders(directory: str, listing: Listing, classes_directory: st
         text = (
             f"{printable(directory)} is not sorted into class folders: it has {first_names(listing.folders)}"
             + (f", of which none is in {printable(classes_directory)}" if unknown else " alone")
-            + ". Move each image into a folder named by its class, or name another split in data.test_split"
+            + ". Move each image into a folder named by its class, or name another split with --data.test-split"
         )
         if lists:
             text += f". {printable(lists[0])} seems to name the class of each image, as Tiny ImageNet's does"
@@ -220,7 +220,7 @@ def _no_image(directory: str, listing: Listing) -> str:
     if beside:
         text += f"; {len(beside)} images lie beside the class folders: move each into the folder of its class"
     elif any(_suffix(name) == ".parquet" for name in listing.files):
-        text += "; it has Parquet files, which data.source=parquet:DIR reads"
+        text += "; it has Parquet files, which --data.source parquet:DIR reads"
     return text
 
 

@@ -51,7 +51,7 @@ def open_source(data: DataConfig, split: SourceSplit) -> Source:
     if limit and limit < source.num_rows:
         source = source.limited(limit)
     if source.num_rows == 0:
-        raise DataError(f"{source.place}: the {split} split has no image; give a data.source that has some")
+        raise DataError(f"{source.place}: the {split} split has no image; give a --data.source that has some")
     return source
 
 
@@ -136,7 +136,7 @@ def _check_every_class(source: Source, labels: np.ndarray) -> None:
         named = first_names([repr(source.class_names[i]) for i in empty])
         raise DataError(
             f"{source.place}: {len(empty)} of {data.num_classes} classes have no image in the {source.split} split "
-            f"({named}). Add their images, correct data.num_classes, or set data.allow_empty_classes=true if they are "
+            f"({named}). Add their images, correct --data.num-classes, or set --data.allow-empty-classes if they are "
             "meant to have none"
         )
 

@@ -104,7 +104,7 @@ class ParquetSource(Source):
             if self._has_labels(name)
         ]
         others.sort(key=lambda name: name.lower() in WORDS["train"])
-        return f"{text}: set data.test_split to a split that has labels ({first_names(others)})" if others else text
+        return f"{text}: set --data.test-split to a split that has labels ({first_names(others)})" if others else text
 
     def _has_labels(self, split: str) -> bool:
         """Return whether another split of the same directory has labels."""
@@ -201,7 +201,7 @@ def open_parquet(data: DataConfig, split: SourceSplit, uri: str, sample: str, hu
     storage = _directory_of(uri, sample, hub)
     if not storage.exists():
         raise DataError(
-            f"{printable(storage.uri)} does not exist; data.source must name a directory with train-*.parquet, "
+            f"{printable(storage.uri)} does not exist; --data.source must name a directory with train-*.parquet, "
             "test-*.parquet"
         )
     names = find_parquet(storage, split, data.test_split, data.source)

@@ -101,7 +101,7 @@ def _find_place(storage: Storage, test_split: str, source: str) -> _Place:
             names = [place.folder for place in places]
             raise DataError(
                 f"{printable(storage.uri)} has splits in {len(names)} folders, which are data sets or configurations "
-                f"of their own: {first_names(names)}. Give the one that you mean as data.source, for example "
+                f"of their own: {first_names(names)}. Give the one that you mean as --data.source, for example "
                 f"{printable(f'{source}/{names[0]}')}"
             )
         if places:
@@ -291,7 +291,7 @@ def _column(
 ) -> str:
     """Return the column ``name``, or the only candidate if ``name`` is empty."""
     columns = ", ".join(f"{printable(f.name)} ({_shown(f.type)})" for f in schema)
-    setting = f"name the column in data.{what}_column"
+    setting = f"name the column with --data.{what}-column"
     if name:
         if schema.names.count(name) != 1:
             count = "no column" if name not in schema.names else "more than one column"

@@ -64,7 +64,7 @@ def choose_word(place: str, split: SourceSplit, words: Sequence[str], test_split
     fitting = sorted({word for word in words if word.lower() in named})
     tests = [word for word in fitting if word.lower() in ("train", "test")] or fitting
     if len(tests) > 1:
-        remedy = ", or name it in data.test_split" if split == "test" else ""
+        remedy = ", or name it with --data.test-split" if split == "test" else ""
         raise DataError(
             f"{printable(place)} has {' and '.join(map(repr, tests))}, and each may be the {split} split; keep the one "
             f"that you mean and move the other to another directory{remedy}"
@@ -119,7 +119,7 @@ def _no_split(
             text + "the directory has no .parquet file at all, nor have the folders that are one or two levels below it"
         )
     there = sorted(({split_of(name) for name in names} | set(folders)) - set(WORDS["train"]))
-    remedy = f". Name one of its splits in data.test_split: {first_names(there)}" if split == "test" and there else ""
+    remedy = f". Name one of its splits by --data.test-split: {first_names(there)}" if split == "test" and there else ""
     return text + f"there are only {first_names([*names, *(f'{folder}/' for folder in folders)])}{remedy}"
 
 
@@ -137,7 +137,7 @@ def _checked(place: str, word: str, files: list[str], numbered: bool = False) ->
     if strange := [name for name in files if split_of(name) != word]:
         remedy = ""
         if word.lower() not in WORDS["train"] and not numbered:
-            remedy = f", or name one in data.test_split: {first_names(sorted({split_of(name) for name in files}))}"
+            remedy = f", or name one with --data.test-split: {first_names(sorted({split_of(name) for name in files}))}"
         forms = f"{word}.parquet or {word}-NNNNN-of-NNNNN.parquet" + (" or NNNN.parquet" if numbered else "")
         raise DataError(
             f"{printable(place)}: {first_names(strange)} {'is not a file' if len(strange) == 1 else 'are not files'} "
@@ -203,7 +203,7 @@ def ordered_classes(place: str, names: Sequence[str], order: Literal["", "text",
         raise DataError(
             f"{printable(place)}: the class folders' names have numbers, and their labels depend on how they are "
             f"sorted: label {i} is {as_text[i]!r} as text (torchvision's order) and {by_number[i]!r} by number "
-            "(timm's). Set data.class_order to text or number, whichever the network's classes follow"
+            "(timm's). Set --data.class-order to text or number, whichever the network's classes follow"
         )
     return as_text
 

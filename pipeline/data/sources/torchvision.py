@@ -49,7 +49,7 @@ class TorchvisionSource(Source):
         if size != self.data.image_size and self.data.resize == "none":
             raise DataError(
                 f"{self.place}: images are {size}x{size} pixels, but data.image_size is {self.data.image_size}; "
-                "set data.image_size, or data.resize=crop"
+                "set --data.image-size, or --data.resize crop"
             )
         mode = "L" if self.data.channels == 1 else "RGB"
         for position, row in enumerate(rows):
@@ -87,8 +87,8 @@ def open_dataset(name: str, root: str, train: bool, download: bool) -> Any:
     # torchvision checks MNIST's files by assertions and lookups.
     except (RuntimeError, OSError, EOFError, ValueError, AssertionError, LookupError) as e:
         raise DataError(
-            f"torchvision:{name} is not usable in {printable(root)} ({reason(e)}); set data.download=true, or "
-            "data.root to where torchvision's files are"
+            f"torchvision:{name} is not usable in {printable(root)} ({reason(e)}); set --data.download, or "
+            "--data.root to where torchvision's files are"
         ) from e
 
 

@@ -68,7 +68,7 @@ def test_text_of_a_spec_of_autoattack_is_canonical(text: str, canonical: str) ->
         ("bim:eps=0.1,target=worst", r"bim\.target is 'worst'.*random, least_likely, runner_up, or empty"),
         ("bim:eps=0.1,restarts=2", r"unknown field of bim: 'restarts'"),
         ("pgd:eps=0.1,restarts=0", r"pgd\.restarts is 0.*at least 1"),
-        ("pgd:eps=0.1,restarts=1.5", r"pgd\.restarts is '1\.5'.*int"),
+        ("pgd:eps=0.1,restarts=1.5", r"pgd\.restarts is '1\.5'.*whole number"),
         ("apgd-t:eps=0.1,targets=0", r"apgd-t\.targets is 0.*at least 1"),
         ("apgd-t:eps=0.1,target=random", r"unknown field of apgd-t: 'target'"),
         ("fab-t:eps=0.1", r"unknown field of fab-t: 'eps'"),
@@ -183,15 +183,15 @@ def test_a_spec_survives_text_dict_and_pickle(spec: AttackSpec) -> None:
         ("noise:eps=1.0001", r"noise\.eps is 1\.0001.*at most 1 in linf"),
         ("autoattack:eps=300", r"autoattack\.eps is 300\.0.*at most 1 in linf, in units of \[0,1\] pixels$"),
         ("pgd:eps=8/255,step_size=2", r"pgd\.step_size is 2\.0.*at most 1 in linf.*write 2/255"),
-        ("fgsm:eps=-1/-5", r"fgsm\.eps is '-1/-5'.*float"),
-        ("fgsm:eps=1/-5", r"fgsm\.eps is '1/-5'.*float"),
+        ("fgsm:eps=-1/-5", r"fgsm\.eps is '-1/-5'.*number"),
+        ("fgsm:eps=1/-5", r"fgsm\.eps is '1/-5'.*number"),
         ("fgsm:eps=-1/5", r"fgsm\.eps is -0\.2.*above 0"),
-        ("fgsm:eps=1/0", r"fgsm\.eps is '1/0'.*float"),
-        ("fgsm:eps=big", r"fgsm\.eps is 'big'.*float"),
+        ("fgsm:eps=1/0", r"fgsm\.eps is '1/0'.*number"),
+        ("fgsm:eps=big", r"fgsm\.eps is 'big'.*number"),
         ("cw:norm=linf", r"cw\.norm is 'linf'.*l2"),
         ("bim:eps=0.1,norm=l1", r"bim\.norm is 'l1'.*linf or l2"),
         ("bim:eps=0.1,steps=0", r"bim\.steps is 0.*at least 1"),
-        ("bim:eps=0.1,steps=2.5", r"bim\.steps is '2\.5'.*int"),
+        ("bim:eps=0.1,steps=2.5", r"bim\.steps is '2\.5'.*whole number"),
         ("bim:eps=0.1,step_size=-1", r"bim\.step_size is -1\.0"),
         ("fgsm:eps=0.1,steps=3", r"unknown field of fgsm: 'steps'; .*There are eps, norm"),
         ("ddn:eps=1", r"unknown field of ddn: 'eps'; .*There are norm, steps"),
@@ -210,7 +210,7 @@ def test_impossible_specs_name_field_value_and_what_is_allowed(text: str, messag
 
 @pytest.mark.parametrize("values", [{"steps": 2.5}, {"steps": True}, {"eps": "0.1"}])
 def test_a_spec_made_in_python_is_checked_for_types(values: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="a value of type"):
+    with pytest.raises(ConfigError, match=r"a (whole )?number"):
         AttackSpec(**{"name": "bim", "eps": 0.1, **values})
 
 

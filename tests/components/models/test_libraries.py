@@ -98,7 +98,7 @@ def test_whether_the_network_transforms_its_images_can_be_said(name: str) -> Non
     assert f"torchvision:{name},transform_input=false" in note
     assert libraries.notes(f"torchvision:{name},transform_input=true", "weights.pth", MEAN) == []
     (note,) = libraries.notes(f"torchvision:{name},transform_input=true", "weights.pth", ())
-    assert "train.normalize_mean" in note
+    assert "--train.normalize-mean" in note
     assert libraries.notes(f"torchvision:{name}", "", ()) == []
 
 

@@ -107,10 +107,11 @@ def test_a_module_in_the_working_directory_is_found(tmp_path: Path) -> None:
     """The command is a script in another directory, and Python puts only that directory on the path."""
     (tmp_path / "mynet.py").write_text("found = True\n")
     main = ROOT / "pipeline" / "main.py"
-    run = f"import runpy, sys; sys.path[0] = {str(main.parent)!r}; runpy.run_path({str(main)!r})"
-    code = f"{run}; import mynet; assert mynet.found"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    as_script = f"sys.path[0] = {str(main.parent)!r}; script = runpy.run_path({str(main)!r})['script']"
+    for begin in (as_script, "sys.path.remove(''); from pipeline.main import script"):  # The latter as `defendpp`.
+        code = f"import runpy, sys; {begin}; sys.argv = ['x', '--version']; script(); import mynet; assert mynet.found"
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
 
 
 # --- a file does not decide which code is imported

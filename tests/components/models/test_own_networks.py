@@ -53,7 +53,10 @@ not_callable = 3
         (f"{__name__}:not_callable", r"has no function 'not_callable'"),
         (f"{__name__}:not_a_pair", r"returns \(nn\.Module, Adapter\); it returned Linear"),
         (f"{__name__}:swapped", r"it returned \(Adapter, MobileNetV2\)"),
-        (f"{__name__}:of_seven_classes", r"MobileNetV2 gives 7 logits, but there are 10 classes"),
+        (
+            f"{__name__}:of_seven_classes",
+            r"MobileNetV2 gives 7 logits, but data.num_classes is 10: set --data.num-classes 7, or build",
+        ),
         (f"{__name__}:broken", r"RuntimeError: no such weights; .*test_own_networks\.py:\d+"),
         (f"{__name__}:", r"or MODULE:FUNCTION"),
         (":mobilenet", r"or MODULE:FUNCTION"),

@@ -180,7 +180,7 @@ def test_a_files_uri_has_options_and_a_key(stranger: Path) -> None:
 def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--arch"):
         asked("--model", str(stranger))
-    with pytest.raises(ConfigError, match=r"--norm is 'l3'.*linf or l2"):
+    with pytest.raises(ConfigError, match=r"--norm is 'l3'.*linf, l2"):
         asked("--model", str(stranger), "--arch", "own_network:make", "--norm", "l3")
     bare = tmp_path / "bare.safetensors"
     save_file(Net(1, 10).state_dict(), bare)
@@ -202,7 +202,7 @@ def test_what_cannot_be_asked_for(stranger: Path, tmp_path: Path, capsys: pytest
         ("own_network:nothing", 1, "no function 'nothing'"),
         ("resnet18", 1, "another architecture"),
         ("torchvision:resnet18", 1, "--data.channels 3"),
-        ("torchvision:no_such_net", 3, "torchvision can build"),
+        ("torchvision:no_such_net", 3, "it must be a network of torchvision"),
         ("timm:no_such_net", 3, "timm"),
         ("own_network:make", 3, "another architecture"),
     ],

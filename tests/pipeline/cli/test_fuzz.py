@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
-import inspect
 import io
 import math
 from pathlib import Path
@@ -123,8 +121,6 @@ tokens = st.one_of(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # tyro reads the source of every config for its help, each time
-    monkeypatch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -132,7 +128,7 @@ def accepted_or_refused(command: str, arguments: list[str]) -> None:
     with (
         contextlib.redirect_stderr(io.StringIO()),
         contextlib.redirect_stdout(io.StringIO()),
-        contextlib.suppress(UserError, SystemExit),  # tyro ends the process by itself
+        contextlib.suppress(UserError, SystemExit),  # --help ends the process by itself
     ):
         parse_experiment(command, arguments)
 

@@ -79,7 +79,7 @@ def test_numbered_files_are_in_the_order_of_their_numbers(tmp_path: Path) -> Non
         (["test/0000.parquet", "test/hard.parquet"], r"/test: 0000\.parquet, hard\.parquet are not files"),
         (["a/b/c/test.parquet"], r"no \.parquet file at all, nor have the folders"),
         (["test-0-of-999999999999999.parquet"], r"1 of 999999999999999 "),
-        (["train.parquet", "easy.parquet"], r"no file for the test split .*data\.test_split: easy$"),
+        (["train.parquet", "easy.parquet"], r"no file for the test split .*data\.test-split: easy$"),
     ],
 )
 def test_a_layout_that_is_not_clear_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
@@ -145,15 +145,15 @@ def test_usual_columns_are_found(
 @pytest.mark.parametrize(
     ("names", "message", "choice"),
     [
-        (["img", "fine_label", "coarse_label"], r"'fine_label' and 'coarse_label': .*\.label_column\.", "fine_label"),
+        (["img", "fine_label", "coarse_label"], r"'fine_label' and 'coarse_label': .*\.label-column\.", "fine_label"),
         (
             ["image", "width", "height"],
-            r"no column of labels .*label_column\. It has image \(struct.*width \(int",
+            r"no column of labels .*label-column\. It has image \(struct.*width \(int",
             "width",
         ),
         (["image", "text"], r"no column of labels", ""),
-        (["photo", "painting", "label"], r"'photo' and 'painting': more than one .*data\.image_column\.", "painting"),
-        (["text", "label"], r"no column of images .*data\.image_column\. It has text \(string\)", ""),
+        (["photo", "painting", "label"], r"'photo' and 'painting': more than one .*data\.image-column\.", "painting"),
+        (["text", "label"], r"no column of images .*data\.image-column\. It has text \(string\)", ""),
         (["image", "label", "label"], r"more than one column 'label'", ""),
     ],
 )
@@ -161,7 +161,7 @@ def test_columns_that_are_not_clear_are_named(tmp_path: Path, names: list[str], 
     with pytest.raises(DataError, match=r"test\.parquet: .*" + message):
         check_source(columns(tmp_path, names), trains=False)
     if choice:
-        setting = "image_column" if "image_column" in message else "label_column"
+        setting = "image_column" if "image-column" in message else "label_column"
         data = columns(tmp_path, names, **{setting: choice})
         check_source(data, trains=False)
         assert getattr(open_source(data, "test"), setting) == choice
@@ -201,7 +201,7 @@ def test_the_split_of_test_images_is_chosen_by_name(tmp_path: Path) -> None:
     names = ["train.parquet", "test.parquet", "test_hard.parquet", "val.parquet", "validation/0000.parquet"]
     data = hub(tmp_path, *names)
     with pytest.raises(
-        DataError, match=r"test_hard\.parquet is not a file of the split .*data\.test_split: test, test_hard$"
+        DataError, match=r"test_hard\.parquet is not a file of the split .*data\.test-split: test, test_hard$"
     ):
         check_source(data)
     for split, file in (*((name.split(".")[0].split("/")[0], name) for name in names[1:]), ("VAL", "val.parquet")):
@@ -210,7 +210,7 @@ def test_the_split_of_test_images_is_chosen_by_name(tmp_path: Path) -> None:
         assert files_of(open_source(chosen, "test")) == [file]
         assert files_of(open_source(chosen, "train")) == ["train.parquet"]
     with pytest.raises(
-        DataError, match=r"no file for the test split \(dev\.parquet.*data\.test_split: test, test_hard, "
+        DataError, match=r"no file for the test split \(dev\.parquet.*data\.test-split: test, test_hard, "
     ):
         check_source(replace(data, test_split="dev"))
 
@@ -223,7 +223,7 @@ def test_any_folder_is_the_test_split_where_it_is_named(tmp_path: Path) -> None:
         directory = open_source(replace(data, test_split=split), "test").directory  # type: ignore[attr-defined]
         assert directory == f"{tmp_path}/{split.lower() or 'test'}"
     with pytest.raises(
-        DataError, match=r"no folder for the test split \(dev\); there are only held out, test, .*test_split"
+        DataError, match=r"no folder for the test split \(dev\); there are only held out, test, .*test-split"
     ):
         check_source(replace(data, test_split="dev"))
 
@@ -265,7 +265,7 @@ def test_an_unlabelled_split_names_those_with_labels(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [PNG] * 3, [-1] * 3)
     write_parquet(tmp_path / "other.parquet", [PNG] * 3, [-1] * 3)
     message = (
-        r"\(test\): all 3 labels are negative, .*data\.test_split to a split that has labels \(validation, train\)"
+        r"\(test\): all 3 labels are negative, .*data\.test-split to a split that has labels \(validation, train\)"
     )
     for trains in (True, False):
         with pytest.raises(DataError, match=message):
@@ -282,7 +282,7 @@ def test_where_nothing_is_trained_no_training_images_are_needed(tmp_path: Path) 
         check_source(replace(data, num_classes=9), trains=False)
     inside = replace(data, source=f"{data.source}/val")
     with pytest.raises(
-        DataError, match=r"If these are classes, set data\.source=folder:.*/f and data\.test_split=val$"
+        DataError, match=r"If these are classes, use --data\.source folder:.*/f --data\.test-split val$"
     ):
         check_source(inside, trains=False)
     (tmp_path / "f" / "train").mkdir()  # as a download that keeps its archives there leaves it
@@ -297,7 +297,7 @@ def test_tiny_imagenet_is_called_unsorted(tmp_path: Path) -> None:
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01443537\t0\t0\t1\t1\n")
     for split in ("test", "val"):
         message = (
-            rf"/{split} is not sorted into class folders: it has images, of which none is in .*/train\. .*test_split\. "
+            rf"/{split} is not sorted into class folders: it has images, of which none is in .*/train\. .*test-split\. "
             r"val/val_annotations\.txt seems"
         )
         with pytest.raises(DataError, match=message) as refused:
@@ -316,7 +316,7 @@ def test_images_without_class_folders_are_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no image in .*/val/CLASS/ .*; 2 images lie beside the class folders: move"):
         check_source(data, trains=False)
     hub(tmp_path, "test/0000.parquet")
-    with pytest.raises(DataError, match=r"Parquet files, which data\.source=parquet:DIR reads"):
+    with pytest.raises(DataError, match=r"Parquet files, which --data\.source parquet:DIR reads"):
         check_source(data, trains=False)
 
 

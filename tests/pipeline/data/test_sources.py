@@ -200,7 +200,7 @@ def test_torchvision(tmp_path: Path) -> None:
     assert source.fingerprint != open_source(data, "test").fingerprint
     assert open_source(dataclasses.replace(data, channels=3), "test").read(np.array([2]))[0].shape == (1, 3, 28, 28)
     for change in ({"root": str(tmp_path / "empty")}, {"root": str(tmp_path), "source": "torchvision:cifar10"}):
-        with pytest.raises(DataError, match=r"data\.download=true"):
+        with pytest.raises(DataError, match=r"set --data\.download"):
             open_source(dataclasses.replace(data, **change), "train")
     with pytest.raises(ConfigError, match="torchvision:mnist or torchvision:cifar10"):
         open_source(dataclasses.replace(data, source="torchvision:svhn"), "train")
@@ -261,7 +261,7 @@ def test_limits_come_before_the_split(directory: Path) -> None:
 
 def test_empty_split(directory: Path) -> None:
     data = of(directory, validation_fraction=0.0)
-    with pytest.raises(DataError, match=r"validation split is empty.*change data\.validation_fraction"):
+    with pytest.raises(DataError, match=r"validation split is empty.*change --data\.validation-fraction"):
         split_rows(open_source(data, "train"), "validation")
     with pytest.raises(DataError, match="split is empty with 1 images"):
         check_source(of(directory, train_limit=1, validation_fraction=0.5))
@@ -307,10 +307,10 @@ def test_corrupt_parquet(directory: Path) -> None:
             r"no column of images \('image' or 'img'.* It has picture \(binary\), label",
         ),
         ({"image": [b"1"], "label": [0]}, "column 'image' is binary, not a struct"),
-        ({"image": ONE, "size": [0]}, "no column of labels .*data.label_column"),
+        ({"image": ONE, "size": [0]}, "no column of labels .*--data.label-column"),
         (
             {"image": ONE, "label": ["cat"]},
-            "column 'label' is string, not integers; name the column in data.label_column",
+            "column 'label' is string, not integers; name the column with --data.label-column",
         ),
     ],
 )
@@ -328,7 +328,7 @@ def test_wrong_columns(tmp_path: Path, table: dict[str, Any], message: str) -> N
         (b"no image", "cannot be decoded"),
         (b"", "there is no image"),
         (None, "there is no image"),
-        (encode(grey(1, 32)[0]), "32x32 pixels, but data.image_size is 28; set data.image_size"),
+        (encode(grey(1, 32)[0]), "32x32 pixels, but data.image_size is 28; set --data.image-size"),
         (encode(grey(1)[0].astype(np.uint16) * 256), r"mode I;16 .*8 bits"),
     ],
 )
@@ -385,7 +385,9 @@ def test_folder_errors(tmp_path: Path) -> None:
     for label in ("b", "c"):
         (tmp_path / "d" / "train" / label / "1.png").write_bytes(encode(grey(1)[0]))
     for classes in (2, 10):  # too few folders, too: with weights of 10 classes label 1 need not be folder "b"
-        with pytest.raises(DataError, match=rf"3 class folders, but data\.num_classes is {classes}; set .*=3"):
+        with pytest.raises(
+            DataError, match=rf"3 class folders, but data\.num_classes is {classes}; set --data\.num-classes 3"
+        ):
             open_source(data(num_classes=classes), "train").check_labels()
     (tmp_path / "d" / "test" / "zebra").mkdir(parents=True)
     with pytest.raises(

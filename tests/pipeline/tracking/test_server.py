@@ -211,8 +211,9 @@ def test_any_path_of_a_storage_serves(name: str, tmp_path: Path) -> None:
     assert (tmp_path / name / "mlflow.db").exists()
     assert list((tmp_path / name / "mlartifacts").rglob("note.txt"))
     assert os.listdir(tmp_path) == [name], "something was written beside the storage"
-    words = shlex.split(ui_command(uri, tracker.experiment_id, tracker.run_id()), comments=True)
-    shown = words[words.index("--backend-store-uri") + 1]
+    words = shlex.split(ui_command(uri, tracker.experiment_id, tracker.run_id()))
+    shown = default_uri(Storage(words[words.index("--storage") + 1]))
+    assert words[-2:] == ["--run", tracker.run_id()]
     assert MlflowClient(shown).get_run(tracker.run_id() or "").info.run_name == "x"
     assert (storage / "runs/x").read_json("tracking.json")["uris"][uri]["experiment"] == tracker.experiment_id
 

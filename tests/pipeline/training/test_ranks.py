@@ -163,6 +163,6 @@ def test_a_model_that_fails_on_one_rank_does_not_stop_the_others(trained: Path) 
     assert [name for name in ("m1", "bad", "m2") if (models / name / "model.json").exists()] == ["m1", "m2"]
     reason = Storage(models / "bad").read_json(FAILED_MODEL)["reason"]
     assert reason == (
-        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB. Lower train.batch_size or train.width, or train on "
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 GiB. Lower --train.batch-size or --train.width, or train on "
         "GPUs with more memory"
     )

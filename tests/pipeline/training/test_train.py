@@ -40,7 +40,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_other_models_are_
     message = str(error.value)
     assert "training of wild stopped: the loss was not finite at step" in message
     assert "Last good checkpoint: none was written yet" in message
-    assert "Lower train.lr" in message
+    assert "Lower --train.lr" in message
     assert "fine" not in message
     assert "after" not in message
     assert len(list(tmp_path.glob("models/*/classifier.safetensors"))) == 2
