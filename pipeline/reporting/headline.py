@@ -123,12 +123,14 @@ def _controls(record: RunRecord) -> dict[str, str]:
 def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
     if record.experiment.seeds > 1:
         return _findings_over_seeds(record, model, control)
+    kept = {(w.model, w.norm, w.eps): w for w in record.worst_case or () if w.threat_model == WHITE_BOX}
     pairs = [
         pair
         for pair in record.worst_case_pairs or ()
         if (pair.model, pair.against, pair.threat_model) == (model, control, WHITE_BOX)
+        # A damaged part of a record is left out when it is read.
+        and {(model, pair.norm, pair.eps), (control, pair.norm, pair.eps)} <= kept.keys()
     ]
-    kept = {(w.model, w.norm, w.eps): w for w in record.worst_case or () if w.threat_model == WHITE_BOX}
     budget, findings = main_budget(record), []
     for pair in sorted(pairs, key=lambda pair: (pair.norm, pair.eps) != budget):
         ours, theirs = (kept[name, pair.norm, pair.eps] for name in (model, control))

@@ -166,6 +166,8 @@ def test_a_record_without_worst_cases_compares_intervals() -> None:
     assert title.endswith("is more robust than its control here")
     assert "leaves 60 of 200 images of defend; the most harmful attack on control leaves 22 of 200." in reasons
     assert headline.main_budget(old) is None
+    damaged = RunRecord.from_json({**record, "worst_case": [], "worst_case_pairs": [pair(0.2, 40, 2, 1e-9)]})
+    assert said(damaged) == (title, reasons)
 
 
 def test_over_seeds_a_difference_must_exceed_their_spread() -> None:
