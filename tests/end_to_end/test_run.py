@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from commands import MAIN, SMALL, command, files_below, record_of, run_here
+from commands import MAIN, SMALL, command, files_below, images_trained, record_of, run_here
 from job_shell import job_shell
 from mlflow_server import MlflowServer
 from record_form import form
@@ -54,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with job_shell(home, SECRETS) as shell:
         done = shell.submit("run", *SMALL)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-        (home / "metrics.txt").write_text(shell.metrics("defendpp_attack_chunks"))
+        (home / "counters.json").write_text(json.dumps(shell.counters()))
     assert "Traceback" not in done.stdout + done.stderr
     return home / "defendpp", done.stdout
 
@@ -88,23 +87,11 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
 
 
 def test_prometheus_reads_the_work_of_every_stage(finished: tuple[Path, str]) -> None:
-    text = (finished[0].parent / "metrics.txt").read_text()
-    totals: Counter[tuple[str, str]] = Counter()
-    for name, labels, value in re.findall(r"^ray_defendpp_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        totals[name, "/".join(tags.get(t, "") for t in ("run", "model", "attack", "split"))] += float(value)
-    record = record_of(finished[0])
-    for model in record["models"]:
-        ddn = next(e["attack"] for e in record["evaluations"] if e["attack"].startswith("ddn"))
-        assert totals["attack_images_total", f"mnist-smoke/{model}/{ddn}/"] == 20
-    assert totals["attack_chunks_total", f"mnist-smoke/defend/{ddn}/"] == 2
-    assert totals["attack_seconds_total", f"mnist-smoke/defend/{ddn}/"] > 0
-    for model in record["models"].values():
-        epochs = [json.loads(f.read_text()) for f in (finished[0] / model["path"] / "history").iterdir()]
-        images = sum(len(epoch["steps"]) for epoch in epochs) * model["train"]["batch_size"]
-        assert totals["training_images_total", f"/{Path(model['path']).name}//"] == images
-    assert totals["shards_written_total", "///test"] == 1
-    assert totals["shard_images_total", "///test"] == 20
+    counters = json.loads((finished[0].parent / "counters.json").read_text())
+    for name, model in record_of(finished[0])["models"].items():
+        assert counters[f"attack_images_total attack=ddn:steps=10 model={name} run=mnist-smoke"] == 20
+        assert counters[f"training_images_total model={model['path'][7:]}"] == images_trained(finished[0], model)
+    assert counters["shards_written_total split=test"] == 1
 
 
 def test_paths_of_records_in_the_readme_exist_after_a_run(finished: tuple[Path, str]) -> None:

@@ -35,5 +35,12 @@ def record_of(storage: Path) -> dict[str, Any]:
     return record
 
 
+def images_trained(storage: Path, model: dict[str, Any]) -> int:
+    """Return how many images a model of run.json was trained on, over all of its steps."""
+    epochs = [json.loads(file.read_text()) for file in (storage / model["path"] / "history").iterdir()]
+    steps = sum(len(epoch["steps"]) for epoch in epochs)
+    return steps * int(model["train"]["batch_size"])
+
+
 def files_below(directory: Path, pattern: str) -> dict[str, bytes]:
     return {str(f.relative_to(directory)): f.read_bytes() for f in sorted(directory.glob(pattern))}

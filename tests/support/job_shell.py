@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,20 +44,30 @@ class Shell:
             timeout=500,
         )
 
-    def metrics(self, name: str) -> str:
-        """Return what Prometheus would read from the cluster's nodes, once it has metrics of this name.
+    def counters(self) -> Counter[str]:
+        """Return the counters that Prometheus reads from the cluster's nodes, by ``NAME TAG=VALUE ...``.
 
-        Ray writes the addresses for Prometheus, and a process sends its metrics every few seconds.
+        A process sends its counters every ten seconds, so they are complete once they stay the same for longer.
         """
+        reads = [self._counters()]
+        deadline = time.monotonic() + 90
+        while not (len(reads) > 4 and reads[-1] and reads[-1] == reads[-5]) and time.monotonic() < deadline:
+            time.sleep(3)
+            reads.append(self._counters())
+        return reads[-1]
+
+    def _counters(self) -> Counter[str]:
+        """Add the values of all processes now. Ray writes the nodes' addresses for Prometheus."""
         state = Path(f"/tmp/defendpp-{os.getuid()}-{self.variables['LOCAL_RAY_PORT']}")
-        file = state / "r" / "prom_metrics_service_discovery.json"
-        deadline = time.monotonic() + 60
-        while True:
-            targets = [target for group in json.loads(file.read_text()) for target in group["targets"]]
-            text = "".join(urllib.request.urlopen(f"http://{t}/metrics", timeout=30).read().decode() for t in targets)
-            if name in text or time.monotonic() > deadline:
-                return text
-            time.sleep(1)
+        groups = json.loads((state / "r" / "prom_metrics_service_discovery.json").read_text())
+        totals: Counter[str] = Counter()
+        for target in [target for group in groups for target in group["targets"]]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as reply:
+                lines = re.findall(r"^ray_defendpp_(\w+)\{(.*)\} (\S+)$", reply.read().decode(), re.MULTILINE)
+            for name, labels, value in lines:
+                tags = sorted(re.findall(r'\b((?:attack|model|run|split)="[^"]*")', labels))
+                totals[" ".join([name, *tags]).replace('"', "")] += float(value)
+        return totals
 
 
 @contextmanager
