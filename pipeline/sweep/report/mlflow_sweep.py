@@ -97,8 +97,8 @@ def note(record: Mapping[str, Any]) -> str:
     links = {"Report": "report.html", "all trials": "trials.csv"}
     pages = (f"[{title}](artifact:report/{file})" for title, file in links.items())
     # MLflow folds what follows the first lines.
-    did, chose, *others = summary.paragraphs(record)
-    return "\n\n".join([chose, " · ".join(pages), did, *others])
+    first = [f"{summary.conclusion(record)}.", " · ".join(pages)]
+    return "\n\n".join([*first, summary.overview(record), *summary.paragraphs(record)])
 
 
 def _publish_choice(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, root: Storage, register: bool) -> None:
