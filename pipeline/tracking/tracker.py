@@ -30,7 +30,7 @@ from pipeline.tracking.outbox import BEHIND, Outbox
 from pipeline.tracking.registry import Registration
 from pipeline.tracking.requests import UPLOAD_TIMEOUT_SECONDS, error_within, http_limits, reason_of
 from pipeline.tracking.server import EXPERIMENT, to_stderr
-from pipeline.tracking.uri import check_address, run_page
+from pipeline.tracking.uri import check_address, page
 
 T = TypeVar("T")
 
@@ -201,8 +201,8 @@ class Tracker:
 
         def send(client: MlflowClient) -> None:
             run_id = self.outbox.run_id(alias)
-            page = run_page(self.experiment_id, run_id, r"/artifacts/\1")
-            client.set_tag(run_id, MLFLOW_RUN_NOTE, re.sub(r"artifact:([^)]*)", page, text)[:TAG_LENGTH])
+            link = page(self.experiment_id, run_id, r"/artifacts/\1")
+            client.set_tag(run_id, MLFLOW_RUN_NOTE, re.sub(r"artifact:([^)]*)", link, text)[:TAG_LENGTH])
 
         self.outbox.put(alias, f"note/{_digest(text)}", send)
 

@@ -125,15 +125,6 @@ def _host(uri: str) -> str | None:
         return None
 
 
-def run_page(experiment_id: str | None, run_id: str | None, part: str = "") -> str:
-    """Return the page of a run, which follows the address of MLflow's UI; "" if it is unknown.
-
-    Args:
-        part: such as ``/artifacts/report/report.html``.
-    """
-    return f"#/experiments/{experiment_id}/runs/{run_id}{part}{_WORKFLOW}" if experiment_id and run_id else ""
-
-
 def models_page(experiment_id: str) -> str:
     """Return the page of the models of an experiment, which follows the address of MLflow's UI."""
     return f"#/experiments/{experiment_id}/models{_WORKFLOW}"
@@ -150,10 +141,14 @@ def ui_address(uri: str) -> str:
     return (without_password(uri).rstrip("/") if uri.startswith("http") else UI_OF_DATABASE) + "/"
 
 
-def page(experiment_id: str | None, run_id: str | None) -> str:
-    """Return the page of a run, of an experiment or of all experiments, which follows the address."""
+def page(experiment_id: str | None, run_id: str | None, part: str = "") -> str:
+    """Return the page of a run, of an experiment or of all experiments, which follows the address.
+
+    Args:
+        part: of the page, such as ``/artifacts/report/report.html``.
+    """
     parts = ([f"experiments/{experiment_id}"] if experiment_id else []) + ([f"runs/{run_id}"] if run_id else [])
-    return f"#/{'/'.join(parts) or 'experiments'}{_WORKFLOW}"
+    return f"#/{'/'.join(parts) or 'experiments'}{part}{_WORKFLOW}"
 
 
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:

@@ -80,11 +80,8 @@ def test_a_person_sees_every_stage_the_table_and_where_to_look(finished: tuple[P
     with contextlib.closing(sqlite3.connect(storage / "mlflow.db")) as database:
         names = dict(database.execute("select run_uuid, name from runs"))
     (comparison,) = re.findall(r"models side by side: (\S+)", printed)
-    assert [names[run_id] for run_id in re.findall("%22([0-9a-f]{32})%22", comparison)] == [
-        "no_defense",
-        "control",
-        "defend",
-    ]
+    compared = [names[run_id] for run_id in re.findall("%22([0-9a-f]{32})%22", comparison)]
+    assert compared == ["no_defense", "control", "defend"]
     assert re.search(r"all models: http://127.0.0.1:5000/#/experiments/\d+/models", printed)
 
 
