@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.program import program
 from pipeline.records import Record
 from pipeline.reporting.html.page import Link, links, render
 from pipeline.reporting.markdown import made_with
@@ -46,7 +47,7 @@ def _page(record: Mapping[str, Any], storage: Storage, plots: Mapping[str, Plot]
         conclusion=conclusion(record),
         paragraphs=paragraphs(record),
         made_with=made_with(sweep),
-        again=f"python pipeline/main.py run --from {storage.uri}/best.json",
+        again=f"{program()} run --from {storage.uri}/best.json",
         plots=plots,
         rows=table(record),
         choice=record["choice"]["trial"],
