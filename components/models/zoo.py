@@ -120,7 +120,7 @@ def find(text: str, setting: str) -> ZooModel:
             [str(model).removeprefix(PREFIX) if "/" in named else model.name for model in known],
         )
     if len(matching) > 1:
-        raise ConfigError(f"{setting} is {text!r}, which is several models: {', '.join(map(str, matching))}")
+        raise ConfigError.of(setting, text, f"one of the models of this name: {', '.join(map(str, matching))}")
     return matching[0]
 
 

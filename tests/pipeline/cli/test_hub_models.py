@@ -179,7 +179,7 @@ def test_a_model_of_robustbench_has_the_logits_of_its_own_loader(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("robustbench:Standard", "which is several models: robustbench:cifar10/Linf/Standard, "),
+        ("robustbench:Standard", "it must be one of the models of this name: robustbench:cifar10/Linf/Standard, "),
         (
             "robustbench:cifar10/Linf/Wong2020Fats",
             r"unknown --model robustbench: .*did you mean cifar10/Linf/Wong2020Fast",
