@@ -73,6 +73,7 @@ def saved(tmp_path: Path, state: dict[str, torch.Tensor]) -> bytes:
     return (tmp_path / "x.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_weights_of_the_hub_are_those_of_its_cache(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
     torch.manual_seed(0)
@@ -141,6 +142,7 @@ def asked(commands: list[list[str]], home: Path) -> list[Any]:
     return answers
 
 
+@pytest.mark.slow
 @of_robustbench
 def test_a_model_of_robustbench_has_the_logits_of_its_own_loader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def cache(home: Path, repo: str, below: str = "", revision: str = "main") -> Non
         (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
 
 
+@pytest.mark.slow
 def test_the_cache_is_read_without_a_connection(tmp_path: Path) -> None:
     cache(tmp_path, "someone/digits", "data")
     cache(tmp_path, "someone/converted", "mnist", "refs/convert/parquet")
@@ -151,6 +152,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
         listening.shutdown()
 
 
+@pytest.mark.slow
 def test_a_data_set_is_downloaded_once_and_refusals_are_explained(
     server: tuple[str, list[str]], tmp_path: Path
 ) -> None:
@@ -182,6 +184,7 @@ def test_a_data_set_is_downloaded_once_and_refusals_are_explained(
     assert "secret" not in " ".join([revision, private, gated])
 
 
+@pytest.mark.slow
 def test_an_evaluation_downloads_no_training_images(server: tuple[str, list[str]], tmp_path: Path) -> None:
     endpoint, asked = server
     code = (

@@ -100,6 +100,7 @@ def test_the_name_of_the_data_set(source: str, name: str) -> None:
     assert dataset(source) == name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("robustbench") is None, reason="the extra `robustbench` is not installed")
 def test_robustbench_lists_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
