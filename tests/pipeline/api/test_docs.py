@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from python_page import PAGE, blocks_of
 from repository import ROOT
@@ -24,8 +25,12 @@ def test_the_snippets_on_evaluations_run(tmp_path: Path, capsys: pytest.CaptureF
         for block in blocks_of(title):
             exec(block.replace("/data/defendpp", str(tmp_path)), names)
     assert "n = 20" in capsys.readouterr().out
-    assert names["page"].is_file()
-    assert names["again"].to_json() == names["result"].to_json()
+    page, again, result = names["page"], names["again"], names["result"]
+    assert "evaluate-model" in page.read_text()
+    assert "This report is partial" not in page.read_text()
+    assert again.to_json() == result.to_json()
+    assert torch.equal(again.examples("pgd"), result.examples("pgd"))
+    assert again.to_dataframe().equals(result.to_dataframe())
     assert names["adversarial"].shape == names["images"].shape
 
 
