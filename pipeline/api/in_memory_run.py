@@ -194,6 +194,7 @@ def _runner(test: InMemory, address: bool | str, scaling: ScalingConfig, root: S
 
 @contextlib.contextmanager
 def _ray_address(address: bool | str) -> Iterator[None]:
+    """Set $RAY_ADDRESS, which says what cluster to join, while the body runs; True leaves it as it is."""
     before = os.environ.get("RAY_ADDRESS")
     if isinstance(address, str):
         os.environ["RAY_ADDRESS"] = address

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import fake_run
 import pytest
 import sweeps
+from python_page import blocks_of
 
 import defendpp
 from components.config import EvaluationConfig
@@ -112,8 +114,10 @@ def test_a_sweep_is_a_row_per_trial(tmp_path: Path) -> None:
     sweep.record["choice"] = {"trial": 2, **trials[1].to_json(), "clean": 0.9, "robust": 0.5, "rule": "the rule"}
     sweep.record["front"] = [2]
     sweep.stored.save()
-    result = defendpp.load_sweep(Path(sweep.storage.uri))
-    frame = result.to_dataframe()
+    names: dict[str, Any] = {}
+    (block,) = blocks_of("Read a sweep")
+    exec(re.sub(r'"/data/[^"]*"', repr(sweep.storage.uri), block), names)
+    result, frame = names["sweep"], names["trials"]
     assert frame.trial.tolist() == [1, 2, 3]
     assert frame.state.tolist() == ["finished", "finished", "diverged"]
     assert frame["config/lam"].tolist() == [0.1, 1.0, 9.0]
