@@ -47,7 +47,7 @@ def test_fields_are_replaced(overrides: dict[str, Any], field: str, value: Any) 
         ("mnist-dmeo", {}, "unknown recipe 'mnist-dmeo'; did you mean mnist-demo"),
         ("mnist-smoke", {"train__epcohs": 1}, "unknown field of TrainConfig: 'epcohs'; did you mean epochs"),
         ("mnist-smoke", {"trian__epochs": 1}, "unknown field of Experiment: 'trian'; did you mean train"),
-        ("mnist-smoke", {"train__epochs": "1"}, "TrainConfig.epochs is '1'; it must be a value of type int"),
+        ("mnist-smoke", {"train__epochs": "1"}, "train.epochs is '1'; it must be a whole number"),
         ("mnist-smoke", {"train__epochs": -1}, "train.epochs is -1; it must be 0 or more"),
         ("mnist-smoke", {"name__x": 1}, "the override is 'name__x'; it must be a field: name is no group of fields"),
         (3, {}, "recipe is 3; it must be the name of a recipe, or an Experiment"),
