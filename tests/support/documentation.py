@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +32,8 @@ class Block:
 
     def commands(self) -> list[str]:
         """Return the commands of a shell block, one string each, without comments."""
-        joined = self.text.replace("\\\n", " ").splitlines()
-        commands = []
-        for line in joined:
-            lexer = shlex.shlex(line, posix=False, punctuation_chars=False)
-            lexer.whitespace_split, lexer.commenters = True, "#"
-            if words := list(lexer):
-                commands.append(" ".join(words))
-        return commands
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [" ".join(command.split()) for line in lines if (command := re.sub(r"(^|\s)#\s.*", "", line).strip())]
 
 
 def blocks(*languages: str) -> Iterator[Block]:
