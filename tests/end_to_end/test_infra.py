@@ -278,7 +278,10 @@ def test_local_cluster_script_refuses_ports_that_ray_cannot_take(settings: dict[
     assert (start.returncode, start.stdout, start.stderr) == (1, "", f"local-cluster.sh: {message}\n")
 
 
-CITED_HOSTS = {"apache.org", "arxiv.org", "creativecommons.org", "example.org", "github.com", "keepachangelog.com"}
+CITED_HOSTS = {
+    *("apache.org", "arxiv.org", "creativecommons.org", "example.org", "github.com", "github.io", "keepachangelog.com"),
+    "w3.org",  # The namespaces of SVG are named after it.
+}
 API_GROUPS = {"nvidia.com", "ray.io"}  # These are groups of Kubernetes resources, not hosts.
 HOST = re.compile(
     r"(?<![\w.-])(?:[a-z0-9-]+\.)+(?:(?:cn|com|dev|io|net|org)(?=(?::\d+)?/[\w-])|(?:io|org)(?![\w.(\[-]|\.\w))",
