@@ -69,7 +69,9 @@ def _run_command(arguments: list[str]) -> int:
     if command in ("--print-completion", "--complete"):
         from pipeline.cli import completion
 
-        print(completion.script(rest) if command == "--print-completion" else completion.answer(rest))
+        text = completion.script(rest) if command == "--print-completion" else completion.answer(rest)
+        if text:  # An empty line would be a candidate, and the shell would not complete file names.
+            print(text)
         return 0
     if command == "recipes":
         from pipeline.cli import recipe_table

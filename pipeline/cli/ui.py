@@ -23,6 +23,7 @@ from components.fields import check
 from pipeline.cli.options import Parser, whole_number
 from pipeline.cli.usage import UI_OPTIONS
 from pipeline.runtime.console import say
+from pipeline.runtime.redaction import without_password
 
 START_SECONDS = 120.0
 """How long MLflow may take to answer: its imports take 10 s on a quiet machine."""
@@ -120,7 +121,10 @@ def _server(uri: str, port: int, log: IO[bytes]) -> Iterator[subprocess.Popen[by
         try:
             yield server
         finally:
-            processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+            processes: list[psutil.Process] = []
+            with contextlib.suppress(psutil.NoSuchProcess):  # It ended by itself.
+                parent = psutil.Process(server.pid)
+                processes = [parent, *parent.children(recursive=True)]
             for process in processes:
                 with contextlib.suppress(psutil.Error):
                     process.terminate()
@@ -141,7 +145,7 @@ def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int, log: IO[b
 
 
 def _last_line(log: IO[bytes]) -> str:
-    """Return the last line of a server's output."""
+    """Return the last line of a server's output, without passwords."""
     log.seek(0)
     lines = log.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return without_password(lines[-1]) if lines else "it printed nothing"

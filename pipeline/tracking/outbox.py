@@ -110,6 +110,12 @@ class Outbox:
         """Number of operations that wait for the server."""
         return len(self._queue)
 
+    @property
+    def refused(self) -> set[str]:
+        """Keys of operations that were refused, and names of records that could not be read."""
+        with self.lock:
+            return set(self._rejected)
+
     def run_id(self, alias: str) -> str:
         """Return MLflow's id of a run. Raises KeyError if the run was refused."""
         return self.state["runs"][alias]["id"]

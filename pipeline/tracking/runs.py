@@ -8,8 +8,11 @@ from urllib.parse import quote
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from components.errors import UserError
 from pipeline.tracking.outbox import Outbox
 
+EARLIER = "earlier runs"
+"""Alias of the operation that deletes them."""
 UNQUOTED = " !#$&()*+,-./:;<=>?@[]^_`{|}~"
 """Characters besides letters and digits that are not quoted in the key by which a run is found."""
 
@@ -39,7 +42,13 @@ def create(client: MlflowClient, outbox: Outbox, alias: str, name: str, parent: 
 
 
 def delete_earlier(client: MlflowClient, outbox: Outbox) -> None:
-    """Delete the runs of earlier generations of a run directory, with their logged models."""
+    """Delete the runs of earlier generations of a run directory, with their logged models.
+
+    Raises:
+        UserError: a part of the new runs was refused or could not be read.
+    """
+    if any(not key.startswith(f"{EARLIER}|") for key in outbox.refused):
+        raise UserError("the earlier runs stay, since the new ones are not complete")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     of_directory = _search(client, experiments, f"tags.defendpp_key LIKE '{outbox.token}%'")
     earlier = [run for run in of_directory if not run.data.tags["defendpp_key"].startswith(outbox.key_prefix)]

@@ -42,7 +42,7 @@ def _is_named(key: str) -> bool:
 def _short(value: Any) -> str:
     text = ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
     with contextlib.suppress(ValueError):
-        text = f"{float(text):.4g}"
+        text = text if text.lstrip("-").isdecimal() else f"{float(text):.4g}"  # All digits of a whole number count.
     return text if len(text) <= 40 else text[:39] + "…"
 
 

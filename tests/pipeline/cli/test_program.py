@@ -120,13 +120,13 @@ def completed(line: str) -> list[str]:
 source /dev/stdin <<< "$(defendpp --print-completion bash)"
 COMP_LINE=$1 COMP_POINT=${#1}
 _defendpp defendpp
-printf '%s\n' "${COMPREPLY[@]}"
+[ ${#COMPREPLY[@]} = 0 ] || printf '%s\n' "${COMPREPLY[@]}"
 complete -p defendpp
 """
     done = run("bash", "-c", ask, "bash", line, PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     *words, registered = done.stdout.splitlines()
     assert registered == "complete -o default -F _defendpp defendpp"
-    return list(filter(None, words))
+    return words
 
 
 def test_bash_completes_commands_recipes_and_fields() -> None:

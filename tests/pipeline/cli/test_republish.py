@@ -88,6 +88,26 @@ def test_a_replacement_that_was_stopped_goes_on(root: Storage, tmp_path: Path) -
     expect_fake_run(client, run)
 
 
+def test_the_earlier_runs_stay_until_the_new_ones_are_complete(
+    root: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, uri = root / "runs" / root.list("runs")[0], f"sqlite:///{tmp_path}/mlflow.db"
+    arguments = ["report", "--republish", run.uri, "--tracking-uri", uri]
+    assert main(arguments) == 0
+    client = MlflowClient(uri)
+    earlier = {r.info.run_id for r in runs_by_path(client).values()}
+    name = f"{run.read_json('run.json')['models']['defend']['path']}/classifier.safetensors"
+    weights = root.read_bytes(name)
+    root.write_bytes(name, b"damaged")
+    assert main(arguments) == 1
+    assert "the earlier runs stay, since the new ones are not complete" in capsys.readouterr().out
+    assert everything_deleted(client) == set()
+    root.write_bytes(name, weights)
+    assert main(arguments) == 0
+    assert everything_deleted(client) == earlier
+    expect_fake_run(client, run)
+
+
 def test_what_cannot_be_published_is_refused(root: Storage, capsys: pytest.CaptureFixture[str]) -> None:
     run = root / "runs" / root.list("runs")[0]
     assert main(["report", "--republish", root.uri]) == 1

@@ -62,6 +62,14 @@ def test_the_command_that_a_run_ends_with_opens_that_run(storage: Storage, tmp_p
     assert list(tmp_path.glob("defendpp-ui-*")) == []
 
 
+@pytest.mark.slow
+def test_why_mlflow_ended_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ui", "--tracking-uri", "mysql+nosuchdriver://me:secret@host/x"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: MLflow cannot be started: ")
+    assert "secret" not in error
+
+
 def test_a_port_that_is_taken_is_said(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

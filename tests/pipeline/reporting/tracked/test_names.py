@@ -32,6 +32,8 @@ def name_of(experiment: Experiment) -> str:
         ({"storage": "/data", "tracking_uri": "http://host:5000", "register": True}, "mnist-demo"),
         ({"train": replace(DEMO.train, lam=0.1)}, "mnist-demo train.lam=0.1"),
         ({"train": replace(DEMO.train, lam=0.1234567), "seeds": 2}, "mnist-demo train.lam=0.1235 seeds=2"),
+        ({"data": replace(DEMO.data, subset_seed=12345)}, "mnist-demo data.subset_seed=12345"),
+        ({"data": replace(DEMO.data, train_limit=50_000)}, "mnist-demo data.train_limit=50000"),
         ({"scaling": replace(DEMO.scaling, cpus_per_attack=2.0)}, "mnist-demo"),
         ({"scaling": replace(DEMO.scaling, workers=1)}, "mnist-demo scaling.workers=1"),
         (
