@@ -68,10 +68,8 @@ class ConfigError(UserError):
             listed_by: the command that lists them, if they are too many for a message.
         """
         names = list(known)
-        near = difflib.get_close_matches(name, names)
-        message = f"unknown {kind} {name[:LONGEST_VALUE]!r}"
-        if near:
-            message += f"; did you mean {' or '.join(near)}?"
+        near = did_you_mean(name, names)
+        message = f"unknown {kind} {name[:LONGEST_VALUE]!r}{near}"
         if listed_by:
             return cls(message if near else f"{message}; {listed_by} lists what there is")
         if near and len(names) > FEW_NAMES:

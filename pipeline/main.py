@@ -20,9 +20,6 @@ if not __package__:
 
 from pipeline.runtime import interrupts  # noqa: E402
 
-COMMANDS = ("run", "pyramids", "train", "attack", "report", "sweep")
-"""Commands that take a recipe."""
-OTHER_COMMANDS = ("export", "recipes", "ui")
 PACKAGES = ("components", "pipeline", "tune_spaces")
 """Packages of this project, which are no dependencies."""
 
@@ -60,9 +57,9 @@ def _run_command(arguments: list[str]) -> int:
     for argument in arguments:
         if not is_unicode(argument):
             raise ConfigError(f"{argument!r} is not UTF-8: rename the file or directory, or correct the argument")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        from pipeline.cli import usage
+    from pipeline.cli import usage
 
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(usage.main_help(), end="")
         return 0 if arguments else 2
     command, rest = arguments[0], arguments[1:]
@@ -88,8 +85,8 @@ def _run_command(arguments: list[str]) -> int:
         return export.execute(rest)
     if command == "sweep":
         return _run_sweep(rest)
-    if command not in COMMANDS:
-        raise ConfigError.unknown("command", command, (*COMMANDS, *OTHER_COMMANDS))
+    if command not in usage.COMMANDS:
+        raise ConfigError.unknown("command", command, (*usage.COMMANDS, *usage.OTHER_COMMANDS))
     return _run_stages(command, rest)
 
 

@@ -7,19 +7,22 @@ differs from the installed version. The scripts only hand over the line and the 
 from __future__ import annotations
 
 import shlex
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 
 from components.attacks.spec import ATTACK_NAMES
 from components.config import FIGURES, PRINTED_IN, Experiment
 from components.errors import ConfigError
 from components.fields import check_choice
+from components.search_space import Search
 from components.threat_models import BLACK_BOX, TRANSFER, WHITE_BOX
-from pipeline.cli import usage
+from pipeline.cli import export, usage
 from pipeline.cli.options import options_of
 from pipeline.program import NAME
 from pipeline.recipes.registry import RECIPES
 from pipeline.recipes.scales import SCALES
 from pipeline.runtime.provenance import ROOT
+from pipeline.sweep.options import Evaluate
 
 _SCRIPTS = {
     "bash": """\
@@ -52,18 +55,19 @@ end
 complete --command defendpp --no-files --arguments '(__defendpp_complete)'""",
 }
 """Without candidates, each shell completes file names."""
+_SOURCES = ("sample:mnist", "parquet:", "folder:", "hf:", "torchvision:mnist", "torchvision:cifar10")
 _VALUES: Mapping[str, Iterable[str]] = {
     "--evaluation.attacks": ATTACK_NAMES,
     "--evaluation.threat-models": (WHITE_BOX, BLACK_BOX, TRANSFER, f"{TRANSFER}:*"),
-    "--data.source": ("sample:mnist", "parquet:", "folder:", "torchvision:mnist", "torchvision:cifar10"),
-    "--data": ("sample:mnist", "parquet:", "folder:", "torchvision:mnist", "torchvision:cifar10"),
+    "--data.source": _SOURCES,
+    "--data": _SOURCES,
     "--paper": PRINTED_IN,
     "--figures": FIGURES,
     "--scale": SCALES,
-    "--search": ("grid", "random", "tpe"),
-    "--evaluate": ("full", "recipe", "none"),
+    "--search": typing.get_args(Search),
+    "--evaluate": typing.get_args(Evaluate),
     "--norm": ("linf", "l2"),
-    "--format": ("onnx", "torch-export", "safetensors"),
+    "--format": export.SUFFIXES,
     "--print-completion": _SCRIPTS,
 }
 """Values of options that are texts."""

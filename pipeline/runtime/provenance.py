@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.program import program
+from pipeline.program import called_by
 from pipeline.runtime.redaction import without_password
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow-skinny", "mlflow")
@@ -149,4 +149,5 @@ def _cpu_name() -> str:
 
 def command(argv: list[str]) -> str:
     """Return the command line as it can be pasted into a shell, without passwords of URIs."""
-    return " ".join([program(), shlex.join(map(without_password, argv[1:]))])
+    script, *arguments = (shlex.quote(without_password(argument)) for argument in argv)
+    return " ".join([called_by() or f"python {script}", *arguments])

@@ -14,7 +14,7 @@ from typing import Any
 from components.threat_models import CLEAN, RANDOM, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting import over_seeds, verdicts
-from pipeline.reporting.labels import attack_labels, is_untrusted
+from pipeline.reporting.labels import attack_labels, eps_text, is_untrusted
 
 HEADLINE = r"accuracy/(clean|[^/]+_worst_case)"
 """Names of the metrics that the parent run has of its main model."""
@@ -49,7 +49,7 @@ def test_metrics(record: RunRecord, model: str) -> dict[str, float]:
         values[f"accuracy/{name}"] = metrics["accuracy"]
         for budget, accuracy in (metrics.get("accuracy_at_budget") or {}).items():
             norm, _, eps = budget.partition("<=")
-            values[f"accuracy_at/{name}_{norm}_{eps_text(float(eps))}"] = accuracy
+            values[f"accuracy_at/{name}_{norm}_{budget_name(float(eps))}"] = accuracy
         if (norm := metrics["norm"]) and (median := metrics.get(f"{norm}_median")) is not None:
             values[f"norm/{name}_{norm}_median"] = median
         if is_untrusted(record, evaluation):
@@ -58,7 +58,7 @@ def test_metrics(record: RunRecord, model: str) -> dict[str, float]:
         # The worst case is over examples made on the model itself, or also over transferred ones.
         among = "" if worst["threat_model"] == WHITE_BOX else "transfer/"
         # The budget comes first, because charts have room for the beginning of a name.
-        name = f"{among}{worst['norm']}_{eps_text(worst['eps'])}_worst_case"
+        name = f"{among}{worst['norm']}_{budget_name(worst['eps'])}_worst_case"
         values[f"accuracy/{name}"] = worst["accuracy"]
         if worst["untrusted"]:
             values[f"reliability/untrusted/{name}"] = 1.0
@@ -110,15 +110,12 @@ def evaluation_name(evaluation: EvaluationEntry, labels: Mapping[str, str]) -> s
     return label if evaluation.threat_model == RANDOM else f"{evaluation.threat_model}/{label}"
 
 
-def eps_text(eps: float) -> str:
-    """Return a budget as people type it: ``0.2``, or ``4_255`` for 4/255 to four digits.
+def budget_name(eps: float) -> str:
+    """Return a budget as the report shows it, with ``4_255`` for 4/255.
 
     A slash would look like another group of metrics.
     """
-    levels = round(eps * 255)
-    if float(f"{eps:.2g}") != eps and f"{levels / 255:.4g}" == f"{eps:.4g}":
-        return f"{levels}_255"
-    return f"{eps:.4g}"
+    return eps_text(eps).replace("/", "_")
 
 
 def main_model(record: RunRecord) -> str | None:

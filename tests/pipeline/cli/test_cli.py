@@ -22,9 +22,10 @@ from repository import ROOT
 
 from components.config import DataConfig, Experiment
 from components.fields import to_dict
+from pipeline.cli import usage
 from pipeline.cli.options import options_of
 from pipeline.cli.recipe_arguments import parse_experiment
-from pipeline.main import COMMANDS, OTHER_COMMANDS, is_memory_shortage, main
+from pipeline.main import is_memory_shortage, main
 from pipeline.recipes.registry import BASES, RECIPES
 from pipeline.run_directory import run_address
 
@@ -61,7 +62,7 @@ def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for command in (*COMMANDS, *OTHER_COMMANDS, "--version", "--print-completion"):
+    for command in (*usage.COMMANDS, *usage.OTHER_COMMANDS, "--version", "--print-completion"):
         assert [line for line in lines if line.startswith(f"  {command} ")], command
 
 
@@ -407,7 +408,7 @@ QUICK = [
         "ui --help",
         "--print-completion bash",
     ),
-    *(f"{command} --help" for command in COMMANDS),
+    *(f"{command} --help" for command in usage.COMMANDS),
     *("run mnist-demo --help", "sweep mnist-demo --help", "attack --model x.pth --help"),
     *("rnu", "run mnist-dmeo", "run mnist-demo --train.lamda 1", "run mnist-demo --train.lam -1", "recipes --scale x"),
     *("sweep mnist-smoke --trials x", "sweep mnist-smoke --space lamda", "attack --model x.pth --norm l3 --arch vgg16"),

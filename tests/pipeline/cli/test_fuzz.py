@@ -19,7 +19,7 @@ from components.config import Experiment, TrainConfig
 from components.errors import UserError
 from components.fields import from_dict, parse_spec, replace_typed, to_dict
 from pipeline.cli.recipe_arguments import parse_experiment, recorded_experiment
-from pipeline.main import COMMANDS
+from pipeline.cli.usage import COMMANDS
 from pipeline.recipes.registry import RECIPES
 
 VALID = to_dict(RECIPES["mnist-smoke"].make())

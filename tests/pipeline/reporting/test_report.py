@@ -362,8 +362,9 @@ def test_environment_of_a_checkout_and_of_none(tmp_path: Path) -> None:
     assert provenance.git(tmp_path) == {"revision": None, "dirty": None}
     # a directory inside a checkout is not that checkout
     assert provenance.git(provenance.ROOT / "pipeline") == {"revision": None, "dirty": None}
-    said = provenance.command(["main.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
-    assert said == "defendpp --tracking-uri 'https://***@host/x' 'a b'"
+    # The Python API runs in a script of the user's own.
+    command = provenance.command(["study.py", "--tracking-uri", "https://me:secret@host/x", "a b"])
+    assert command == "python study.py --tracking-uri 'https://***@host/x' 'a b'"
 
 
 def test_environment_without_a_checkout_takes_the_revision_that_it_is_given(

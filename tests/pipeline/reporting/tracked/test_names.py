@@ -56,10 +56,18 @@ def test_a_long_name_is_cut_visibly() -> None:
 
 @pytest.mark.parametrize(
     ("eps", "text"),
-    [(0.2, "0.2"), (4 / 255, "4_255"), (0.01569, "4_255"), (0.03, "0.03"), (1.5, "1.5"), (0.0157, "0.0157")],
+    [
+        (0.2, "0.2"),
+        (4 / 255, "4_255"),
+        (0.01569, "4_255"),
+        (0.03, "0.03"),
+        (1.5, "1.5"),
+        (0.0157, "0.0157"),
+        (1.275, "1.275"),
+    ],
 )
 def test_a_budget_reads_as_it_was_typed(eps: float, text: str) -> None:
-    assert metrics.eps_text(eps) == text
+    assert metrics.budget_name(eps) == text
 
 
 @pytest.mark.slow
