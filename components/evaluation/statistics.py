@@ -48,7 +48,16 @@ def mcnemar(correct_a: np.ndarray[Any, Any], correct_b: np.ndarray[Any, Any]) ->
             f"two bool arrays of one shape are needed, got {correct_a.dtype} {correct_a.shape} "
             f"and {correct_b.dtype} {correct_b.shape}"
         )
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
+    return sign_test(int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum()))
+
+
+def sign_test(only_a: int, only_b: int) -> float:
+    """Return the exact two-sided p-value that a sample is as likely to favour one model as the other.
+
+    Args:
+        only_a: number of samples about which only the first model is right.
+        only_b: number of samples about which only the second model is right.
+    """
     n = only_a + only_b
     # Sum the binomial tail in exact integers: floats would underflow beyond n = 1074.
     tail = term = 1

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from components.config import roles
+from components.evaluation.statistics import sign_test
 from components.threat_models import CLEAN, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord, WorstCase
 from pipeline.reporting import over_seeds, sentences, verdicts
@@ -22,14 +24,10 @@ FEW_IMAGES = 50
 MANY_MODELS = 2
 """With more defended models than this, the verdict gives fewer reasons for each."""
 _DEFENSES = {"defend++": "Defend++", "adversarial": "adversarial training", "comdefend": "ComDefend"}
-_MORE, _LESS, _MIXED = (
-    "more robust than",
-    "less robust than",
-    "more robust at one budget and less robust at another than",
-)
+_MORE, _LESS = "more robust", "less robust"
+_MIXED = "more robust at one budget and less robust at another"
 _NOT_MORE, _SAME = "not more robust than", "not distinguishable in robustness from"
-_DOUBTFUL = "apparently more robust, but under attacks that cannot be trusted, than"
-_GUESSING = "guessing"
+_GUESSING, _CONTROL_GUESSES, _NOT_COMPARED = "guessing", "control guesses", "not compared"
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,9 @@ def verdict(record: RunRecord, comparisons: Sequence[Row]) -> Verdict:
     reasons = _guessing(record)
     for model, control in controls.items():
         findings = _findings(record, model, control)
-        phrase = _phrase(record, model, findings)
+        phrase = _phrase(record, model, control, findings)
         groups.setdefault(phrase, []).append(model)
-        if phrase == _GUESSING:
+        if phrase in (_GUESSING, _CONTROL_GUESSES):
             continue
         # With many models, the other budgets are left to the tables unless they show a difference.
         shown = [f for i, f in enumerate(findings) if i == 0 or f.direction or len(controls) <= MANY_MODELS]
@@ -90,6 +88,8 @@ def verdict(record: RunRecord, comparisons: Sequence[Row]) -> Verdict:
         reasons += _transfer(comparisons, model, control)
     if any(phrase in (_SAME, _NOT_MORE) for phrase in groups):
         reasons += _too_few(record)
+    if len(controls) > 1 and groups.keys() - {_GUESSING, _CONTROL_GUESSES, _NOT_COMPARED}:
+        reasons.append("The tests are corrected for the number of budgets, not for the number of models.")
     alone = [name for name in _subjects(record) if name not in controls]
     headlines = [_group_headline(record, phrase, models, controls) for phrase, models in groups.items()]
     for model in alone:
@@ -132,9 +132,10 @@ def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
         and {(model, pair.norm, pair.eps), (control, pair.norm, pair.eps)} <= kept.keys()
     ]
     budget, findings = main_budget(record), []
+    level = SIGNIFICANCE / max(1, len(pairs))
     for pair in sorted(pairs, key=lambda pair: (pair.norm, pair.eps) != budget):
         ours, theirs = (kept[name, pair.norm, pair.eps] for name in (model, control))
-        differs = pair.p < SIGNIFICANCE / len(pairs)
+        differs = pair.p < level
         direction = (1 if pair.only_model > pair.only_against else -1) if differs else 0
         at = f"At {budget_text(pair.norm, pair.eps)}, white-box"
         if pair.only_model == pair.only_against == 0:
@@ -144,6 +145,8 @@ def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
         else:
             p = "p < 0.0001" if pair.p < 0.0001 else f"p = {pair.p:.2g}"
             test = f"exact McNemar test, {p}" if differs else f"no significant difference: exact McNemar test, {p}"
+            if level <= pair.p < SIGNIFICANCE:
+                test += f"; with {len(pairs)} budgets it must be below {level:.2g}"
             sentence = (
                 f"{at} attacks leave {_count(ours)} images of {model} and {_count(theirs)} of {control} ({test})."
             )
@@ -152,22 +155,52 @@ def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:
 
 
 def _findings_over_seeds(record: RunRecord, model: str, control: str) -> list[_Finding]:
+    """Compare the worst cases seed by seed. A difference must exceed the noise of seeds and of images."""
     findings = []
-    means = {(w["model"], w["norm"], w["eps"]): w for w in over_seeds.worst_over_seeds(record)}
+    means = {(w["model"], w["norm"], w["eps"]): w for w in _worst_over_seeds(record)}
     budget = main_budget(record)
-    rows = [row for row in over_seeds.worst_differences(record, control) if row["model"] == model]
+    tests = sum(row["model"] == model for row in over_seeds.worst_differences(record, control))
+    level = SIGNIFICANCE / max(1, tests)
+    rows = [row for row in over_seeds.worst_differences(record, control, level) if row["model"] == model]
     for row in sorted(rows, key=lambda row: (row["norm"], row["eps"]) != budget):
-        difference, half = row["difference"], row["half_width"]
-        direction = (1 if difference > 0 else -1) if row["resolved"] else 0
-        mean = means[model, row["norm"], row["eps"]]["mean"]
-        more = "more than" if row["resolved"] else "no more than"
+        difference, half, mean = row["difference"], row["half_width"], means[model, row["norm"], row["eps"]]
+        in_images = _differs_in_images(record, row, level)
+        direction = (1 if difference > 0 else -1) if row["resolved"] and in_images else 0
+        together = f", 95 % for {tests} budgets together" if tests > 1 else ""
+        explained = "more than seeds alone explain" if row["resolved"] else "no more than seeds alone explain"
+        if row["resolved"] and not in_images:
+            explained += ", but too few images to be significant"
         sentence = (
-            f"At {budget_text(row['norm'], row['eps'])}, white-box attacks leave {model} {percent(mean)} % on average "
-            f"over {row['seeds']} seeds, {100 * difference:+.1f} points against {control} (± {100 * half:.1f}): {more} "
-            "seeds alone explain."
+            f"At {budget_text(row['norm'], row['eps'])}, white-box attacks leave {model} {percent(mean['mean'])} % on "
+            f"average over {mean['seeds']} seeds, {100 * difference:+.1f} points against {control} "
+            f"(± {100 * half:.1f}{together}): {explained}."
         )
-        findings.append(_Finding(direction, mean == 0, sentence))
+        findings.append(_Finding(direction, mean["mean"] == 0, sentence))
     return findings
+
+
+def _worst_over_seeds(record: RunRecord) -> list[Row]:
+    """Return the worst cases over the seeds, of examples made on each model itself."""
+    return [row for row in over_seeds.worst_over_seeds(record) if row["threat_model"] == WHITE_BOX]
+
+
+def _differs_in_images(record: RunRecord, row: Row, level: float) -> bool:
+    """Tell whether a difference over the seeds is significant over the images too.
+
+    All seeds are attacked on the same images. So the test takes the mean counts of a pair as those
+    of one pair. Without it, one image more in each of two seeds would be a difference without noise.
+    A record without pairs passes.
+    """
+    case = tuple(row[key] for key in ("model", "reference", "threat_model", "norm", "eps"))
+    pairs = [
+        pair
+        for pair in record.worst_case_pairs or ()
+        if (record.bases[pair.model], record.bases[pair.against], pair.threat_model, pair.norm, pair.eps) == case
+    ]
+    if not pairs:
+        return True
+    counts = (fmean(pair.only_model for pair in pairs), fmean(pair.only_against for pair in pairs))
+    return sign_test(*map(round, counts)) < level
 
 
 def _findings_of_single_attacks(record: RunRecord, model: str, control: str) -> list[_Finding]:
@@ -223,13 +256,12 @@ def _transfer(comparisons: Sequence[Row], model: str, control: str) -> list[str]
     for row in differing:
         side = "more" if row["only_defended"] > row["only_control"] else "less"
         names[side][attack_title(row["attack"])[0]] = None
-    start = f"On examples transferred from {rows[0]['source']}, {model} is right"
-    significant = f"as often as {control} (no significant difference)" if not differing else "significantly"
+    where = f"On examples transferred from {rows[0]['source']}"
+    compared = f"({len(rows)} attack{'s' if len(rows) > 1 else ''} compared)"
+    if not differing:
+        return [f"{where}, no difference between {model} and {control} is significant {compared}."]
     parts = [f"{side} often than {control} under {_joined(list(titles))}" for side, titles in names.items() if titles]
-    return [
-        f"{start} {significant} {', and '.join(parts)}".rstrip()
-        + f" ({len(rows)} attack{'s' if len(rows) > 1 else ''} compared)."
-    ]
+    return [f"{where}, {model} is right significantly {', and '.join(parts)} {compared}."]
 
 
 def _guessing(record: RunRecord) -> list[str]:
@@ -251,17 +283,22 @@ def _too_few(record: RunRecord) -> list[str]:
     return [f"With n = {n}, a difference shows only from {least} images on, all in one direction."]
 
 
-def _phrase(record: RunRecord, model: str, findings: Sequence[_Finding]) -> str:
-    if any(record.bases[row["model"]] == model for row in verdicts.near_chance(record)):
+def _phrase(record: RunRecord, model: str, control: str, findings: Sequence[_Finding]) -> str:
+    guessing = {record.bases[row["model"]] for row in verdicts.near_chance(record)}
+    if model in guessing:
         return _GUESSING
-    directions = {finding.direction for finding in findings}
-    if {1, -1} <= directions:
-        return _MIXED
-    if -1 in directions:
-        return _LESS
-    if 1 in directions:
-        return _DOUBTFUL if _doubted(record, model) else _MORE
-    return _NOT_MORE if findings and all(finding.nothing_left for finding in findings) else _SAME
+    if control in guessing:
+        return _CONTROL_GUESSES
+    if not findings:
+        return _NOT_COMPARED
+    directions = {finding.direction for finding in findings} - {0}
+    if not directions:
+        return _NOT_MORE if all(finding.nothing_left for finding in findings) else _SAME
+    compared = _MIXED if len(directions) > 1 else _MORE if 1 in directions else _LESS
+    # An attack that fails on a model leaves too much of it, so the more robust one is in doubt.
+    if any(_doubted(record, model if direction > 0 else control) for direction in directions):
+        return f"apparently {compared}, but under attacks that cannot be trusted, than"
+    return f"{compared} than"
 
 
 def _doubted(record: RunRecord, model: str) -> bool:
@@ -275,40 +312,71 @@ def _group_headline(record: RunRecord, phrase: str, models: Sequence[str], contr
     is_, its = ("is", "its") if len(models) == 1 else ("are", "their")
     if phrase == _GUESSING:
         return f"{_joined(models)} cannot be told from guessing on clean images, so {its} robustness means nothing"
+    subject = _joined(models)
     if len(controls) == 1:
         defense = record.experiment.first_replicates()[models[0]].defense
-        return f"{models[0]} ({_DEFENSES.get(defense, defense)}) is {phrase} its control here"
-    return f"{_joined(models)} {is_} {phrase} {its} control here"
+        subject = f"{models[0]} ({_DEFENSES.get(defense, defense)})"
+    if phrase == _CONTROL_GUESSES:
+        return f"{subject} cannot be compared with {its} control, which cannot be told from guessing on clean images"
+    if phrase == _NOT_COMPARED:
+        return f"{subject} {is_} not compared with {its} control, because the run lacks comparable white-box results"
+    return f"{subject} {is_} {phrase} {its} control here"
 
 
 def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
     """Return headline and reason for a model that is compared with no control; "" without attacks."""
-    name = next(name for name, base in record.bases.items() if base == model)
+    names = [name for name, base in record.bases.items() if base == model]
+    left = _left(record, model, names)
+    if left is None:
+        return "", ""
+    if any(row["model"] in names for row in verdicts.near_chance(record)):
+        return _group_headline(record, _GUESSING, [model], {}), ""
+    headline, texts = left
+    doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
+    clean = [e for e in record.evaluations if e.model in names and e.threat_model == CLEAN]
+    without = ""
+    if clean:
+        right = _count(clean[0]) if len(clean) == 1 else f"{percent(fmean(e.accuracy for e in clean))} % on average"
+        without = f" Without an attack, {right} are right."
+    missing = ""
+    if record.roles[names[0]] == "defended":
+        missing = " This run has no control for it, so nothing of that can be attributed to the defense."
+    return f"{headline}{doubt}", f"{texts}{without}{missing}".strip()
+
+
+def _left(record: RunRecord, model: str, names: Sequence[str]) -> tuple[str, str] | None:
+    """Return headline and numbers of what attacks leave of a model; None if it met none of its own."""
     budget = main_budget(record)
+    if rows := [row for row in _worst_over_seeds(record) if row["model"] == model]:
+        row = next((row for row in rows if (row["norm"], row["eps"]) == budget), rows[0])
+        share = f"{percent(row['mean'])} % of the images on average over {row['seeds']} seeds"
+        values = [(r["norm"], r["eps"], r["mean"], r["min"], r["max"]) for r in rows]
+        at, brackets = (row["norm"], row["eps"]), "lowest to highest seed"
+        headline = f"{model} withstands the attacks on {share} at {budget_text(*at)}"
+        if row["max"] == 0:
+            headline = f"{model} is broken on all images in all {row['seeds']} seeds at {budget_text(*at)}"
+        return headline, _worst_text(model, brackets, values)
+    name = names[0]
     cases = [w for w in record.worst_case or () if (w.model, w.threat_model) == (name, WHITE_BOX)]
     case: WorstCase | EvaluationEntry | None
     case = next((w for w in cases if (w.norm, w.eps) == budget), None) or most_harmful(record, name)
     if case is None:
-        return "", ""
-    if any(row["model"] == name for row in verdicts.near_chance(record)):
-        return _group_headline(record, _GUESSING, [model], {}), ""
-    at = f" at {budget_text(*budget)}" if isinstance(case, WorstCase) and budget else ""
-    doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
-    headline = f"{model} withstands the attacks on {_count(case)} images{at}{doubt}"
+        return None
+    where = f" at {budget_text(*budget)}" if isinstance(case, WorstCase) and budget else ""
+    headline = f"{name} withstands the attacks on {_count(case)} images{where}"
     if case.accuracy == 0:
-        headline = f"{model} is broken on all {case.n:,} images{at}"
-    clean = next((e for e in record.evaluations if (e.model, e.threat_model) == (name, CLEAN)), None)
-    without = f" Without an attack, {_count(clean)} are right." if clean else ""
-    bounds = "{} % ({}–{}) at {}"
-    texts = [
-        bounds.format(*map(percent, (w.accuracy, w.accuracy_low, w.accuracy_high)), budget_text(w.norm, w.eps))
-        for w in cases
-    ]
-    missing = ""
-    if record.roles[name] == "defended":
-        missing = " This run has no control for it, so nothing of that can be attributed to the defense."
-    worst = f"{model}, accuracy in the worst case of each image (95 % interval): {', '.join(texts)}." if texts else ""
-    return headline, f"{worst}{without}{missing}".strip()
+        headline = f"{name} is broken on all {case.n:,} images{where}"
+    values = [(w.norm, w.eps, w.accuracy, w.accuracy_low, w.accuracy_high) for w in cases]
+    return headline, _worst_text(model, "95 % interval", values)
+
+
+def _worst_text(model: str, brackets: str, values: Sequence[tuple[str, float, float, float, float]]) -> str:
+    """Return a sentence with (norm, eps, accuracy, low, high) of each budget; "" without any."""
+    texts = (
+        f"{percent(accuracy)} % ({percent(low)}–{percent(high)}) at {budget_text(norm, eps)}"
+        for norm, eps, accuracy, low, high in values
+    )
+    return f"{model}, accuracy in the worst case of each image ({brackets}): {', '.join(texts)}." if values else ""
 
 
 def _trust(record: RunRecord) -> list[str]:

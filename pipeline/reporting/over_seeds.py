@@ -115,39 +115,44 @@ def differences(record: RunRecord, reference: str) -> list[Row]:
     ]
 
 
-def worst_differences(record: RunRecord, reference: str) -> list[Row]:
+def worst_differences(record: RunRecord, reference: str, level: float = 0.05) -> list[Row]:
     """Return :func:`differences` of the worst case over the examples made on each model itself.
 
     A row has norm and eps in place of the attack.
+
+    Args:
+        level: probability that an interval misses the true difference.
     """
     return [
         {"model": model, "reference": reference, "threat_model": threat, "norm": norm, "eps": eps, **difference}
-        for (model, threat, norm, eps), difference in _differences(record.experiment, _worst_by_seed(record), reference)
+        for (model, threat, norm, eps), difference in _differences(
+            record.experiment, _worst_by_seed(record), reference, level
+        )
         if threat == WHITE_BOX
     ]
 
 
 def _differences(
-    experiment: Experiment, values: Mapping[Any, Mapping[int, float]], reference: str
+    experiment: Experiment, values: Mapping[Any, Mapping[int, float]], reference: str, level: float = 0.05
 ) -> Iterator[tuple[Key, Row]]:
     """Yield the key of each other model of the reference's architecture, and its difference."""
     configs = experiment.first_replicates()
     for (model, *rest), by_replicate in values.items():
         if model == reference or configs[model].arch != configs[reference].arch:
             continue
-        if difference := _paired_difference(by_replicate, values.get((reference, *rest), {})):
+        if difference := _paired_difference(by_replicate, values.get((reference, *rest), {}), level):
             yield (model, *rest), difference
 
 
-def _paired_difference(a: Mapping[int, float], b: Mapping[int, float]) -> Row:
+def _paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float) -> Row:
     """Return the mean of a - b over the common replicates; {} if they are fewer than two."""
     common = sorted(a.keys() & b.keys())
     if len(common) < 2:
         return {}
     values = [a[r] - b[r] for r in common]
     mean, sd = statistics.fmean(values), statistics.stdev(values)
-    # Both tails of 95 % leave 2.5 %. scipy.stats has Student's t too, but takes seconds to import.
-    half = float(stdtrit(len(values) - 1, 0.975)) * sd / len(values) ** 0.5
+    # Half of the level is in each tail. scipy.stats has Student's t too, but takes seconds to import.
+    half = float(stdtrit(len(values) - 1, 1 - level / 2)) * sd / len(values) ** 0.5
     return {"seeds": len(values), "difference": mean, "half_width": half, "resolved": abs(mean) > half}
 
 

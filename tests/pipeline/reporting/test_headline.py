@@ -104,19 +104,49 @@ def test_the_verdict_is_that_of_mcnemars_test(
     assert "There is one seed per model." in reasons
 
 
+def test_of_several_tests_the_sentence_names_the_level() -> None:
+    left = {"defend": {0.1: 12, 0.2: 0}, "control": {0.1: 4, 0.2: 0}}
+    _, reasons = said(run(pair(0.1, 10, 2, 0.04), pair(0.2, 0, 0, 1.0), left=left))
+    assert "(no significant difference: exact McNemar test, p = 0.04; with 2 budgets it must be below 0.025)" in reasons
+    _, reasons = said(run(pair(0.1, 10, 9, 0.9), pair(0.2, 0, 0, 1.0), left=left))
+    assert "must be below" not in reasons
+
+
 def test_a_higher_number_under_attacks_that_fail_is_doubted() -> None:
-    left = {"defend": {0.2: 60}, "control": {0.2: 22}}
     test = {"n": 8, "found": 1, "share": 0.1, "random_found": 0, "passed": False}
-    failed = {"defend": {"probe": {}, "active": {"pgd:eps=0.2": test}, "flags": []}}
     flag = {"name": "zero_gradients", "fired": True, "measured": "", "remedy": ""}
-    raised = {"defend": {"probe": {}, "active": {}, "flags": [flag]}}
-    for reliability in (failed, raised):
-        title, _ = said(run(pair(0.2, 40, 2, 1e-9), left=left, reliability=reliability))
-        assert "attacks that cannot be trusted" in title
-        title, _ = said(
-            run(pair(0.2, 2, 40, 1e-9), left={"defend": {0.2: 22}, "control": {0.2: 60}}, reliability=reliability)
-        )
-        assert title.endswith("is less robust than its control here"), "a lower number needs no trust in the attacks"
+    for tests in ({"active": {"pgd:eps=0.2": test}}, {"flags": [flag]}):
+
+        def title(ours: int, theirs: int, doubted: str, tests: dict[str, Any] = tests) -> str:
+            left = {"defend": {0.2: ours}, "control": {0.2: theirs}}
+            return said(run(pair(0.2, ours, theirs, 1e-9), left=left, reliability={doubted: tests}))[0]
+
+        assert "is apparently more robust, but under attacks that cannot be trusted, than" in title(60, 22, "defend")
+        assert title(60, 22, "control").endswith("is more robust than its control here"), "the control may have less"
+        assert title(22, 60, "defend").endswith("is less robust than its control here"), "it may have less still"
+        assert "is apparently less robust, but under attacks that cannot be trusted, than" in title(22, 60, "control")
+
+
+def test_a_control_that_guesses_says_nothing_about_a_model() -> None:
+    record = run(pair(0.2, 40, 2, 1e-9), left={"defend": {0.2: 60}, "control": {0.2: 22}}).to_json()
+    clean = [evaluation("defend", "clean", "none", 190), evaluation("control", "clean", "none", 20)]
+    attacks = [e for e in record["evaluations"] if e["threat_model"] != "clean"]
+    title, reasons = said(RunRecord.from_json({**record, "evaluations": [*clean, *attacks]}))
+    assert title == (
+        "defend (Defend++) cannot be compared with its control, which cannot be told from guessing on clean images"
+    )
+    assert "leave" not in reasons
+
+
+def test_without_white_box_results_robustness_is_not_compared() -> None:
+    record = run(left={"defend": {}, "control": {}}).to_json()
+    transferred = [
+        {**evaluation(model, "transfer", "fgsm:eps=0.2", 100), "source": "no_defense"}
+        for model in ("defend", "control")
+    ]
+    record["evaluations"] += transferred
+    title, _ = said(RunRecord.from_json(record))
+    assert title.startswith("defend (Defend++) is not compared with its control")
 
 
 def test_a_model_that_guesses_has_no_verdict() -> None:
@@ -130,10 +160,11 @@ def test_models_with_one_verdict_share_a_sentence() -> None:
     models = (*MODELS, "adv:defense=adversarial,seed=1", "other:seed=2")
     left = {"defend": {0.2: 0}, "control": {0.2: 0}, "adv": {0.2: 150}, "other": {0.2: 0}}
     pairs = [pair(0.2, 0, 0, 1.0), pair(0.2, 150, 0, 1e-30, "adv"), pair(0.2, 0, 0, 1.0, "other")]
-    title, _ = said(run(*pairs, left=left, models=models))
+    title, reasons = said(run(*pairs, left=left, models=models))
     assert title == (
         "defend and other are not more robust than their control here; adv is more robust than its control here"
     )
+    assert "corrected for the number of budgets, not for the number of models" in reasons
 
 
 def test_without_a_control_nothing_is_attributed_to_the_defense() -> None:
@@ -170,21 +201,65 @@ def test_a_record_without_worst_cases_compares_intervals() -> None:
     assert said(damaged) == (title, reasons)
 
 
-def test_over_seeds_a_difference_must_exceed_their_spread() -> None:
-    def of(seeds: list[tuple[int, int]]) -> tuple[str, str]:
-        record = run(
-            left={f"{m}-s{i}": {0.2: k[j]} for i, k in enumerate(seeds) for j, m in enumerate(("defend", "control"))}
-        )
-        experiment = {**to_dict(record.experiment), "seeds": len(seeds)}
-        return said(RunRecord.from_json({**record.to_json(), "experiment": experiment}))
+def over_seeds(*seeds: dict[str, dict[float, int]], pairs: tuple[dict[str, Any], ...] = (), **more: Any) -> RunRecord:
+    """Return a run of several seeds: model -> eps -> images that are left, of each seed."""
+    left = {f"{model}-s{i}": eps for i, models in enumerate(seeds) for model, eps in models.items()}
+    record = run(*pairs, left=left, **more)
+    return RunRecord.from_json({**record.to_json(), "experiment": {**to_dict(record.experiment), "seeds": len(seeds)}})
 
-    title, reasons = of([(60, 20), (62, 21), (64, 20)])
+
+def both(ours: int, theirs: int) -> dict[str, dict[float, int]]:
+    return {"defend": {0.2: ours}, "control": {0.2: theirs}}
+
+
+def test_over_seeds_a_difference_must_exceed_their_spread() -> None:
+    title, reasons = said(over_seeds(both(60, 20), both(62, 21), both(64, 20)))
     assert title.endswith("is more robust than its control here")
     assert "31.0 % on average over 3 seeds, +20.8 points against control" in reasons
     assert "one seed" not in reasons
-    title, reasons = of([(60, 20), (10, 40), (30, 35)])
+    title, reasons = said(over_seeds(both(60, 20), both(10, 40), both(30, 35)))
     assert "not distinguishable in robustness from" in title
     assert "no more than seeds alone explain" in reasons
+
+
+def test_over_seeds_the_interval_is_wider_with_more_budgets() -> None:
+    def of(budgets: tuple[float, ...]) -> tuple[str, str]:
+        seeds = ((50, 40), (48, 40), (46, 40))
+        left = [{"defend": dict.fromkeys(budgets, a), "control": dict.fromkeys(budgets, b)} for a, b in seeds]
+        return said(over_seeds(*left))
+
+    assert of((0.2,))[0].endswith("is more robust than its control here")
+    title, reasons = of((0.1, 0.2, 0.3))
+    assert "not distinguishable in robustness from" in title
+    assert "95 % for 3 budgets together" in reasons
+
+
+def test_over_seeds_one_image_more_in_each_seed_is_no_difference() -> None:
+    """The spread is 0 then, so that seeds alone would not explain it."""
+
+    def pairs(only_model: int, p: float) -> tuple[dict[str, Any], ...]:
+        return tuple({**pair(0.2, only_model, 0, p, f"defend-s{i}"), "against": f"control-s{i}"} for i in range(2))
+
+    title, reasons = said(over_seeds(both(11, 10), both(11, 10), pairs=pairs(1, 1.0)))
+    assert "not distinguishable in robustness from" in title
+    assert "more than seeds alone explain, but too few images to be significant" in reasons
+    title, _ = said(over_seeds(both(30, 10), both(30, 10), pairs=pairs(20, 2e-6)))
+    assert title.endswith("is more robust than its control here")
+
+
+def test_a_seed_without_a_partner_gives_no_comparison() -> None:
+    title, _ = said(over_seeds(both(60, 20), {"defend": {0.2: 62}}))
+    assert title.startswith("defend (Defend++) is not compared with its control")
+
+
+def test_over_seeds_a_model_without_a_control_has_the_mean_of_its_seeds() -> None:
+    models = tuple(m for m in MODELS if not m.startswith("control"))
+    title, reasons = said(over_seeds({"defend": {0.2: 50}}, {"defend": {0.2: 70}}, models=models))
+    assert title == "defend withstands the attacks on 30.0 % of the images on average over 2 seeds at Linf ≤ 0.2"
+    assert "(lowest to highest seed): 30.0 % (25.0–35.0) at Linf ≤ 0.2." in reasons
+    assert "Without an attack, 95.0 % on average are right." in reasons
+    title, _ = said(over_seeds({"defend": {0.2: 0}}, {"defend": {0.2: 0}}, models=models))
+    assert title == "defend is broken on all images in all 2 seeds at Linf ≤ 0.2"
 
 
 def test_transfer_says_where_a_difference_shows() -> None:
@@ -197,7 +272,7 @@ def test_transfer_says_where_a_difference_shows() -> None:
     both = "right significantly more often than control under FGSM, and less often than control under C&W (2 attacks"
     assert both in said(record, fgsm, cw)[1]
     none = said(record, row("fgsm:eps=0.2", 5, 3, 0.7))[1]
-    assert "defend is right as often as control (no significant difference) (1 attack compared)" in none
+    assert "no difference between defend and control is significant (1 attack compared)." in none
 
 
 def test_few_images_are_said_to_be_few() -> None:
