@@ -91,9 +91,10 @@ class RunPlots:
         if not rows:
             return None
         seeds = self.record.experiment.seeds
-        whiskers = f" Mean of {seeds} seeds, lowest to highest." if seeds > 1 else ""
-        caption = f"Accuracy in %, {labels.counted(self.record)}: {title}.{whiskers}"
-        return Plot("What an attack leaves", caption, worst.worst_case(rows, self.base_styles))
+        mean = f" Mean of {seeds} seeds, lowest to highest." if seeds > 1 else ""
+        caption = f"Accuracy in %, {labels.counted(self.record)}: {title}.{mean}"
+        whiskers = "lowest to highest seed" if seeds > 1 else "95 % interval"
+        return Plot("What an attack leaves", caption, worst.worst_case(rows, self.base_styles, whiskers))
 
     def accuracy(self) -> Plot | None:
         """Draw bars of every accuracy, a panel per threat model."""

@@ -25,12 +25,13 @@ class Quartiles:
     broken: int
 
 
-def worst_case(rows: Mapping[str, tuple[Bar, Bar | None]], styles: Styles) -> Figure:
+def worst_case(rows: Mapping[str, tuple[Bar, Bar | None]], styles: Styles, whiskers: str) -> Figure:
     """Draw a bar per model for the accuracy in the worst case, and a mark for clean images.
 
     Args:
         rows: model -> (accuracy in the worst case, accuracy on clean images or None).
         styles: as of :func:`pipeline.reporting.plots.style.styles`.
+        whiskers: what the whiskers are, for the legend.
     """
     longest = max(len(name) for name in rows)
     figure = Figure(figsize=(4.7 + 0.06 * longest, 0.4 * len(rows) + 0.85), layout="constrained")
@@ -53,7 +54,7 @@ def worst_case(rows: Mapping[str, tuple[Bar, Bar | None]], styles: Styles) -> Fi
     axis.tick_params(axis="y", length=0)
     # The text beside the bars belongs to the axes, so that the layout leaves room for it.
     handles = [
-        Patch(color=FAINT, label="under attack, 95 % interval"),
+        Patch(color=FAINT, label=f"under attack, {whiskers}"),
         Line2D([], [], marker="D", fillstyle="none", linestyle="none", color=FAINT, label="clean"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8.5)

@@ -111,7 +111,24 @@ def test_the_chart_beside_the_verdict_has_worst_and_clean_accuracy_in_the_models
     assert [to_hex(bar.get_facecolor()) for bar in axis.patches] == [plots.styles[m]["color"] for m in left]
     assert [line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() == "D"] == [97] * 3
     assert axis.texts[-1].get_text() == "30.0 (30.0–40.0)"
+    assert legend_of(plot) == ["under attack, 95 % interval", "clean"]
     assert "worst case per sample at Linf ≤ 0.2" in plot.caption
+
+
+def legend_of(plot: style.Plot) -> list[str]:
+    return [text.get_text() for text in plot.figure.legends[0].get_texts()]
+
+
+def test_the_whiskers_beside_the_verdict_are_over_the_seeds_if_there_are_several() -> None:
+    case = {"threat_model": "white_box", "norm": "linf", "eps": 0.2, "n": N, "attacks": 2}
+    bounds = {"accuracy_low": 0.1, "accuracy_high": 0.9}
+    worst = [{**case, **bounds, "model": f"defend-s{i}", "accuracy": a} for i, a in enumerate((0.3, 0.5))]
+    record = record_of(worst_case=worst).to_json()
+    record["experiment"]["seeds"] = 2
+    plot = RunPlots(RunRecord.from_json(record), {}, {}, {}).worst_case()
+    assert plot is not None
+    assert plot.figure.axes[0].texts[-1].get_text() == "40.0 (30.0–50.0)"
+    assert legend_of(plot) == ["under attack, lowest to highest seed", "clean"]
 
 
 def test_confusions_are_the_judged_predictions(fake: tuple[RunRecord, RunPlots]) -> None:
