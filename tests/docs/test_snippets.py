@@ -40,7 +40,7 @@ def test_pages_with_tests_of_their_own_have_them() -> None:
         assert any(str(block.page) == page for block in blocks("python"))
         for file in files:
             text = (ROOT / file).read_text()
-            assert "blocks_of(" in text or "blocks(" in text
+            assert "python_of(" in text or "blocks(" in text
 
 
 SELF_CONTAINED = [b for b in blocks("python") if str(b.page) not in (*TESTS_OF_PAGES, "docs/mlflow.md")]

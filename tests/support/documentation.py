@@ -20,9 +20,10 @@ LANGUAGES = {"sh", "python", "text", "bibtex", "yaml"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page below the root, the line of its first fence, its language, its text."""
+    """A fenced block: page below the root, heading of its section, line of its first fence, language, text."""
 
     page: Path
+    section: str
     line: int
     language: str
     text: str
@@ -39,6 +40,17 @@ class Block:
 def blocks(*languages: str) -> Iterator[Block]:
     """Yield the blocks of every page, of these languages or of all."""
     for page in PAGES:
+        section, before = "", ""
         for token in MarkdownIt("commonmark").parse((ROOT / page).read_text()):
+            if before == "h2":
+                section = token.content
+            before = token.tag if token.type == "heading_open" else ""
             if token.type == "fence" and token.map and (not languages or token.info in languages):
-                yield Block(page, token.map[0] + 1, token.info, token.content)
+                yield Block(page, section, token.map[0] + 1, token.info, token.content)
+
+
+def python_of(page: str, section: str) -> list[str]:
+    """Return the Python blocks of a page's section, at least one."""
+    texts = [b.text for b in blocks("python") if (str(b.page), b.section) == (page, section)]
+    assert texts, f"{page}: {section}"
+    return texts

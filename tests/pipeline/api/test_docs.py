@@ -10,19 +10,20 @@ from typing import Any
 import nbformat
 import pytest
 import torch
+from documentation import python_of
 from nbclient import NotebookClient
-from python_page import PAGE, blocks_of
 from repository import ROOT
 
 import defendpp
 
+PAGE = (ROOT / "docs" / "python.md").read_text()
 NOTEBOOK = ROOT / "docs" / "notebooks" / "evaluate.ipynb"
 
 
 def test_the_snippets_on_evaluations_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     for title in ("Evaluate a network", "Read the result", "The parts below"):
-        for block in blocks_of(title):
+        for block in python_of("docs/python.md", title):
             exec(block.replace("/data/defendpp", str(tmp_path)), names)
     assert "n = 20" in capsys.readouterr().out
     page, again, result = names["page"], names["again"], names["result"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from python_page import blocks_of
+from documentation import python_of
 from small_cnn import digits
 
 import defendpp
@@ -21,7 +21,7 @@ def test_training_gives_the_models_and_the_same_call_continues(
     ray_cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names: dict[str, Any] = {}
-    (block,) = blocks_of("Train and run a recipe")
+    (block,) = python_of("docs/python.md", "Train and run a recipe")
     exec(block.replace("/data/defendpp", str(tmp_path)), names)
     trained, model = names["trained"], names["model"]
     history = trained.to_dataframe()

@@ -10,7 +10,7 @@ from typing import Any
 import fake_run
 import pytest
 import sweeps
-from python_page import blocks_of
+from documentation import python_of
 
 import defendpp
 from components.config import EvaluationConfig
@@ -115,7 +115,7 @@ def test_a_sweep_is_a_row_per_trial(tmp_path: Path) -> None:
     sweep.record["front"] = [2]
     sweep.stored.save()
     names: dict[str, Any] = {}
-    (block,) = blocks_of("Read a sweep")
+    (block,) = python_of("docs/python.md", "Read a sweep")
     exec(re.sub(r'"/data/[^"]*"', repr(sweep.storage.uri), block), names)
     result, frame = names["sweep"], names["trials"]
     assert frame.trial.tolist() == [1, 2, 3]
