@@ -14,6 +14,7 @@ from rich.console import Console
 from components.threat_models import ANY, CLEAN
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, results, sentences, terminal, verdicts
+from pipeline.reporting.html.templates import environment
 
 TEXT_WIDTH = 100
 CURVE_WIDTH, CURVE_HEIGHT = 300, 120
@@ -58,21 +59,12 @@ def html(record: RunRecord, remarks: Sequence[str] = ()) -> str:
         flags=[verdicts.flag_text(flag) for flag in verdicts.raised_flags(record)],
         remarks=[*filter(None, [sentences.reliability_in_short(record), sentences.untrusted_note(record)]), *remarks],
         pairs=[pair for pair in verdicts.worst_case_pairs(record) if pair["threat_model"] != ANY],
-        p_value=labels.p_value,
     )
 
 
 @functools.cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=labels.percent)
-    return environment.get_template("result.html.j2")
+    return environment(Path(__file__).parent).get_template("result.html.j2")
 
 
 def _worst(record: RunRecord) -> list[dict[str, Any]]:
@@ -101,7 +93,7 @@ def _row(column: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[s
 def _cell(column: Mapping[str, Any], cell: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if cell is None:
         return None
-    return {**cell, "mark": labels.mark(cell), "norm": labels.median_norm(cell) if column["minimal_norm"] else ""}
+    return {**cell, "norm": labels.median_norm(cell) if column["minimal_norm"] else ""}
 
 
 def _curves(record: RunRecord) -> list[dict[str, Any]]:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from pipeline.reporting import labels
+from pipeline.reporting.html.templates import environment
 from pipeline.reporting.plots.svg import FONT, inline, palette_css, plot_css
 from pipeline.runtime.provenance import ROOT
 from pipeline.runtime.storage import Storage
@@ -37,24 +35,11 @@ def render(template: str, folder: Path | None = None, **values: Any) -> str:
         folder: where the template is, if not beside this file.
         values: variables of the template. ``base.html.j2`` needs ``title`` and ``links``.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*filter(None, [folder]), Path(__file__).parent]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=labels.percent, duration=labels.duration, when=labels.when)
-    environment.globals.update(
-        inline=inline,
-        mark=labels.mark,
-        mean_and_sd=labels.mean_and_sd,
-        median_norm=labels.median_norm,
-        p_value=labels.p_value,
-    )
+    templates = environment(*filter(None, [folder]), Path(__file__).parent)
+    templates.globals["inline"] = inline
     css = f"{palette_css()}\n{plot_css()}"
     # The template's macro `section` fills the contents while it renders.
-    return environment.get_template(template).render(css=css, font=FONT, contents=[], **values)
+    return templates.get_template(template).render(css=css, font=FONT, contents=[], **values)
 
 
 def links(report: Storage, files: Sequence[str], tracking_uri: str | None) -> list[Link]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _page(record: Mapping[str, Any], storage: Storage, plots: Mapping[str, Plot]
         conclusion=conclusion(record),
         paragraphs=paragraphs(record),
         made_with=made_with(sweep),
-        again=f"{program()} run --from {storage.uri}/best.json",
+        again=f"{program()} run --from {shlex.quote(f'{storage.uri}/best.json')}",
         plots=plots,
         rows=table(record),
         choice=record["choice"]["trial"],

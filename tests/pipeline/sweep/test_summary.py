@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shlex
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -181,3 +183,11 @@ def test_the_page_of_a_sweep_has_the_frame_of_a_runs_and_links_to_the_test_of_it
     assert text.count('<svg class="plot"') == 3
     assert "prefers-color-scheme: dark" in text
     assert 'aria-label="Contents"' in text
+
+
+def test_the_command_that_repeats_the_choice_can_be_pasted(tmp_path: Path) -> None:
+    sweep = record(Space(parameters=BLOCKS), *(trial(i + 1, p, 0.1 * i) for i, p in enumerate(POINTS)))
+    at = Storage(tmp_path / "my runs")
+    html.build(sweep, at)
+    (command,) = re.findall(r"<pre>(.*)</pre>", at.read_bytes("report/report.html").decode())
+    assert shlex.split(unescape(command))[-2:] == ["--from", f"{tmp_path}/my runs/best.json"]
