@@ -49,11 +49,7 @@ class RunResult(Result):
                 rows.append(
                     {
                         "model": name,
-                        **{
-                            key: epoch[key]
-                            for key in ("epoch", "phase", "seconds", "images_per_second")
-                            if key in epoch
-                        },
+                        **{key: epoch[key] for key in EPOCH_KEYS if key in epoch},
                         **{key: float(np.mean([step[key] for step in steps if key in step])) for key in losses},
                         **{f"validation_{key}": value for key, value in epoch.get("validation", {}).items()},
                     }

@@ -93,7 +93,7 @@ class SweepResult:
     @property
     def report(self) -> str:
         """Path or URI of the report. There is a file once a configuration is chosen."""
-        return f"{self.directory}/report.html"
+        return f"{self.directory}/report/report.html"
 
     @property
     def trials(self) -> list[TrialEntry]:

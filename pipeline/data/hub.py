@@ -173,7 +173,7 @@ def _errors(text: str, address: HubAddress, kind: str, setting: str) -> Iterator
         ) from e
     except errors.EntryNotFoundError as e:
         raise DataError(f"{text}: {page} has no file {address.path!r} at this revision; check its name there") from e
-    except OSError as e:  # Its own errors of HTTP are among them.
+    except errors.HfHubHTTPError.__bases__ as e:  # OSError, and the base of its HTTP library's errors.
         raise DataError(
             f"{text} cannot be read from {page} ({first_line(e)}); check the connection and the cache"
         ) from e

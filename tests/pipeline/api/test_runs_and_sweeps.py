@@ -18,7 +18,7 @@ from components.errors import ConfigError, DataError
 from pipeline.api.runs import experiment_of
 from pipeline.recipes.registry import RECIPES
 from pipeline.runtime.storage import Storage
-from pipeline.sweep.report import summary
+from pipeline.sweep.report import html, summary
 
 
 @pytest.mark.parametrize(
@@ -131,3 +131,5 @@ def test_a_sweep_is_a_row_per_trial(tmp_path: Path) -> None:
     assert result.best.parameters == trials[1].parameters
     assert summary.conclusion(result.record) in str(result)
     assert "config/lam" in result._repr_html_()
+    html.build(sweep.record, sweep.storage)
+    assert Path(result.report).is_file()

@@ -96,7 +96,7 @@ def test_the_cache_is_read_without_a_connection(tmp_path: Path) -> None:
     assert pinned == [*prints, f"{address}/data", f"{address}/data"]
     assert converted[:2] == prints
     assert small[:2] == prints
-    assert many.endswith("Give the one that you mean as data.source, for example hf:someone/many/big")
+    assert many.endswith("Give the one that you mean as --data.source, for example hf:someone/many/big")
     for answer, name in ((absent, "hf:someone/absent"), (branch, "hf:someone/digits@v2")):
         assert f"DataError: {name} is not in the cache {tmp_path}/hub, and HF_HUB_OFFLINE is set" in answer
         assert answer.endswith("--repo-type dataset")
@@ -105,31 +105,36 @@ def test_the_cache_is_read_without_a_connection(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server() -> Iterator[tuple[str, list[str]]]:
-    """Answer as the Hub does for one data set with a gated and a private neighbour. Gives the files asked for."""
+    """Answer as the Hub does for a data set, a gated and a private neighbour, and one whose downloads break off.
+
+    Gives the address, and the files of the first one that were asked for.
+    """
     files = {f"data/{file.name}": file.read_bytes() for file in SAMPLE.glob("*.parquet")}
     asked: list[str] = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            if path.startswith("/api/datasets/someone/digits/revision/"):
+            repo = next((r for r in ("someone/digits", "someone/broken") if f"/datasets/{r}/" in path), "")
+            if repo and "/revision/" in path:
                 if not path.endswith(("/main", COMMIT)):
                     return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
                 siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-                return self.answer(
-                    200, {}, json.dumps({"id": "someone/digits", "sha": COMMIT, "siblings": siblings}).encode()
-                )
-            if path.startswith("/api/datasets/someone/digits/tree/"):
+                return self.answer(200, {}, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+            if repo and "/tree/" in path:
                 tree = [
                     {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
                     for n, d in files.items()
                 ]
                 return self.answer(200, {}, json.dumps(tree).encode())
-            if (name := path.partition(f"/datasets/someone/digits/resolve/{COMMIT}/")[2]) in files:
-                if self.command == "GET":
+            if (name := path.partition(f"/datasets/{repo}/resolve/{COMMIT}/")[2]) in files:
+                content, digest = files[name], hashlib.sha256(files[name]).hexdigest()
+                if self.command == "GET" and repo == "someone/broken":
+                    content, self.close_connection = content[:100], True
+                elif self.command == "GET":
                     asked.append(name)
-                digest = hashlib.sha256(files[name]).hexdigest()
-                return self.answer(200, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}, files[name])
+                headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(files[name]))}
+                return self.answer(200, headers, content)
             code = "GatedRepo" if "/gated/" in path else "RepoNotFound"
             return self.answer(403 if code == "GatedRepo" else 401, {"X-Error-Code": code})
 
@@ -137,7 +142,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
         def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             if self.command == "GET":
@@ -163,12 +168,13 @@ def test_a_data_set_is_downloaded_once_and_refusals_are_explained(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": "hf_secret",
     }
-    whole, revision, private, gated, wrong = opened(
+    whole, revision, private, gated, wrong, broken = opened(
         "hf:someone/digits",
         "hf:someone/digits@v2",
         "hf:someone/private",
         "hf:gated/digits",
         "hf:some--one/digits",
+        "hf:someone/broken",
         **online,
     )
     sample = DataConfig(source="sample:mnist")
@@ -181,7 +187,9 @@ def test_a_data_set_is_downloaded_once_and_refusals_are_explained(
     assert f"there is no data set {endpoint}/datasets/someone/private, or it is private" in private
     assert f"its owner grants access on request: ask for it at {endpoint}/datasets/gated/digits" in gated
     assert "ConfigError: data.source is 'hf:some--one/digits'; it must be hf:ORG/NAME" in wrong
-    assert "secret" not in " ".join([revision, private, gated])
+    assert f"hf:someone/broken cannot be read from {endpoint}/datasets/someone/broken (" in broken
+    assert broken.endswith("); check the connection and the cache")
+    assert "secret" not in " ".join([revision, private, gated, broken])
 
 
 @pytest.mark.slow
