@@ -7,8 +7,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from components.errors import ConfigError, DataError, first_line
 from pipeline.interchange.classifier import StoredClassifier
+from pipeline.runtime.quiet import log_levels
 from pipeline.training import weights_file
 
 CHECKED_IMAGES = 16
@@ -27,6 +27,8 @@ TOLERANCE = 1e-4
 float32 numbers in another order."""
 IMAGES, LOGITS, BATCH = "images", "logits", "batch"
 """Names of the input, of the output and of their first dimension."""
+_EXPORTERS = dict.fromkeys(("torch", "onnxscript", "onnx_ir"), logging.ERROR)
+"""Levels at which the exporters make no remarks on versions and operators."""
 Network = Callable[[Tensor], Tensor]
 
 
@@ -62,7 +64,8 @@ def convert(classifier: StoredClassifier, name: str) -> tuple[bytes, Comparison]
     """
     form = FORMATS[name]
     try:
-        with _quiet(), torch.no_grad():
+        with log_levels(_EXPORTERS), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
             data = form.write(classifier)
             loaded = form.load(data, classifier)
     except ImportError as e:
@@ -84,18 +87,20 @@ def _compared(classifier: StoredClassifier, loaded: Network, name: str) -> Compa
     differences: list[float | None] = []
     largest = 1.0
     for images in (random, classifier.images):
-        difference = 0.0 if len(images) else None
-        for batch in (images[:1], images[1:]):
-            if len(batch):
-                with torch.no_grad():
-                    logits, again = classifier.network(batch), loaded(batch)
-                difference = max(difference or 0.0, float((logits - again).abs().max()))
-                largest = max(largest, float(logits.abs().max()))
-        differences.append(difference)
+        if not len(images):
+            differences.append(None)
+            continue
+        batches = [batch for batch in (images[:1], images[1:]) if len(batch)]
+        with torch.no_grad():
+            logits = torch.cat([classifier.network(batch) for batch in batches])
+            again = torch.cat([loaded(batch) for batch in batches])
+        # Unlike Python's max, torch's is NaN if one of the values is.
+        differences.append(float((logits - again).abs().max()))
+        largest = max(largest, float(logits.abs().max()))
     on_random, on_real = differences
     assert on_random is not None
     comparison = Comparison(on_random, on_real, len(classifier.images), TOLERANCE * largest)
-    worst = max(on_random, on_real or 0.0)
+    worst = float(torch.tensor([on_random, on_real or 0.0]).max())
     if not worst <= comparison.allowed:
         raise DataError(
             f"the {name} file of {classifier.name} gives other logits (largest difference {worst:.2g}, allowed "
@@ -158,22 +163,6 @@ def _of_safetensors(data: bytes, classifier: StoredClassifier) -> Network:
         tensor.zero_()  # So that a tensor that the file lacks is noticed.
     network.load_state_dict(safetensors_load(data))
     return network
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters' own remarks on versions and operators."""
-    loggers = [logging.getLogger(name) for name in ("torch", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 FORMATS = {

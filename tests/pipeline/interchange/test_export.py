@@ -41,6 +41,13 @@ class Branching(Drawing):
         return self.fc(images.flatten(1)) * (2 if images.sum() > 1 else 1)
 
 
+class Undefined(Drawing):
+    """A network whose logits are not numbers where images are dark."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.flatten(1)) + (images.mean() - 0.9).log()
+
+
 def make_plain(**sizes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
 
@@ -51,6 +58,10 @@ def make_drawing(**sizes: int) -> nn.Module:
 
 def make_branching(**sizes: int) -> nn.Module:
     return Branching()
+
+
+def make_undefined(**sizes: int) -> nn.Module:
+    return Undefined()
 
 
 def stored(root: Path, name: str, config: TrainConfig) -> Path:
@@ -128,6 +139,7 @@ def test_a_reformer_is_exported_with_its_classifier(tmp_path: Path, capsys: pyte
     ("function", "message"),
     [
         ("make_drawing", "gives other logits (largest difference"),
+        ("make_undefined", "gives other logits (largest difference nan"),
         ("make_branching", "cannot be written as torch-export"),
     ],
 )
