@@ -43,7 +43,12 @@ def model_infos(record: RunRecord) -> dict[str, dict[str, Any]]:
 
 
 def dataset(source: str) -> str:
-    """Return the data set's name as RobustBench spells it: the last name in ``data.source``."""
+    """Return the data set's name as RobustBench spells it: the last name in ``data.source``.
+
+    Images that a caller held in memory have no name: "unknown".
+    """
+    if source.startswith("memory:"):
+        return "unknown"
     place = hub.parse(source, "data.source").repo if source.startswith(hub.PREFIX) else source.rstrip("/")
     return re.sub(r"[^a-z0-9]+", "", re.split(r"[:/]", place)[-1].lower()) or "unknown"
 

@@ -94,6 +94,7 @@ def test_the_budget_of_grey_images_is_that_of_mnist() -> None:
         ("hf:uoft-cs/cifar100@main/fine", "cifar100"),
         ("parquet:/data/CIFAR-10/", "cifar10"),
         ("folder:s3://bucket/imagenet", "imagenet"),
+        ("memory:0123456789abcdef", "unknown"),
     ],
 )
 def test_the_name_of_the_data_set(source: str, name: str) -> None:
