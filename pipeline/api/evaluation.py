@@ -18,6 +18,7 @@ from components.models.adapter import evaluating
 from components.threat_models import BLACK_BOX, EVERY_SOURCE, WHITE_BOX
 from pipeline.api import in_memory_run, inputs
 from pipeline.api.result import EvaluationResult
+from pipeline.data.sources.base import absolute_path
 from pipeline.recipes.suites import full_suite
 from pipeline.runtime.storage import Storage
 
@@ -83,7 +84,9 @@ def evaluate(
             stack.enter_context(evaluating(network))
         device = inputs.check_same_device(networks)
         checked = None if autoencoder is None else inputs.checked_autoencoder(autoencoder, device)
-        counts = {key: inputs.checked_network(key, network, pixels, classes) for key, network in networks.items()}
+        counts: dict[str, int] = {}
+        for key, network in networks.items():
+            counts[key] = inputs.checked_network(key, network, pixels, classes)
         if len(set(counts.values())) > 1:
             raise ConfigError(f"the networks differ in their number of classes: {counts}")
         subjects = in_memory_run.Subjects(
@@ -137,7 +140,7 @@ def _named(name: str, model: nn.Module, against: nn.Module | Mapping[str, nn.Mod
 def _directory(storage: str | os.PathLike[str] | None) -> Iterator[tuple[Storage, str]]:
     """Give the storage of an evaluation, and the temporary directory to delete with the result."""
     if storage is not None:
-        root = Storage(os.path.abspath(storage) if _is_relative(storage) else storage)
+        root = Storage(absolute_path(os.fspath(storage), "storage"))
         root.check_writable()
         yield root, ""
         return
@@ -147,8 +150,3 @@ def _directory(storage: str | os.PathLike[str] | None) -> Iterator[tuple[Storage
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-
-
-def _is_relative(storage: str | os.PathLike[str]) -> bool:
-    text = os.fspath(storage)
-    return "://" not in text and not text.startswith(("~", "/"))

@@ -66,7 +66,7 @@ def run(
         images=images,
         labels=labels,
         networks=modules,
-        device="cuda" if scaling.gpus_per_attack else str(subjects.device),
+        device=_device(subjects.device, ray_address, scaling),
     )
     before = {name: inputs.state_hash(network) for name, network in subjects.networks.items()}
     names = list(subjects.networks)
@@ -77,11 +77,7 @@ def run(
     directory = root / run_address(experiment)
     gallery.make(test, models, evaluations, experiment, directory, root, lambda *_: None)
     for name, network in subjects.networks.items():
-        if inputs.state_hash(network) != before[name]:
-            raise ConfigError(
-                f"{name} changed its own parameters or buffers while it was evaluated, so its results belong to no one "
-                "network: let it change nothing in eval mode"
-            )
+        inputs.check_unchanged(name, network, before[name])
     content = {
         "schema": SCHEMA,
         "name": experiment.name,
@@ -108,6 +104,13 @@ def run(
     return RunRecord.from_json(content)
 
 
+def _device(own: torch.device, ray_address: bool | str, scaling: ScalingConfig) -> str:
+    """Return the device of the attacks. Ray hides all GPUs from a task that reserves none."""
+    if scaling.gpus_per_attack:
+        return "cuda"
+    return "cpu" if ray_address else str(own)
+
+
 def _model_entry(subjects: Subjects, model: Model, experiment: Experiment) -> dict[str, Any]:
     """Return a network's entry in the record. It was not trained here, and no file holds it."""
     parts = {"classifier": subjects.networks[model.name]}
@@ -126,7 +129,7 @@ def _models(subjects: Subjects, shape: tuple[int, ...]) -> tuple[list[Model], di
     models: list[Model] = []
     modules: dict[str, nn.Module] = {}
     for name, network in subjects.networks.items():
-        sha256 = inputs.identity_of(network, shape)
+        sha256 = inputs.identity_of(name, network, shape)
         if twin := next((m.name for m in models if m.sha256 == sha256), ""):
             raise ConfigError(f"{name} is the same network as {twin}: there is nothing to compare")
         model = Model(name=name, path=f"models/memory-{sha256[:16]}", sha256=sha256)

@@ -116,7 +116,7 @@ def checked_network(name: str, network: nn.Module, images: NDArray[np.float32], 
         warnings.warn(
             f"{name} returns probabilities. Attacks need the logits before the softmax: on probabilities their "
             "gradients vanish, and the network looks more robust than it is.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return classes
 
@@ -182,7 +182,16 @@ def state_hash(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def identity_of(network: nn.Module, shape: tuple[int, ...]) -> str:
+def check_unchanged(name: str, network: nn.Module, state: str) -> None:
+    """Raise ConfigError if the :func:`state_hash` of a network is no longer ``state``."""
+    if state_hash(network) != state:
+        raise ConfigError(
+            f"{name} changed its own parameters or buffers while it was evaluated, so its results belong to no one "
+            "network: let it change nothing in eval mode"
+        )
+
+
+def identity_of(name: str, network: nn.Module, shape: tuple[int, ...]) -> str:
     """Return the SHA-256 that stands for a network in addresses: of its tensors and what it computes.
 
     Two networks of the same weights may differ in ``forward``, so their outputs on a few random
@@ -190,13 +199,19 @@ def identity_of(network: nn.Module, shape: tuple[int, ...]) -> str:
 
     Args:
         shape: [C,W,W] of an image.
+
+    Raises:
+        ConfigError: the network changes itself in eval mode. Its results would be found again under
+            the address of a network that it no longer is.
     """
+    state = state_hash(network)
     devices = sorted({tensor.device.index or 0 for _, tensor in _tensors(network) if tensor.is_cuda})
     images = torch.rand(FIRST_IMAGES, *shape, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
-        output = network(images.to(device_of("the network", network)))
-    return hashlib.sha256(state_hash(network).encode() + output.float().cpu().numpy().tobytes()).hexdigest()
+        output = network(images.to(device_of(name, network)))
+    check_unchanged(name, network, state)
+    return hashlib.sha256(state.encode() + output.float().cpu().numpy().tobytes()).hexdigest()
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -173,7 +173,7 @@ def _errors(text: str, address: HubAddress, kind: str, setting: str) -> Iterator
         ) from e
     except errors.EntryNotFoundError as e:
         raise DataError(f"{text}: {page} has no file {address.path!r} at this revision; check its name there") from e
-    except errors.HfHubHTTPError.__bases__ as e:  # OSError, and the base of its HTTP library's errors.
+    except Exception as e:  # Errors of the disk, and of the HTTP library, which depends on the version.
         raise DataError(
-            f"{text} cannot be read from {page} ({first_line(e)}); check the connection and the cache"
+            f"{text} cannot be read from {page} ({type(e).__name__}: {first_line(e)}); check the connection and the cache"
         ) from e

@@ -296,6 +296,16 @@ def test_networks_that_are_refused(
     assert isinstance(raised.value, defendpp.UserError)
 
 
+def test_a_network_that_changes_itself_leaves_no_results_for_the_next_call(
+    images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    model = Counting()
+    for _ in range(2):
+        model.load_state_dict({"passes": torch.zeros(())})
+        with pytest.raises(ConfigError, match="model changed its own parameters or buffers"):
+            defendpp.evaluate(model, *images, "fgsm:eps=0.1", reliability_images=0, storage=tmp_path, progress=False)
+
+
 def test_a_network_is_not_compared_with_itself(network: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ConfigError, match="against is the same network as model"):
         defendpp.evaluate(network, *images, "fgsm:eps=0.1", against=network, progress=False)
