@@ -7,6 +7,8 @@ from pipeline.api import __all__ as __all__
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(api, name)
 
 

@@ -18,7 +18,8 @@ def load_images(source: str = "sample:mnist", split: Split = "test", n: int = 0,
     The first ``n`` test images are those that a run with ``evaluation.test_images=n`` attacks.
 
     Args:
-        source: as ``--data.source``: sample:mnist, parquet:DIR, folder:DIR or torchvision:NAME.
+        source: as ``--data.source``: sample:mnist, parquet:DIR, folder:DIR, hf:ORG/NAME or
+            torchvision:NAME.
         split: "train", "validation" or "test".
         n: number of images. 0: all.
         data: other fields of ``data``, such as image_size, channels and num_classes.

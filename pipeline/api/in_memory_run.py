@@ -134,7 +134,9 @@ def _models(subjects: Subjects, shape: tuple[int, ...]) -> tuple[list[Model], di
             raise ConfigError(f"{name} is the same network as {twin}: there is nothing to compare")
         model = Model(name=name, path=f"models/memory-{sha256[:16]}", sha256=sha256)
         if subjects.autoencoder is not None and not models:
-            model = replace(model, autoencoder=inputs.state_hash(subjects.autoencoder))
+            known = inputs.state_hash(subjects.autoencoder)
+            # The address of the run follows from the path, and another auto-encoder gives another run.
+            model = replace(model, path=f"{model.path}-{known[:16]}", autoencoder=known)
             modules[f"{model.path}#{model.autoencoder}"] = subjects.autoencoder
         modules[model.weights] = network
         models.append(model)

@@ -216,6 +216,7 @@ def test_the_adaptive_attack_knows_the_auto_encoder(images: tuple[Tensor, Tensor
     assert not torch.equal(result.examples("adaptive"), result.examples("pgd"))
     alone = defendpp.evaluate(net.classifier, x[:4], y[:4], attacks, **options)
     assert "adaptive:eps=0.3,steps=2" not in set(alone.to_dataframe().attack)
+    assert alone.directory.rpartition("/")[2] != result.directory.rpartition("/")[2]  # Storages keep both.
     with pytest.raises(ConfigError, match="autoencoder is 'Linear'; it must be an AutoEncoder"):
         defendpp.evaluate(net.classifier, x, y, attacks, autoencoder=nn.Linear(1, 1), **options)
 
@@ -343,3 +344,5 @@ def test_every_name_of_the_package_is_there() -> None:
     assert all(getattr(defendpp, name).__doc__ for name in defendpp.__all__)
     with pytest.raises(AttributeError, match="evaluat"):
         defendpp.evaluat  # noqa: B018
+    # What pipeline.api imports is no part of it, and it is no package with modules of its own.
+    assert [name for name in ("__path__", "logging", "evaluation", "runs") if hasattr(defendpp, name)] == []
