@@ -53,7 +53,7 @@ def record_of(root: Storage, transferred: int) -> tuple[Storage, dict[str, Any]]
 
 def page_of(record: RunRecord, root: Storage) -> str:
     """Return the report without its plots, which take seconds."""
-    return report.page(record, report.table_data(record, root), [], [])
+    return report.page(record, report.table_data(record, root), {}, [], root)
 
 
 def shown(run: Storage, root: Storage) -> dict[str, str]:

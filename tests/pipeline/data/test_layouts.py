@@ -327,7 +327,7 @@ def test_images_without_class_folders_are_counted(tmp_path: Path) -> None:
 def test_defaults_leave_the_addresses_of_runs_as_they_were(name: str) -> None:
     experiment = RECIPES[name].make()
     config = to_dict(experiment)
-    for field in ("storage", "tracking_uri", "experiment_name", "description"):
+    for field in ("storage", "tracking_uri", "experiment_name", "register", "description"):
         del config[field]
     for field in ("test_split", "image_column", "label_column"):
         assert config["data"].pop(field) == ""

@@ -353,7 +353,7 @@ STRUCTS: dict[str, pa.DataType] = {
 def test_images_of_another_type_are_refused(tmp_path: Path, kind: str) -> None:
     table = pa.table({"image": pa.nulls(2, STRUCTS[kind]), "label": [0, 1]})
     pq.write_table(table, tmp_path / "test.parquet")
-    message = r"test\.parquet: column 'image' is .*, not a struct of bytes and path .*data\.image_column"
+    message = r"test\.parquet: column 'image' is .*, not a struct of bytes and path .*--data\.image-column"
     with pytest.raises(DataError, match=message):
         check_source(DataConfig(source=f"parquet:{tmp_path}", num_classes=2), trains=False)
 
@@ -375,7 +375,7 @@ def test_parquet_files_without_rows(tmp_path: Path) -> None:
         with pq.ParquetWriter(path, schema) as writer:
             for _ in rows:
                 writer.write_table(schema.empty_table())
-        assert outcome(data).endswith("the test split has no image; give a data.source that has some")
+        assert outcome(data).endswith("the test split has no image; give a --data.source that has some")
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1PAR1", b"PAR1" + b"\xff" * 40 + b"PAR1", b"\0" * 5000])

@@ -110,7 +110,7 @@ def test_a_file_that_names_another_number_of_classes_is_refused(tmp_path: Path, 
     for split in ("train", "test"):
         put_named(tmp_path / f"{split}.parquet", "abcdefghij")
     data = DataConfig(source=f"parquet:{tmp_path}", num_classes=classes, allow_empty_classes=True)
-    message = rf"10 named classes, but data\.num_classes is {classes}; set data\.num_classes=10"
+    message = rf"10 named classes, but data\.num_classes is {classes}; set --data\.num-classes 10"
     with pytest.raises(DataError, match=message):
         check_source(data, trains=False)
     with pytest.raises(DataError, match=message):
@@ -140,7 +140,7 @@ def test_a_class_without_a_test_image_is_refused_unless_allowed(tmp_path: Path) 
     data = put(tmp_path, "train.parquet")
     put(tmp_path, "test.parquet", labels=[0, 1, 2, 3, 4, 5, 6, 7, 8, 8])
     for trains in (True, False):
-        with pytest.raises(DataError, match=r"\(test\): 1 of 10 classes .* \('9'\).*data\.allow_empty_classes=true"):
+        with pytest.raises(DataError, match=r"\(test\): 1 of 10 classes .* \('9'\).*--data\.allow-empty-classes"):
             check_source(data, trains=trains)
     # a class that the labels start after is the same fault: labels 1..10 read as 0..10
     put(tmp_path, "test.parquet", labels=range(1, 11))
@@ -254,7 +254,7 @@ def test_folders_of_splits_are_found_in_any_case_and_never_two(tmp_path: Path) -
 @pytest.mark.parametrize("names", [[str(i) for i in range(12)], [f"class{i}" for i in range(12)]])
 def test_numbered_class_folders_need_their_order(tmp_path: Path, names: list[str]) -> None:
     data = images(tmp_path, *(f"{name}/x.png" for name in names))
-    with pytest.raises(DataError, match=r"label 2 is '\w*10' as text .* and '\w*2' by number .* data\.class_order"):
+    with pytest.raises(DataError, match=r"label 2 is '\w*10' as text .* and '\w*2' by number .* --data\.class-order"):
         check_source(data)
     for order, expected in (("text", sorted(names)), ("number", names)):
         source = open_source(replace(data, class_order=order), "test")

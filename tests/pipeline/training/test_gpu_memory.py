@@ -88,7 +88,7 @@ def test_what_cannot_fit_is_named_with_what_to_change() -> None:
     )
     big = training_bytes(experiment.model_configs()["big"].canonical(), SHAPES, 64)
     refuse_what_does_not_fit(experiment, SHAPES, big)  # exactly as much is enough
-    with pytest.raises(ResourceError, match=r"model big does not fit.*64 images.*train\.batch_size"):
+    with pytest.raises(ResourceError, match=r"model big does not fit.*64 images.*--train\.batch-size"):
         refuse_what_does_not_fit(experiment, SHAPES, big - 1)
     # what is trained already, or given, needs no room
     refuse_what_does_not_fit(experiment, SHAPES, big - 1, lambda: {"big"})
