@@ -72,10 +72,12 @@ def run_tasks(
                 yield tag
             watch.look()
     except (Exception, KeyboardInterrupt) as e:
-        # After Ctrl-C a notebook goes on, and so would the tasks.
+        interrupted = isinstance(e, KeyboardInterrupt)
         for ref in waiting:
-            ray.cancel(ref)
-        if isinstance(e, KeyboardInterrupt):
+            # After Ctrl-C a notebook goes on, and so would the tasks. Without `force`, Ray only asks the process of a
+            # task, which need not listen: libraries of an earlier task may have replaced its signal handler.
+            ray.cancel(ref, force=interrupted)
+        if interrupted:
             raise
         user_error = unwrap(e)
         if user_error is not None and user_error is not e:

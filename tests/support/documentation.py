@@ -36,6 +36,17 @@ class Block:
         lines = self.text.replace("\\\n", " ").splitlines()
         return [" ".join(command.split()) for line in lines if (command := re.sub(r"(^|\s)#\s.*", "", line).strip())]
 
+    def files(self) -> list[str]:
+        """Return the paths of an indented listing of files, below the directory of its first line."""
+        paths: list[str] = []
+        parents = [""]
+        for line in self.text.splitlines()[1:]:
+            depth = (len(line) - len(line.lstrip())) // 2
+            for name in re.split(r" {2,}", line.strip())[0].split(", "):
+                parents[depth:] = [name]
+                paths.append("".join(parents[1:]))
+        return paths
+
 
 def blocks(*languages: str) -> Iterator[Block]:
     """Yield the blocks of every page, of these languages or of all."""

@@ -60,7 +60,9 @@ def rank_data(n: int = 12) -> RankData:
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(DataError, match=r"train\.batch_size is 16, but there are only 12 training images: lower --train\.batch-size"):
+    with pytest.raises(
+        DataError, match=r"train\.batch_size is 16, but there are only 12 training images: lower --train\.batch-size"
+    ):
         TrainingLoop(tiny(batch_size=16), SHAPES, rank_data(), None)
 
 
