@@ -49,12 +49,16 @@ class Run:
         """Directory of the run."""
         return self.stored.storage
 
-    def publish(self, *, attacks_follow: bool = False) -> None:
+    def publish(self, *, attacks_follow: bool = False, report_follows: bool = False) -> None:
         """Publish the records in MLflow; an outage does not stop the run."""
-        register = self.experiment.register
         with self.tracker.excused("records"):
             mlflow_run.publish_run(
-                self.tracker, self.storage, self.root, register=register, attacks_follow=attacks_follow
+                self.tracker,
+                self.storage,
+                self.root,
+                register=self.experiment.register,
+                attacks_follow=attacks_follow,
+                report_follows=attacks_follow or report_follows,
             )
 
 

@@ -200,7 +200,7 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
             run.record["evaluated"] = now()
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, bar.update)
     run.stored.save()
-    run.publish()
+    run.publish(report_follows=True)
 
 
 def make_report(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time as clock
+from collections.abc import Sequence
 from datetime import datetime
 
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
@@ -13,6 +14,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
+from pipeline.tracking.requests import reason_of
 from pipeline.tracking.tracker import Tracker
 
 INTERVAL_SECONDS = 10.0
@@ -47,15 +49,24 @@ class SystemMetrics:
         monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with contextlib.suppress(Exception):  # There is no GPU, or no library that measures it.
             monitors.append(GPUMonitor())
-        with self._tracker.excused("system metrics"):
-            while not self._stopped.wait(INTERVAL_SECONDS):
-                values: dict[str, float] = {}
-                for monitor in monitors:
-                    monitor.collect_metrics()
-                    values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-                    monitor.clear_metrics()
-                now = clock.time()
-                step = round((now - self._begin) / INTERVAL_SECONDS)
-                # What waits for MLflow takes memory, and these values are no result.
-                if not self._tracker.is_behind:
-                    self._tracker.metrics("run", values, step=step, time=now, is_remembered=False)
+        while not self._stopped.wait(INTERVAL_SECONDS):
+            try:
+                values = _measured(monitors)
+            except Exception as e:  # It ends no run, and leaves nothing that could be published later.
+                self._tracker.outbox.echo(f"system metrics are missing from now on: {reason_of(e)}")
+                return
+            now = clock.time()
+            step = round((now - self._begin) / INTERVAL_SECONDS)
+            # What waits for MLflow takes memory, and these values are no result.
+            if not self._tracker.is_behind:
+                self._tracker.metrics("run", values, step=step, time=now, is_remembered=False)
+
+
+def _measured(monitors: Sequence[BaseMetricsMonitor]) -> dict[str, float]:
+    """Return what the monitors measure now, by the name of the metric."""
+    values: dict[str, float] = {}
+    for monitor in monitors:
+        monitor.collect_metrics()
+        values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+        monitor.clear_metrics()
+    return values

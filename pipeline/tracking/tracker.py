@@ -330,10 +330,7 @@ class Tracker:
         self._starts = {alias: entry["start"] for alias, entry in self.outbox.state["runs"].items()}
 
     def delete_earlier(self) -> None:
-        """Delete the runs that :meth:`replace_runs` replaced, once all of the new ones is published.
-
-        MLflow can restore them.
-        """
+        """Delete the runs that :meth:`replace_runs` replaced, if nothing of the new ones was refused."""
         if self.outbox.state["is_replacing"]:
             what = f"delete/{self.outbox.state['generation']}"
             self.outbox.put(runs.EARLIER, what, lambda client: runs.delete_earlier(client, self.outbox))

@@ -57,7 +57,13 @@ def start_model(tracker: Tracker, record: RunRecord, name: str, time: float | No
 
 
 def publish_run(
-    tracker: Tracker, run: Storage, root: Storage, *, register: bool = False, attacks_follow: bool = False
+    tracker: Tracker,
+    run: Storage,
+    root: Storage,
+    *,
+    register: bool = False,
+    attacks_follow: bool = False,
+    report_follows: bool = False,
 ) -> None:
     """Publish everything that the records of a run hold by now.
 
@@ -68,6 +74,8 @@ def publish_run(
     Args:
         register: make the logged models versions of registered models, ``RECIPE-MODEL``.
         attacks_follow: this command will evaluate the models.
+        report_follows: this command will write the report anew. An earlier one is not published,
+            because its files may be gone before they are sent.
 
     Raises:
         UserError: ``run.json`` is missing or corrupt.
@@ -98,7 +106,7 @@ def publish_run(
         for file in ("run.json", "requirements.txt"):
             if run.exists(file):
                 tracker.artifact("run", run, file)
-        for directory in ("report", "report/plots"):
+        for directory in () if report_follows else ("report", "report/plots"):
             for name in run.list(directory):
                 if "." in name:
                     tracker.artifact("run", run, f"{directory}/{name}", directory)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import fake_run
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -225,6 +226,23 @@ def test_system_metrics_are_those_of_mlflow_and_need_no_server(
     assert away.outbox.pending < 2 * BEHIND, "what waits for a dead server takes no memory without end"
 
 
+def test_a_machine_that_cannot_be_measured_leaves_nothing_to_publish(
+    root: Storage, database: DatabaseMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(system_metrics, "INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(psutil, "virtual_memory", fail)
+    lines: list[str] = []
+    tracker = Tracker(database(tmp_path), root / "runs/x", echo=lines.append)
+    tracker.start("run", "x")
+    system_metrics.SystemMetrics(tracker, None).start()
+    wait_until(lambda: bool(lines))
+    assert lines == ["system metrics are missing from now on: no /proc here"]
+    assert tracker.flush(60)
+
+
 def test_passwords_stay_out_of_files_and_messages(root: Storage) -> None:
     lines: list[str] = []
     run = root / "runs/x"
@@ -306,6 +324,19 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_the_rest(
     assert tracker.flush(60)
     losses = client.get_metric_history(runs_by_path(client)["fake-mnist/no_defense"].info.run_id, "train/loss")
     assert len(losses) == fake_run.STEPS_PER_EPOCH * fake_run.EPOCHS
+
+
+def test_a_report_that_is_about_to_be_replaced_is_not_published(
+    run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    tracker = Tracker(database(tmp_path), run, echo=lambda line: None)
+    run.write_bytes("report/plots/earlier.png", b"a plot of an earlier revision")
+    mlflow_run.publish_run(tracker, run, root, report_follows=True)
+    run.delete("report/plots/earlier.png")  # A new report deletes it.
+    mlflow_run.publish_run(tracker, run, root)
+    assert tracker.flush(60)
+    expect_fake_run(MlflowClient(tracker.uri), run)
+    assert not [file for file in artifacts_of(MlflowClient(tracker.uri), tracker.run_id() or "") if "earlier" in file]
 
 
 def test_one_reason_is_said_once(run: Storage, root: Storage, database: DatabaseMaker, tmp_path: Path) -> None:
