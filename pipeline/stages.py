@@ -196,8 +196,10 @@ def attack_models(run: Run, models: list[plan.Model], test: shards.ShardSet) -> 
             models, test, run.experiment, run.root, judgements, bar.update
         )
         results_now = {key: run.record[key] for key in ("evaluations", "worst_case", "reliability")}
-        if results_now != results_before or not run.record.get("evaluated"):
+        if results_now != results_before:
             run.record["evaluated"] = now()
+        elif not run.record.get("evaluated"):  # An earlier revision attacked the models.
+            run.record["evaluated"] = run.record["finished"] or now()
         gallery.make(test, models, evaluations, run.experiment, run.storage, run.root, bar.update)
     run.stored.save()
     run.publish(report_follows=True)

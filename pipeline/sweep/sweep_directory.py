@@ -71,13 +71,20 @@ class Sweep:
             for trial in trials:
                 self.record["trials"][trial.number - 1 : trial.number] = [trial.to_json()]
 
-    def publish(self) -> None:
-        """Publish what the record holds by now to MLflow."""
+    def publish(self, *, report_follows: bool = False) -> None:
+        """Publish what the record holds by now to MLflow; see :func:`mlflow_sweep.publish_sweep`."""
         with self.stored.lock:
             record = copy.deepcopy(self.record)
         # Publishing reads from the storage: outside the lock it does not hold up the trials.
         with self.tracker.excused("records"):
-            mlflow_sweep.publish_sweep(self.tracker, record, self.storage, self.root, register=self.experiment.register)
+            mlflow_sweep.publish_sweep(
+                self.tracker,
+                record,
+                self.storage,
+                self.root,
+                register=self.experiment.register,
+                report_follows=report_follows,
+            )
 
     def final(self, point: Point) -> Experiment:
         """Return the experiment that tests a point on test images as the options say."""

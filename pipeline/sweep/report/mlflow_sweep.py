@@ -41,7 +41,13 @@ def trial_alias(trial: TrialEntry) -> str:
 
 
 def publish_sweep(
-    tracker: Tracker, record: Mapping[str, Any], sweep: Storage, root: Storage, *, register: bool = False
+    tracker: Tracker,
+    record: Mapping[str, Any],
+    sweep: Storage,
+    root: Storage,
+    *,
+    register: bool = False,
+    report_follows: bool = False,
 ) -> None:
     """Publish all that ``sweep.json`` holds by now. Call it at any time.
 
@@ -52,6 +58,7 @@ def publish_sweep(
 
     Args:
         register: make the choice a version of a registered model, ``RECIPE-SPACE``.
+        report_follows: as of :func:`pipeline.reporting.tracked.mlflow_run.publish_run`.
     """
     start_sweep(tracker, record, root)
     for trial in trials_of(record):
@@ -59,7 +66,7 @@ def publish_sweep(
             with tracker.excused(trial_alias(trial)):
                 _publish_trial(tracker, record, trial, root)
     if record["choice"]:
-        _publish_conclusion(tracker, record, sweep)
+        _publish_conclusion(tracker, record, sweep, report_follows)
         with tracker.excused("logged model of the choice"):
             _publish_choice(tracker, record, sweep, root, register)
     if record.get("finished"):
@@ -71,7 +78,7 @@ def publish_sweep(
     tracker.delete_earlier()
 
 
-def _publish_conclusion(tracker: Tracker, record: Mapping[str, Any], sweep: Storage) -> None:
+def _publish_conclusion(tracker: Tracker, record: Mapping[str, Any], sweep: Storage, report_follows: bool) -> None:
     states = [trial.state for trial in trials_of(record)]
     metrics = _scores(record["choice"]["clean"], record["choice"]["robust"])
     for name, scores in summary.references(record).items():
@@ -87,7 +94,8 @@ def _publish_conclusion(tracker: Tracker, record: Mapping[str, Any], sweep: Stor
     }
     tracker.start("run", "sweep", tags=tags)
     tracker.note("run", note(record))
-    for name in ("best.json", *(f"report/{name}" for name in sweep.list("report"))):
+    report = [] if report_follows else sweep.list("report")
+    for name in ("best.json", *(f"report/{name}" for name in report)):
         with tracker.excused(name):
             tracker.artifact("run", sweep, name, name.rpartition("/")[0])
 

@@ -156,7 +156,7 @@ class SweepMonitor:
                 if time.monotonic() - published >= 2 * POLL_S:
                     published = time.monotonic()
                     with suppress(StorageError, OSError):
-                        self.sweep.publish()
+                        self.sweep.publish(report_follows=True)
             except UserError as e:
                 failed = True
                 self.fail(e)

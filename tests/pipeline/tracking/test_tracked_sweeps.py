@@ -8,7 +8,7 @@ import fake_run
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow_view import DatabaseMaker, a_sweep, a_trial, runs_by_path
+from mlflow_view import DatabaseMaker, a_sweep, a_trial, artifacts_of, runs_by_path
 
 from pipeline.reporting.tracked import mlflow_run
 from pipeline.runtime.storage import Storage
@@ -101,3 +101,18 @@ def test_a_failed_trial_says_so_until_it_is_tried_again(root: Storage, database:
         assert {k: trial.data.tags[k] for k in ("state", "reason")} == {k: attempt[k] for k in ("state", "reason")}
         assert trial.info.status == {"failed": "FAILED"}.get(attempt["state"], attempt["state"].upper())
     assert trial.data.metrics["time/epochs"] == fake_run.EPOCHS
+
+
+def test_a_report_of_a_sweep_that_is_about_to_be_replaced_is_not_published(
+    root: Storage, database: DatabaseMaker, tmp_path: Path
+) -> None:
+    run, uri, lines = fake_run.write(root, evaluations=False), database(tmp_path), list[str]()
+    sweep, record = root / "sweeps/s", a_sweep(run, [a_trial(1, root, "defend")], seeds=1)
+    sweep.write_json("best.json", {})
+    sweep.write_bytes("report/front.png", b"a plot of an earlier revision")
+    tracker = Tracker(uri, sweep, echo=lines.append)
+    mlflow_sweep.publish_sweep(tracker, record, sweep, root, report_follows=True)
+    sweep.delete("report/front.png")  # A new report deletes it.
+    mlflow_sweep.publish_sweep(tracker, record, sweep, root)
+    assert tracker.flush(60), lines
+    assert artifacts_of(MlflowClient(uri), tracker.run_id() or "") == {"best.json"}
