@@ -332,7 +332,6 @@ def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
     if any(row["model"] in names for row in verdicts.near_chance(record)):
         return _group_headline(record, _GUESSING, [model], {}), ""
     headline, texts = left
-    doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
     clean = [e for e in record.evaluations if e.model in names and e.threat_model == CLEAN]
     without = ""
     if clean:
@@ -341,33 +340,37 @@ def _without_control(record: RunRecord, model: str) -> tuple[str, str]:
     missing = ""
     if record.roles[names[0]] == "defended":
         missing = " This run has no control for it, so nothing of that can be attributed to the defense."
-    return f"{headline}{doubt}", f"{texts}{without}{missing}".strip()
+    return headline, f"{texts}{without}{missing}".strip()
 
 
 def _left(record: RunRecord, model: str, names: Sequence[str]) -> tuple[str, str] | None:
     """Return headline and numbers of what attacks leave of a model; None if it met none of its own."""
     budget = main_budget(record)
-    if rows := [row for row in _worst_over_seeds(record) if row["model"] == model]:
+    # A model that is broken needs no trust in the attacks.
+    doubt = ", but its attacks cannot be trusted" if _doubted(record, model) else ""
+    # If all seeds but one diverged, that one is shown by its own name.
+    if rows := [row for row in _worst_over_seeds(record) if row["model"] == model and row["seeds"] > 1]:
         row = next((row for row in rows if (row["norm"], row["eps"]) == budget), rows[0])
         share = f"{percent(row['mean'])} % of the images on average over {row['seeds']} seeds"
         values = [(r["norm"], r["eps"], r["mean"], r["min"], r["max"]) for r in rows]
         at, brackets = (row["norm"], row["eps"]), "lowest to highest seed"
-        headline = f"{model} withstands the attacks on {share} at {budget_text(*at)}"
+        headline = f"{model} withstands the attacks on {share} at {budget_text(*at)}{doubt}"
         if row["max"] == 0:
             headline = f"{model} is broken on all images in all {row['seeds']} seeds at {budget_text(*at)}"
         return headline, _worst_text(model, brackets, values)
-    name = names[0]
-    cases = [w for w in record.worst_case or () if (w.model, w.threat_model) == (name, WHITE_BOX)]
+    own = [w for w in record.worst_case or () if w.model in names and w.threat_model == WHITE_BOX]
+    name = own[0].model if own else names[0]
+    cases = [w for w in own if w.model == name]
     case: WorstCase | EvaluationEntry | None
     case = next((w for w in cases if (w.norm, w.eps) == budget), None) or most_harmful(record, name)
     if case is None:
         return None
     where = f" at {budget_text(*budget)}" if isinstance(case, WorstCase) and budget else ""
-    headline = f"{name} withstands the attacks on {_count(case)} images{where}"
+    headline = f"{name} withstands the attacks on {_count(case)} images{where}{doubt}"
     if case.accuracy == 0:
         headline = f"{name} is broken on all {case.n:,} images{where}"
     values = [(w.norm, w.eps, w.accuracy, w.accuracy_low, w.accuracy_high) for w in cases]
-    return headline, _worst_text(model, "95 % interval", values)
+    return headline, _worst_text(name, "95 % interval", values)
 
 
 def _worst_text(model: str, brackets: str, values: Sequence[tuple[str, float, float, float, float]]) -> str:

@@ -262,6 +262,21 @@ def test_over_seeds_a_model_without_a_control_has_the_mean_of_its_seeds() -> Non
     assert title == "defend is broken on all images in all 2 seeds at Linf ≤ 0.2"
 
 
+def test_the_only_seed_that_is_left_is_shown_by_its_own_name() -> None:
+    models = tuple(m for m in MODELS if not m.startswith("control"))
+    title, reasons = said(over_seeds({}, {"defend": {0.2: 50}}, models=models))
+    assert title == "defend-s1 withstands the attacks on 50 of 200 images at Linf ≤ 0.2"
+    assert "(95 % interval): 25.0 % (19.5–31.4) at Linf ≤ 0.2." in reasons
+
+
+def test_without_a_control_failed_attacks_are_doubted_unless_they_break_the_model() -> None:
+    models = tuple(m for m in MODELS if not m.startswith("control"))
+    flag = {"name": "zero_gradients", "fired": True, "measured": "", "remedy": ""}
+    for right, doubted in ((50, True), (0, False)):
+        record = run(left={"defend": {0.2: right}}, models=models, reliability={"defend": {"flags": [flag]}})
+        assert said(record)[0].endswith(", but its attacks cannot be trusted") == doubted
+
+
 def test_transfer_says_where_a_difference_shows() -> None:
     def row(attack: str, ours: int, theirs: int, p: float) -> dict[str, Any]:
         names = {"defended": "defend", "control": "control", "source": "no_defense", "attack": attack}
