@@ -128,20 +128,22 @@ def build(arch: str) -> nn.Module:
     """Build the untrained network of ``robustbench:DATASET/THREAT_MODEL/ID``.
 
     Raises:
-        ConfigError: as :func:`find`.
-        Exception: whatever RobustBench or timm raises.
+        ConfigError: as :func:`find`, or RobustBench cannot build the network.
     """
     model = find(arch, "train.arch")
-    timm = importlib.import_module("timm")
-    # RobustBench looks here first (robustbench.utils.load_model).
-    registered = f"{model.name}_{model.dataset}_{model.threat_model}".lower().replace("-", "_")
-    if timm.is_model(registered):
-        network: nn.Module = timm.create_model(registered, num_classes=model.num_classes)
-        return network
-    zoo = _utils().all_models
-    entry = zoo[_key("BenchmarkDataset", model.dataset)][_key("ThreatModel", model.threat_model)][model.name]
-    built: nn.Module = entry["model"]()
-    return built
+    try:
+        timm = importlib.import_module("timm")
+        # RobustBench looks here first (robustbench.utils.load_model).
+        registered = f"{model.name}_{model.dataset}_{model.threat_model}".lower().replace("-", "_")
+        if timm.is_model(registered):
+            network: nn.Module = timm.create_model(registered, num_classes=model.num_classes)
+            return network
+        zoo = _utils().all_models
+        entry = zoo[_key("BenchmarkDataset", model.dataset)][_key("ThreatModel", model.threat_model)][model.name]
+        built: nn.Module = entry["model"]()
+        return built
+    except Exception as e:  # A builder may need a package that is absent, or a download.
+        raise ConfigError(f"{model}: RobustBench cannot build it ({type(e).__name__}: {first_line(e)})") from e
 
 
 def load(text: str) -> nn.Module:

@@ -195,6 +195,23 @@ def test_a_model_that_robustbench_does_not_have(arguments: str, message: str) ->
 
 
 @of_robustbench
+def test_a_network_that_robustbench_cannot_build_keeps_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of its builders download weights of ImageNet, which fails without a connection."""
+    from components.models import zoo
+
+    def download() -> None:
+        raise OSError("no route to host")
+
+    models = zoo._utils().all_models[zoo._key("BenchmarkDataset", "cifar10")][zoo._key("ThreatModel", "Linf")]
+    monkeypatch.setitem(models["Wong2020Fast"], "model", download)
+    arch = "robustbench:cifar10/Linf/Wong2020Fast"
+    with pytest.raises(ConfigError, match=rf"{arch}: RobustBench cannot build it \(OSError: no route to host\)"):
+        build_net(
+            TrainConfig(arch=arch, defense="none"), Shapes(image_size=32, channels=3, num_classes=10, sizes=(32,))
+        )
+
+
+@of_robustbench
 def test_the_threat_model_sets_norm_and_budget() -> None:
     experiment = parse_experiment("attack", ["--model", "robustbench:Rony2019Decoupling"])
     assert any(text.startswith("autoattack:eps=0.5,") and "norm=l2" in text for text in experiment.evaluation.attacks)
