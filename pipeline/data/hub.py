@@ -175,5 +175,6 @@ def _errors(text: str, address: HubAddress, kind: str, setting: str) -> Iterator
         raise DataError(f"{text}: {page} has no file {address.path!r} at this revision; check its name there") from e
     except Exception as e:  # Errors of the disk, and of the HTTP library, which depends on the version.
         raise DataError(
-            f"{text} cannot be read from {page} ({type(e).__name__}: {first_line(e)}); check the connection and the cache"
+            f"{text} cannot be read from {page} ({type(e).__name__}: {first_line(e)}); check the connection and the "
+            "cache"
         ) from e
