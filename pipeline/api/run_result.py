@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from components.errors import DataError
 from pipeline.api.result import Result, frame
 from pipeline.evaluation import attack_tasks
 from pipeline.records import RunRecord
@@ -77,10 +78,12 @@ class TrainedModels(Mapping[str, nn.Module]):
 
         Raises:
             KeyError: the run has no such model.
-            DataError, StorageError: its files are missing or damaged.
+            DataError, StorageError: its files are missing or damaged, or it was evaluated in memory.
         """
         if name not in self._record.models:
             raise KeyError(f"{name!r}: the run has {', '.join(self) or 'no model'}")
+        if self._record.experiment.data.source.startswith("memory:"):
+            raise DataError(f"{name} was in the memory of a process that called defendpp.evaluate; no file holds it")
         files = {
             n: {**self._root.read_json(f"{m.path}/model.json"), "path": m.path} for n, m in self._record.models.items()
         }

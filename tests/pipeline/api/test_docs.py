@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from repository import ROOT
 
 import defendpp
+from components.errors import DataError
 
 PAGE = (ROOT / "docs" / "python.md").read_text()
 NOTEBOOK = ROOT / "docs" / "notebooks" / "evaluate.ipynb"
@@ -32,6 +33,8 @@ def test_the_snippets_on_evaluations_run(tmp_path: Path, capsys: pytest.CaptureF
     assert again.to_json() == result.to_json()
     assert torch.equal(again.examples("pgd"), result.examples("pgd"))
     assert again.to_dataframe().equals(result.to_dataframe())
+    with pytest.raises(DataError, match=r"model was in the memory of a process that called defendpp\.evaluate"):
+        again.models["model"]
     assert names["adversarial"].shape == names["images"].shape
 
 
