@@ -22,8 +22,8 @@ def described(weights: str) -> tuple[TrainConfig, Shapes] | None:
         _, content = hub.download(f"{weights.rpartition('/')[0]}/config.json", "--model")
         config = json.loads(content)
         arch, values = config["architecture"], config.get("pretrained_cfg", config)
-        channels, height, width = values["input_size"]
-        classes = config.get("num_classes", values.get("num_classes"))
+        channels, height, width = map(int, values["input_size"])
+        classes = int(config.get("num_classes", values.get("num_classes")))
         mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
     except (DataError, ValueError, KeyError, TypeError):  # Not every repository has such a file.
         return None

@@ -100,6 +100,10 @@ def test_weights_of_the_hub_are_those_of_its_cache(tmp_path: Path) -> None:
     cached(
         home, "timm/net.in1k", model_dot_safetensors=saved(tmp_path, librarys.state_dict()), config_dot_json=described
     )
+    partial = json.dumps({"architecture": "lcnet_050", "pretrained_cfg": {**values, "num_classes": None}}).encode()
+    cached(
+        home, "someone/partial", model_dot_safetensors=saved(tmp_path, stranger.state_dict()), config_dot_json=partial
+    )
     own = ["--arch", "own_network:make"]
     commands = [
         ["--model", "hf:someone/plain", *own],
@@ -110,6 +114,7 @@ def test_weights_of_the_hub_are_those_of_its_cache(tmp_path: Path) -> None:
         ["--model", "hf:someone/absent", *own],
         ["--model", "hf:someone", *own],
         ["--model", "hf:timm/net.in1k"],
+        ["--model", "hf:someone/partial"],
     ]
     usual = asked(commands, home)
     images = torch.full((2, 1, 28, 28), 0.25)
@@ -127,6 +132,7 @@ def test_weights_of_the_hub_are_those_of_its_cache(tmp_path: Path) -> None:
     assert usual[5].endswith("hf download someone/absent")
     assert "ConfigError: train.pretrained is 'hf:someone'; it must be hf:ORG/NAME" in usual[6]
     assert usual[7][:3] == ["net-in1k", "timm:lcnet_050", f"hf:timm/net.in1k@{COMMIT}/model.safetensors"]
+    assert "ConfigError: --arch is missing" in usual[8]
     mean, std = (torch.tensor(values[key]).view(3, 1, 1) for key in ("mean", "std"))
     normalized = (torch.full((2, 3, 64, 64), 0.25) - mean) / std
     torch.testing.assert_close(torch.tensor(usual[7][3]), librarys(normalized), rtol=1e-4, atol=1e-5)
