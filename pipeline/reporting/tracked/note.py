@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.threat_models import WHITE_BOX
 from pipeline.records import RunRecord
-from pipeline.reporting import labels, markdown, sentences, verdicts
+from pipeline.reporting import headline, labels, markdown, sentences, verdicts
 from pipeline.reporting.cells import interval_text, row_head, worst_value
 from pipeline.reporting.records import Row
 from pipeline.reporting.results import table
@@ -26,11 +26,12 @@ def note(record: RunRecord) -> str:
     rows = {row["model"]: row for row in table(record)["rows"]}
     main = [name for name in record.first_replicates if record.bases[name] == metrics.main_model(record)]
     controls = [name for name in record.first_replicates if record.roles[name] == "control"]
-    verdict = " ".join(_sentence(record, rows[name]) for name in dict.fromkeys([*main, *controls]) if name in rows)
+    numbers = " ".join(_sentence(record, rows[name]) for name in dict.fromkeys([*main, *controls]) if name in rows)
+    verdict = headline.verdict(record, []).headline  # The comparisons of transferred examples give only its reasons.
     return "\n\n".join(
         [
             *([warning] if near_chance else []),
-            verdict,
+            f"**{verdict}.** {numbers}" if verdict else numbers,
             " · ".join(pages),
             "\n".join(_table(record, list(rows.values()))),
             *filter(None, [sentences.reliability_in_short(record)]),

@@ -91,6 +91,7 @@ def test_the_description_begins_with_verdict_and_links(tmp_path: Path) -> None:
     run.write_json("run.json", {**record, "worst_case": [{"model": m, **worst, **interval} for m in fake_run.MODELS]})
     verdict, links, table, *_ = note(records.read_run(run)).split("\n\n")
     assert verdict == (
+        "**defend (Defend++) is not more robust than its control here.** "
         "defend (defended): 97.7 % clean; worst case 1.0 % at Linf ≤ 0.2. "
         "control: 98.0 % clean; worst case 1.0 % at Linf ≤ 0.2."
     )
