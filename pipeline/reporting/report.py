@@ -92,7 +92,7 @@ def page(
     record: RunRecord, data: Mapping[str, Any], plots: Mapping[str, Plot], missing: Sequence[str], run: Storage
 ) -> str:
     """Return the HTML page of a run, from its record and the result of :func:`table_data`."""
-    files = ("table.csv", "table.md", "table.json", "../run.json", *(["plots/"] if plots else []))
+    files = ("table.csv", "table.md", "table.json", "history.csv", "../run.json", *(["plots/"] if plots else []))
     return render(
         "run.html.j2",
         title=record.name,

@@ -200,7 +200,7 @@ def test_html_needs_nothing_from_outside(built: tuple[Storage, Storage, dict[str
     anchors = {a for a in page.addresses if a.startswith("#")}
     files = set(page.addresses) - set(images) - anchors
     assert images
-    assert files == {"table.csv", "table.md", "table.json", "../run.json", "plots/"}
+    assert files == {"table.csv", "table.md", "table.json", "history.csv", "../run.json", "plots/"}
     assert all((run.local_root / "report" / file).exists() for file in files)
     assert not re.search(r"@import|url\((?!#)|<script|<link|<img", text)
     ids = re.findall(r' id="([^"]+)"', text)
