@@ -116,7 +116,7 @@ def _expect_parent(client: MlflowClient, parent: Run, record: dict[str, Any]) ->
     assert parent.data.metrics == {"accuracy/clean": clean["metrics"]["accuracy"]}
     assert parent.data.tags["main_model"] == "defend"
     note = parent.data.tags["mlflow.note.content"]
-    assert note.startswith("defend (defended): ")
+    assert note.startswith("**defend (Defend++) ")
     assert f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/report/report.html?" in note
     inputs = {i.tags[0].value: i.dataset for i in parent.inputs.dataset_inputs}
     assert {context: data.digest for context, data in inputs.items()} == {
