@@ -134,7 +134,7 @@ def accepted_or_refused(command: str, arguments: list[str]) -> None:
 
 
 @settings(max_examples=25, suppress_health_check=[*HealthCheck])
-@given(st.sampled_from(COMMANDS), st.lists(tokens, max_size=6))
+@given(st.sampled_from(list(COMMANDS)), st.lists(tokens, max_size=6))
 def test_any_command_line_is_parsed_or_is_refused(quick: None, command: str, arguments: list[str]) -> None:
     accepted_or_refused(command, arguments)
     accepted_or_refused(command, ["mnist-smoke", *arguments])
