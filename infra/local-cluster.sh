@@ -144,7 +144,7 @@ start() {
 
   trap 'stop; exit 130' INT TERM
   # Ask the Jobs API with the token. Once it answers, it accepts submissions.
-  for ((i = 0; i < 60; i++)); do
+  for ((i = 0; i < 120; i++)); do
     if ! running_head >/dev/null; then
       tail -n 20 "$state/head.log" >&2
       die "the head died; log: $state/head.log"
@@ -155,7 +155,7 @@ start() {
     fi
     sleep 1
   done
-  if ((i == 60)); then
+  if ((i == 120)); then
     tail -n 20 "$state/head.log" >&2
     stop
     die "the Jobs API did not answer; log: $state/head.log"

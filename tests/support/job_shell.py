@@ -90,8 +90,9 @@ def job_shell(home: Path, more: Mapping[str, str] | None = None) -> Iterator[She
     script = str(ROOT / "infra" / "local-cluster.sh")
     # The output goes to a file, because the head inherits the descriptors and would keep a pipe open.
     with open(home / "start.log", "w") as log:
-        subprocess.run([script, "start"], env=variables, check=True, stdout=log, stderr=log, timeout=180)
+        started = subprocess.run([script, "start"], env=variables, check=False, stdout=log, stderr=log, timeout=300)
     printed_log = (home / "start.log").read_text()
+    assert started.returncode == 0, printed_log
     exports = "\n".join(re.findall(r"^  (export .*)", printed_log, re.MULTILINE))
     submission = re.search(r"^  cd .*\n(?:  .*\n)+", printed_log, re.MULTILINE)
     assert submission is not None, printed_log
