@@ -31,7 +31,7 @@ METRICS = (
 
 
 class Result:
-    """What attacks on one or several models gave.
+    """Results of attacks on one or several models.
 
     Names of keys and columns are those of run.json (docs/records.md).
     """
@@ -70,7 +70,7 @@ class Result:
 
     @property
     def active_tests(self) -> DataFrame:
-        """Whether each attack finds adversarial examples that were planted for it, a row per test."""
+        """Active tests, a row per test: whether an attack finds the adversarial examples that were planted for it."""
         rows = [
             {"model": model, **{k: v for k, v in test.items() if not isinstance(v, list | dict)}}
             for model, tested in (self.record.reliability or {}).items()

@@ -46,14 +46,14 @@ def whole_number(option: str) -> Callable[[str], Any]:
 
 @dataclass(frozen=True)
 class Option:
-    """One field of an experiment."""
+    """A field of an experiment, as an option."""
 
     field: str
     """Its name with its section, e.g. ``train.shared_blocks``."""
     hint: Any
     default: Any
     text: str
-    """What it means: the documentation of the field."""
+    """Documentation of the field: what it means."""
 
     @property
     def name(self) -> str:

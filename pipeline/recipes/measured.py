@@ -28,7 +28,7 @@ class Measurement:
     recorded_in: str
     """File that has the measurement."""
     note: str
-    """How that run differs from the recipe."""
+    """Difference of that run from the recipe."""
 
     @property
     def duration(self) -> str:
