@@ -117,7 +117,8 @@ def find(text: str, setting: str) -> ZooModel:
         raise ConfigError.unknown(
             f"{setting} {PREFIX}",
             named,
-            [str(model).removeprefix(PREFIX) if "/" in named else model.name for model in known],
+            dict.fromkeys(str(model).removeprefix(PREFIX) if "/" in named else model.name for model in known),
+            "https://robustbench.github.io",
         )
     if len(matching) > 1:
         raise ConfigError.of(setting, text, f"one of the models of this name: {', '.join(map(str, matching))}")

@@ -69,7 +69,7 @@ def recipes() -> dict[str, str]:
 def below(directory: str | os.PathLike[str]) -> tuple[Storage, Storage]:
     """Return the directory of a run or sweep, and the storage two levels above it."""
     runs, name = split_uri(os.fspath(directory).rstrip("/"))
-    return runs / name, split_uri(runs.full_uri)[0]
+    return runs / name, runs.parent
 
 
 def experiment_of(recipe: str | Experiment, overrides: Mapping[str, Any]) -> Experiment:

@@ -23,26 +23,13 @@ COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#6b7280")
 
 
 def text(record: RunRecord, remarks: Sequence[str] = ()) -> str:
-    """Return a record's tables, flags and warnings as plain text, then the remarks."""
-    if not record.evaluations:
-        return f"{record.name}: no evaluations yet; models: {', '.join(record.models) or 'none'}"
+    """Return the tables of the terminal as plain text, then the remarks."""
     buffer = io.StringIO()
     console = Console(file=buffer, width=TEXT_WIDTH, highlight=False, soft_wrap=False)
-    for table in (*terminal.worst_case_tables(record), *terminal.result_tables(record, TEXT_WIDTH)):
-        console.print(table)
-    for line in (*notes(record), *remarks):
+    terminal.print_record(record, console)
+    for line in remarks:
         console.print(line, markup=False)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
-
-
-def notes(record: RunRecord) -> list[str]:
-    """Return the sentences that belong to the numbers: what n is, warnings, flags, active tests."""
-    return [
-        f"Accuracy in % of {labels.counted(record)}, with 95 % Wilson intervals.",
-        *(row["sentence"] for row in verdicts.near_chance(record)),
-        *(" ".join(verdicts.flag_text(flag)) for flag in verdicts.raised_flags(record)),
-        *filter(None, [sentences.untrusted_note(record), sentences.reliability_in_short(record)]),
-    ]
 
 
 def html(record: RunRecord, remarks: Sequence[str] = ()) -> str:

@@ -145,7 +145,7 @@ def _described(model: str, arch: str, tracking_uri: str) -> tuple[TrainConfig, S
     """
     if model.startswith("torchvision:"):
         return None
-    text, data, _ = pretrained.read_file(model, tracking_uri)
+    text, data, _ = pretrained.read_file(model, tracking_uri, "--model")
     if model.startswith(hub.PREFIX) and not arch and (timm := timm_model.described(text)):
         return timm
     if not weights_file.is_safetensors(data):

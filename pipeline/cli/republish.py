@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from components.errors import ConfigError, UserError
 from pipeline.cli.options import Parser
@@ -60,23 +61,27 @@ def _republish(directory: str, tracking_uri: str, experiment_name: str, register
     from pipeline.tracking.tracker import Tracker
 
     storage = Storage(directory)
-    root_uri, _, place = storage.uri.rpartition("/")[0].rpartition("/")
+    place = PurePosixPath(storage.uri).parent.name
     files = {"runs": "run.json", "sweeps": "sweep.json"}
     if place not in files or not storage.exists(files[place]):
         raise UserError(
             f"{storage.uri} has no records of a run or sweep: give STORAGE/runs/NAME-HASH or STORAGE/sweeps/NAME-HASH"
         )
-    root = Storage(root_uri)
+    root = storage.parent.parent
     lease = Lease(storage).acquire()
     try:
         uri, experiment = server.choose(tracking_uri, experiment_name, root, required=True, echo=say)
         tracker = Tracker(uri, storage, experiment=experiment, echo=say)
         tracker.replace_runs()
-        if place == "runs":
-            mlflow_run.publish_run(tracker, storage, root, register=register)
-        else:
-            record = storage.read_json("sweep.json")
-            mlflow_sweep.publish_sweep(tracker, record, storage, root, register=register)
-        return tracker.flush()
+        try:
+            if place == "runs":
+                mlflow_run.publish_run(tracker, storage, root, register=register)
+            else:
+                record = storage.read_json("sweep.json")
+                mlflow_sweep.publish_sweep(tracker, record, storage, root, register=register)
+            return tracker.flush()
+        except BaseException as error:
+            tracker.stop_for(error, complete=False)
+            raise
     finally:
         lease.release()

@@ -49,7 +49,7 @@ def load(place: str, real_images: int) -> StoredClassifier:
     """
     above, name = split_uri(place.rstrip("/"))
     if (above / name).exists("model.json"):
-        root = _parent(above)
+        root = above.parent
         model = (above / name).read_json("model.json")
         if REFORMER in model["files"]:
             raise DataError(
@@ -68,11 +68,7 @@ def load(place: str, real_images: int) -> StoredClassifier:
     behind = record.experiment.transfer_source_of(name) or ""
     classifier = record.models[behind].path if behind in record.models else None
     splits = record.data.get("splits", {})
-    return _loaded(name, _parent(_parent(above)), record.models[name].path, classifier, splits, real_images)
-
-
-def _parent(storage: Storage) -> Storage:
-    return split_uri(storage.full_uri)[0]
+    return _loaded(name, above.parent.parent, record.models[name].path, classifier, splits, real_images)
 
 
 def _loaded(

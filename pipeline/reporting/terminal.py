@@ -35,11 +35,14 @@ def print_table(run: Storage, *, console: Console | None = None) -> None:
     Raises:
         DataError: ``run.json`` is missing or corrupt.
     """
-    if console is None:
-        console = table_console()
-    record = records.read_run(run)
+    print_record(records.read_run(run), console or table_console())
+
+
+def print_record(record: RunRecord, console: Console) -> None:
+    """Print a record's tables, its warnings and flags, and how to read them."""
     if not record.evaluations:
-        console.print(f"{record.name}: no evaluations yet", markup=False, highlight=False)
+        models = ", ".join(record.models) or "none"
+        console.print(f"{record.name}: no evaluations yet; models: {models}", markup=False, highlight=False)
         return
     together = results.across(record)
     # With several seeds, the rows of single models are only in the report.

@@ -72,6 +72,11 @@ class Storage:
         """URI that opens this directory again, options included."""
         return self.uri + self._query
 
+    @property
+    def parent(self) -> Storage:
+        """The directory that holds this one. Raises as :class:`Storage`."""
+        return split_uri(self.full_uri)[0]
+
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return type(self), (self.full_uri,)
 

@@ -39,8 +39,11 @@ def read(config: TrainConfig, tracking_uri: str = "") -> Weights:
     return weights_file.read(data, text, key)
 
 
-def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
-    """Read a file that ``train.pretrained`` names by a path, a URI, an mlflow:... or hf:... address.
+def read_file(where: str, tracking_uri: str = "", setting: str = "train.pretrained") -> tuple[str, bytes, str]:
+    """Read a file that a setting names by a path, a URI, an mlflow:... or hf:... address.
+
+    Args:
+        setting: the field or option that holds ``where``, for messages.
 
     Returns:
         Its full path (for the Hugging Face Hub its address with the commit), its bytes, and the key
@@ -53,7 +56,7 @@ def read_file(where: str, tracking_uri: str = "") -> tuple[str, bytes, str]:
         return *weights.download_weights(tracking_uri, file.removeprefix(MLFLOW)), key
     if where.startswith(hub.PREFIX):
         file, key = _split_key(where)
-        address, data = hub.download(file, "train.pretrained")
+        address, data = hub.download(file, setting)
         return str(address), data, key
     storage, name, key = locate(where)
     return storage.join(name), storage.read_bytes(name), key

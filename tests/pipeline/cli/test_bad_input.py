@@ -290,7 +290,7 @@ CASES: dict[str, list[Case]] = {
         Case("a safetensors file cut short", "attack --model {here}/w.safetensors --arch resnet18", "cannot be read as a state_dict", "copy it again", text("w.safetensors", "abc")),
         Case("weights of another number of classes", f"{GIVEN} --arch own_network:make", "holds a head of 4 classes, but data.num_classes is 10", "--data.num-classes 4", lambda here: other_head(here)),
         Case("torchvision's weights that do not exist", "attack --model torchvision:NONE --arch torchvision:resnet18 --data.channels 3", "train.pretrained is 'torchvision:NONE'", "it must be torchvision:IMAGENET1K_V1"),
-        Case("a model of the Hugging Face Hub without the package for it", "attack --model hf:org/net --arch resnet18", "train.pretrained is 'hf:org/net'; the Hugging Face Hub needs a package of its own", "pip install 'defendpp[hub]'", without="huggingface_hub"),
+        Case("a model of the Hugging Face Hub without the package for it", "attack --model hf:org/net --arch resnet18", "--model is 'hf:org/net'; the Hugging Face Hub needs a package of its own", "pip install 'defendpp[hub]'", without="huggingface_hub"),
         Case("a model of RobustBench without the package for it", "attack --model robustbench:Wong2020Fast", "--model is 'robustbench:Wong2020Fast'; the model zoo is in a package of its own", "pip install 'defendpp[robustbench]'", without="robustbench"),
         Case("weights that MLflow does not have", "attack --model mlflow:models:/nobody@best --arch resnet18", "mlflow:models:/nobody@best", "check the name and --tracking-uri"),
         Case("an MLflow name without its kind", "attack --model mlflow:nobody --arch resnet18", "mlflow:nobody", "give mlflow:models:/MODEL_ID"),

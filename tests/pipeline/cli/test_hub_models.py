@@ -130,7 +130,7 @@ def test_weights_of_the_hub_are_those_of_its_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(usual[3][3]), ours.classifier.eval()(images))
     assert f"hf:someone/ours/other.safetensors is not in the cache {home}/hub, and HF_HUB_OFFLINE is set" in usual[4]
     assert usual[5].endswith("hf download someone/absent")
-    assert "ConfigError: train.pretrained is 'hf:someone'; it must be hf:ORG/NAME" in usual[6]
+    assert "ConfigError: --model is 'hf:someone'; it must be hf:ORG/NAME" in usual[6]
     assert usual[7][:3] == ["net-in1k", "timm:lcnet_050", f"hf:timm/net.in1k@{COMMIT}/model.safetensors"]
     assert "ConfigError: --arch is missing" in usual[8]
     mean, std = (torch.tensor(values[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -191,6 +191,10 @@ def test_a_model_of_robustbench_has_the_logits_of_its_own_loader(
         (
             "robustbench:cifar10/Linf/Wong2020Fats",
             r"unknown --model robustbench: .*did you mean cifar10/Linf/Wong2020Fast",
+        ),
+        (
+            "robustbench:Nope",
+            r"^unknown --model robustbench: 'Nope'; https://robustbench.github.io lists what there is$",
         ),
         ("robustbench:Salman2020Do_R18", "--data is missing: name the test images of imagenet"),
     ],

@@ -88,6 +88,22 @@ def test_a_replacement_that_was_stopped_goes_on(root: Storage, tmp_path: Path) -
     expect_fake_run(client, run)
 
 
+def test_an_interruption_leaves_no_run_open(root: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, uri = root / "runs" / root.list("runs")[0], f"sqlite:///{tmp_path}/mlflow.db"
+    arguments = ["report", "--republish", run.uri, "--tracking-uri", uri]
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow_run, "network_of_run", interrupt)
+        assert main(arguments) == 130
+    client = MlflowClient(uri)
+    assert {r.info.status for r in runs_by_path(client).values()} == {"KILLED"}
+    assert main(arguments) == 0
+    expect_fake_run(client, run)
+
+
 def test_the_earlier_runs_stay_until_the_new_ones_are_complete(
     root: Storage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

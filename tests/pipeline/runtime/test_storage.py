@@ -176,6 +176,13 @@ def test_a_uri_with_a_password_is_refused_without_repeating_it(uri: str) -> None
         assert "hunter2" not in str(caught.value)
 
 
+def test_the_directory_above_opens_with_the_same_options() -> None:
+    run = Storage("s3://bucket/team/runs/mnist-0a1b?endpoint_override=minio:9000&region=x")
+    assert run.parent.full_uri == "s3://bucket/team/runs?endpoint_override=minio:9000&region=x"
+    assert run.parent.parent.uri == "s3://bucket/team"
+    assert Storage("/data/runs").parent.parent.uri == "/"
+
+
 def test_names_do_not_lead_out_of_a_storage(storage: Storage) -> None:
     for act in (storage.read_bytes, storage.exists, storage.list, lambda name: storage / name):
         with pytest.raises(StorageError, match=r"'\.\./other' leads out of"):
