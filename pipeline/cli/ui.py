@@ -112,10 +112,14 @@ def _port(candidates: Sequence[int]) -> int:
 @contextlib.contextmanager
 def _server(uri: str, port: int, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Run MLflow's server, and end it and its workers after the body."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # Every user of the machine can read a command line, and the address may have a password.
     # Job execution would start a dozen processes.
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {
+        **os.environ,
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     with tempfile.TemporaryDirectory(prefix="defendpp-ui-") as directory:  # It makes files where it runs.
         server = subprocess.Popen(command, cwd=directory, env=environment, stdout=log, stderr=log)
         try:

@@ -54,6 +54,8 @@ def test_the_command_that_a_run_ends_with_opens_that_run(storage: Storage, tmp_p
             assert b"mlflow" in answer.read().lower()
         started = psutil.Process(shown.pid).children(recursive=True)
         assert started
+        # The address of a database may have a password, and every user can read command lines.
+        assert not any(str(storage.local_root) in " ".join(process.cmdline()) for process in started)
         shown.ctrl_c()
         assert shown.end() == 0, shown.text
     assert "Traceback" not in shown.text
