@@ -11,7 +11,7 @@ from rich.text import Text
 
 from components.threat_models import TRANSFER, split_threat_model
 from pipeline.records import RunRecord
-from pipeline.reporting import labels, records, results, sentences, verdicts
+from pipeline.reporting import headline, labels, records, results, sentences, verdicts
 from pipeline.reporting.cells import (
     attack_name,
     beside_title,
@@ -58,6 +58,9 @@ def print_record(record: RunRecord, console: Console) -> None:
         console.print(Text(" ".join(verdicts.flag_text(flag)), style="yellow"))
     for note in _notes(record):
         console.print(Text(note, style="dim"))
+    # The last line is the one that a reader looks at first.
+    if verdict := headline.verdict(record, []).headline:
+        console.print(Text(f"{verdict}.", style="bold"))
 
 
 def _notes(record: RunRecord) -> list[str]:

@@ -20,7 +20,7 @@ from components.errors import DataError, UserError
 from components.evaluation.statistics import mcnemar
 from components.fields import to_dict
 from pipeline.records import RunRecord
-from pipeline.reporting import labels, markdown, records, report, sentences, terminal
+from pipeline.reporting import headline, labels, markdown, records, report, sentences, terminal
 from pipeline.runtime import provenance
 from pipeline.runtime.storage import Storage
 
@@ -280,6 +280,8 @@ def test_terminal_table_fits_and_names_the_threat_model(
     # both ends: the interval is not symmetric
     assert f"{100 * fgsm['accuracy']:.1f}" in text
     assert f"{100 * fgsm['accuracy_low']:.1f}–{100 * fgsm['accuracy_high']:.1f}" in text
+    verdict = headline.verdict(RunRecord.from_json(run.read_json("run.json")), []).headline
+    assert " ".join(text.split()).endswith(f" {verdict}.")
 
 
 def test_partial_runs_give_a_partial_report(tmp_path: Path) -> None:
