@@ -19,6 +19,7 @@ from pipeline.runtime import provenance
 from pipeline.runtime.quiet import log_levels
 from pipeline.tracking.outbox import Outbox
 from pipeline.tracking.requests import UPLOAD_TIMEOUT_SECONDS, http_limits
+from pipeline.tracking.runs import user_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +74,11 @@ class LoggedNetwork:
             str(outbox.state["experiment"]),
             re.sub("""[/:.%"']""", "_", self.name),  # MLflow refuses these in the name of a logged model.
             run_id,
-            tags={WEIGHTS: self.weights, **{key: text_of(value) for key, value in self.tags.items()}},
+            tags={
+                WEIGHTS: self.weights,
+                "mlflow.user": user_name(),
+                **{key: text_of(value) for key, value in self.tags.items()},
+            },
             params={key: text_of(value) for key, value in self.params.items()},
             model_type="classifier",
         )

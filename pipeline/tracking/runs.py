@@ -33,7 +33,7 @@ def create(client: MlflowClient, outbox: Outbox, alias: str, name: str, parent: 
         if not outbox.is_saved:
             # A restarted process can find the run only by a key that is persistent.
             outbox.save()
-        tags = {"defendpp_key": key, "mlflow.user": _user(), "mlflow.source.name": "pipeline/main.py"}
+        tags = {"defendpp_key": key, "mlflow.user": user_name()}
         if parent is not None:
             tags["mlflow.parentRunId"] = outbox.run_id(parent)
         run_id = client.create_run(experiment_id, start, tags, name).info.run_id
@@ -77,7 +77,8 @@ def _search(client: MlflowClient, experiments: list[str], filter_text: str) -> l
         page = client.search_runs(experiments, filter_text, max_results=1000, page_token=page.token)
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Return the name of the user who runs this process, or "unknown"."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # A container's user may have no name.

@@ -29,7 +29,7 @@ LOCK_SECONDS = 60.0
 """How long to wait for another process's lock of a database file before going on without it."""
 UI_OF_DATABASE = f"http://127.0.0.1:{DEFAULT_PORT}"
 """Where the command ``ui`` opens the UI of a database, unless another program has the port."""
-_WORKFLOW = "?workflowType=machine_learning"
+_WORKFLOW = "workflowType=machine_learning"
 """Without it the UI opens its pages for language models."""
 TABLES_WITH_ROWS = {"alembic_version", "experiments", "workspaces"}
 """Tables that are not empty in a new database. Its only experiment is number 0, the default."""
@@ -127,13 +127,13 @@ def _host(uri: str) -> str | None:
 
 def models_page(experiment_id: str) -> str:
     """Return the page of the models of an experiment, which follows the address of MLflow's UI."""
-    return f"#/experiments/{experiment_id}/models{_WORKFLOW}"
+    return f"#/experiments/{experiment_id}/models?{_WORKFLOW}"
 
 
 def comparison_page(experiment_id: str, run_ids: Sequence[str]) -> str:
     """Return the page that compares runs, which follows the address of MLflow's UI."""
     runs = ",".join(f"%22{run_id}%22" for run_id in run_ids)
-    return f"#/compare-runs?runs=[{runs}]&experiments=[%22{experiment_id}%22]"
+    return f"#/compare-runs?runs=[{runs}]&experiments=[%22{experiment_id}%22]&{_WORKFLOW}"
 
 
 def ui_address(uri: str) -> str:
@@ -148,7 +148,7 @@ def page(experiment_id: str | None, run_id: str | None, part: str = "") -> str:
         part: of the page, such as ``/artifacts/report/report.html``.
     """
     parts = ([f"experiments/{experiment_id}"] if experiment_id else []) + ([f"runs/{run_id}"] if run_id else [])
-    return f"#/{'/'.join(parts) or 'experiments'}{part}{_WORKFLOW}"
+    return f"#/{'/'.join(parts) or 'experiments'}{part}?{_WORKFLOW}"
 
 
 def ui_command(uri: str, experiment_id: str | None, run_id: str | None) -> str:

@@ -149,6 +149,8 @@ def _expect_logged_model(client: MlflowClient, run: Run) -> None:
     assert model.status == "READY"
     assert model.params == run.data.params
     assert (model.tags["role"], model.tags["mlflow.source.git.commit"][:4]) == ("defended", "e44c")
+    assert model.tags["mlflow.user"] == run.data.tags["mlflow.user"]
+    assert model.tags["mlflow.source.name"] == run.data.tags["mlflow.source.name"] == "pipeline/main.py"
     metrics = {m.key: m for m in model.metrics}
     final = {k: v for k, v in run.data.metrics.items() if not k.startswith(("train/", "validation/", "curve/"))}
     assert {key: m.value for key, m in metrics.items()} == final

@@ -47,8 +47,12 @@ def _short(value: Any) -> str:
 
 
 def code_tags(record: Record) -> dict[str, Any]:
-    """Return the tags of every run that name the code: MLflow's column "Version", and the source."""
+    """Return the tags of every run and logged model that name the code.
+
+    MLflow shows them in its columns "Source", "Version" and "Logged from".
+    """
     tags = {
+        "mlflow.source.name": "pipeline/main.py",
         "mlflow.source.git.commit": record.git.get("revision"),
         "mlflow.source.type": "LOCAL",
         "git_dirty": record.git.get("dirty"),

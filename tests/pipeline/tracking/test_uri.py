@@ -67,7 +67,8 @@ def test_ui_command_names_the_run() -> None:
     )
     address = "http://host:5000/#/experiments/7/runs/abc?workflowType=machine_learning"
     assert uri.ui_command("http://host:5000/", "7", "abc") == address
-    assert uri.comparison_page("7", ["a", "b"]) == "#/compare-runs?runs=[%22a%22,%22b%22]&experiments=[%227%22]"
+    compared = "#/compare-runs?runs=[%22a%22,%22b%22]&experiments=[%227%22]&workflowType=machine_learning"
+    assert uri.comparison_page("7", ["a", "b"]) == compared
 
 
 def test_limits_of_several_threads_leave_nothing_behind() -> None:
