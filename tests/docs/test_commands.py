@@ -149,17 +149,20 @@ SHORTER = {
 
 
 @pytest.mark.drill
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_a_reader_walks_through_the_pages(world: dict[str, str]) -> None:
     """Run the program's commands of the pages one after the other, in a shell with `.venv` activated."""
     here = Path(world["here"])
     (here / "pipeline").symlink_to(ROOT / "pipeline")
     storage = here / "home" / "defendpp"
     places = world | {"/data/defendpp": str(storage)}
-    walked = set()
+    walked, failed = set(), []
     for block, command in COMMANDS:
         match = PROGRAM.search(command)
-        if not match or str(block.page) not in WALKED or command in walked or match["arguments"].startswith("ui"):
+        if not match or str(block.page) not in WALKED or command in walked:
+            continue
+        # These wait for a browser and need a cluster: tests/pipeline/cli/test_ui.py, tests/end_to_end/test_run.py.
+        if match["arguments"].startswith("ui") or command.startswith("ray job submit"):
             continue
         walked.add(command)
         words = as_here(match["arguments"], places)
@@ -184,7 +187,9 @@ def test_a_reader_walks_through_the_pages(world: dict[str, str]) -> None:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, f"{block}: {line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        if done.returncode != 0:
+            failed.append(f"{block}: {line}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    assert not failed, "\n\n".join(failed)
     assert len(walked) > 15
     assert list(storage.glob("runs/mnist-demo-*/report/report.html"))
     assert (here / "defend.onnx").stat().st_size > 1000
