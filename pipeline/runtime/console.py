@@ -70,7 +70,7 @@ class Bar:
         self._start = time.monotonic()
         self._printed = self._start
         self._first: tuple[float, int, int] | None = None
-        """Time, number done and total of the first update with this total."""
+        """Time, number done and total of the first update with this total and a unit done."""
 
     def update(self, done: int, total: int, note: str = "") -> None:
         """Show that ``done`` of ``total`` units are done, with a note about them."""
@@ -79,7 +79,8 @@ class Bar:
             return
         now = time.monotonic()
         # Another total means other units with another pace: reliability tests come after chunks.
-        if self._first is None or self._first[2] != total:
+        # Until one is done, the workers start.
+        if self._first is None or self._first[1] == 0 or self._first[2] != total:
             self._first = now, done, total
         if now - self._printed < PLAIN_INTERVAL_S:
             return

@@ -27,6 +27,12 @@ def test_plain_lines_say_how_far_and_how_long(
         bar.update(1, 9, "tests")  # other units, another pace
         now[0] += 20
         bar.update(5, 9, "tests")
+        now[0] += 10
+        bar.update(0, 76, "chunks")
+        now[0] += 10
+        bar.update(1, 76, "chunks")  # the first unit has the start of its worker in it
+        now[0] += 10
+        bar.update(11, 76, "chunks")
     lines = [" ".join(line.split()[1:]) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         "train ...",
@@ -34,7 +40,10 @@ def test_plain_lines_say_how_far_and_how_long(
         "train: 30/110 steps (80 s, about 80 s left)",
         "train: 1/9 tests (160 s)",
         "train: 5/9 tests (180 s, about 20 s left)",
-        "train: done in 180.0 s",
+        "train: 0/76 chunks (190 s)",
+        "train: 1/76 chunks (200 s)",
+        "train: 11/76 chunks (210 s, about 65 s left)",
+        "train: done in 210.0 s",
     ]
 
 
