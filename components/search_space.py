@@ -177,8 +177,7 @@ class Space:
     """Early stopping. None: every trial is trained to its end."""
     attack: str = "pgd:eps=0.1,steps=10"
     """White-box attack that measures robust accuracy after every epoch. It should be cheap, and
-    weak enough that models differ: under an attack that is too strong all fail
-    (docs/evaluation.md)."""
+    weak enough that models differ: under an attack that is too strong all fail (docs/sweeps.md)."""
     images: int = 200
     """Number of validation images that it attacks, drawn from the whole split."""
     clean_tolerance: float = 0.01

@@ -1,4 +1,4 @@
-"""``main.py export``: a trained classifier as a file for other programs."""
+"""``defendpp export``: a trained classifier as a file for other programs."""
 
 from __future__ import annotations
 

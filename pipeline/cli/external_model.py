@@ -1,4 +1,4 @@
-"""An external model as an experiment: ``main.py attack --model FILE --arch ARCH --data SOURCE``."""
+"""An external model as an experiment: ``defendpp attack --model FILE --arch ARCH --data SOURCE``."""
 
 from __future__ import annotations
 

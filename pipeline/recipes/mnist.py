@@ -61,8 +61,8 @@ def mnist_slim() -> Experiment:
         description="10,000 images of full MNIST, width 16, 300 attacked images",
         data=DataConfig(source="torchvision:mnist", download=True, train_limit=10_000),
         train=replace(base.train, epochs=4, batch_size=128, lr=0.1),
-        # These are the prototype's steps (docs/evaluation.md). The paper's 100 would cost half as
-        # much again for the same result.
+        # These are the prototype's steps. The paper's 100 would cost half as much again for the same
+        # result.
         evaluation=EvaluationConfig(
             attacks=attacks(0.2, steps=40, ddn_steps=60), test_images=300, reliability_images=16
         ),

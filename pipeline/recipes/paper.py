@@ -87,7 +87,7 @@ def table4(scale: str) -> Experiment:
 
 
 # Sec. 4.5: two of VGG16's five blocks are shared, and four of ResNet-50's. Without batch norm VGG16
-# does not train from scratch at these learning rates (docs/networks.md).
+# does not train from scratch at these learning rates (docs/method.md).
 NETWORKS = {"vgg16": ("vgg16_bn", 2), "resnet50": ("resnet50", 4)}
 
 
