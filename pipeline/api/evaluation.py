@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         model: maps images in [0,1] to logits [N,K]. It is evaluated in eval mode, on the device
-            that it is on. Its mode and its gradients are afterwards as before.
+            that it is on. Afterwards its mode and its gradients are as they were.
         images: float [N,C,W,W] in [0,1], with C = 1 or 3.
         labels: int [N], the true classes from 0 on.
         attacks: ``NORM:EPS`` for the full suite within that budget (``linf:8/255``, ``l2:0.5``), an
@@ -59,7 +59,7 @@ def evaluate(
             compared on the same images.
         autoencoder: the auto-encoder of ``model``, for attacks that know it (``adaptive``).
         ray: True runs the chunks as Ray tasks, on the cluster of $RAY_ADDRESS or a local one; a
-            text is the address of a cluster. False: this process, without Ray.
+            string is the address of a cluster. False: this process, without Ray.
         storage: directory or URI that keeps what is computed, so that the same call continues after
             a stop. Ray on several nodes needs one that every node reaches. None: a temporary
             directory, which goes with the result.
