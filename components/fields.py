@@ -25,6 +25,11 @@ The predicate must be False for NaN, as comparisons with NaN are."""
 AT_LEAST_1: Rule = (lambda v: v >= 1, "at least 1")
 POSITIVE: Rule = (lambda v: 0 < v < math.inf, "a finite number above 0")
 NOT_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+PLACE: Rule = (
+    lambda v: v[:1] in ("/", "~") or "://" in v,
+    "an absolute path, a ~ path or a URI such as s3://bucket/path",
+)
+"""A relative path would be another place on each node."""
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -5,6 +5,7 @@
 The pages keep their paths, so that a link works on the site and in the repository alike.
 """
 
+import contextlib
 import functools
 import http.server
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 SUFFIXES = {".md", ".png", ".svg", ".csv", ".cff", ".css", ".ipynb"}
 
@@ -55,6 +57,11 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        """Send a file, of which the checker of links reads no more than it needs."""
+        with contextlib.suppress(ConnectionError):
+            super().copyfile(source, outputfile)
 
 
 def _repository_files(root: Path) -> list[str]:

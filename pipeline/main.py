@@ -85,6 +85,8 @@ def _run_command(arguments: list[str]) -> int:
         return export.execute(rest)
     if command == "sweep":
         return _run_sweep(rest)
+    if command in ("help", "version"):
+        return main([*rest, f"--{command}"])
     if command not in usage.COMMANDS:
         raise ConfigError.unknown("command", command, (*usage.COMMANDS, *usage.OTHER_COMMANDS))
     return _run_stages(command, rest)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from components.config import DataConfig
+from components.fields import check_choice
 from pipeline.data.sources.base import Split, read_rows, split_rows
 from pipeline.data.sources.open import open_source
 
@@ -28,8 +29,10 @@ def load_images(source: str = "sample:mnist", split: Split = "test", n: int = 0,
         Images float32 [N,C,W,W] in [0,1], and labels int64 [N].
 
     Raises:
+        ConfigError: there is no such split.
         ConfigError, DataError: the source cannot be read; the message says why and what to do.
     """
+    check_choice(split, get_args(Split), "split")
     opened = open_source(DataConfig(source=source, **data), "test" if split == "test" else "train")
     rows = split_rows(opened, split)
     images, labels = read_rows(opened, rows[:n] if n else rows)

@@ -117,10 +117,20 @@ def specs(attacks: str | Sequence[str], channels: int) -> tuple[str, ...]:
     texts: list[str] = []
     for text in [attacks] if isinstance(attacks, str) else attacks:
         norm, _, eps = text.partition(":")
-        texts += full_suite(eps, norm, channels) if norm in ("linf", "l2") else [text]
+        texts += _of_budget(text, norm, eps, channels) if norm in ("linf", "l2") else [text]
     if not texts:
         raise ConfigError.of("attacks", attacks, 'a budget such as "linf:8/255", an attack spec, or a list of both')
     return tuple({str(AttackSpec.parse(text)): text for text in texts}.values())
+
+
+def _of_budget(text: str, norm: str, eps: str, channels: int) -> tuple[str, ...]:
+    """Return the full suite within a budget, whose text the error quotes."""
+    try:
+        AttackSpec.parse(f"noise:eps={eps},norm={norm}")
+    except ConfigError as e:
+        reason = str(e).partition("; it must be ")[2]
+        raise ConfigError.of("attacks", text, f"a budget such as linf:8/255 or l2:0.5, its size {reason}") from None
+    return full_suite(eps, norm, channels)
 
 
 def _named(name: str, model: nn.Module, against: nn.Module | Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:

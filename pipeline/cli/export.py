@@ -13,19 +13,24 @@ from pipeline.runtime.console import say
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 """Usual suffix of the files of each format."""
 USAGE = """\
-{program} export MODEL_DIR --out FILE [--format onnx|torch-export|safetensors] [--arch MODULE:FUNCTION]
-{program} export RUN/MODEL --out FILE ...
+usage: {program} export MODEL_DIR --out FILE [--format FORMAT] [--arch MODULE:FUNCTION]
+       {program} export RUN/MODEL --out FILE ...
 
-  MODEL_DIR  a trained model: STORAGE/models/KIND-HASH
-  RUN/MODEL  a run's directory and the name of its model: STORAGE/runs/NAME-HASH/defend
-             A reformer (comdefend) is exported with its classifier behind it, and so needs this form
-  --out      the file to write, a path or a URI
-  --format   onnx, torch-export (torch.export.load reads it) or safetensors (weights alone); without it, the suffix of
-             --out decides: .onnx, .pt2 or .safetensors
-  --arch     the network of your own that the model names, MODULE:FUNCTION, if you trust that module
+A trained classifier for other programs.
 
-The network takes images, float32 [N,C,H,W] in [0,1], in batches of any size, and gives logits. The file is loaded again
-and its logits are compared with the network's before it is kept. Format onnx needs: pip install 'defendpp[export]'
+  MODEL_DIR   a trained model: STORAGE/models/KIND-HASH
+  RUN/MODEL   a run's directory and the name of its model: STORAGE/runs/NAME-HASH/defend. A reformer
+              (comdefend) is exported with its classifier behind it, and so needs this form
+
+options:
+  --out       the file to write, a path or a URI
+  --format    onnx, torch-export (torch.export.load reads it) or safetensors (weights alone);
+              default: by the suffix of --out, .onnx, .pt2 or .safetensors
+  --arch      the network of your own that the model names, if you trust that module
+
+The network takes images, float32 [N,C,H,W] in [0,1], in batches of any size, and gives logits. The
+file is loaded again, and its logits are compared with the network's, before it is kept.
+ONNX needs: pip install 'defendpp[export]'
 """
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from components.config import Experiment
 from components.errors import ConfigError
-from components.fields import convert, hints_of, option_of, replace_fields
+from components.fields import PLACE, check, convert, hints_of, option_of, replace_fields
 from pipeline.program import program
 
 
@@ -144,7 +144,10 @@ def parse_overrides(
     default: Experiment, arguments: Sequence[str], command: str, others: Iterable[str] = ()
 ) -> Experiment:
     """Return an experiment with the fields that the arguments set; see :func:`parse_fields`."""
-    return replace_fields(default, parse_fields(default, arguments, command, others))
+    experiment = replace_fields(default, parse_fields(default, arguments, command, others))
+    # Storage refuses it too, but imports pyarrow first.
+    check(PLACE[0](experiment.storage), "storage", experiment.storage, PLACE[1])
+    return experiment
 
 
 def parse_fields(
@@ -179,10 +182,12 @@ def _with_hyphens(argument: str) -> str:
 
 def _parser(default: Experiment, command: str) -> Parser:
     width = max(60, min(shutil.get_terminal_size().columns, 110))
+    is_sweep = command.startswith("sweep ")
     parser = Parser(
         command,
-        usage="%(prog)s [--FIELD VALUE ...]",
+        usage="%(prog)s --space FILE [--FIELD VALUE ...]" if is_sweep else "%(prog)s [--FIELD VALUE ...]",
         description=default.description.replace("%", "%%"),
+        epilog=f"The options of sweep itself: {program()} sweep --help" if is_sweep else None,
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=6, width=width),
     )
     parser.add_argument_group("options").add_argument("-h", "--help", action="help", help="Show this text and exit.")

@@ -10,17 +10,21 @@ from pipeline.cli.options import Parser
 from pipeline.program import program
 
 USAGE = """\
-{program} report --republish DIR [DIR ...] [--tracking-uri URI] [--experiment-name NAME] [--register]
+usage: {program} report --republish DIR [DIR ...] [--tracking-uri URI]
+       [--experiment-name NAME] [--register]
 
-  Publishes the records of finished runs and sweeps in MLflow, in the form of this version. Nothing is computed.
+Publishes the records of finished runs and sweeps in MLflow, in the form of this version. Nothing is
+computed.
 
   DIR                a directory STORAGE/runs/NAME-HASH or STORAGE/sweeps/NAME-HASH
+
+options:
   --tracking-uri     MLflow server or database (default: as for a run on that storage)
   --experiment-name  MLflow experiment (default: as for a run on that storage)
   --register         make the models versions of registered models too
 
-  What was published from DIR to that MLflow before is replaced: once the new runs are complete, the earlier ones are
-  deleted. MLflow keeps deleted runs, and its UI restores them.
+What was published from DIR to that MLflow before is replaced: once the new runs are complete, the
+earlier ones are deleted. MLflow keeps deleted runs, and its UI restores them.
 """
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from components.errors import ConfigError, DataError, UserError, first_line
+from components.fields import PLACE
 from pipeline.runtime.redaction import check_no_secret
 from pipeline.runtime.retries import with_retries
 
@@ -61,7 +62,7 @@ class Storage:
         else:
             text = os.path.expanduser(text)
             if not os.path.isabs(text):
-                raise ConfigError.of("storage", text, "an absolute path, a ~ path or a URI such as s3://bucket/path")
+                raise ConfigError.of("storage", text, PLACE[1])
             text = os.path.normpath(text)
         self.uri = text.rstrip("/") or "/"
         """The URI without its options, for messages."""
@@ -126,9 +127,9 @@ class Storage:
         try:
             yield
         except FileNotFoundError:
-            raise StorageError(f"{self.uri}/{name} does not exist; check the path") from None
+            raise StorageError(f"{(self / name).uri} does not exist; check the path") from None
         except (OSError, pa.ArrowException) as e:
-            raise StorageError(f"{self.uri}/{name} could not be {done}: {e}") from e
+            raise StorageError(f"{(self / name).uri} could not be {done}: {e}") from e
 
     def exists(self, name: str = "") -> bool:
         """Return whether there is a file or directory of this name."""
@@ -187,7 +188,7 @@ class Storage:
             return self.with_retries(lambda: self._write_once(path, data, anew), patience_s)
         except (OSError, pa.ArrowException) as e:
             raise StorageError(
-                f"{self.uri}/{name} could not be written: {e}. What was written before is kept: "
+                f"{(self / name).uri} could not be written: {e}. What was written before is kept: "
                 "make room or give another storage, then run the same command again to continue"
             ) from e
 
@@ -254,7 +255,7 @@ class Storage:
             return json.loads(self.read_bytes(name))
         except ValueError as e:
             raise StorageError(
-                f"{self.uri}/{name} is not valid JSON ({e}); delete it and run the same command again"
+                f"{(self / name).uri} is not valid JSON ({e}); delete it and run the same command again"
             ) from e
 
     def write_json(self, name: str, value: Any) -> None:
@@ -360,7 +361,7 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), uri
     scheme, _, rest = uri.partition("://")
     if not rest:
-        raise ConfigError.of("storage", uri, "an absolute path, a ~ path or a URI such as s3://bucket/path")
+        raise ConfigError.of("storage", uri, PLACE[1])
     if scheme in ("file", "local") and not rest.startswith("/"):
         raise ConfigError.of("storage", uri, f"absolute: {scheme}:///{rest} (three slashes)")
     allowed, reason = "a path or a URI of pyarrow or fsspec", ""

@@ -182,6 +182,12 @@ def test_with_a_storage_the_same_call_continues(
     assert len(calls) == 3 * (len(ATTACKS) - 1)  # Noise needs no network.
 
 
+def test_a_split_that_does_not_exist_is_no_other_one() -> None:
+    split: Any = "tests"
+    with pytest.raises(ConfigError, match=r"split is 'tests'; .*did you mean test"):
+        defendpp.load_images("sample:mnist", split)
+
+
 class Negated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return -x
@@ -198,8 +204,11 @@ def test_budgets_are_suites() -> None:
     for attacks, message in (
         ((), 'attacks is .*; it must be a budget such as "linf:8/255"'),
         ("pdg:eps=0.1", "unknown attack 'pdg'"),
-        ("linf:8", "eps is 8.0; it must be at most 1 in linf, in units of .*: write 8/255"),
-        ("linf:", "eps is ''"),
+        (
+            "linf:8",
+            "attacks is 'linf:8'; it must be a budget such as .* at most 1 in linf, in units of .*: write 8/255",
+        ),
+        ("linf", "attacks is 'linf'; it must be a budget such as .*, its size a number"),
     ):
         with pytest.raises(ConfigError, match=message):
             specs(attacks, 1)

@@ -2,8 +2,7 @@
 
     python tests/pipeline/cli/test_bad_input.py --write    # after a change of CASES
 
-To add a kind of bad input, add a case to its group: what a user gave, the arguments, a part of the message that names the cause, and a
-part that names the remedy.
+A case is: what a user gave, the arguments, a part of the message that names the cause, and one that names the remedy.
 """
 
 from __future__ import annotations
@@ -477,10 +476,11 @@ def page() -> str:
     """Return docs/errors.md."""
     lines = ["# Error messages", ""]
     lines += [
-        "What does this error mean, and what do I do about it? Every message names the cause and the remedy; here they stand by subject.",
+        "What does this error mean, and what do I do about it? Every message names the cause and the remedy;",
+        "here they stand by subject.",
         "",
-        "Exit status: 2 where the command line or a setting is wrong, 1 where a file, a service or the run fails, 130 after Ctrl-C. All",
-        "that is listed here is found before Ray starts. This page is made by `python tests/pipeline/cli/test_bad_input.py --write`; a test runs every row.",
+        "Exit status: 2 where the command line or a setting is wrong, 1 where a file, a service or the run",
+        "fails, 130 after Ctrl-C, 143 after SIGTERM. All of this is found before Ray starts. A test runs every row.",
     ]
     for group, cases in CASES.items():
         lines += ["", f"## {group}", "", "| you gave | it says | what to do |", "| --- | --- | --- |"]

@@ -409,12 +409,32 @@ QUICK = [
         "--print-completion bash",
     ),
     *(f"{command} --help" for command in usage.COMMANDS),
+    *("help", "version", "run mnist-demo --storage here"),
     *("run mnist-demo --help", "sweep mnist-demo --help", "attack --model x.pth --help"),
     *("rnu", "run mnist-dmeo", "run mnist-demo --train.lamda 1", "run mnist-demo --train.lam -1", "recipes --scale x"),
     *("sweep mnist-smoke --trials x", "sweep mnist-smoke --space lamda", "attack --model x.pth --norm l3 --arch vgg16"),
     "--complete bash 'defendpp run mnist-demo --tr'",
 ]
 """Commands that a person waits for."""
+
+
+def test_help_and_version_are_commands_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, option in (
+        (["help"], ["--help"]),
+        (["help", "sweep"], ["sweep", "--help"]),
+        (["version"], ["--version"]),
+    ):
+        assert main(command) == main(option) == 0
+        first, second = capsys.readouterr().out.split("usage:" if "help" in command else "defendpp ")[1:]
+        assert first == second
+
+
+def test_the_fields_of_a_sweeps_recipe_are_not_all_of_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sweep", "mnist-demo", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: defendpp sweep mnist-demo --space FILE ")
+    assert text.endswith("The options of sweep itself: defendpp sweep --help\n")
 
 
 def test_help_lists_and_typos_are_answered_without_loading_the_libraries() -> None:

@@ -183,6 +183,11 @@ def test_the_directory_above_opens_with_the_same_options() -> None:
     assert Storage("/data/runs").parent.parent.uri == "/"
 
 
+def test_a_file_at_the_top_has_one_slash() -> None:
+    with pytest.raises(StorageError, match=r"^/nope\.json does not exist; check the path$"):
+        Storage("/").read_json("nope.json")
+
+
 def test_names_do_not_lead_out_of_a_storage(storage: Storage) -> None:
     for act in (storage.read_bytes, storage.exists, storage.list, lambda name: storage / name):
         with pytest.raises(StorageError, match=r"'\.\./other' leads out of"):
