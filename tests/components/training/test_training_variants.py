@@ -118,7 +118,7 @@ def test_the_loss_is_that_of_the_examples_and_their_share_of_the_clean(share: fl
     reference = build_net(config, SHAPES).train()  # batch norm moves: a network of its own
     adversarial = F.cross_entropy(reference(examples), given.labels)
     clean = F.cross_entropy(reference(images), given.labels)
-    wanted = share * adversarial + (1 - share) * clean
+    wanted = float((share * adversarial + (1 - share) * clean).detach())
     net.train()
     terms = train_step(
         PhaseModule(net, "adversarial", config),
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_the_examples_and_their_share_of_the_clean(share: fl
         config=config,
         generator=torch.Generator().manual_seed(0),
     )
-    assert float(terms["loss"]) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(terms["loss"]) == pytest.approx(wanted, rel=1e-5)
     assert ("loss_cls" in terms) == (share < 1)
     assert net.training
 
