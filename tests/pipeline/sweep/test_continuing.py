@@ -124,6 +124,16 @@ def test_a_trial_that_goes_on_has_passed_what_it_passed_and_a_whole_one_is_not_s
     assert early_stopping(monitor).on_trial_result(None, new, {"epoch": 4, "robust": 0.0}) == "STOP", "its end"
 
 
+def test_the_total_is_that_of_this_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = replace(BLOCKS, trials=5).points(0)
+    known = [entry(1, points[0], "finished", 0.5), *(entry(i, p, "pending") for i, p in enumerate(points[1:], 2))]
+    for trials, total in ((2, 2), (5, 5)):
+        monitor = monitor_of(tmp_path, replace(BLOCKS, trials=trials), known)
+        monitor.start("x", {"listed": {"number": 2, "values": points[1]}})
+        monitor.end("x", "it broke")
+        assert f"trial 2/{total}: " in capsys.readouterr().out
+
+
 def test_events_of_a_trial_are_in_the_record_at_once(tmp_path: Path) -> None:
     space = replace(BLOCKS, search="tpe", trials=3)
     sweep = opened(tmp_path, space, [entry(1, {"lam": 0.5, "shared_blocks": 1}, "failed")])
