@@ -114,6 +114,7 @@ def pending_trials(sweep: Sweep) -> tuple[list[TrialEntry], int]:
         return [t for t in trials if not t.is_settled], max(0, sweep.space.count - len(trials))
     points = sweep.space.points(sweep.options.seed)
     sweep.put(*(TrialEntry(number=i, parameters=p) for i, p in enumerate(points, 1) if i > len(trials)))
+    sweep.forget_pending(len(points))  # An earlier command asked for more trials, and was stopped.
     return [t for t in sweep.trials[: len(points)] if not t.is_settled], 0
 
 

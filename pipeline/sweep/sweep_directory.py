@@ -24,6 +24,7 @@ from pipeline.sweep.preflight import preflight_experiment, varied_model
 from pipeline.sweep.report import mlflow_sweep
 from pipeline.sweep.space_file import load_space
 from pipeline.sweep.trials.entry import TrialEntry, trials_of
+from pipeline.sweep.trials.states import PENDING
 from pipeline.tracking import server
 from pipeline.tracking.tracker import Tracker
 from pipeline.training import gpu_memory
@@ -70,6 +71,13 @@ class Sweep:
         with self.stored.lock:
             for trial in trials:
                 self.record["trials"][trial.number - 1 : trial.number] = [trial.to_json()]
+
+    def forget_pending(self, beyond: int) -> None:
+        """Remove the last trials of the record that never ran, down to the number ``beyond``."""
+        trials = self.record["trials"]
+        with self.stored.lock:
+            while len(trials) > beyond and trials[-1]["state"] == PENDING:
+                trials.pop()
 
     def publish(self, *, report_follows: bool = False) -> None:
         """Publish what the record holds by now to MLflow; see :func:`mlflow_sweep.publish_sweep`."""

@@ -15,7 +15,7 @@ from pipeline.records import Record
 from pipeline.reporting import labels
 from pipeline.reporting.markdown import made_with, made_with_section, markdown_table
 from pipeline.sweep.trials.entry import TrialEntry, trials_of
-from pipeline.sweep.trials.states import FINISHED
+from pipeline.sweep.trials.states import FINISHED, PENDING
 
 
 def finished(record: Mapping[str, Any]) -> list[TrialEntry]:
@@ -171,7 +171,7 @@ def _row(record: Mapping[str, Any], trial: TrialEntry) -> dict[str, Any]:
         "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}" if last else "",
         **seeds,
         "epochs": last.epoch if last else "",
-        "seconds": f"{trial.training_seconds + trial.objective_seconds:.1f}",
+        "seconds": "" if trial.state == PENDING else f"{trial.training_seconds + trial.objective_seconds:.1f}",
         "state": state_of(trial) + _mark(record, trial.number),
     }
 

@@ -48,6 +48,16 @@ def test_finished_stopped_and_diverged_trials_are_not_run_again_failed_ones_are(
     assert pending(replace(BLOCKS, search="tpe", trials=7)) == ([4, 5], 2)
 
 
+def test_fewer_trials_leave_no_trials_that_never_run(tmp_path: Path) -> None:
+    states: list[TrialState] = ["finished", "pending", "failed", "pending", "pending"]
+    points = replace(BLOCKS, trials=5).points(0)
+    trials = [entry(i, p, s, 0.1) for i, (p, s) in enumerate(zip(points, states, strict=True), 1)]
+    for asked, numbers in (2, [2]), (4, [2, 3, 4]), (5, [2, 3, 4, 5]):
+        sweep = opened(tmp_path, replace(BLOCKS, trials=asked), trials)
+        assert [trial.number for trial in pending_trials(sweep)[0]] == numbers
+        assert len(sweep.trials) == max(asked, 3), "the failed one is kept"
+
+
 def test_tpe_is_told_what_ended_and_begins_with_what_did_not(tmp_path: Path) -> None:
     space = replace(BLOCKS, search="tpe", trials=6)
     known = [
