@@ -50,10 +50,7 @@ class SweepMonitor:
         """An error that ended the polling thread."""
         self._live: dict[int, str] = {}
         """Trial number -> how far its models are."""
-        space, settled = sweep.space, sum(trial.is_settled for trial in sweep.trials)
-        asked = space.count if space.search == "tpe" else len(space.points(sweep.options.seed))
-        self._total = max(asked, settled)
-        """Trials of this command, or those that an earlier one ended if they are more."""
+        self._total = sweep.space.count if sweep.space.search == "tpe" else len(sweep.trials)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ()  # Tune pickles its callbacks for Tuner.restore(), which we do not use.

@@ -138,7 +138,9 @@ def test_the_total_is_that_of_this_command(tmp_path: Path, capsys: pytest.Captur
     points = replace(BLOCKS, trials=5).points(0)
     known = [entry(1, points[0], "finished", 0.5), *(entry(i, p, "pending") for i, p in enumerate(points[1:], 2))]
     for trials, total in ((2, 2), (5, 5)):
-        monitor = monitor_of(tmp_path, replace(BLOCKS, trials=trials), known)
+        sweep = opened(tmp_path, replace(BLOCKS, trials=trials), known)
+        pending_trials(sweep)
+        monitor = SweepMonitor(sweep, replace(plan(tmp_path), base=sweep.base), JobQueue(attempts=1), [])
         monitor.start("x", {"listed": {"number": 2, "values": points[1]}})
         monitor.end("x", "it broke")
         assert f"trial 2/{total}: " in capsys.readouterr().out
