@@ -65,11 +65,11 @@ def main_budget(record: RunRecord) -> tuple[str, float] | None:
     return max(left, key=lambda case: (left[case] > 0, own.count(case), case[0] == "linf", -case[1]), default=None)
 
 
-def verdict(record: RunRecord, comparisons: Sequence[Row]) -> Verdict:
+def verdict(record: RunRecord, comparisons: Sequence[Row] = ()) -> Verdict:
     """Return the verdict of a run.
 
     Args:
-        comparisons: the result of :func:`pipeline.reporting.results.comparisons`.
+        comparisons: the result of :func:`pipeline.reporting.results.comparisons`, for the reasons.
     """
     if not any(e.source for e in record.evaluations):
         return Verdict("", [])

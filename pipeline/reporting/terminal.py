@@ -59,7 +59,7 @@ def print_record(record: RunRecord, console: Console) -> None:
     for note in _notes(record):
         console.print(Text(note, style="dim"))
     # The last line is the one that a reader looks at first.
-    if verdict := headline.verdict(record, []).headline:
+    if verdict := headline.verdict(record).headline:
         console.print(Text(f"{verdict}.", style="bold"))
 
 

@@ -27,7 +27,7 @@ def note(record: RunRecord) -> str:
     main = [name for name in record.first_replicates if record.bases[name] == metrics.main_model(record)]
     controls = [name for name in record.first_replicates if record.roles[name] == "control"]
     numbers = " ".join(_sentence(record, rows[name]) for name in dict.fromkeys([*main, *controls]) if name in rows)
-    verdict = headline.verdict(record, []).headline  # The comparisons of transferred examples give only its reasons.
+    verdict = headline.verdict(record).headline
     return "\n\n".join(
         [
             *([warning] if near_chance else []),

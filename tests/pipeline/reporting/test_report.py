@@ -280,7 +280,7 @@ def test_terminal_table_fits_and_names_the_threat_model(
     # both ends: the interval is not symmetric
     assert f"{100 * fgsm['accuracy']:.1f}" in text
     assert f"{100 * fgsm['accuracy_low']:.1f}–{100 * fgsm['accuracy_high']:.1f}" in text
-    verdict = headline.verdict(RunRecord.from_json(run.read_json("run.json")), []).headline
+    verdict = headline.verdict(RunRecord.from_json(run.read_json("run.json"))).headline
     assert " ".join(text.split()).endswith(f" {verdict}.")
 
 
