@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 from components.config import Experiment
 from components.errors import ConfigError
-from components.fields import PLACE, check, convert, hints_of, option_of, replace_fields
+from components.fields import PLACE, check_values, convert, hints_of, option_of, replace_fields
 from pipeline.program import program
 
 
@@ -146,7 +146,7 @@ def parse_overrides(
     """Return an experiment with the fields that the arguments set; see :func:`parse_fields`."""
     experiment = replace_fields(default, parse_fields(default, arguments, command, others))
     # Storage refuses it too, but imports pyarrow first.
-    check(PLACE[0](experiment.storage), "storage", experiment.storage, PLACE[1])
+    check_values(experiment, "", {"storage": PLACE})
     return experiment
 
 
