@@ -31,6 +31,7 @@ ELSEWHERE = {
     "infra/local-cluster.sh ": "tests/support/job_shell.py",
     "infra/offline-bundle.sh ": "tests/end_to_end/test_infra.py",
     "benchmarks/gpu.sh ": "tests/end_to_end/test_gpu_script.py",
+    "pip install /path/to/this/clone": "tests/end_to_end/test_installed.py",
     "optuna-dashboard ": "tests/pipeline/sweep/test_study.py",
 }
 """What needs machines, a network or services that a test has not, or what has a test of its own: -> that test."""

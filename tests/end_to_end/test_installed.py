@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("components", "pipeline", "tune_spaces")
 PROGRAM = """
 import defendpp

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
-import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from documentation import python_of
 from mobilenet import MOBILENET, OWN, mobilenet
 from network_cases import images, small
-from repository import ROOT
 from torch import Tensor, nn
 
 from components.errors import ConfigError
@@ -275,8 +274,7 @@ def test_maps_that_are_not_square_maps() -> None:
 
 
 def test_the_documented_network_is_the_tested_one(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs" / "networks.md").read_text()
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if b.startswith("# own.py"))
+    (block,) = [b for b in python_of("docs/networks.md", "A network of your own") if b.startswith("# own.py")]
     (tmp_path / "own.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
     own = importlib.import_module("own")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import MAIN
+from documentation import blocks
 from repository import ROOT
 
 from pipeline.cli import completion, usage
@@ -37,9 +37,8 @@ def test_the_page_of_commands_has_every_command_and_option() -> None:
 
 def examples() -> list[str]:
     """Return the commands of docs/commands.md."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "commands.md").read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("defendpp ") and "--from" not in line]
+    commands = [c for block in blocks("sh") if str(block.page) == "docs/commands.md" for c in block.commands()]
+    return [command for command in commands if command.startswith("defendpp ") and "--from" not in command]
 
 
 @pytest.mark.parametrize("line", examples())
