@@ -13,7 +13,7 @@ from torch import nn
 from components.attacks.spec import AttackSpec
 from components.config import EvaluationConfig, ScalingConfig
 from components.errors import ConfigError
-from components.fields import check_name
+from components.fields import TYPE_WORDS, check_name
 from components.models.adapter import evaluating
 from components.threat_models import BLACK_BOX, EVERY_SOURCE, WHITE_BOX
 from pipeline.api import in_memory_run, inputs
@@ -85,6 +85,7 @@ def evaluate(
         device = inputs.check_same_device(networks)
         checked = None if autoencoder is None else inputs.checked_autoencoder(autoencoder, device)
         counts: dict[str, int] = {}
+        # Before Python 3.12 a comprehension would be one more frame between a warning and its caller.
         for key, network in networks.items():
             counts[key] = inputs.checked_network(key, network, pixels, classes)
         if len(set(counts.values())) > 1:
@@ -128,7 +129,8 @@ def _of_budget(text: str, norm: str, eps: str, channels: int) -> tuple[str, ...]
     try:
         AttackSpec.parse(f"noise:eps={eps},norm={norm}")
     except ConfigError as e:
-        reason = str(e).partition("; it must be ")[2]
+        # Of a text such as 0.1,steps=5 the parser complains about a field, which a budget has not.
+        reason = str(e).partition("; it must be ")[2] or TYPE_WORDS[float]
         raise ConfigError.of("attacks", text, f"a budget such as linf:8/255 or l2:0.5, its size {reason}") from None
     return full_suite(eps, norm, channels)
 

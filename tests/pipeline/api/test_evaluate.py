@@ -209,6 +209,7 @@ def test_budgets_are_suites() -> None:
             "attacks is 'linf:8'; it must be a budget such as .* at most 1 in linf, in units of .*: write 8/255",
         ),
         ("linf", "attacks is 'linf'; it must be a budget such as .*, its size a number"),
+        ("linf:0.1,steps=5", "attacks is 'linf:0.1,steps=5'; it must be a budget such as .*, its size a number"),
     ):
         with pytest.raises(ConfigError, match=message):
             specs(attacks, 1)
