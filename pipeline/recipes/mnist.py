@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, ScalingConfig, TrainConfig
-from pipeline.recipes.suites import attacks
+from pipeline.recipes.suites import SHORT_AUTOATTACK, attacks
 
 
 def mnist_demo() -> Experiment:
@@ -64,7 +64,9 @@ def mnist_slim() -> Experiment:
         # These are the prototype's steps. The paper's 100 would cost half as much again for the same
         # result.
         evaluation=EvaluationConfig(
-            attacks=attacks(0.2, steps=40, ddn_steps=60), test_images=300, reliability_images=16
+            attacks=attacks(0.2, steps=40, ddn_steps=60, autoattack=SHORT_AUTOATTACK),
+            test_images=300,
+            reliability_images=16,
         ),
         # Two models train at once on two cores, as in the tables, which share these models.
         scaling=ScalingConfig(workers=1),

@@ -6,14 +6,16 @@ from dataclasses import replace
 
 from components.config import DataConfig, EvaluationConfig, Experiment, PyramidConfig, ScalingConfig, TrainConfig
 from pipeline.recipes.mnist import mnist, mnist_slim
-from pipeline.recipes.suites import attacks
+from pipeline.recipes.suites import SHORT_AUTOATTACK, attacks
 
 SCALES = {
     "smoke": "a minute or two on 2 cores, always on the bundled sample; its numbers mean nothing",
-    "slim": "10,000 images of MNIST, width 16, on a CPU: hours",
+    "slim": "a small network and few epochs, on a CPU: hours",
     "fast": "about the paper's clean accuracy in a tenth of its epochs, for one GPU",
     "paper": "the paper's own hyper-parameters (sec. 4.1) and, where it has none, ours (docs/method.md), for one GPU",
 }
+AUTOATTACK = {"smoke": "steps=2,queries=5", "slim": SHORT_AUTOATTACK, "fast": SHORT_AUTOATTACK, "paper": "steps=100"}
+"""Scale -> settings of AutoAttack, which stands beside the attacks of sec. 4.1."""
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -29,7 +31,10 @@ def smoke(name: str, scale: str) -> Experiment:
             width=4, epochs=1, batch_size=64, lr=0.05, clip_norm=1.0, reconstruction_weight=10.0, adversarial_steps=2
         ),
         evaluation=EvaluationConfig(
-            attacks=attacks(0.2, steps=2, ddn_steps=3), test_images=8, chunk_size=8, reliability_images=0
+            attacks=attacks(0.2, steps=2, ddn_steps=3, autoattack=AUTOATTACK["smoke"]),
+            test_images=8,
+            chunk_size=8,
+            reliability_images=0,
         ),
         # Starting a Ray Train run costs more than training all models of this size.
         scaling=ScalingConfig(parallel_models=1),
@@ -44,7 +49,11 @@ def mnist_scale(name: str, scale: str) -> Experiment:
     if scale == "slim":
         return replace(mnist_slim(), name=base.name, scale=scale, description="", seeds=3)
     if scale == "fast":
-        return replace(mnist(), name=base.name, scale=scale, description="")
+        fast = mnist()
+        evaluation = replace(
+            fast.evaluation, attacks=(*fast.evaluation.attacks, f"autoattack:eps=0.2,{AUTOATTACK[scale]}")
+        )
+        return replace(fast, name=base.name, scale=scale, description="", evaluation=evaluation)
     return replace(
         mnist(),
         name=base.name,
@@ -54,15 +63,26 @@ def mnist_scale(name: str, scale: str) -> Experiment:
         train=TrainConfig(
             epochs=250, lr=0.01, lr_schedule="step", batch_size=256, reconstruction_weight=10.0, adversarial_steps=40
         ),
-        evaluation=EvaluationConfig(attacks=attacks(0.2, steps=100, ddn_steps=100), chunk_size=250),
+        evaluation=EvaluationConfig(
+            attacks=attacks(0.2, steps=100, ddn_steps=100, autoattack=AUTOATTACK[scale]), chunk_size=250
+        ),
     )
 
 
+_COLOUR_STEPS = {"smoke": (2, 3), "slim": (40, 60), "fast": (100, 100), "paper": (100, 100)}
+"""Scale -> steps of BIM and of DDN on colour images."""
+
+
+def _colour_attacks(eps: float, scale: str) -> tuple[str, ...]:
+    steps, ddn_steps = _COLOUR_STEPS[scale]
+    return attacks(eps, steps=steps, ddn_steps=ddn_steps, channels=3, autoattack=AUTOATTACK[scale])
+
+
 def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig:
-    """Return the training at a scale: the paper's, or one cycle in a tenth of its epochs."""
+    """Return the training at a scale: the paper's, or one cycle in a tenth of its epochs or less."""
     if scale == "paper":
         return replace(train, lr=0.1, lr_schedule="step")
-    return replace(
+    one_cycle = replace(
         train,
         epochs=30,
         autoencoder_epochs=1,
@@ -72,6 +92,9 @@ def _scheduled(train: TrainConfig, scale: str, *, fast_lr: float) -> TrainConfig
         precision="bfloat16",
         channels_last=True,
     )
+    if scale == "fast":
+        return one_cycle
+    return replace(one_cycle, width=16, batch_size=128, lr=0.1, cycles=1)
 
 
 def cifar10(name: str, scale: str) -> Experiment:
@@ -92,7 +115,7 @@ def cifar10(name: str, scale: str) -> Experiment:
                 classifier_epochs=1,
                 adversarial_eps=0.05,
             ),
-            evaluation=replace(base.evaluation, attacks=attacks(0.05, steps=2, ddn_steps=3, channels=3)),
+            evaluation=replace(base.evaluation, attacks=_colour_attacks(0.05, scale)),
         )
     train = TrainConfig(
         shared_blocks=3,
@@ -106,7 +129,7 @@ def cifar10(name: str, scale: str) -> Experiment:
         adversarial_eps=0.05,
     )
     train = _scheduled(train, scale, fast_lr=0.2)
-    return Experiment(
+    experiment = Experiment(
         name=f"{name}-{scale}",
         scale=scale,
         data=DataConfig(
@@ -114,22 +137,24 @@ def cifar10(name: str, scale: str) -> Experiment:
             download=True,
             image_size=32,
             channels=3,
-            validation_fraction=0.1 if scale == "fast" else 0.0,
+            validation_fraction=0.0 if scale == "paper" else 0.1,
         ),
         train=train,
         evaluation=EvaluationConfig(
-            attacks=attacks(0.05, steps=100, ddn_steps=100, channels=3),
+            attacks=_colour_attacks(0.05, scale),
             test_images=1000 if scale == "fast" else 0,
             chunk_size=250,
         ),
         scaling=ScalingConfig(gpu=True, gpus_per_attack=0.5),
     )
+    return _on_cpu(experiment, epochs=8) if scale == "slim" else experiment
 
 
 def imagenet(name: str, scale: str) -> Experiment:
     """Return ImageNet-like images at 224x224, trained from pretrained weights.
 
     The paper does not name them, but its clean accuracy from 10,000 training images implies them.
+    Scale ``slim`` is for ten classes such as Imagenette's, at 96x96, trained from scratch.
     """
     if scale == "smoke":
         base = cifar10(name, scale)
@@ -152,7 +177,7 @@ def imagenet(name: str, scale: str) -> Experiment:
         adversarial_eps=0.01,
     )
     train = _scheduled(train, scale, fast_lr=0.02)
-    return Experiment(
+    experiment = Experiment(
         name=f"{name}-{scale}",
         scale=scale,
         data=DataConfig(
@@ -163,11 +188,30 @@ def imagenet(name: str, scale: str) -> Experiment:
             allow_empty_classes=True,  # The 1,000 test images of NIPS 2017 lack some classes.
             resize="crop",
             train_limit=10_000,
-            validation_fraction=0.1 if scale == "fast" else 0.0,
+            validation_fraction=0.0 if scale == "paper" else 0.1,
         ),
         train=train,
-        evaluation=EvaluationConfig(
-            attacks=attacks(0.01, steps=100, ddn_steps=100, channels=3), test_images=1000, chunk_size=50
-        ),
+        evaluation=EvaluationConfig(attacks=_colour_attacks(0.01, scale), test_images=1000, chunk_size=50),
         scaling=ScalingConfig(gpu=True, gpus_per_attack=0.5),
+    )
+    if scale != "slim":
+        return experiment
+    return _on_cpu(
+        replace(
+            experiment,
+            data=replace(experiment.data, image_size=96, num_classes=10, allow_empty_classes=False, train_limit=0),
+            train=replace(experiment.train, pretrained=""),
+        ),
+        epochs=60,
+    )
+
+
+def _on_cpu(experiment: Experiment, *, epochs: int) -> Experiment:
+    """Return the experiment at scale ``slim``: two models at once on two cores, two seeds."""
+    return replace(
+        experiment,
+        seeds=2,
+        train=replace(experiment.train, epochs=epochs),
+        evaluation=replace(experiment.evaluation, test_images=500, chunk_size=50, reliability_images=16),
+        scaling=ScalingConfig(workers=1),
     )

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+SHORT_AUTOATTACK = "steps=20,queries=500"
+"""AutoAttack's short form, a fifth to a tenth of the standard one: for a CPU."""
+
 
 def cw(channels: int) -> str:
     """Return C&W of 5 x 20 steps (sec. 4.1), with a step size for the images (docs/LOG.md)."""
     return "cw:steps=20,binary_search_steps=5" + (",lr=0.01" if channels == 3 else "")
 
 
-def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1) -> tuple[str, ...]:
-    """Return the attacks of sec. 4.1, and noise of the same eps as a floor."""
+def attacks(eps: float, *, steps: int, ddn_steps: int, channels: int = 1, autoattack: str = "") -> tuple[str, ...]:
+    """Return the attacks of sec. 4.1, noise of the same eps as a floor, and AutoAttack.
+
+    Args:
+        channels: of the images; C&W's step size depends on them.
+        autoattack: settings of AutoAttack beside its eps; empty: none.
+    """
     return (
         f"noise:eps={eps}",
         f"fgsm:eps={eps}",
         f"bim:eps={eps},steps={steps}",
         cw(channels),
         f"ddn:steps={ddn_steps}",
+        *((f"autoattack:eps={eps},{autoattack}",) if autoattack else ()),
     )
 
 
