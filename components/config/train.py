@@ -22,6 +22,7 @@ _TRAIN_RULES: dict[str, Rule] = {
     "reconstruction_weight": NOT_NEGATIVE,
     "noise_sigma": NOT_NEGATIVE,
     "adversarial_eps": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+    "adversarial_beta": POSITIVE,
     "adversarial_steps": AT_LEAST_1,
     "adversarial_max_norm": NOT_NEGATIVE,
     "adversarial_share": (
@@ -37,6 +38,7 @@ _TRAIN_RULES: dict[str, Rule] = {
     "lr_gamma": POSITIVE,
     "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "weight_decay": NOT_NEGATIVE,
+    "ema_decay": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "clip_norm": NOT_NEGATIVE,
     "normalize_mean": (lambda v: all(map(math.isfinite, v)), "finite numbers"),
     "normalize_std": (
@@ -69,7 +71,7 @@ class TrainConfig:
     defense: Literal["none", "defend++", "adversarial", "comdefend"] = "defend++"
     """none: the classifier alone. defend++: with the auto-encoder (sec. 3.3). adversarial: the
     classifier trained on examples made online. comdefend: a reformer in front of the undefended
-    classifier (Jia et al. 2019)."""
+    classifier (Jia et al. 2019). For Defend++ on examples see adversarial_training."""
     decoder: Literal["pyramid", "hourglass", "hourglass_concat", "hourglass_add"] = "pyramid"
     """pyramid: U and H modules (Fig. 4). The hourglasses (Fig. 3), without skips or with
     concatenated or added ones, are Table 1's ablation."""
@@ -91,20 +93,30 @@ class TrainConfig:
     or defend++."""
     noise_sigma: float = 0.1
     """Standard deviation of that noise, in units of the tensor it is added to."""
-    adversarial_attack: Literal["fgsm", "pgd", "ddn"] = "fgsm"
-    """adversarial only: attack that makes the examples."""
+    adversarial_training: bool = False
+    """defend++ only: train on examples made online, as adversarial does. The classifier sees the
+    example; the auto-encoder reconstructs the levels of the clean image from it."""
+    adversarial_attack: Literal["fgsm", "n-fgsm", "pgd", "ddn"] = "fgsm"
+    """Adversarial training only: attack that makes the examples. n-fgsm: one step from a noisy
+    image (de Jorge et al. 2022), which may be longer than adversarial_eps."""
+    adversarial_loss: Literal["ce", "trades"] = "ce"
+    """Adversarial training only. ce: cross entropy of the examples (Madry et al. 2018). trades:
+    cross entropy of the clean images and divergence between both predictions, which the examples
+    maximise (Zhang et al. 2019); with n-fgsm or pgd."""
+    adversarial_beta: float = 6.0
+    """trades only: weight of the divergence (Zhang et al. 2019: 6 on CIFAR-10, 1 on MNIST)."""
     adversarial_eps: float = 0.2
-    """adversarial only, fgsm and pgd: largest Linf norm, in units of images in [0,1]."""
+    """Adversarial training with fgsm, n-fgsm or pgd: largest Linf norm, in units of images in [0,1]."""
     adversarial_steps: int = 10
-    """adversarial only, pgd and ddn: steps per example; pgd's step size is 2.5 eps / steps."""
+    """Adversarial training with pgd or ddn: steps per example; pgd's step size is 2.5 eps / steps."""
     adversarial_max_norm: float = 0.0
-    """adversarial only: largest L2 norm; longer perturbations are scaled down to it (Rony et al.
+    """Adversarial training only: largest L2 norm; longer perturbations are scaled down to it (Rony et al.
     2019: 2.4 on MNIST, 1 on CIFAR-10). 0: no limit."""
     adversarial_share: float = 1.0
-    """adversarial only: share of the examples' loss; the clean images have the rest (Goodfellow et
-    al. 2015: 0.5)."""
+    """Adversarial training with ce: share of the examples' loss; the clean images have the rest
+    (Goodfellow et al. 2015: 0.5)."""
     adversarial_epochs: int = 0
-    """adversarial only: number of adversarial epochs, after clean ones. 0: all."""
+    """Adversarial training only: number of adversarial epochs, after clean ones. 0: all."""
     reformer_sigma: float = 20.0
     """comdefend only: standard deviation of the noise on its code during training."""
     augment: Literal["none", "flip", "crop_flip"] = "none"
@@ -142,6 +154,9 @@ class TrainConfig:
     """SGD momentum."""
     weight_decay: float = 5e-4
     """Weight decay."""
+    ema_decay: float = 0.0
+    """Decay per step of the exponential moving average of the weights, which is then validated and
+    exported, e.g. 0.999. 0: the weights of the last step."""
     clip_norm: float = 0.0
     """Largest L2 norm of the gradient; longer ones are scaled down. 0: no clipping."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -165,11 +180,17 @@ class TrainConfig:
         return {"none": "undefended", "defend++": "defended"}.get(self.defense, self.defense)
 
     @property
+    def on_examples(self) -> bool:
+        """Tell whether the model is trained on adversarial examples."""
+        return self.defense == "adversarial" or (self.defense == "defend++" and self.adversarial_training)
+
+    @property
     def relative_cost(self) -> float:
         """Approximate time of training, in epochs of the bare classifier."""
-        if self.defense == "adversarial":
-            return self.epochs * (1.0 + 0.7 * (1 if self.adversarial_attack == "fgsm" else self.adversarial_steps))
-        return self.epochs * (1.0 if self.defense == "none" else 2.0)
+        cost = 1.0 if self.defense in ("none", "adversarial") else 2.0
+        if self.on_examples:
+            cost += 0.7 * (self.adversarial_steps if self.adversarial_attack in ("pgd", "ddn") else 1)
+        return self.epochs * cost
 
     def canonical(self) -> TrainConfig:
         """Return the config with every setting that has no influence on the model at its default.
@@ -201,12 +222,14 @@ class TrainConfig:
             unused |= {"arch", "pretrained", "replace_head", "normalize_mean", "normalize_std"}
         else:
             unused |= {"reformer_sigma"}
-        if self.defense != "adversarial":
+        if self.defense != "defend++":
+            unused |= {"adversarial_training"}
+        if not self.on_examples:
             unused |= {f.name for f in dataclasses.fields(self) if f.name.startswith("adversarial_")}
-        elif self.adversarial_attack == "ddn":
-            unused |= {"adversarial_eps"}
-        elif self.adversarial_attack == "fgsm":
-            unused |= {"adversarial_steps"}
+        else:
+            unused |= {"adversarial_eps"} if self.adversarial_attack == "ddn" else set()
+            unused |= {"adversarial_steps"} if self.adversarial_attack in ("fgsm", "n-fgsm") else set()
+            unused |= {"adversarial_share"} if self.adversarial_loss == "trades" else {"adversarial_beta"}
         if self.noise_location == "none" or self.noise_sigma == 0:
             unused |= {"noise_location", "noise_sigma"}
         if self.schedule == "joint" or "schedule" in unused:
@@ -263,12 +286,19 @@ class TrainConfig:
         )
 
     def _check_method(self) -> None:
+        kind = "adversarial_training" if self.defense == "defend++" else f"defense={self.defense!r}"
         check(
-            self.noise_location == "none" or self.defense in ("none", "defend++"),
+            self.noise_location == "none" or (self.defense in ("none", "defend++") and not self.on_examples),
             "train.noise_location",
             self.noise_location,
-            f"none with defense={self.defense!r}, whose training adds no such noise; set it on the models that have "
-            "it, as in --models NAME:noise_location=latent",
+            f"none with {kind}, whose training adds no such noise; set it on the models that have it, as in --models "
+            "NAME:noise_location=latent",
+        )
+        check(
+            not self.on_examples or self.adversarial_loss == "ce" or self.adversarial_attack in ("n-fgsm", "pgd"),
+            "train.adversarial_attack",
+            self.adversarial_attack,
+            "n-fgsm or pgd with adversarial_loss=trades, whose divergence these maximise",
         )
         check(
             0 <= self.adversarial_epochs <= self.epochs,

@@ -2,23 +2,33 @@
 
 Adv. FGSM: Goodfellow, Shlens, Szegedy 2015, https://arxiv.org/abs/1412.6572. Adv. PGD: Madry et al.
 2018, https://arxiv.org/abs/1706.06083. Adv. DDN: Rony et al. 2019,
-https://arxiv.org/abs/1811.09600.
+https://arxiv.org/abs/1811.09600. TRADES: Zhang et al. 2019, https://arxiv.org/abs/1901.08573.
+N-FGSM: de Jorge et al. 2022, https://arxiv.org/abs/2202.01181.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from components.attacks.common import input_gradient
 from components.attacks.projections import project
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
+from components.config import TrainConfig
 from components.errors import ConfigError
+
+N_FGSM_NOISE = 2.0
+"""Largest noise of N-FGSM, in eps (de Jorge et al. 2022, sec. 4)."""
+TRADES_START = 0.001
+"""Standard deviation of the noise that TRADES' examples start from. At the image itself the
+divergence has no slope."""
 
 
 def adversarial_examples(
@@ -61,13 +71,83 @@ def adversarial_examples(
         ConfigError: max_norm is negative or not finite.
         ValueError: images or labels have the wrong type, shape or range.
     """
+
+    def attack(network: nn.Module, clean: Tensor) -> Tensor:
+        return run_attack(spec, network, clean, labels, generator=generator)
+
+    return _made_by(attack, classifier, images, max_norm)
+
+
+def training_examples(
+    classifier: nn.Module, images: Tensor, labels: Tensor, config: TrainConfig, generator: torch.Generator | None
+) -> Tensor:
+    """Make the examples of a step of adversarial training; see :func:`adversarial_examples`.
+
+    With the cross entropy they are those of ``config.adversarial_attack``. TRADES maximises the
+    divergence between the predictions of the example and of the clean image instead.
+
+    - pgd and trades: from the image plus noise of standard deviation 0.001, as in Zhang et al.
+      2019. Step size 2.5 eps / steps, as everywhere here.
+    - n-fgsm: from the image plus noise that is uniform up to 2 eps, one step of size eps. The
+      result is not projected to the eps-ball: it is up to 3 eps away (de Jorge et al. 2022).
+    """
+    eps, steps, max_norm = config.adversarial_eps, config.adversarial_steps, config.adversarial_max_norm
+    single_step = config.adversarial_attack == "n-fgsm"
+    if config.adversarial_loss == "ce" and not single_step:
+        spec = adversarial_spec(config)
+        return adversarial_examples(classifier, images, labels, spec, generator=generator, max_norm=max_norm)
+
+    def attack(network: nn.Module, clean: Tensor) -> Tensor:
+        losses: Callable[[Tensor], Tensor]
+        if config.adversarial_loss == "trades":
+            clean_logits = network(clean)
+            losses = lambda logits: kl_divergence(logits, clean_logits)  # noqa: E731
+        else:
+            losses = lambda logits: F.cross_entropy(logits, labels, reduction="none")  # noqa: E731
+        if single_step:
+            start = (clean + eps * N_FGSM_NOISE * _uniform(clean, generator)).clamp_(0, 1)
+            gradient, _ = input_gradient(network, start, losses)
+            return start + eps * gradient.sign()
+        x = clean + TRADES_START * torch.randn(clean.shape, generator=generator).to(clean.device)
+        for _ in range(steps):
+            gradient, _ = input_gradient(network, x, losses)
+            x = project(x + (2.5 * eps / steps) * gradient.sign(), clean, eps, "linf")
+        return x
+
+    return _made_by(attack, classifier, images, max_norm)
+
+
+def adversarial_spec(config: TrainConfig) -> AttackSpec:
+    """Return the attack of adversarial training with the cross entropy; n-fgsm has none."""
+    eps, steps = config.adversarial_eps, config.adversarial_steps
+    text = {"fgsm": f"fgsm:eps={eps}", "pgd": f"pgd:eps={eps},steps={steps}", "ddn": f"ddn:steps={steps}"}
+    return AttackSpec.parse(text[config.adversarial_attack])
+
+
+def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return KL(reference || prediction) of the softmaxes of two batches of logits [N,K], shape [N].
+
+    It is TRADES' divergence of an example's prediction from the clean one.
+    """
+    return F.kl_div(logits.log_softmax(1), reference.softmax(1), reduction="none").sum(1)
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw uniformly from [-1, 1], on the CPU so that every device gets the same draw."""
+    return torch.rand(like.shape, generator=generator).mul_(2).sub_(1).to(like.device)
+
+
+def _made_by(
+    attack: Callable[[nn.Module, Tensor], Tensor], classifier: nn.Module, images: Tensor, max_norm: float
+) -> Tensor:
+    """Run ``attack(network, images)`` as :func:`adversarial_examples` describes."""
     if not 0 <= max_norm < math.inf:
         raise ConfigError.of("max_norm", max_norm, "a finite number, 0 (no limit) or more")
     network = classifier.module if isinstance(classifier, DistributedDataParallel) else classifier
     clean = images.detach()
     # With no_grad only the attack's own gradient passes record anything.
     with torch.no_grad(), _frozen(network):
-        examples = run_attack(spec, _Float32Logits(network), clean, labels, generator=generator)
+        examples = attack(_Float32Logits(network), clean)
         if max_norm:
             examples = project(examples, clean, max_norm, "l2")
         return examples.clamp_(0, 1)

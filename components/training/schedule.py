@@ -7,7 +7,15 @@ from typing import Literal, get_args
 
 from components.config import TrainConfig
 
-Phase = Literal["joint", "autoencoder", "classifier", "adversarial", "reformer"]
+Phase = Literal[
+    "joint",
+    "autoencoder",
+    "classifier",
+    "adversarial",
+    "adversarial_joint",
+    "adversarial_autoencoder",
+    "reformer",
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -17,23 +25,23 @@ def phase_at_epoch(epoch: int, config: TrainConfig) -> Phase:
     - Defend++: "joint". With the alternating schedule, ``cycles`` times ``autoencoder_epochs`` on
       L_rec and ``classifier_epochs`` on L_cls come first (sec. 3.4).
     - ComDefend: "reformer".
-    - Adversarial training: "adversarial" in the last ``adversarial_epochs`` (0: in all),
-      "classifier" before.
     - No defense: "classifier".
+    - Adversarial training, also of Defend++: the same on examples in the last
+      ``adversarial_epochs`` (0: in all); "adversarial" instead of "classifier",
+      "adversarial_joint" and "adversarial_autoencoder".
     """
-    if config.defense == "none":
-        return "classifier"
     if config.defense == "comdefend":
         return "reformer"
-    if config.defense == "adversarial":
-        clean = config.epochs - config.adversarial_epochs if config.adversarial_epochs else 0
-        return "classifier" if epoch < clean else "adversarial"
-    if config.schedule == "joint":
-        return "joint"
+    first_adversarial = config.epochs - config.adversarial_epochs if config.adversarial_epochs else 0
+    on_examples = config.on_examples and epoch >= first_adversarial
+    if config.defense in ("none", "adversarial"):
+        return "adversarial" if on_examples else "classifier"
     cycle = config.autoencoder_epochs + config.classifier_epochs
-    if epoch >= config.cycles * cycle:
-        return "joint"
-    return "autoencoder" if epoch % cycle < config.autoencoder_epochs else "classifier"
+    if config.schedule == "joint" or epoch >= config.cycles * cycle:
+        return "adversarial_joint" if on_examples else "joint"
+    if epoch % cycle < config.autoencoder_epochs:
+        return "adversarial_autoencoder" if on_examples else "autoencoder"
+    return "adversarial" if on_examples else "classifier"
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from components.attacks.spec import AttackSpec
 from components.config import TrainConfig
 from components.models.comdefend import ComDefend
 from components.models.defend import DefendNet, Noise, classify_with_noise
 from components.network import classifier_of
 from components.precision import true_float32
-from components.training.adversarial import adversarial_examples, mixed_loss
+from components.training.adversarial import kl_divergence, mixed_loss, training_examples
 from components.training.augment import Batch, targets_of
 from components.training.losses import reconstruction_loss, reconstruction_terms
 from components.training.schedule import Phase
@@ -32,8 +31,9 @@ class PhaseModule(nn.Module):
     - classifier: L_cls.
     - autoencoder: L_rec.
     - joint: L_cls + w * L_rec (eq. 3).
-    - adversarial: L_cls of examples, and of the clean images too if ``adversarial_share`` is below
-      1.
+    - adversarial, adversarial_autoencoder, adversarial_joint: the same on examples. L_cls is then
+      the loss of adversarial training (``adversarial_loss``), and L_rec compares with the levels of
+      the clean images.
     - reformer: ComDefend's loss.
     """
 
@@ -41,16 +41,24 @@ class PhaseModule(nn.Module):
         super().__init__()
         self.phase = phase
         self.config = config
+        self.on_examples = phase.startswith("adversarial")
+        # In a tuple, so that the phase of the auto-encoder does not train the classifier.
+        self._attacked = (classifier_of(net),) if self.on_examples else ()
         if phase in ("classifier", "adversarial"):
             self.classifier = classifier_of(net)
         elif phase == "reformer":
             self.reformer = net
         elif not isinstance(net, DefendNet):
             raise ValueError(f"phase {phase!r} needs an auto-encoder")
-        elif phase == "autoencoder":
+        elif phase in ("autoencoder", "adversarial_autoencoder"):
             self.autoencoder = net.autoencoder
         else:
             self.net = net
+
+    @property
+    def attacked(self) -> nn.Module | None:
+        """Return the classifier that examples are made on; None if the phase has no examples."""
+        return self._attacked[0] if self._attacked else None
 
     def forward(
         self,
@@ -63,32 +71,35 @@ class PhaseModule(nn.Module):
         """Return the loss (a scalar) and its detached terms: loss_cls, rec_0, rec_1, ...
 
         Args:
-            images: float [N, C, W, W] in [0,1], the network's input.
+            images: float32 [N, C, W, W] in [0,1], the network's input.
             targets: the clean levels that have a target, level 0 first.
             noise: added to the latent map or to the images, as the config says, or to a reformer's
                 code.
-            adversarial: examples of ``images``, for phase "adversarial" only.
+            adversarial: examples of ``images``, in the phases on examples.
         """
         if self.phase == "reformer":
             return self._reformer(images, noise)
-        if self.phase == "adversarial":
-            assert adversarial is not None
-            return self._adversarial(images, labels, adversarial)
         latent_noise = noise if self.config.noise_location == "latent" else None
         if noise is not None and self.config.noise_location == "input":
             images = noise(images)
-        terms = {}
+        inputs = images
+        if self.on_examples:
+            assert adversarial is not None
+            inputs = adversarial
+        terms: dict[str, Tensor] = {}
         loss: Tensor | None = None
         reconstruction = None
-        if self.phase == "autoencoder":
-            reconstruction = self.autoencoder(images, latent_noise)
+        if hasattr(self, "autoencoder"):
+            reconstruction = self.autoencoder(inputs, latent_noise)
         else:
-            if self.phase == "joint":
-                logits, reconstruction = self.net.joint(images, latent_noise, latent_noise)
+            if hasattr(self, "net"):
+                classifier = self.net.classifier
+                logits, reconstruction = self.net.joint(inputs, latent_noise, latent_noise)
             else:
-                logits = classify_with_noise(self.classifier, images, latent_noise)
-            loss = F.cross_entropy(logits.float(), labels)
-            terms["loss_cls"] = loss.detach()
+                classifier = self.classifier
+                logits = classify_with_noise(classifier, inputs, latent_noise)
+            clean = (classifier, images) if self.on_examples else None
+            loss, terms = self._classification(logits, labels, clean)
         if reconstruction is not None:
             levels = reconstruction_terms(reconstruction, targets, self.config.reconstruction_reduction)
             rec = reconstruction_loss(levels, self.config.lam)
@@ -99,19 +110,37 @@ class PhaseModule(nn.Module):
         terms["loss"] = loss.detach()
         return loss, terms
 
+    def _classification(
+        self, logits: Tensor, labels: Tensor, clean: tuple[nn.Module, Tensor] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the classifier's loss, and its terms.
+
+        Args:
+            logits: of the clean images, or of the examples if ``clean`` is given.
+            clean: classifier and clean images of a phase on examples.
+        """
+        if clean is None:
+            loss = F.cross_entropy(logits.float(), labels)
+            return loss, {"loss_cls": loss.detach()}
+        classifier, images = clean
+        share, trades = self.config.adversarial_share, self.config.adversarial_loss == "trades"
+        if trades:
+            clean_logits = classifier(images).float()
+            natural = F.cross_entropy(clean_logits, labels)
+            divergence = kl_divergence(logits.float(), clean_logits).mean()
+            loss = natural + self.config.adversarial_beta * divergence
+            return loss, {"loss_cls": natural.detach(), "loss_kl": divergence.detach()}
+        loss = F.cross_entropy(logits.float(), labels)
+        terms = {"loss_adv": loss.detach()}
+        if share < 1:
+            natural = F.cross_entropy(classifier(images).float(), labels)
+            terms["loss_cls"] = natural.detach()
+            loss = mixed_loss(natural, loss, share)
+        return loss, terms
+
     def _reformer(self, images: Tensor, noise: Noise | None) -> tuple[Tensor, dict[str, Tensor]]:
         assert isinstance(self.reformer, ComDefend)
         loss, terms = self.reformer.training_loss(images, noise)
-        return loss, {**terms, "loss": loss.detach()}
-
-    def _adversarial(self, images: Tensor, labels: Tensor, adversarial: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        share = self.config.adversarial_share
-        loss = F.cross_entropy(self.classifier(adversarial).float(), labels)
-        terms = {"loss_adv": loss.detach()}
-        if share < 1:
-            clean = F.cross_entropy(self.classifier(images).float(), labels)
-            terms["loss_cls"] = clean.detach()
-            loss = mixed_loss(clean, loss, share)
         return loss, {**terms, "loss": loss.detach()}
 
 
@@ -124,13 +153,6 @@ def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer
     if config.optimizer == "adam":
         return torch.optim.Adam(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def adversarial_spec(config: TrainConfig) -> AttackSpec:
-    """Return the attack of adversarial training."""
-    eps, steps = config.adversarial_eps, config.adversarial_steps
-    text = {"fgsm": f"fgsm:eps={eps}", "pgd": f"pgd:eps={eps},steps={steps}", "ddn": f"ddn:steps={steps}"}
-    return AttackSpec.parse(text[config.adversarial_attack])
 
 
 def train_step(
@@ -167,16 +189,9 @@ def train_step(
     assert isinstance(phase_module, PhaseModule)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         examples = None
-        if phase_module.phase == "adversarial":
-            examples = adversarial_examples(
-                # Not the wrapped module: DDP would count these passes as steps.
-                phase_module.classifier,
-                network_input,
-                batch.labels,
-                adversarial_spec(config),
-                generator=generator,
-                max_norm=config.adversarial_max_norm,
-            )
+        if phase_module.attacked is not None:
+            # Not the wrapped module: DDP would count these passes as steps.
+            examples = training_examples(phase_module.attacked, network_input, batch.labels, config, generator)
         loss, terms = module(network_input, batch.labels, targets, noise, examples)
     loss.backward()
     if config.clip_norm:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from components.config import Shapes, TrainConfig
 from components.errors import DataError
@@ -21,7 +22,14 @@ CHECKPOINTS_KEPT = 2
 
 
 def save_checkpoint(
-    storage: Storage, *, net: nn.Module, optimizer: Optimizer, epoch: int, config: TrainConfig, shapes: Shapes
+    storage: Storage,
+    *,
+    net: nn.Module,
+    optimizer: Optimizer,
+    average: AveragedModel | None = None,
+    epoch: int,
+    config: TrainConfig,
+    shapes: Shapes,
 ) -> str:
     """Write the state after ``epoch`` epochs, and delete all checkpoints but it and the one before.
 
@@ -34,6 +42,7 @@ def save_checkpoint(
         "shapes": to_dict(shapes),
         "net": net.state_dict(),
         "optimizer": optimizer.state_dict(),
+        **({"average": average.state_dict()} if average is not None else {}),
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -90,9 +99,15 @@ def _is_whole(data: bytes) -> bool:
 
 
 def load_checkpoint(
-    checkpoint: StoredCheckpoint, *, net: nn.Module, optimizer: Optimizer, config: TrainConfig, shapes: Shapes
+    checkpoint: StoredCheckpoint,
+    *,
+    net: nn.Module,
+    optimizer: Optimizer,
+    average: AveragedModel | None = None,
+    config: TrainConfig,
+    shapes: Shapes,
 ) -> int:
-    """Load a checkpoint into network and optimizer. Return how many epochs are done.
+    """Load a checkpoint into network, optimizer and average. Return how many epochs are done.
 
     Raises:
         DataError: the file is corrupt, has another schema version, or is of another model.
@@ -112,4 +127,6 @@ def load_checkpoint(
             raise DataError(f"checkpoint {path} is of another model: {differences}")
     net.load_state_dict(state["net"], strict=True)
     optimizer.load_state_dict(state["optimizer"])
+    if average is not None:
+        average.load_state_dict(state["average"], strict=True)
     return int(state["epoch"])

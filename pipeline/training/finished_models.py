@@ -33,8 +33,8 @@ def export_trained(loop: TrainingLoop, home: Storage, request: Mapping[str, Any]
         "images_per_second": rate,
         "arithmetic": describe(loop.device.type, loop.config.precision),
     }
-    exports.export(home, loop.net, loop.config, loop.shapes)
-    _write_model(home, exports.parts_of(loop.net), loop.config, loop.shapes, request, measured)
+    exports.export(home, loop.trained_net, loop.config, loop.shapes)
+    _write_model(home, exports.parts_of(loop.trained_net), loop.config, loop.shapes, request, measured)
     # Checkpoints are three times as large as the model.
     for name in checkpoints.list_checkpoints(home / "checkpoints"):
         home.delete(f"checkpoints/{name}")

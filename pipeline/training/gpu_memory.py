@@ -38,6 +38,7 @@ def training_bytes(config: TrainConfig, shapes: Shapes, images_per_worker: int) 
     weights = sum(p.numel() * p.element_size() for p in parameters)
     # weights, gradients, state
     copies = 4 if config.optimizer == "adam" else 3 if config.momentum else 2
+    copies += 1 if config.ema_decay else 0
     phase = phase_at_epoch(config.epochs - 1, config)
     saved = _saved_for_backward(PhaseModule(net, phase, config), parameters, config, shapes)
     return copies * weights + saved * images_per_worker // PROBE_IMAGES
@@ -66,7 +67,7 @@ def _saved_for_backward(
         torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"),
     ):
         noise = gaussian_noise(config, 0, 0, torch.device("cpu"))
-        module(images, labels, targets, noise, images if module.phase == "adversarial" else None)
+        module(images, labels, targets, noise, images if module.on_examples else None)
     return sum(x.untyped_storage().nbytes() for x in saved.values())
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from components.config import Shapes, TrainConfig
 from components.errors import DataError
@@ -126,6 +127,7 @@ class TrainingLoop:
             self.net.to(memory_format=torch.channels_last)
         self.has_dropout = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self.net.modules())
         self.optimizer = make_optimizer(self.net, config)
+        self.average = _moving_average(self.net, config.ema_decay) if config.ema_decay else None
         self.epoch = 0
         self.resumed: dict[str, Any] = {}
         """Entry of the next epoch's record on damaged checkpoints (docs/records.md)."""
@@ -141,7 +143,12 @@ class TrainingLoop:
         newest = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
         if newest.path:
             self.epoch = checkpoints.load_checkpoint(
-                newest, net=self.net, optimizer=self.optimizer, config=self.config, shapes=self.shapes
+                newest,
+                net=self.net,
+                optimizer=self.optimizer,
+                average=self.average,
+                config=self.config,
+                shapes=self.shapes,
             )
         if newest.damaged:
             self.resumed = {"from": newest.path, "damaged": list(newest.damaged)}
@@ -149,8 +156,19 @@ class TrainingLoop:
     def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""
         checkpoints.save_checkpoint(
-            storage, net=self.net, optimizer=self.optimizer, epoch=self.epoch, config=self.config, shapes=self.shapes
+            storage,
+            net=self.net,
+            optimizer=self.optimizer,
+            average=self.average,
+            epoch=self.epoch,
+            config=self.config,
+            shapes=self.shapes,
         )
+
+    @property
+    def trained_net(self) -> nn.Module:
+        """Return the network to validate and export: the moving average, if there is one."""
+        return self.net if self.average is None else self.average.module
 
     def module(self, phase: Phase) -> nn.Module:
         """Return the phase's module, wrapped in DDP if there are several ranks.
@@ -217,7 +235,7 @@ class TrainingLoop:
         seed = self.config.seed
         if self.has_dropout:  # Dropout draws from torch's global stream.
             torch.manual_seed(stream_seed(seed, step, self.rank, DROPOUT_STREAM))
-        return train_step(
+        terms = train_step(
             module,
             self.optimizer,
             augmented(self.data.batch(rows), self.config, step, self.rank),
@@ -227,6 +245,9 @@ class TrainingLoop:
             noise=gaussian_noise(self.config, step, self.rank, self.device),
             generator=torch.Generator().manual_seed(stream_seed(seed, step, self.rank, ADVERSARIAL_STREAM)),
         )
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        return terms
 
     def _check_finite(self, bad_step: Tensor, step: int) -> None:
         # The weights are checked too: after the last step no loss shows that they are spoiled.
@@ -247,19 +268,20 @@ class TrainingLoop:
         its examples in eval mode. It sees the same values after a restart, and without validation.
         """
         if self.world > 1:
-            for buffer in self.net.buffers():
-                dist.broadcast(buffer, src=0)
+            for net in {id(net): net for net in (self.net, self.trained_net)}.values():
+                for buffer in net.buffers():
+                    dist.broadcast(buffer, src=0)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return accuracy and mean squared error per value of level 0, on held-out images."""
         if self.validation is None:
             return {}
-        self.net.eval()
+        net = self.trained_net.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for start in range(0, len(self.validation), VALIDATION_BATCH):
             batch = self.validation.batch(slice(start, start + VALIDATION_BATCH))
-            sums += validation_sums(self.net, batch)
+            sums += validation_sums(net, batch)
         if self.world > 1:
             dist.all_reduce(sums)
         correct, count, error = sums.tolist()
@@ -269,6 +291,11 @@ class TrainingLoop:
         if isinstance(self.net, (ComDefend, DefendNet)):
             metrics["reconstruction"] = error / count
         return metrics
+
+
+def _moving_average(net: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of a network for the exponential moving average of its weights and buffers."""
+    return AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
 
 class NonFiniteLoss(Exception):

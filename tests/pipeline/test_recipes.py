@@ -46,7 +46,7 @@ def test_a_scale_shows_what_its_recipes_cost(capsys: pytest.CaptureFixture[str])
     assert main(["recipes", "--scale", "slim"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line.split() for line in lines if "table1-slim" in line)
-    assert row[:9] == ["table1-slim", "11", "5", "300", "3", "2", "h", "54", "min"]
+    assert row[:9] == ["table1-slim", "11", "6", "300", "3", "2", "h", "54", "min"]
     assert "not measured" in next(line for line in lines if "table7-slim" in line)
     assert max(map(len, lines)) <= 100
 

@@ -34,6 +34,7 @@ LOSSES = {
     "loss": ("total", TEXT),
     "loss_cls": ("classification", LIGHT["blue"]),
     "loss_adv": ("classification, adversarial", LIGHT["pink"]),
+    "loss_kl": ("divergence, adversarial from clean", LIGHT["green"]),
     "loss_rec": ("reconstruction", LIGHT["vermilion"]),
 }
 """Key of a step -> (label, colour).

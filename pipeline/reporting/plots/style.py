@@ -27,6 +27,8 @@ PHASE_STYLES = {
     "autoencoder": ("auto-encoder only", LIGHT["phase-autoencoder"]),
     "classifier": ("classifier only", LIGHT["phase-classifier"]),
     "adversarial": ("adversarial training", LIGHT["phase-adversarial"]),
+    "adversarial_joint": ("joint, on examples", LIGHT["phase-adversarial-joint"]),
+    "adversarial_autoencoder": ("auto-encoder only, on examples", LIGHT["phase-adversarial-autoencoder"]),
     "reformer": ("reformer only", LIGHT["phase-reformer"]),
 }
 """Phase of a training schedule -> (label, colour)."""

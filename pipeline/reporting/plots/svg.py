@@ -37,6 +37,8 @@ PALETTE = {
     "phase-autoencoder": ("#dcebf5", "#223240"),
     "phase-classifier": ("#ececec", "#2a2d31"),
     "phase-adversarial": ("#f6dfe4", "#402a30"),
+    "phase-adversarial-joint": ("#f7e3cf", "#43301f"),
+    "phase-adversarial-autoencoder": ("#e4dff3", "#302a45"),
     "phase-reformer": ("#dff0e4", "#24372b"),
 }
 """CSS variable -> its colour on a light and on a dark page. Plots are drawn in the light ones."""

@@ -386,6 +386,9 @@ def test_settings_without_influence_do_not_name_a_model() -> None:
     assert not same(adversarial, dataclasses.replace(adversarial, adversarial_steps=3))
     assert not same(adversarial, dataclasses.replace(adversarial, adversarial_share=0.5))
     assert same(adversarial, dataclasses.replace(adversarial, lam=1.0))
+    assert same(adversarial, dataclasses.replace(adversarial, adversarial_training=True))
+    assert same(adversarial, dataclasses.replace(adversarial, adversarial_beta=1.0))
+    assert not same(adversarial, dataclasses.replace(adversarial, ema_decay=0.9))
     assert adversarial.canonical().canonical() == adversarial.canonical()
 
 

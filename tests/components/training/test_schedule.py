@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -38,6 +39,20 @@ def test_alternating_phases_in_order_and_number(cycles: int, joint: int) -> None
 def test_joint_and_undefended_have_one_phase() -> None:
     assert {phase_at_epoch(epoch, TrainConfig(epochs=5)) for epoch in range(5)} == {"joint"}
     assert {phase_at_epoch(epoch, TrainConfig(epochs=5, defense="none")) for epoch in range(5)} == {"classifier"}
+
+
+def test_phases_on_examples_come_last_and_replace_those_on_clean_images() -> None:
+    on_examples = {"adversarial_training": True, "adversarial_epochs": 4}
+    config = dataclasses.replace(alternating(2, 1, 1, 2), **on_examples)  # type: ignore[arg-type]
+    assert [phase_at_epoch(e, config) for e in range(6)] == [
+        *("autoencoder", "classifier"),
+        *("adversarial_autoencoder", "adversarial"),
+        *("adversarial_joint", "adversarial_joint"),
+    ]
+    joint = TrainConfig(adversarial_training=True, epochs=3)
+    assert {phase_at_epoch(epoch, joint) for epoch in range(3)} == {"adversarial_joint"}
+    bare = TrainConfig(defense="none", adversarial_training=True, epochs=3)
+    assert {phase_at_epoch(epoch, bare) for epoch in range(3)} == {"classifier"}
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 10), (10, 1), (4, 25), (3, 7), (1, 1), (1, 2)])

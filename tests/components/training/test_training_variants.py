@@ -18,9 +18,9 @@ from components.dct import linear_pyramid, lowpass_pyramid
 from components.errors import ConfigError, DataError
 from components.models.defend import DefendNet
 from components.network import build_net, classifier_of
-from components.training.adversarial import adversarial_examples
+from components.training.adversarial import adversarial_examples, adversarial_spec
 from components.training.augment import Batch, augmented, gaussian_noise, targets_of
-from components.training.step import PhaseModule, adversarial_spec, make_optimizer, train_step
+from components.training.step import PhaseModule, make_optimizer, train_step
 from pipeline.runtime.storage import Storage, StorageError
 from pipeline.training import pretrained
 

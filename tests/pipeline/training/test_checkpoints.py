@@ -54,8 +54,9 @@ def make_loop(config: TrainConfig) -> TrainingLoop:
         {"schedule": "alternating", "cycles": 1, "autoencoder_epochs": 1, "classifier_epochs": 1},
         {"noise_location": "latent", "clip_norm": 1.0},
         {"noise_location": "input", "shared_blocks": 4, "precision": "bfloat16"},
+        {"adversarial_training": True, "adversarial_attack": "n-fgsm", "adversarial_loss": "trades", "ema_decay": 0.9},
     ],
-    ids=["joint", "undefended", "alternating", "latent noise", "input noise, bfloat16"],
+    ids=["joint", "undefended", "alternating", "latent noise", "input noise, bfloat16", "on examples, averaged"],
 )
 def test_a_continued_run_is_the_unbroken_one_bit_for_bit(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = tiny(**changes)
@@ -71,19 +72,20 @@ def test_a_continued_run_is_the_unbroken_one_bit_for_bit(tmp_path: Path, changes
     assert second.epoch == 1
     continued = [second.run_epoch() for _ in range(2)]
 
-    wanted, got = straight.net.state_dict(), second.net.state_dict()
-    assert list(wanted) == list(got)
-    for name, value in wanted.items():
-        assert torch.equal(got[name], value), name
+    for a, b in ((straight.net, second.net), (straight.trained_net, second.trained_net)):
+        wanted, got = a.state_dict(), b.state_dict()
+        assert list(wanted) == list(got)
+        for name, value in wanted.items():
+            assert torch.equal(got[name], value), name
     moved = 0
-    for (name, a), b in zip(straight.net.named_parameters(), second.net.parameters(), strict=True):
-        assert torch.equal(straight.optimizer.state[a]["momentum_buffer"], second.optimizer.state[b]["momentum_buffer"])
-        moved += int(not torch.equal(a, first.net.get_parameter(name)))
+    for (name, x), y in zip(straight.net.named_parameters(), second.net.parameters(), strict=True):
+        assert torch.equal(straight.optimizer.state[x]["momentum_buffer"], second.optimizer.state[y]["momentum_buffer"])
+        moved += int(not torch.equal(x, first.net.get_parameter(name)))
     assert moved == len(list(straight.net.parameters()))  # there was something to continue
-    for a, b in zip(records[1:], continued, strict=True):
-        assert (a["epoch"], a["phase"], a["validation"]) == (b["epoch"], b["phase"], b["validation"])
-        assert [(s["step"], s["lr"], s["loss"]) for s in a["steps"]] == [
-            (s["step"], s["lr"], s["loss"]) for s in b["steps"]
+    for old, new in zip(records[1:], continued, strict=True):
+        assert (old["epoch"], old["phase"], old["validation"]) == (new["epoch"], new["phase"], new["validation"])
+        assert [(s["step"], s["lr"], s["loss"]) for s in old["steps"]] == [
+            (s["step"], s["lr"], s["loss"]) for s in new["steps"]
         ]
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from components.config import TrainConfig
 from components.network import build_net
-from components.random_streams import stream_seed
+from components.random_streams import ADVERSARIAL_STREAM, stream_seed
+from components.training.adversarial import training_examples
 from components.training.augment import Batch, gaussian_noise
 from components.training.schedule import learning_rate, phase_at_epoch
 from components.training.step import PhaseModule, make_optimizer, train_step
@@ -37,6 +38,18 @@ CASES: dict[str, dict[str, Any]] = {
     "joint, all shared, latent noise": {"shared_blocks": 4, "noise_location": "latent"},
     "joint, input noise, clipped": {"noise_location": "input", "clip_norm": 0.5},
     "alternating": ALTERNATING,
+    "TRADES, joint": {
+        "adversarial_training": True,
+        "adversarial_loss": "trades",
+        "adversarial_attack": "pgd",
+        "adversarial_steps": 2,
+    },
+    "examples, alternating, averaged": {
+        **ALTERNATING,
+        "adversarial_training": True,
+        "adversarial_attack": "n-fgsm",
+        "ema_decay": 0.5,
+    },
 }
 
 
@@ -88,7 +101,12 @@ def worker(rank: int, directory: str) -> None:
         run = loop(config)
         records = [run.run_epoch() for _ in range(config.epochs)]
         losses = [s["loss"] for r in records for s in r["steps"]]
-        out[name] = {**state(run), "losses": losses, "phases": [r["phase"] for r in records]}
+        out[name] = {
+            **state(run),
+            "trained": run.trained_net.state_dict(),
+            "losses": losses,
+            "phases": [r["phase"] for r in records],
+        }
 
     frozen = loop(tiny())
     freeze_batch_norm(frozen.net)
@@ -181,7 +199,12 @@ def one_process(config: TrainConfig) -> tuple[list[nn.Module], list[torch.optim.
             images = batch.images.float() / 255
             targets = [images, *(x.float() for x in batch.levels)]
             noise = gaussian_noise(config, step, rank, CPU)
-            loss, _ = PhaseModule(nets[rank], phase, config)(images, batch.labels, targets, noise)
+            module = PhaseModule(nets[rank], phase, config)
+            examples = None
+            if module.attacked is not None:
+                draws = torch.Generator().manual_seed(stream_seed(config.seed, step, rank, ADVERSARIAL_STREAM))
+                examples = training_examples(module.attacked, images, batch.labels, config, draws)
+            loss, _ = module(images, batch.labels, targets, noise, examples)
             loss.backward()
             if rank == 0:
                 losses.append(float(loss.detach()))
@@ -220,6 +243,8 @@ def test_two_workers_are_two_half_batches_bit_for_bit(ranks: list[dict[str, Any]
     assert ranks[0][name]["losses"] != ranks[1][name]["losses"]
     if name == "alternating":
         assert ranks[0][name]["phases"] == ["autoencoder", "classifier", "joint"]
+    if name == "examples, alternating, averaged":
+        assert ranks[0][name]["phases"] == ["adversarial_autoencoder", "adversarial", "adversarial_joint"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -233,6 +258,9 @@ def test_ranks_end_with_the_same_weights_and_statistics(ranks: list[dict[str, An
         assert not torch.equal(a[key], parameters[key]), key
     for key in a.keys() - parameters.keys():
         assert torch.equal(a[key], b[key]), key
+    first, second = (r[name]["trained"] for r in ranks)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], a[key]) for key in a) == ("averaged" in name)
 
 
 def test_with_batch_norm_frozen_two_workers_are_the_full_batch(ranks: list[dict[str, Any]]) -> None:

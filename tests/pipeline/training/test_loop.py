@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from components.errors import DataError
 from components.random_streams import stream_seed
 from components.training.augment import Batch
 from components.training.step import PhaseModule, make_optimizer, train_step
+from pipeline.runtime.storage import Storage
+from pipeline.training import finished_models
+from pipeline.training.exports import load_classifier
 from pipeline.training.loop import NonFiniteLoss, RankData, TrainingLoop
 
 CPU = torch.device("cpu")
@@ -144,3 +148,29 @@ def test_a_record_of_an_epoch() -> None:
     assert set(first["validation"]) == {"accuracy", "reconstruction"}
     assert set(first["steps"][0]) >= {"step", "time", "lr", "loss", "loss_cls", "loss_rec", "rec_0", "rec_1"}
     assert first["steps"][0]["lr"] == pytest.approx(config.lr / 25)
+
+
+def test_the_moving_average_of_the_weights_is_what_is_validated_and_exported(tmp_path: Path) -> None:
+    """From the weights after the first step on, each step moves the average a tenth of the way (decay 0.9)."""
+    config = tiny(ema_decay=0.9, epochs=1, defense="none")
+    loop = TrainingLoop(config, SHAPES, rank_data(13), rank_data(5))
+    weights: list[dict[str, Tensor]] = []
+    record = loop.run_epoch(lambda *_: weights.append({k: v.clone() for k, v in loop.net.state_dict().items()}))
+    average = weights[0]
+    for later in weights[1:]:
+        average = {k: 0.9 * v + 0.1 * later[k] if v.is_floating_point() else later[k] for k, v in average.items()}
+    trained = loop.trained_net.state_dict()
+    for name, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(trained[name], value, msg=name)
+    assert not torch.equal(trained["fc.weight"], weights[-1]["fc.weight"])
+    storage = Storage(tmp_path)
+    storage.write_json("history/epoch-00000.json", record)
+    finished_models.export_trained(loop, storage, {"pyramids": {}, "weights": ""})
+    exported = load_classifier(tmp_path)
+    assert torch.equal(exported.get_parameter("fc.weight"), trained["fc.weight"])
+    plain = TrainingLoop(tiny(epochs=1, defense="none"), SHAPES, rank_data(13), rank_data(5))
+    plain.run_epoch()
+    assert plain.trained_net is plain.net
+    plain.net.load_state_dict(trained)
+    assert plain.validate() == record["validation"]
