@@ -34,6 +34,25 @@ _BFLOAT16_AGREEMENT, _BFLOAT16_SLOPE_AGREEMENT = 5e-2, 0.5
 Rounding to eight bits changes a trained network's logits by 1/100 and its gradients by 1/8."""
 
 
+def folded(model: nn.Module) -> _Frozen | None:
+    """Copy a network in eval mode, frozen, with batch norm folded into the convolutions.
+
+    The copy computes in channels_last. None if the network cannot be traced. Nothing is compared:
+    tracing may lose a backward pass of the network's own (see :func:`make_fast_copy`).
+
+    Raises:
+        torch.OutOfMemoryError: the copy does not fit the memory.
+    """
+    from torch.fx.experimental.optimization import fuse  # The import takes half a second.
+
+    try:
+        return _Frozen(fuse(_Root(model)).eval())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # Networks that cannot be traced raise errors of many types.
+        return None
+
+
 @true_float32()
 def make_fast_copy(model: nn.Module, images: Tensor, *, bfloat16: bool = False) -> nn.Module | None:
     """Make a frozen network with the logits of ``model`` in less time.
@@ -55,7 +74,7 @@ def make_fast_copy(model: nn.Module, images: Tensor, *, bfloat16: bool = False) 
     Raises:
         torch.OutOfMemoryError: the copy or its passes do not fit the memory.
     """
-    fast = _folded(model)
+    fast = folded(model)
     if fast is None or not _agree(model, fast, images, _AGREEMENT, _SLOPE_AGREEMENT):
         return None
     if bfloat16:
@@ -157,17 +176,6 @@ class _Root(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.net(x)
         return logits
-
-
-def _folded(model: nn.Module) -> _Frozen | None:
-    from torch.fx.experimental.optimization import fuse  # The import takes half a second.
-
-    try:
-        return _Frozen(fuse(_Root(model)).eval())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # Networks that cannot be traced raise errors of many types.
-        return None
 
 
 def _agree(model: nn.Module, fast: nn.Module, images: Tensor, logits_within: float, slopes_within: float) -> bool:

@@ -185,6 +185,15 @@ class TrainConfig:
         return self.defense == "adversarial" or (self.defense == "defend++" and self.adversarial_training)
 
     @property
+    def may_fold_examples(self) -> bool:
+        """Tell whether examples may be searched for on a copy with batch norm folded.
+
+        Copying costs a fraction of a pass, so it pays for an attack of several steps. A network of
+        the user's own may lose its gradient by it.
+        """
+        return self.on_examples and self.arch in ENCODER_BLOCKS and self.adversarial_attack in ("pgd", "ddn")
+
+    @property
     def relative_cost(self) -> float:
         """Approximate time of training, in epochs of the bare classifier."""
         cost = 1.0 if self.defense in ("none", "adversarial") else 2.0

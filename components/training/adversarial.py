@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from components.attacks.common import input_gradient
+from components.attacks.fast_copy import folded
 from components.attacks.projections import project
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
@@ -39,6 +40,7 @@ def adversarial_examples(
     *,
     generator: torch.Generator | None,
     max_norm: float = 0.0,
+    fold: bool = False,
 ) -> Tensor:
     """Make examples against the classifier as it is now, to be trained on.
 
@@ -63,6 +65,9 @@ def adversarial_examples(
             one.
         max_norm: largest L2 norm of a sample's perturbation; a longer one is scaled down. Rony et
             al. use it with DDN, 2.4 on MNIST and 1.0 on CIFAR-10. 0: no limit.
+        fold: search on a copy with batch norm folded into the convolutions, equal but for rounding.
+            It must be a network of this project's (see
+            :func:`~components.attacks.fast_copy.folded`).
 
     Returns:
         A new float32 tensor [N,C,H,W] in [0,1], detached.
@@ -75,7 +80,7 @@ def adversarial_examples(
     def attack(network: nn.Module, clean: Tensor) -> Tensor:
         return run_attack(spec, network, clean, labels, generator=generator)
 
-    return _made_by(attack, classifier, images, max_norm)
+    return _made_by(attack, classifier, images, max_norm, fold)
 
 
 def training_examples(
@@ -93,9 +98,11 @@ def training_examples(
     """
     eps, steps, max_norm = config.adversarial_eps, config.adversarial_steps, config.adversarial_max_norm
     single_step = config.adversarial_attack == "n-fgsm"
+    # A GPU takes longer to copy a network than to attack it.
+    fold = images.device.type == "cpu" and config.may_fold_examples
     if config.adversarial_loss == "ce" and not single_step:
         spec = adversarial_spec(config)
-        return adversarial_examples(classifier, images, labels, spec, generator=generator, max_norm=max_norm)
+        return adversarial_examples(classifier, images, labels, spec, generator=generator, max_norm=max_norm, fold=fold)
 
     def attack(network: nn.Module, clean: Tensor) -> Tensor:
         losses: Callable[[Tensor], Tensor]
@@ -114,7 +121,7 @@ def training_examples(
             x = project(x + (2.5 * eps / steps) * gradient.sign(), clean, eps, "linf")
         return x
 
-    return _made_by(attack, classifier, images, max_norm)
+    return _made_by(attack, classifier, images, max_norm, fold)
 
 
 def adversarial_spec(config: TrainConfig) -> AttackSpec:
@@ -138,7 +145,11 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _made_by(
-    attack: Callable[[nn.Module, Tensor], Tensor], classifier: nn.Module, images: Tensor, max_norm: float
+    attack: Callable[[nn.Module, Tensor], Tensor],
+    classifier: nn.Module,
+    images: Tensor,
+    max_norm: float,
+    fold: bool,
 ) -> Tensor:
     """Run ``attack(network, images)`` as :func:`adversarial_examples` describes."""
     if not 0 <= max_norm < math.inf:
@@ -147,7 +158,8 @@ def _made_by(
     clean = images.detach()
     # With no_grad only the attack's own gradient passes record anything.
     with torch.no_grad(), _frozen(network):
-        examples = attack(_Float32Logits(network), clean)
+        copy = folded(network) if fold else None
+        examples = attack(_Float32Logits(network if copy is None else copy), clean)
         if max_norm:
             examples = project(examples, clean, max_norm, "l2")
         return examples.clamp_(0, 1)

@@ -126,6 +126,8 @@ def model_address(config: TrainConfig, shapes: Shapes, identity: Mapping[str, st
         parts.append("batch norm statistics shared after every epoch")
     if config.defense == "adversarial" and config.adversarial_attack == "ddn":
         parts.append("l2_norms")  # DDN used to lose the direction of gradients below 1e-19.
+    if config.may_fold_examples:
+        parts.append("examples searched for on a folded copy")  # Rounding differs.
     return f"models/{config.kind}-{content_hash(*parts)}"
 
 

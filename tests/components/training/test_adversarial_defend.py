@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tiny_training import SHAPES, defended, tiny
 from torch import Tensor, nn
 
-from components.config import Shapes, TrainConfig
+from components.config import ENCODER_BLOCKS, Shapes, TrainConfig
 from components.errors import ConfigError
 from components.models.defend import DefendNet
 from components.network import build_net, classifier_of
+from components.training import adversarial
 from components.training.adversarial import adversarial_examples, adversarial_spec, kl_divergence, training_examples
 from components.training.augment import Batch
 from components.training.schedule import Phase
@@ -177,8 +178,38 @@ def test_the_other_attacks_are_those_of_the_evaluation() -> None:
     config = tiny(defense="adversarial", **PGD)
     net = trained_a_little(build_net(config, SHAPES))
     images, labels, _ = inputs()
-    expected = adversarial_examples(net, images, labels, adversarial_spec(config), generator=seeded(7))
+    expected = adversarial_examples(net, images, labels, adversarial_spec(config), generator=seeded(7), fold=True)
     assert torch.equal(training_examples(net, images, labels, config, seeded(7)), expected)
+
+
+@pytest.mark.parametrize("arch", ENCODER_BLOCKS)
+@pytest.mark.parametrize("loss", ["ce", "trades"])
+def test_examples_of_a_folded_copy_are_those_of_the_network(
+    arch: str, loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for pixels whose slope is within rounding of 0. The network itself stays as it was, in training mode."""
+    config = tiny(defense="adversarial", adversarial_loss=loss, arch=arch, **PGD)
+    net = trained_a_little(build_net(config, SHAPES)).train()
+    before = copy.deepcopy(net.state_dict())
+    images, labels, _ = inputs()
+    assert config.may_fold_examples
+    made = training_examples(net, images, labels, config, seeded(7))
+    monkeypatch.setattr(adversarial, "folded", lambda network: None)
+    wanted = training_examples(net, images, labels, config, seeded(7))
+    assert float(((made - wanted).abs() < 1e-4).float().mean()) > 0.98
+    # Where a prediction is certain, the divergence has no slope in float32.
+    assert float((made - images).abs().max()) == pytest.approx(0.1, abs=1e-6) or loss == "trades"
+    assert float((made - images).abs().max()) > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_only_attacks_of_several_steps_on_our_own_networks_are_searched_for_on_a_copy() -> None:
+    assert not tiny(defense="adversarial", **N_FGSM).may_fold_examples
+    assert not tiny(defense="adversarial", arch="torchvision:resnet18", **PGD).may_fold_examples
+    assert not tiny(**PGD).may_fold_examples
+    assert on_examples().may_fold_examples
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "ddn"])
@@ -219,13 +250,17 @@ def test_a_defended_classifier_resists_what_it_was_trained_on(loss: str) -> None
     levels = (F.avg_pool2d(images, 2), F.avg_pool2d(images, 4))
     data = Batch(images=(images * 255).to(torch.uint8), labels=labels, levels=levels)
     accuracy = {}
-    for adversarial in (False, True):
+    for on in (False, True):
         config = tiny(
-            adversarial_training=adversarial, adversarial_loss=loss, shared_blocks=4, **{**PGD, "adversarial_steps": 4}
+            adversarial_training=on,
+            adversarial_loss=loss,
+            adversarial_beta=1.0,
+            shared_blocks=4,
+            **{**PGD, "adversarial_steps": 4},
         )
         net = build_net(config, DIGITS).train()
         assert isinstance(net, DefendNet)
-        phase: Phase = "adversarial_joint" if adversarial else "joint"
+        phase: Phase = "adversarial_joint" if on else "joint"
         module, optimizer = PhaseModule(net, phase, config), make_optimizer(net, config)
         for i in range(60):
             train_step(module, optimizer, data, lr=0.05, config=config, generator=seeded(i))
@@ -234,6 +269,6 @@ def test_a_defended_classifier_resists_what_it_was_trained_on(loss: str) -> None
         spec = adversarial_spec(tiny(defense="adversarial", adversarial_eps=0.1))
         examples = adversarial_examples(net.classifier, clean, labels, spec, generator=None)
         with torch.no_grad():
-            accuracy[adversarial] = float((net.classifier(examples).argmax(1) == labels).float().mean())
+            accuracy[on] = float((net.classifier(examples).argmax(1) == labels).float().mean())
             assert float((net.classifier(clean).argmax(1) == labels).float().mean()) > 0.9
     assert accuracy[True] > accuracy[False] + 0.3
