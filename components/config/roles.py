@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 from components.config.experiment import Experiment
@@ -36,16 +37,34 @@ def roles_of(experiment: Experiment) -> dict[str, str]:
     return {name: role(name, config) for name, config in configs.items()}
 
 
+def without_autoencoder(experiment: Experiment) -> dict[str, str]:
+    """Return Defend++ on examples -> the same adversarial training without the auto-encoder.
+
+    Both are names in the recipe. It is the control of that model: only the auto-encoder differs.
+    """
+    configs = experiment.first_replicates()
+    adversarial = {config.canonical(): base for base, config in configs.items() if config.defense == "adversarial"}
+    pairs = {}
+    for base, config in configs.items():
+        if config.defense == "defend++" and config.on_examples:
+            bare = dataclasses.replace(config, defense="adversarial").canonical()
+            if bare in adversarial:
+                pairs[base] = adversarial[bare]
+    return pairs
+
+
 def references(experiment: Experiment) -> list[str]:
     """Return the models, as named in the recipe, that all others are compared with.
 
-    For each architecture, these are the first control and the model that the paper calls ours:
-    ``defend``, or ``defend-ARCH`` where a table has several. If no model has that name, it is the
-    first Defend++, or the first defended model.
+    For each architecture, these are the first control, the models of :func:`without_autoencoder`,
+    and the model that the paper calls ours: ``defend``, or ``defend-ARCH`` where a table has
+    several. If no model has that name, it is the first Defend++, or the first defended model, but
+    none beside models of :func:`without_autoencoder`.
     """
     roles = roles_of(experiment)
     role = {base: roles[name] for name, base in experiment.base_names().items()}
     configs = experiment.first_replicates()
+    bare = without_autoencoder(experiment)
     references = []
     for arch in dict.fromkeys(config.arch for config in configs.values()):
         models = [base for base, config in configs.items() if config.arch == arch]
@@ -53,7 +72,8 @@ def references(experiment: Experiment) -> list[str]:
         ours = [base for base in defended if configs[base].defense == "defend++"]
         named = [base for base in ours if base.partition("-")[0] == "defend"]
         references += [base for base in models if role[base] == "control"][:1]
-        references += (named or ours or defended)[:1]
+        controls = list(dict.fromkeys(bare[base] for base in models if base in bare))
+        references += controls + (named if controls else named or ours or defended)[:1]
     return references
 
 

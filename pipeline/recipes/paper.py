@@ -197,6 +197,47 @@ def eq3(scale: str) -> Experiment:
     return replace(base, models=(*UNDEFENDED, *models), allow_diverged=True)
 
 
+_BIM_READINGS = (
+    # Number and size of the steps: ours (2.5 eps / steps); eps / steps; 1/255 as in early code, whose
+    # number of steps is min(255 eps + 4, 1.25 * 255 eps) = 55 (Kurakin et al. 2017) or simply 10,
+    # which reach 10/255 alone.
+    "bim:eps=0.2,steps=10",
+    "bim:eps=0.2,steps=40",
+    "bim:eps=0.2,steps=100",
+    "bim:eps=0.2,steps=10,step_size=0.02",
+    "bim:eps=0.2,steps=100,step_size=0.002",
+    "bim:eps=0.2,steps=55,step_size=1/255",
+    "bim:eps=0.2,steps=10,step_size=1/255",
+    # eps: in units of images that are normalised by MNIST's deviation 0.3081; half; and 0.3.
+    "bim:eps=0.06162,steps=100",
+    "bim:eps=0.1,steps=100",
+    "bim:eps=0.3,steps=100",
+)
+
+
+def bim_readings(scale: str) -> Experiment:
+    """Look for the reading under which the paper's BIM column (55.37 %) appears, on MNIST."""
+    base = mnist_scale("bim-readings", scale)
+    longer = f",epochs={5 * base.train.epochs}"
+    models = (
+        *UNDEFENDED,
+        "defend:seed=1",
+        # It starts from the source's initial weights and sees the images in the same order.
+        "defend_same_start:seed=0",
+        "defend_sum:seed=1,reconstruction_reduction=sum,reconstruction_weight=1",
+        ADV_FGSM,
+        f"no_defense_longer:defense=none,seed=0{longer}",
+        f"control_longer:defense=none,seed=1{longer}",
+        f"defend_longer:seed=1{longer}",
+    )
+    attacks = ("fgsm:eps=0.2", *_BIM_READINGS, *(a for a in base.evaluation.attacks if a.startswith(("cw", "ddn"))))
+    if scale == "smoke":
+        attacks = ("fgsm:eps=0.2", "bim:eps=0.2,steps=2", "bim:eps=0.2,steps=2,step_size=1/255")
+    threat_models = (WHITE_BOX, TRANSFER, transfer_from("no_defense_longer"))
+    evaluation = replace(base.evaluation, attacks=attacks, threat_models=threat_models)
+    return replace(base, models=models, evaluation=evaluation, seeds=min(base.seeds, 2), allow_diverged=True)
+
+
 def robustness(scale: str) -> Experiment:
     """Compare Defend++ with adversarial training and no defense under every threat model."""
     base = mnist_scale("robustness", scale)
@@ -229,11 +270,50 @@ def robustness(scale: str) -> Experiment:
     return replace(base, models=models, evaluation=evaluation, seeds=1)
 
 
+def _robust(base: Experiment, eps: str, queries: int) -> Experiment:
+    """Return PGD training and TRADES, each without and with the auto-encoder, at one Linf budget."""
+    models = []
+    for short, loss in (("pgd", ""), ("trades", ",adversarial_loss=trades")):
+        fields = f"seed=1,adversarial_attack=pgd{loss}"
+        models += [f"adv_{short}:defense=adversarial,{fields}"]
+        models += [f"defend{n}_{short}:adversarial_training=true,{fields},shared_blocks={n}" for n in range(1, 5)]
+    steps = 2 if base.scale == "smoke" else 20
+    budget = f"eps={eps}"
+    attacks = (
+        f"noise:{budget}",
+        f"pgd:{budget},steps={2 * steps}",
+        f"autoattack:{budget},steps={steps},queries={queries}",
+        f"square:{budget},queries={2 * queries}",
+        f"adaptive:{budget},steps={2 * steps}",
+        f"adaptive:{budget},objective=reconstruction,steps={2 * steps}",
+    )
+    return replace(
+        base,
+        models=tuple(models),
+        evaluation=replace(base.evaluation, attacks=attacks, threat_models=(WHITE_BOX, BLACK_BOX)),
+        seeds=1 if base.scale == "smoke" else 3,
+    )
+
+
+def robust(scale: str) -> Experiment:
+    """Ask whether the auto-encoder helps adversarial training, on MNIST at Linf 0.3."""
+    base = mnist_scale("robust", scale)
+    train = replace(base.train, adversarial_eps=0.3, adversarial_beta=1.0)
+    return _robust(replace(base, train=train), "0.3", 5 if scale == "smoke" else 500)
+
+
+def robust_cifar10(scale: str) -> Experiment:
+    """Ask whether the auto-encoder helps adversarial training, on CIFAR-10 at Linf 8/255."""
+    base = cifar10("robust-cifar10", scale)
+    train = replace(base.train, adversarial_eps=8 / 255, schedule="joint")
+    return _robust(replace(base, train=train), "8/255", 5 if scale == "smoke" else 500)
+
+
 PAPER: dict[str, tuple[Callable[[str], Experiment], tuple[str, ...]]] = {
     make.__name__.replace("_", "-"): (make, tuple(SCALES))
     for make in (
         *(table1, table2, table2_pgd, table3, table4, table5, table6, table7, table8),
-        *(fig2, fig5, fig6, fig7, fig8, eq3, robustness),
+        *(fig2, fig5, fig6, fig7, fig8, eq3, bim_readings, robustness, robust, robust_cifar10),
     )
 }
 """Name -> function of the scale, and the scales that the recipe comes at."""

@@ -112,10 +112,11 @@ def _controls(record: RunRecord) -> dict[str, str]:
     role = {base: record.roles[name] for name, base in record.bases.items()}
     controls = [name for name in roles.references(record.experiment) if role[name] == "control"]
     evaluated = {record.bases[e.model] for e in record.evaluations if e.source}
+    bare = roles.without_autoencoder(record.experiment)
     return {
         model: control
         for model in _subjects(record)
-        for control in controls
+        for control in ([bare[model]] if model in bare else controls)
         if role[model] == "defended" and control in evaluated and configs[control].arch == configs[model].arch
     }
 
