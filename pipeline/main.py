@@ -83,6 +83,10 @@ def _run_command(arguments: list[str]) -> int:
         from pipeline.cli import export
 
         return export.execute(rest)
+    if command == "reproduction":
+        from pipeline.cli import reproduction
+
+        return reproduction.execute(rest)
     if command == "sweep":
         return _run_sweep(rest)
     if command in ("help", "version"):

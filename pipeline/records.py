@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field
 from functools import cached_property
 from typing import Any, Self, TypeVar, cast
 
-from components.config import Experiment, roles
+from components.config import Experiment, TrainConfig, roles
 from components.errors import DataError
 from components.fields import content_hash, from_dict, to_dict
 
@@ -254,6 +254,10 @@ def run_address(experiment: Experiment) -> str:
     for name in ("test_split", "image_column", "label_column"):
         if not config["data"][name]:
             del config["data"][name]
+    defaults = to_dict(TrainConfig())
+    for name in ("adversarial_training", "adversarial_loss", "adversarial_beta", "ema_decay"):
+        if config["train"][name] == defaults[name]:
+            del config["train"][name]
     # Of the scaling settings only the number of workers changes a result.
     config["scaling"] = {"workers": config["scaling"]["workers"]}
     return f"runs/{experiment.name}-{content_hash(config)}"

@@ -75,6 +75,7 @@ _OWN_OPTIONS = {
     "sweep": usage.SWEEP_OPTIONS,
     "recipes": {"--scale": "recipes of a scale, with their costs", "--json": "all of it as JSON"},
     "export": {"--out": "file to write", "--format": "onnx, torch-export or safetensors", "--arch": "MODULE:FUNCTION"},
+    "reproduction": {"--out": "file to write"},
     "ui": usage.UI_OPTIONS,
 }
 

@@ -20,6 +20,7 @@ COMMANDS = {
 OTHER_COMMANDS = {
     "export": "a trained classifier as ONNX, torch.export or safetensors, for other programs",
     "recipes": "the recipes: what they show, and what they cost",
+    "reproduction": "a page with the paper's numbers beside those of finished runs",
     "ui": "open MLflow on the runs of a storage",
 }
 OPTIONS = {

@@ -1,0 +1,199 @@
+"""Page that sets every number of the paper beside ours, from the records of several runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from components.config import PRINTED_IN, roles
+from components.threat_models import CLEAN, GREY_BOX, TRANSFER, WHITE_BOX
+from pipeline.records import RunRecord
+from pipeline.reporting import labels, over_seeds, paper
+from pipeline.reporting.cells import interval_text
+from pipeline.reporting.markdown import markdown_table
+from pipeline.reporting.records import Row
+
+_HEAD = ("the paper's row", "network", "attack", "paper", "ours", "control", "n x seeds", "verdict")
+_INTRODUCTION = """\
+# Reproduction of the paper's numbers, cell by cell
+
+What did this project measure for each number that the paper prints?
+
+This page is made from the records of the runs:
+
+```sh
+{command}
+```
+
+- **ours, control.** Accuracy in %, mean ± standard deviation over the seeds, by threat model. In
+  brackets stands the 95 % interval: Wilson's over the images, from the lowest bound of any seed to
+  the highest. The control is an undefended network of another seed under the same attack, in the
+  same threat model. What it has too is not due to a defense.
+- **n x seeds.** Test images of each seed, and the number of seeds.
+- **verdict.** First, the threat model whose interval contains the paper's number. Then, for each
+  threat model, our value against the control's: "more" or "less" if the difference exceeds the
+  noise of the seeds (95 % interval of Student's t over the paired differences), "not told apart"
+  otherwise. There is no correction for the number of cells. Two seeds hardly ever tell anything
+  apart.
+- † stands behind a number of an attack that failed its active test ([reliability](reliability.md)).
+
+The settings are smaller than the paper's: the scale says how much, and each table names its run.
+"""
+
+
+def page(records: Mapping[str, RunRecord], command: str) -> str:
+    """Return the page as Markdown.
+
+    Args:
+        records: name of a run, such as its directory -> its record. Those that belong to no table of
+            the paper are left out.
+        command: the command that makes the page.
+    """
+    sections = [_INTRODUCTION.format(command=command), *_summary(records)]
+    for where in PRINTED_IN:
+        of_table = {name: record for name, record in records.items() if record.experiment.paper == where}
+        sections += ["", f"## {_title(where)}"]
+        if not of_table:
+            sections += ["", f"Not run: {len(paper.printed_values(where))} numbers."]
+        for name, record in of_table.items():
+            sections += _table(name, record)
+    return "\n".join(sections).rstrip() + "\n"
+
+
+def cells(record: RunRecord) -> list[Row]:
+    """Return each number of the paper's table, with ours, the control's and the verdict.
+
+    Returns:
+        The rows of :func:`pipeline.reporting.paper.beside_paper` that have values. Each of ``ours``
+        has ``control`` (the same keys; None without one), ``against`` ("more", "less", "not told
+        apart", or "" without a control or with one seed) and ``contains`` (whether its interval
+        contains the paper's number).
+    """
+    bare = roles.without_autoencoder(record.experiment)
+    role = {base: record.roles[name] for name, base in record.bases.items()}
+    configs = record.experiment.first_replicates()
+    groups = over_seeds.by_seed(record)
+    differences = {
+        (row["model"], row["reference"], row["threat_model"], row["attack"]): row
+        for reference in roles.references(record.experiment)
+        for row in over_seeds.differences(record, reference)
+    }
+
+    def control_of(model: str) -> str:
+        if model in bare:
+            return bare[model]
+        controls = [base for base in role if role[base] == "control" and configs[base].arch == configs[model].arch]
+        return controls[0] if controls and role[model] != "source" else ""
+
+    rows = []
+    for row in paper.beside_paper(record):
+        for ours in row["ours"]:
+            model, threat, attack = (ours[key] for key in ("model", "threat_model", "attack"))
+            control = control_of(model)
+            evaluations = list(groups.get((control, _threat_of_control(threat), attack), {}).values())
+            ours["control"] = over_seeds.accuracy_spread(evaluations) if evaluations else None
+            ours["against"] = _against(differences.get((model, control, threat, attack)))
+            ours["contains"] = ours["low"] <= float(row["paper"].removeprefix("+")) / 100 <= ours["high"]
+            replicates = groups[model, threat, attack].values()
+            ours["untrusted"] = any(labels.is_untrusted(record, e) for e in replicates)
+        if row["ours"]:
+            rows.append(row)
+    return rows
+
+
+def _threat_of_control(threat: str) -> str:
+    """Return the threat model of the control that corresponds: a reformer's grey box is its transfer."""
+    return TRANSFER if threat == GREY_BOX else threat
+
+
+def _against(difference: Row | None) -> str:
+    if difference is None:
+        return ""
+    if not difference["resolved"]:
+        return "not told apart"
+    return "more" if difference["difference"] > 0 else "less"
+
+
+def verdict(row: Row) -> str:
+    """Return the verdict on one of :func:`cells` in words."""
+    if row["column"] == "clean":
+        [ours, *_] = row["ours"]
+        if ours["contains"]:
+            return "as printed"
+        return f"{100 * ours['mean'] - float(row['paper']):+.1f} points"
+    inside = [labels.threat_title(ours["threat_model"]) for ours in row["ours"] if ours["contains"]]
+    where = f"as printed: {', '.join(inside)}" if inside else "not as printed"
+    told = [f"{labels.threat_title(o['threat_model'])} {o['against']}" for o in row["ours"] if o["against"]]
+    return "; ".join(filter(None, [where, f"against the control: {', '.join(told)}" if told else ""]))
+
+
+def _table(name: str, record: RunRecord) -> list[str]:
+    experiment = record.experiment
+    lines = ["", f"**{name}**, scale {experiment.scale or 'of its own'}. {_training(record)}", ""]
+    rows = []
+    for row in cells(record):
+        attack = row["column"] + (f" made on {row['made_on']}" if row["made_on"] else "")
+        ours = [f"{_prefix(value)}{_value(value)}" for value in row["ours"]]
+        control = [_value(value["control"]) if value["control"] else "–" for value in row["ours"]]
+        sizes = dict.fromkeys(f"{value['n']:,} x {value['seeds']}" for value in row["ours"])
+        rows.append(
+            (
+                row["title"],
+                row["arch"],
+                attack,
+                row["paper"],
+                "<br>".join(ours),
+                "<br>".join(control),
+                ", ".join(sizes),
+                verdict(row),
+            )
+        )
+    return [*lines, *markdown_table(_HEAD, rows)]
+
+
+def _training(record: RunRecord) -> str:
+    """Return data, network and length of the training, and what computed it, in one line."""
+    experiment = record.experiment
+    train, data = experiment.train, experiment.data
+    images = record.data.get("rows", {}).get("train", 0)
+    revision = str(record.git.get("revision") or "unknown")[:7]
+    return (
+        f"{images:,} training images at {data.image_size}x{data.image_size}, width {train.width}, {train.epochs} "
+        f"epochs unless a model says otherwise. Revision {revision}, {record.hardware.get('cpu', 'unknown processor')}."
+    )
+
+
+def _prefix(value: Row) -> str:
+    threat = value["threat_model"]
+    return "" if threat == CLEAN else f"{labels.threat_title(threat)} "
+
+
+def _value(value: Row) -> str:
+    spread = labels.mean_and_sd(value["mean"], value["sd"])
+    return f"{spread}{labels.mark(value)} ({interval_text(value['low'], value['high'])})"
+
+
+def _summary(records: Mapping[str, RunRecord]) -> list[str]:
+    """Return how often each verdict was reached, per run."""
+    rows = []
+    for name, record in records.items():
+        if not record.experiment.paper:
+            continue
+        attacked = [row for row in cells(record) if row["column"] != "clean"]
+        ours = [value for row in attacked for value in row["ours"]]
+        inside = [row for row in attacked if any(value["contains"] for value in row["ours"])]
+        white = [row for row in inside if any(v["contains"] and v["threat_model"] == WHITE_BOX for v in row["ours"])]
+        told = [value["against"] for value in ours if value["against"]]
+        counts = (len(attacked), len(white), len(inside) - len(white), len(attacked) - len(inside))
+        against = (told.count("more"), told.count("less"), told.count("not told apart"))
+        rows.append((_title(record.experiment.paper), name, *map(str, counts), *map(str, against)))
+    if not rows:
+        return []
+    head = (
+        *("table", "run", "cells under attack", "as printed, white-box", "as printed, another threat model only"),
+        *("not as printed", "more than the control", "less", "not told apart"),
+    )
+    return ["", "## In numbers", "", *markdown_table(head, rows)]
+
+
+def _title(where: str) -> str:
+    return f"Table {where.removeprefix('table')}" if where.startswith("table") else f"Section {where[3:]}"
