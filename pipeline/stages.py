@@ -17,6 +17,7 @@ from pipeline.records import RunRecord
 from pipeline.reporting import report, results
 from pipeline.reporting.tracked import mlflow_run
 from pipeline.run_directory import Run, kinds_of_targets, shapes_of, splits_of
+from pipeline.runtime import provenance
 from pipeline.runtime.console import Bar, say, stage
 from pipeline.runtime.storage import Storage
 from pipeline.runtime.stored_record import StoredRecord, now
@@ -87,6 +88,13 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     for name, config in e.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
+    if not e.scaling.gpu and provenance.lacks_bfloat16():
+        for name, config in e.model_configs().items():
+            if config.epochs and config.precision == "bfloat16":
+                say(
+                    f"  {name}: this processor has no bfloat16 arithmetic, so training takes about ten times as long "
+                    "as in float32 (--train.precision float32 --train.no-channels-last)"
+                )
     with run.stored.timed("train"), stage(results.model_stage(e)) as bar:
         models = train.train(e, shapes_of(e), sets.training, run.root, TrainProgress(run, bar), run.tracker.uri)
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}

@@ -140,12 +140,15 @@ def _differences(
     for (model, *rest), by_replicate in values.items():
         if model == reference or configs[model].arch != configs[reference].arch:
             continue
-        if difference := _paired_difference(by_replicate, values.get((reference, *rest), {}), level):
+        if difference := paired_difference(by_replicate, values.get((reference, *rest), {}), level):
             yield (model, *rest), difference
 
 
-def _paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float) -> Row:
-    """Return the mean of a - b over the common replicates; {} if they are fewer than two."""
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.05) -> Row:
+    """Return the mean of a - b over the common replicates; {} if they are fewer than two.
+
+    See :func:`differences`.
+    """
     common = sorted(a.keys() & b.keys())
     if len(common) < 2:
         return {}

@@ -144,26 +144,32 @@ def printed_values(where: str) -> list[Printed]:
     return [p for p in _numbers() if p.where == where]
 
 
-def beside_paper(record: RunRecord) -> list[Row]:
+def beside_paper(record: RunRecord, where: str = "") -> list[Row]:
     """Return each number of the paper's table with all values that this run has for it.
 
     A recipe names a model as the paper's row (see ROWS), with ``-ARCH`` behind it if a table has
     several. The paper says "white-box" of all its columns, but some can only be transfer
     (docs/evaluation.md). So the values of both are listed.
 
+    Args:
+        where: another place of the paper, whose numbers for the same data set are answered. Empty:
+            the experiment's own.
+
     Returns:
-        One entry per printed number: where, row, column, arch, made_on, paper (text as printed),
+        One entry per printed number: where, dataset, row, column, arch, made_on, paper (text as printed),
         note, and ours. ``ours`` is a list of {model, arch (as built), threat_model, attack, n, low,
         high, seeds, mean, sd, min, max}. It is empty if the run has no value.
     """
     experiment = record.experiment
     if not experiment.paper:
         return []
+    dataset = printed_values(experiment.paper)[0].dataset
     built = {base: config.arch for base, config in experiment.first_replicates().items()}
     groups = by_seed(record)
     return [
         {
             "where": printed.where,
+            "dataset": printed.dataset,
             "row": printed.row,
             "title": printed.printed_row,
             "column": printed.column,
@@ -177,7 +183,8 @@ def beside_paper(record: RunRecord) -> list[Row]:
                 if _belongs(key, printed, built)
             ],
         }
-        for printed in printed_values(experiment.paper)
+        for printed in printed_values(where or experiment.paper)
+        if printed.dataset == dataset
     ]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from components.config import PRINTED_IN, roles
 from components.threat_models import CLEAN, GREY_BOX, TRANSFER, WHITE_BOX
-from pipeline.records import RunRecord
+from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting import labels, over_seeds, paper
 from pipeline.reporting.cells import interval_text
 from pipeline.reporting.markdown import markdown_table
@@ -50,33 +50,43 @@ def page(records: Mapping[str, RunRecord], command: str) -> str:
     """
     sections = [_INTRODUCTION.format(command=command), *_summary(records)]
     for where in PRINTED_IN:
-        of_table = {name: record for name, record in records.items() if record.experiment.paper == where}
         sections += ["", f"## {_title(where)}"]
-        if not of_table:
-            sections += ["", f"Not run: {len(paper.printed_values(where))} numbers."]
-        for name, record in of_table.items():
-            sections += _table(name, record)
+        own = {name: record for name, record in records.items() if record.experiment.paper == where}
+        # The text repeats numbers of the tables. Each is answered by the first run that has it.
+        in_text = not where.startswith("table")
+        answered: set[tuple[str, ...]] = set()
+        for name, record in {**own, **(records if in_text else {})}.items():
+            rows = [row for row in cells(record, where) if not (in_text and _place(row) in answered)]
+            answered |= {_place(row) for row in rows}
+            if rows:
+                sections += _table(name, record, rows)
+        count = len(paper.printed_values(where))
+        if len(answered) < count:
+            sections += ["", f"No run has a value for {count - len(answered)} of the {count} numbers."]
     return "\n".join(sections).rstrip() + "\n"
 
 
-def cells(record: RunRecord) -> list[Row]:
+def _place(row: Row) -> tuple[str, ...]:
+    """Return what tells a number of the paper from all others of its table or section."""
+    return tuple(row[key] for key in ("dataset", "row", "column", "arch", "made_on"))
+
+
+def cells(record: RunRecord, where: str = "") -> list[Row]:
     """Return each number of the paper's table, with ours, the control's and the verdict.
+
+    Args:
+        where: another place of the paper than the run's own.
 
     Returns:
         The rows of :func:`pipeline.reporting.paper.beside_paper` that have values. Each of ``ours``
-        has ``control`` (the same keys; None without one), ``against`` ("more", "less", "not told
-        apart", or "" without a control or with one seed) and ``contains`` (whether its interval
-        contains the paper's number).
+        has ``control`` (mean and spread of the control; of a grey box, under transfer; None without
+        one), ``against`` ("more", "less", "not told apart", or "" without a control or with one
+        seed) and ``contains`` (whether its interval contains the paper's number).
     """
     bare = roles.without_autoencoder(record.experiment)
     role = {base: record.roles[name] for name, base in record.bases.items()}
     configs = record.experiment.first_replicates()
     groups = over_seeds.by_seed(record)
-    differences = {
-        (row["model"], row["reference"], row["threat_model"], row["attack"]): row
-        for reference in roles.references(record.experiment)
-        for row in over_seeds.differences(record, reference)
-    }
 
     def control_of(model: str) -> str:
         if model in bare:
@@ -85,28 +95,26 @@ def cells(record: RunRecord) -> list[Row]:
         return controls[0] if controls and role[model] != "source" else ""
 
     rows = []
-    for row in paper.beside_paper(record):
+    for row in paper.beside_paper(record, where):
         for ours in row["ours"]:
             model, threat, attack = (ours[key] for key in ("model", "threat_model", "attack"))
             control = control_of(model)
-            evaluations = list(groups.get((control, _threat_of_control(threat), attack), {}).values())
-            ours["control"] = over_seeds.accuracy_spread(evaluations) if evaluations else None
-            ours["against"] = _against(differences.get((model, control, threat, attack)))
+            replicates = groups[model, threat, attack]
+            controls = groups.get((control, TRANSFER if threat == GREY_BOX else threat, attack), {})
+            ours["control"] = over_seeds.accuracy_spread(list(controls.values())) if controls else None
+            ours["against"] = _against(replicates, controls)
             ours["contains"] = ours["low"] <= float(row["paper"].removeprefix("+")) / 100 <= ours["high"]
-            replicates = groups[model, threat, attack].values()
-            ours["untrusted"] = any(labels.is_untrusted(record, e) for e in replicates)
+            ours["untrusted"] = any(labels.is_untrusted(record, e) for e in replicates.values())
         if row["ours"]:
             rows.append(row)
     return rows
 
 
-def _threat_of_control(threat: str) -> str:
-    """Return the threat model of the control that corresponds: a reformer's grey box is its transfer."""
-    return TRANSFER if threat == GREY_BOX else threat
-
-
-def _against(difference: Row | None) -> str:
-    if difference is None:
+def _against(ours: Mapping[int, EvaluationEntry], control: Mapping[int, EvaluationEntry]) -> str:
+    """Return whether ours is more or less accurate than the control, by replicate; "" for one seed."""
+    a, b = ({replicate: e.accuracy for replicate, e in entries.items()} for entries in (ours, control))
+    difference = over_seeds.paired_difference(a, b)
+    if not difference:
         return ""
     if not difference["resolved"]:
         return "not told apart"
@@ -126,11 +134,11 @@ def verdict(row: Row) -> str:
     return "; ".join(filter(None, [where, f"against the control: {', '.join(told)}" if told else ""]))
 
 
-def _table(name: str, record: RunRecord) -> list[str]:
+def _table(name: str, record: RunRecord, printed: Sequence[Row]) -> list[str]:
     experiment = record.experiment
     lines = ["", f"**{name}**, scale {experiment.scale or 'of its own'}. {_training(record)}", ""]
     rows = []
-    for row in cells(record):
+    for row in printed:
         attack = row["column"] + (f" made on {row['made_on']}" if row["made_on"] else "")
         ours = [f"{_prefix(value)}{_value(value)}" for value in row["ours"]]
         control = [_value(value["control"]) if value["control"] else "–" for value in row["ours"]]

@@ -25,6 +25,7 @@ REVISION_VARIABLE = "DEFENDPP_REVISION"
 """Environment variable with the revision of a Ray job's copy of the source, which has no .git."""
 REVISION_FILE = "REVISION"
 """File beside the source with the revision of an image's copy."""
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def environment() -> dict[str, Any]:
@@ -142,7 +143,7 @@ def hardware() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+        if match := re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE):
             return match.group(1)
     return platform.processor() or platform.machine()
 
@@ -151,3 +152,16 @@ def command(argv: list[str]) -> str:
     """Return the command line as it can be pasted into a shell, without passwords of URIs."""
     script, *arguments = (shlex.quote(without_password(argument)) for argument in argv)
     return " ".join([called_by() or f"python {script}", *arguments])
+
+
+def lacks_bfloat16() -> bool:
+    """Tell whether this machine's processor is known to have no bfloat16 arithmetic.
+
+    PyTorch then emulates it, at a tenth of float32's speed (docs/LOG.md). Only Linux says what a
+    processor has.
+    """
+    try:
+        match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return match is not None and not {"avx512_bf16", "amx_bf16", "bf16"} & set(match[1].split())

@@ -47,7 +47,7 @@ def test_the_commands_of_the_page_are_taken(line: str, capsys: pytest.CaptureFix
     if command == "ui":
         with pytest.raises(SystemExit):
             main([command, *arguments, "--help"])
-    elif command == "export":
+    elif command in ("export", "reproduction"):
         assert [argument for argument in arguments if argument.startswith("--")] == ["--out"]
     elif command in ("recipes", "--print-completion"):
         assert main([command, *arguments]) == 0
