@@ -48,9 +48,10 @@ def _write(directories: Sequence[str], out: str) -> None:
     from pipeline.reporting import reproduction
     from pipeline.reporting.records import read_run
     from pipeline.runtime.console import say
-    from pipeline.runtime.storage import Storage, split_uri
+    from pipeline.runtime.storage import split_uri
 
-    records = {directory.rstrip("/"): read_run(Storage(directory)) for directory in directories}
+    # A directory may be relative, like a file and unlike a storage: no other node has to reach it.
+    records = {directory.rstrip("/"): read_run(split_uri(f"{directory}/run.json")[0]) for directory in directories}
     of_paper = [name for name, record in records.items() if record.experiment.paper]
     if not of_paper:
         raise DataError(

@@ -200,7 +200,7 @@ def _summary(records: Mapping[str, RunRecord]) -> list[str]:
         *("table", "run", "cells under attack", "as printed, white-box", "as printed, another threat model only"),
         *("not as printed", "more than the control", "less", "not told apart"),
     )
-    return ["", "## In numbers", "", *markdown_table(head, rows)]
+    return ["## In numbers", "", *markdown_table(head, rows)]
 
 
 def _title(where: str) -> str:

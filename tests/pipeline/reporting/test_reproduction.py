@@ -105,13 +105,16 @@ def test_one_seed_tells_nothing_against_the_control() -> None:
     assert reproduction.verdict(cell) == "as printed: transfer"
 
 
-def test_the_command_writes_a_page_with_every_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_page_with_every_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     Storage(tmp_path / "results/table2-small").write_json("run.json", record())
     out = tmp_path / "page.md"
-    assert main(["reproduction", str(tmp_path / "results/table2-small"), "--out", str(out)]) == 0
+    assert main(["reproduction", "results/table2-small", "--out", "page.md"]) == 0
     assert "1 runs" in capsys.readouterr().out
     page = out.read_text()
-    assert f"defendpp reproduction {tmp_path}/results/table2-small --out {out}" in page
+    assert "reproduction results/table2-small --out page.md" in page
     lines = page.splitlines()
     [row] = [line for line in lines if line.startswith("| ours | resnet18 | fgsm |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
