@@ -77,7 +77,7 @@ def table3(scale: str) -> Experiment:
     models = (
         *UNDEFENDED,
         ADV_FGSM,
-        ADV_PGD,
+        ADV_PGD + (",adversarial_steps=5" if scale == "slim" else ""),
         _adv_ddn(scale, 1.0, _last_tenth(base)),
         COMDEFEND,
         "defend:seed=1",
@@ -300,7 +300,7 @@ def robust(scale: str) -> Experiment:
     base = mnist_scale("robust", scale)
     train = replace(base.train, adversarial_attack="pgd", adversarial_eps=0.3, adversarial_beta=1.0)
     if scale == "slim":
-        train = replace(train, epochs=10, precision="bfloat16", channels_last=True)
+        train = replace(train, epochs=8, adversarial_steps=7, precision="bfloat16", channels_last=True)
     return _robust(replace(base, train=train), "0.3")
 
 
