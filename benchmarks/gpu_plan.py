@@ -1,10 +1,11 @@
-"""Reckon what recipes cost on a GPU: FLOPs of training and attacks, hours and money.
+"""Estimate of what recipes cost on a GPU: FLOPs of training and attacks, hours and money.
 
     python benchmarks/gpu_plan.py table1-fast table3-fast robust-fast --price 4
 
 FLOPs are counted on the CPU (FlopCounterMode): one training step of each model, one pass of each
-network. Passes of attacks are upper bounds: no image is broken early, but on models that are trained
-on clean images AutoAttack needs its first attack alone. Hours follow from the TFLOP/s that one
+network's classifier. It is assumed that no image is broken early, except that AutoAttack needs its
+first attack alone on models that are trained on clean images. Reformers, the auto-encoder of the
+adaptive attack, and passes that judge examples are left out. Hours follow from the TFLOP/s that one
 NVIDIA H200 sustained (benchmarks/README.md, On a GPU): eager training in bfloat16, and attack passes
 in float32.
 """

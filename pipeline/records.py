@@ -198,6 +198,8 @@ class RunRecord(Record):
     worst_case_pairs: tuple[WorstCasePair, ...] | None = field(default=None, metadata=_OPTIONAL)
     reliability: Mapping[str, Reliability] | None = field(default=None, metadata=_OPTIONAL)
     """Model -> tests of the attacks on it, in config order. None before the attacks have run."""
+    rebuilt_from: str | None = field(default=None, metadata=_OPTIONAL)
+    """File that the record was rebuilt from, where the run itself was lost."""
     diverged: Mapping[str, int] | None = field(default=None, metadata=_OPTIONAL)
     """Model -> step at which its loss was not finite."""
 

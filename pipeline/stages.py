@@ -88,13 +88,11 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
     for name, config in e.model_configs().items():
         for note in libraries.notes(config.arch, config.pretrained, config.normalize_mean):
             say(f"  {name}: {note}")
-    if not e.scaling.gpu and provenance.lacks_bfloat16():
-        for name, config in e.model_configs().items():
-            if config.epochs and config.precision == "bfloat16":
-                say(
-                    f"  {name}: this processor has no bfloat16 arithmetic, so training takes about ten times as long "
-                    "as in float32 (--train.precision float32 --train.no-channels-last)"
-                )
+    if emulates_bfloat16(e):
+        say(
+            "  this processor has no bfloat16 arithmetic, so training takes about ten times as long as in float32 "
+            "(--train.precision float32 --train.no-channels-last)"
+        )
     with run.stored.timed("train"), stage(results.model_stage(e)) as bar:
         models = train.train(e, shapes_of(e), sets.training, run.root, TrainProgress(run, bar), run.tracker.uri)
     run.record["diverged"] = {name: model["diverged"] for name, model in models.items() if "diverged" in model}
@@ -102,6 +100,13 @@ def train_models(run: Run, sets: ShardSets) -> list[plan.Model]:
         say(f"  {name}: diverged at step {step}; the run goes on without it (--allow-diverged)")
     run.stored.save()
     return as_subjects(e, {name: model for name, model in models.items() if "diverged" not in model})
+
+
+def emulates_bfloat16(experiment: Experiment) -> bool:
+    """Tell whether models are to be trained in bfloat16 on this processor, which lacks it."""
+    if experiment.scaling.gpu or not provenance.lacks_bfloat16():
+        return False
+    return any(c.epochs and c.precision == "bfloat16" for c in experiment.model_configs().values())
 
 
 class TrainProgress(monitor.Progress):

@@ -1,4 +1,4 @@
-"""Rebuild run.json of a run from its table.md, where only the table was kept.
+"""Record of a run (run.json), rebuilt from its table.md where only the table was kept.
 
     python results/record_of_table.py results/table1-slim n=300 train=9059
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from components.attacks.spec import AttackSpec  # noqa: E402
 from components.evaluation.statistics import wilson_interval  # noqa: E402
 from components.fields import to_dict  # noqa: E402
+from pipeline.cli.recipe_arguments import parse_experiment  # noqa: E402
 from pipeline.recipes.registry import RECIPES  # noqa: E402
 from pipeline.records import RunRecord  # noqa: E402
 from pipeline.reporting import markdown  # noqa: E402
@@ -74,6 +76,9 @@ def rebuild(directory: Path, n: int, train: int) -> dict[str, Any]:
                     {"model": model, "source": source, "threat_model": threat, "attack": attack, "n": n}
                     | {"metrics": metrics}
                 )
+    # The command has the options of the run, such as its models and its GPU.
+    options = shlex.split(made_with(text, "Command")).index(directory.name)
+    recipe = parse_experiment("run", shlex.split(made_with(text, "Command"))[options:])
     bases = {e["model"].rpartition("-s")[0] for e in evaluations}
     seeds = 1 + max(int(e["model"].rpartition("-s")[2]) for e in evaluations)
     experiment = replace(

@@ -37,8 +37,11 @@ Rounding to eight bits changes a trained network's logits by 1/100 and its gradi
 def folded(model: nn.Module) -> _Frozen | None:
     """Copy a network in eval mode, frozen, with batch norm folded into the convolutions.
 
-    The copy computes in channels_last. None if the network cannot be traced. Nothing is compared:
-    tracing may lose a backward pass of the network's own (see :func:`make_fast_copy`).
+    The copy computes in channels_last. It is not compared with the network. Tracing may lose a
+    backward pass that a network defines itself, so use :func:`make_fast_copy` for unknown networks.
+
+    Returns:
+        The copy, or None if the network cannot be traced.
 
     Raises:
         torch.OutOfMemoryError: the copy does not fit the memory.

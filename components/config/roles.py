@@ -37,43 +37,63 @@ def roles_of(experiment: Experiment) -> dict[str, str]:
     return {name: role(name, config) for name, config in configs.items()}
 
 
-def without_autoencoder(experiment: Experiment) -> dict[str, str]:
-    """Return Defend++ on examples -> the same adversarial training without the auto-encoder.
+def _roles_of_bases(experiment: Experiment) -> dict[str, str]:
+    bases = experiment.base_names()
+    return {bases[name]: role for name, role in roles_of(experiment).items()}
 
-    Both are names in the recipe. It is the control of that model: only the auto-encoder differs.
+
+def control_of(experiment: Experiment) -> dict[str, str]:
+    """Return each defended model -> its control, both as named in the recipe.
+
+    A control differs from its model by the defense alone, as far as the recipe has one like that:
+
+    - Defend++ on adversarial examples: the same adversarial training without the auto-encoder.
+    - otherwise: the undefended model of the same training and seed, or else the first undefended
+      control of the architecture.
+
+    A model without either has no entry.
     """
     configs = experiment.first_replicates()
-    adversarial = {config.canonical(): base for base, config in configs.items() if config.defense == "adversarial"}
-    pairs = {}
+    role = _roles_of_bases(experiment)
+    same: dict[TrainConfig, str] = {}
     for base, config in configs.items():
-        if config.defense == "defend++" and config.on_examples:
-            bare = dataclasses.replace(config, defense="adversarial").canonical()
-            if bare in adversarial:
-                pairs[base] = adversarial[bare]
-    return pairs
+        if config.defense == "adversarial" or role[base] == "control":
+            same.setdefault(config.canonical(), base)
+    controls = {}
+    for base, config in configs.items():
+        if role[base] != "defended":
+            continue
+        equal = None
+        if config.defense == "defend++":
+            bare = dataclasses.replace(config, defense="adversarial" if config.on_examples else "none")
+            equal = bare.canonical()
+        of_arch = [b for b, c in configs.items() if role[b] == "control" and c.arch == config.arch]
+        found = [same[equal]] if equal in same else of_arch
+        if found:
+            controls[base] = found[0]
+    return controls
 
 
 def references(experiment: Experiment) -> list[str]:
     """Return the models, as named in the recipe, that all others are compared with.
 
-    For each architecture, these are the first control, the models of :func:`without_autoencoder`,
-    and the model that the paper calls ours: ``defend``, or ``defend-ARCH`` where a table has
-    several. If no model has that name, it is the first Defend++, or the first defended model, but
-    none beside models of :func:`without_autoencoder`.
+    For each architecture, these are its controls (:func:`control_of`) and the model that the paper
+    calls ours: ``defend``, or ``defend-ARCH`` where a table has several. If no model has that name,
+    it is the first Defend++, or the first defended model. Where a defended model is itself a
+    control, no such model is added.
     """
-    roles = roles_of(experiment)
-    role = {base: roles[name] for name, base in experiment.base_names().items()}
-    configs = experiment.first_replicates()
-    bare = without_autoencoder(experiment)
-    references = []
+    role = _roles_of_bases(experiment)
+    controls, configs = control_of(experiment), experiment.first_replicates()
+    references: list[str] = []
     for arch in dict.fromkeys(config.arch for config in configs.values()):
         models = [base for base, config in configs.items() if config.arch == arch]
         defended = [base for base in models if role[base] == "defended"]
         ours = [base for base in defended if configs[base].defense == "defend++"]
         named = [base for base in ours if base.partition("-")[0] == "defend"]
-        references += [base for base in models if role[base] == "control"][:1]
-        controls = list(dict.fromkeys(bare[base] for base in models if base in bare))
-        references += controls + (named if controls else named or ours or defended)[:1]
+        used = [controls[base] for base in models if base in controls]
+        used += [base for base in models if role[base] == "control"][:1]
+        first = named if any(role[base] == "defended" for base in used) else named or ours or defended
+        references += dict.fromkeys([*used, *first[:1]])
     return references
 
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from components.attacks.common import input_gradient
 from components.attacks.fast_copy import folded
+from components.attacks.pgd import random_start
 from components.attacks.projections import project
 from components.attacks.registry import run_attack
 from components.attacks.spec import AttackSpec
@@ -80,7 +81,7 @@ def adversarial_examples(
     def attack(network: nn.Module, clean: Tensor) -> Tensor:
         return run_attack(spec, network, clean, labels, generator=generator)
 
-    return _made_by(attack, classifier, images, max_norm, fold)
+    return _run_frozen(attack, classifier, images, max_norm, fold)
 
 
 def training_examples(
@@ -112,7 +113,7 @@ def training_examples(
         else:
             losses = lambda logits: F.cross_entropy(logits, labels, reduction="none")  # noqa: E731
         if single_step:
-            start = (clean + eps * N_FGSM_NOISE * _uniform(clean, generator)).clamp_(0, 1)
+            start = random_start(clean, N_FGSM_NOISE * eps, "linf", generator)
             gradient, _ = input_gradient(network, start, losses)
             return start + eps * gradient.sign()
         x = clean + TRADES_START * torch.randn(clean.shape, generator=generator).to(clean.device)
@@ -121,7 +122,7 @@ def training_examples(
             x = project(x + (2.5 * eps / steps) * gradient.sign(), clean, eps, "linf")
         return x
 
-    return _made_by(attack, classifier, images, max_norm, fold)
+    return _run_frozen(attack, classifier, images, max_norm, fold)
 
 
 def adversarial_spec(config: TrainConfig) -> AttackSpec:
@@ -136,15 +137,11 @@ def kl_divergence(logits: Tensor, reference: Tensor) -> Tensor:
 
     It is TRADES' divergence of an example's prediction from the clean one.
     """
-    return F.kl_div(logits.log_softmax(1), reference.softmax(1), reduction="none").sum(1)
+    # In logarithms, because the gradient of p log p is not a number where p underflows to 0.
+    return F.kl_div(logits.log_softmax(1), reference.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw uniformly from [-1, 1], on the CPU so that every device gets the same draw."""
-    return torch.rand(like.shape, generator=generator).mul_(2).sub_(1).to(like.device)
-
-
-def _made_by(
+def _run_frozen(
     attack: Callable[[nn.Module, Tensor], Tensor],
     classifier: nn.Module,
     images: Tensor,

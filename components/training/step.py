@@ -42,7 +42,7 @@ class PhaseModule(nn.Module):
         self.phase = phase
         self.config = config
         self.on_examples = phase.startswith("adversarial")
-        # In a tuple, so that the phase of the auto-encoder does not train the classifier.
+        # A tuple hides the module: nn.Module would register its parameters as the phase's own.
         self._attacked = (classifier_of(net),) if self.on_examples else ()
         if phase in ("classifier", "adversarial"):
             self.classifier = classifier_of(net)

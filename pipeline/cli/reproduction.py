@@ -60,4 +60,4 @@ def _write(directories: Sequence[str], out: str) -> None:
     command = f"{PurePosixPath(program()).name} reproduction {' '.join(directories)} --out {out}"
     storage, name = split_uri(out)
     storage.write_bytes(name, reproduction.page(records, command).encode())
-    say(f"{len(of_paper)} runs: {out}")
+    say(f"{len(of_paper)} run{'s' if len(of_paper) > 1 else ''}: {out}")

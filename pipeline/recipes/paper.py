@@ -1,6 +1,6 @@
 """Recipes of the paper's tables and figures, and of the questions that it leaves.
 
-Each comes at some of the scales of :data:`SCALES`, as ``table1-smoke`` and so on: the same models,
+Each comes at every scale of :data:`SCALES`, as ``table1-smoke`` and so on: the same models,
 threat models and attacks, at sizes for another purpose. The first line of a function's docstring is
 the recipe's description.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from components.config import Experiment
 from components.threat_models import BLACK_BOX, EVERY_SOURCE, TRANSFER, WHITE_BOX, transfer_from
-from pipeline.recipes.scales import SCALES, cifar10, imagenet, mnist_scale
+from pipeline.recipes.scales import cifar10, imagenet, mnist_scale
 from pipeline.recipes.suites import full_suite
 
 UNDEFENDED = ("no_defense:defense=none,seed=0", "control:defense=none,seed=1")
@@ -273,15 +273,16 @@ def robustness(scale: str) -> Experiment:
 def _robust(base: Experiment, eps: str) -> Experiment:
     """Return adversarial training and TRADES, each without and with the auto-encoder, within Linf eps."""
     models = []
-    for short, loss in (("pgd", "ce"), ("trades", "trades")):
+    for loss in ("ce", "trades"):
         fields = f"seed=1,adversarial_loss={loss}"
-        models += [f"adv_{short}:defense=adversarial,{fields}"]
-        models += [f"defend{n}_{short}:adversarial_training=true,{fields},shared_blocks={n}" for n in range(1, 5)]
+        models += [f"adv_{loss}:defense=adversarial,{fields}"]
+        models += [f"defend{n}_{loss}:adversarial_training=true,{fields},shared_blocks={n}" for n in range(1, 5)]
     steps, queries = (2, 5) if base.scale == "smoke" else (20, 500)
     budget = f"eps={eps}"
     attacks = (
         f"noise:{budget}",
-        f"pgd:{budget},steps={2 * steps}",
+        # Three restarts, since the two adaptive attacks are two more on models with an auto-encoder.
+        f"pgd:{budget},steps={2 * steps},restarts=3",
         f"autoattack:{budget},steps={steps},queries={queries}",
         f"square:{budget},queries={2 * queries}",
         f"adaptive:{budget},steps={2 * steps}",
@@ -314,11 +315,11 @@ def robust_cifar10(scale: str) -> Experiment:
     return _robust(replace(base, train=train), "8/255")
 
 
-PAPER: dict[str, tuple[Callable[[str], Experiment], tuple[str, ...]]] = {
-    make.__name__.replace("_", "-"): (make, tuple(SCALES))
+PAPER: dict[str, Callable[[str], Experiment]] = {
+    make.__name__.replace("_", "-"): make
     for make in (
         *(table1, table2, table2_pgd, table3, table4, table5, table6, table7, table8),
         *(fig2, fig5, fig6, fig7, fig8, eq3, bim_readings, robustness, robust, robust_cifar10),
     )
 }
-"""Name -> function of the scale, and the scales that the recipe comes at."""
+"""Name -> function of the scale."""

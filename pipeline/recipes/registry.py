@@ -36,7 +36,7 @@ class Recipe:
     @property
     def summary(self) -> str:
         """Return in one line what the recipe shows, at any of its scales."""
-        return summary_of(PAPER[self.base][0]) if self.base in PAPER else self.make().description
+        return summary_of(PAPER[self.base]) if self.base in PAPER else self.make().description
 
 
 RECIPES: dict[str, Recipe] = {
@@ -45,8 +45,8 @@ RECIPES: dict[str, Recipe] = {
     "mnist-slim": Recipe(mnist_slim, "mnist-slim", "slim"),
     "mnist": Recipe(mnist, "mnist", "fast"),
 }
-for _name, (_make, _scales) in sorted(PAPER.items()):
-    for _scale in _scales:
+for _name, _make in sorted(PAPER.items()):
+    for _scale in SCALES:
         _full = f"{_name}-{_scale}"
         RECIPES[_full] = Recipe(functools.partial(_described, _make, _name, _scale), _name, _scale)
     RECIPES[_name] = RECIPES[f"{_name}-fast"]  # A table's name alone is its scale "fast".
@@ -54,7 +54,7 @@ for _name, (_make, _scales) in sorted(PAPER.items()):
 
 def scales_of(base: str) -> tuple[str, ...]:
     """Return the scales that follow the name of a recipe; () if it comes at one alone."""
-    return PAPER[base][1] if base in PAPER else ()
+    return tuple(SCALES) if base in PAPER else ()
 
 
 BASES = tuple(dict.fromkeys(recipe.base for recipe in RECIPES.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SHORT_AUTOATTACK = "steps=20,queries=500"
-"""AutoAttack's short form, a fifth to a tenth of the standard one: for a CPU."""
+"""AutoAttack's short form: a fifth of the steps and a tenth of the queries of the standard one."""
 
 
 def cw(channels: int) -> str:

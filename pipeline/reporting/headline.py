@@ -107,18 +107,10 @@ def _subjects(record: RunRecord) -> list[str]:
 
 
 def _controls(record: RunRecord) -> dict[str, str]:
-    """Return each attacked defended model and its control, both as named in the recipe."""
-    configs = record.experiment.first_replicates()
-    role = {base: record.roles[name] for name, base in record.bases.items()}
-    controls = [name for name in roles.references(record.experiment) if role[name] == "control"]
+    """Return each attacked defended model and its attacked control, both as named in the recipe."""
+    controls = roles.control_of(record.experiment)
     evaluated = {record.bases[e.model] for e in record.evaluations if e.source}
-    bare = roles.without_autoencoder(record.experiment)
-    return {
-        model: control
-        for model in _subjects(record)
-        for control in ([bare[model]] if model in bare else controls)
-        if role[model] == "defended" and control in evaluated and configs[control].arch == configs[model].arch
-    }
+    return {model: controls[model] for model in _subjects(record) if controls.get(model) in evaluated}
 
 
 def _findings(record: RunRecord, model: str, control: str) -> list[_Finding]:

@@ -152,8 +152,8 @@ def beside_paper(record: RunRecord, where: str = "") -> list[Row]:
     (docs/evaluation.md). So the values of both are listed.
 
     Args:
-        where: another place of the paper, whose numbers for the same data set are answered. Empty:
-            the experiment's own.
+        where: another place of the paper, instead of the experiment's own. In any case only numbers for
+            images of the run's kind are answered (grey, colour, colour from 64 pixels on).
 
     Returns:
         One entry per printed number: where, dataset, row, column, arch, made_on, paper (text as printed),
@@ -163,7 +163,8 @@ def beside_paper(record: RunRecord, where: str = "") -> list[Row]:
     experiment = record.experiment
     if not experiment.paper:
         return []
-    dataset = printed_values(experiment.paper)[0].dataset
+    data = experiment.data
+    dataset = "mnist" if data.channels == 1 else "cifar10" if data.image_size < 64 else "imagenet"
     built = {base: config.arch for base, config in experiment.first_replicates().items()}
     groups = by_seed(record)
     return [

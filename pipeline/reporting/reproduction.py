@@ -9,7 +9,7 @@ from components.threat_models import CLEAN, GREY_BOX, TRANSFER, WHITE_BOX
 from pipeline.records import EvaluationEntry, RunRecord
 from pipeline.reporting import labels, over_seeds, paper
 from pipeline.reporting.cells import interval_text
-from pipeline.reporting.markdown import markdown_table
+from pipeline.reporting.markdown import made_with, markdown_table
 from pipeline.reporting.records import Row
 
 _HEAD = ("the paper's row", "network", "attack", "paper", "ours", "control", "n x seeds", "verdict")
@@ -25,15 +25,15 @@ This page is made from the records of the runs:
 ```
 
 - **ours, control.** Accuracy in %, mean ± standard deviation over the seeds, by threat model. In
-  brackets stands the 95 % interval: Wilson's over the images, from the lowest bound of any seed to
-  the highest. The control is an undefended network of another seed under the same attack, in the
-  same threat model. What it has too is not due to a defense.
+  brackets stands the range: from the lowest to the highest bound of the seeds' 95 % Wilson
+  intervals over the images. The control is an undefended network of another seed, under the same
+  attack and threat model. Whatever it has too is not due to a defense.
 - **n x seeds.** Test images of each seed, and the number of seeds.
-- **verdict.** First, the threat model whose interval contains the paper's number. Then, for each
-  threat model, our value against the control's: "more" or "less" if the difference exceeds the
-  noise of the seeds (95 % interval of Student's t over the paired differences), "not told apart"
-  otherwise. There is no correction for the number of cells. Two seeds hardly ever tell anything
-  apart.
+- **verdict.** First, the threat model whose range contains the paper's number. A wide range
+  contains almost anything: "in range" says that the number is not excluded. Then, for each threat
+  model, our value against the control's: "more" or "less" if the difference exceeds the noise of
+  the seeds (95 % interval of Student's t over the paired differences), "not told apart" otherwise.
+  There is no correction for the number of cells. Two seeds hardly ever tell anything apart.
 - † stands behind a number of an attack that failed its active test ([reliability](reliability.md)).
 
 The settings are smaller than the paper's: the scale says how much, and each table names its run.
@@ -67,7 +67,7 @@ def page(records: Mapping[str, RunRecord], command: str) -> str:
 
 
 def _place(row: Row) -> tuple[str, ...]:
-    """Return what tells a number of the paper from all others of its table or section."""
+    """Return the place of a number within its table or section of the paper."""
     return tuple(row[key] for key in ("dataset", "row", "column", "arch", "made_on"))
 
 
@@ -83,26 +83,15 @@ def cells(record: RunRecord, where: str = "") -> list[Row]:
         one), ``against`` ("more", "less", "not told apart", or "" without a control or with one
         seed) and ``contains`` (whether its interval contains the paper's number).
     """
-    bare = roles.without_autoencoder(record.experiment)
-    role = {base: record.roles[name] for name, base in record.bases.items()}
-    configs = record.experiment.first_replicates()
-    groups = over_seeds.by_seed(record)
-
-    def control_of(model: str) -> str:
-        if model in bare:
-            return bare[model]
-        controls = [base for base in role if role[base] == "control" and configs[base].arch == configs[model].arch]
-        return controls[0] if controls and role[model] != "source" else ""
-
+    controls, groups = roles.control_of(record.experiment), over_seeds.by_seed(record)
     rows = []
     for row in paper.beside_paper(record, where):
         for ours in row["ours"]:
             model, threat, attack = (ours[key] for key in ("model", "threat_model", "attack"))
-            control = control_of(model)
             replicates = groups[model, threat, attack]
-            controls = groups.get((control, TRANSFER if threat == GREY_BOX else threat, attack), {})
-            ours["control"] = over_seeds.accuracy_spread(list(controls.values())) if controls else None
-            ours["against"] = _against(replicates, controls)
+            control = groups.get((controls.get(model, ""), TRANSFER if threat == GREY_BOX else threat, attack), {})
+            ours["control"] = over_seeds.accuracy_spread(list(control.values())) if control else None
+            ours["against"] = _against(replicates, control)
             ours["contains"] = ours["low"] <= float(row["paper"].removeprefix("+")) / 100 <= ours["high"]
             ours["untrusted"] = any(labels.is_untrusted(record, e) for e in replicates.values())
         if row["ours"]:
@@ -125,13 +114,11 @@ def verdict(row: Row) -> str:
     """Return the verdict on one of :func:`cells` in words."""
     if row["column"] == "clean":
         [ours, *_] = row["ours"]
-        if ours["contains"]:
-            return "as printed"
-        return f"{100 * ours['mean'] - float(row['paper']):+.1f} points"
+        return "in range" if ours["contains"] else f"{100 * ours['mean'] - float(row['paper']):+.1f} points"
     inside = [labels.threat_title(ours["threat_model"]) for ours in row["ours"] if ours["contains"]]
-    where = f"as printed: {', '.join(inside)}" if inside else "not as printed"
-    told = [f"{labels.threat_title(o['threat_model'])} {o['against']}" for o in row["ours"] if o["against"]]
-    return "; ".join(filter(None, [where, f"against the control: {', '.join(told)}" if told else ""]))
+    where = f"in range: {', '.join(inside)}" if inside else "out of range"
+    compared = [f"{labels.threat_title(o['threat_model'])} {o['against']}" for o in row["ours"] if o["against"]]
+    return "; ".join(filter(None, [where, f"against the control: {', '.join(compared)}" if compared else ""]))
 
 
 def _table(name: str, record: RunRecord, printed: Sequence[Row]) -> list[str]:
@@ -159,14 +146,15 @@ def _table(name: str, record: RunRecord, printed: Sequence[Row]) -> list[str]:
 
 
 def _training(record: RunRecord) -> str:
-    """Return data, network and length of the training, and what computed it, in one line."""
-    experiment = record.experiment
-    train, data = experiment.train, experiment.data
+    """Return data, network and length of the training, and what computed it."""
+    train, data = record.experiment.train, record.experiment.data
     images = record.data.get("rows", {}).get("train", 0)
-    revision = str(record.git.get("revision") or "unknown")[:7]
+    made = made_with(record)
+    rebuilt = f" The record was rebuilt from {record.rebuilt_from}." if record.rebuilt_from else ""
     return (
         f"{images:,} training images at {data.image_size}x{data.image_size}, width {train.width}, {train.epochs} "
-        f"epochs unless a model says otherwise. Revision {revision}, {record.hardware.get('cpu', 'unknown processor')}."
+        f"epochs unless a model says otherwise. {made.get('Hardware', 'Unknown machine')}. Revision "
+        f"{made.get('Source', 'unknown')}.{rebuilt}"
     )
 
 
@@ -181,24 +169,30 @@ def _value(value: Row) -> str:
 
 
 def _summary(records: Mapping[str, RunRecord]) -> list[str]:
-    """Return how often each verdict was reached, per run."""
+    """Return how often each verdict was reached on models that are not the source of the examples."""
     rows = []
     for name, record in records.items():
         if not record.experiment.paper:
             continue
-        attacked = [row for row in cells(record) if row["column"] != "clean"]
-        ours = [value for row in attacked for value in row["ours"]]
+        attacked = [row for row in cells(record) if row["column"] != "clean" and row["row"] != "no_defense"]
+        values = [value for row in attacked for value in row["ours"]]
         inside = [row for row in attacked if any(value["contains"] for value in row["ours"])]
         white = [row for row in inside if any(v["contains"] and v["threat_model"] == WHITE_BOX for v in row["ours"])]
-        told = [value["against"] for value in ours if value["against"]]
-        counts = (len(attacked), len(white), len(inside) - len(white), len(attacked) - len(inside))
-        against = (told.count("more"), told.count("less"), told.count("not told apart"))
-        rows.append((_title(record.experiment.paper), name, *map(str, counts), *map(str, against)))
+        against = [value["against"] for value in values if value["against"]]
+        in_range = (len(attacked), len(white), len(inside) - len(white), len(attacked) - len(inside))
+        compared = (len(against), against.count("more"), against.count("less"))
+        rows.append((_title(record.experiment.paper), name, *map(str, in_range), *map(str, compared)))
     if not rows:
         return []
     head = (
-        *("table", "run", "cells under attack", "as printed, white-box", "as printed, another threat model only"),
-        *("not as printed", "more than the control", "less", "not told apart"),
+        *(
+            "table",
+            "run",
+            "cells of defenses under attack",
+            "in range, white-box",
+            "in range, another threat model only",
+        ),
+        *("out of range", "comparisons with the control", "more", "less"),
     )
     return ["## In numbers", "", *markdown_table(head, rows)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+from components.config.roles import control_of
 from components.threat_models import BLACK_BOX, GREY_BOX, RANDOM, TRANSFER, WHITE_BOX, split_threat_model
 from pipeline.records import RunRecord
 from pipeline.reporting import over_seeds
@@ -82,10 +83,14 @@ def _controls_explained(record: RunRecord) -> list[str]:
             "run the command again."
         ]
     evaluated = evaluated_models(record)
+    role_of = {base: role[name] for name, base in record.bases.items()}
     controls = []
     if any(role[name] == "control" for name in evaluated):
         same = " on the same examples" if any(role[e.model] == "control" for e in transferred) else ""
         controls.append(f"an undefended model of another seed{same}")
+    trained = dict.fromkeys(c for c in control_of(experiment).values() if role_of[c] == "defended")
+    if trained:
+        controls.append(f"the same adversarial training without the auto-encoder ({', '.join(trained)})")
     if any(e.threat_model == RANDOM for e in record.evaluations):
         controls.append("random noise of the same size without any attacker")
     if not controls:

@@ -20,6 +20,7 @@ def final_experiment(
 ) -> Experiment:
     """Return the evaluation of the choice beside an undefended network and its control.
 
+    Beside Defend++ on adversarial examples stands the same training without the auto-encoder, too.
     Images and chunks are the recipe's.
 
     Args:
@@ -47,7 +48,12 @@ def final_experiment(
     names = (n for n in ("no_defense", "control") if n not in map(_name_of, undefended))
     while len(undefended) < 2:
         undefended.append(f"{next(names)}:defense=none,seed={next(free)},arch={chosen.arch},width={chosen.width}")
-    names_left = {*map(_name_of, undefended), "best", "*"}
+    beside = [*undefended]
+    if chosen.on_examples and chosen.defense == "defend++":
+        same = {**fields, **_as_text(point), "defense": "adversarial"}
+        same.pop("adversarial_training", None)
+        beside.append("adversarial:" + ",".join(f"{k}={v}" for k, v in same.items()))
+    names_left = {*map(_name_of, beside), "best", "*"}
     evaluation = experiment.evaluation
     if suite == "full":
         evaluation = replace(
@@ -59,7 +65,7 @@ def final_experiment(
         experiment,
         name=f"{experiment.name}-best",
         description=f"{experiment.name}: the configuration that a sweep chose, beside undefended and control",
-        models=(*undefended, best),
+        models=(*beside, best),
         evaluation=replace(
             evaluation,
             threat_models=tuple(threats) or (WHITE_BOX,),

@@ -120,8 +120,10 @@ def load_checkpoint(
     schema = state.get("schema") if isinstance(state, dict) else None
     if schema != SCHEMA:
         raise DataError(f"checkpoint {path} has schema {schema}, this version reads {SCHEMA}")
+    # A checkpoint of an earlier version lacks the settings that came later.
+    stored = {"config": {**to_dict(TrainConfig()), **state["config"]}, "shapes": state["shapes"]}
     for part, expected in (("config", to_dict(config)), ("shapes", to_dict(shapes))):
-        different = {k: (state[part].get(k), v) for k, v in expected.items() if state[part].get(k) != v}
+        different = {k: (stored[part].get(k), v) for k, v in expected.items() if stored[part].get(k) != v}
         if different:
             differences = "; ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in different.items())
             raise DataError(f"checkpoint {path} is of another model: {differences}")

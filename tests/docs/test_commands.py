@@ -37,7 +37,7 @@ ELSEWHERE = {
 """What needs machines, a network or services that a test has not, or what has a test of its own: -> that test."""
 SHELL = (". ", "export ", "cp ", "mkdir ", "python3 -m ray", "pip install ")
 PACKAGES_OF_THE_NETWORK = re.compile("^(hf|robustbench):")
-NEED_RESULTS = ("ui", "export", "report")
+NEED_RESULTS = ("ui", "export", "report", "reproduction")
 SMALL = shlex.split(
     "--data.train-limit 200 --data.test-limit 20 --train.epochs 1 --train.width 4 --evaluation.attacks fgsm:eps=0.1 "
     "--evaluation.reliability-images 4 --scaling.cpus-per-worker 0.5"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from components.errors import DataError
 from components.fields import to_dict
-from pipeline.records import Record, RunRecord, drop_unreadable
+from pipeline.recipes.registry import RECIPES
+from pipeline.records import Record, RunRecord, drop_unreadable, run_address
 from pipeline.reporting.records import read_run
 from pipeline.runtime.storage import Storage
 
@@ -126,3 +128,12 @@ def test_a_damaged_section_is_written_anew(value: dict[str, Any], section: str, 
     assert drop_unreadable(broken) == [section]
     assert broken == {k: v for k, v in value.items() if k != section}
     assert drop_unreadable(dict(value)) == []
+
+
+def test_settings_that_came_later_leave_the_addresses_of_earlier_runs() -> None:
+    """The address of mnist-demo is that of README and of revision 286f8f3."""
+    demo = RECIPES["mnist-demo"].make()
+    assert run_address(demo) == "runs/mnist-demo-19b04ae00caef08e"
+    for changes in ({"ema_decay": 0.9}, {"adversarial_training": True}):
+        other = dataclasses.replace(demo, train=dataclasses.replace(demo.train, **changes))
+        assert run_address(other) != run_address(demo)

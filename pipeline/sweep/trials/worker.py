@@ -219,7 +219,9 @@ class _MeasureEpochs(worker_group.EpochCallback):
 
     def measure(self, loop: TrainingLoop, record: Mapping[str, Any]) -> None:
         epoch, clean, seconds = record["epoch"], record["validation"]["accuracy"], record["seconds"]
-        self.meter.measure(classifier_of(loop.net), self.home, epoch=epoch, clean=clean, training_seconds=seconds)
+        self.meter.measure(
+            classifier_of(loop.trained_net), self.home, epoch=epoch, clean=clean, training_seconds=seconds
+        )
 
     def stop(self, loop: TrainingLoop) -> bool:
         self.stopped = self.unwanted()

@@ -272,3 +272,36 @@ def test_a_defended_classifier_resists_what_it_was_trained_on(loss: str) -> None
             accuracy[on] = float((net.classifier(examples).argmax(1) == labels).float().mean())
             assert float((net.classifier(clean).argmax(1) == labels).float().mean()) > 0.9
     assert accuracy[True] > accuracy[False] + 0.3
+
+
+# --- arithmetic
+
+
+def test_a_certain_prediction_spoils_no_gradient_of_trades() -> None:
+    """Probabilities underflow to 0 at a logit gap of 104; one confident image must not spoil the weights."""
+    certain = torch.tensor([[200.0, 0.0, -200.0]])
+    for logits, reference in ((certain, certain.flip(1)), (certain, certain), (certain, torch.zeros(1, 3))):
+        a, b = logits.clone().requires_grad_(), reference.clone().requires_grad_()
+        kl_divergence(a, b).sum().backward()
+        for x in (a, b):
+            assert x.grad is not None
+            assert x.grad.isfinite().all()
+
+
+def test_a_folded_copy_in_bfloat16_finds_examples_as_harmful() -> None:
+    """Rounding of eight bits moves single pixels, but not the loss that the examples reach."""
+    config = tiny(defense="adversarial", **{**PGD, "adversarial_steps": 7})
+    net = trained_a_little(build_net(config, SHAPES), steps=20).train()
+    images, labels, _ = inputs()
+    losses = {}
+    for fold in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            examples = adversarial_examples(
+                net, images, labels, adversarial_spec(config), generator=seeded(7), fold=fold
+            )
+        with torch.no_grad():
+            losses[fold] = float(F.cross_entropy(copy.deepcopy(net).eval()(examples), labels))
+    with torch.no_grad():
+        clean = float(F.cross_entropy(copy.deepcopy(net).eval()(images), labels))
+    assert losses[True] > clean
+    assert losses[True] == pytest.approx(losses[False], rel=0.2)

@@ -123,7 +123,7 @@ complete -p defendpp
 
 
 def test_bash_completes_commands_recipes_and_fields() -> None:
-    assert completed("defendpp re") == ["report", "recipes"]
+    assert completed("defendpp re") == ["report", "recipes", "reproduction"]
     assert completed("defendpp run mnist-d") == ["mnist-demo"]
     assert completed("defendpp run mnist-demo --train.lr-s") == ["--train.lr-schedule", "--train.lr-step-epochs"]
     assert completed("defendpp run mnist-demo --data.source torchvision:m") == ["mnist"]  # Bash has "torchvision:".

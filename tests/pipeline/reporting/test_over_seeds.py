@@ -15,6 +15,7 @@ from components.fields import to_dict
 from pipeline.evaluation.plan import Model, plan_evaluations
 from pipeline.recipes.paper import PAPER
 from pipeline.recipes.registry import RECIPES
+from pipeline.recipes.scales import SCALES
 from pipeline.records import RunRecord
 from pipeline.reporting import labels, markdown, over_seeds, paper, records, results
 from pipeline.reporting.cells import cell
@@ -144,7 +145,7 @@ def test_one_seed_has_no_spread() -> None:
     assert over_seeds.differences(record, "control") == []
 
 
-TABLES = [f"{name}-{scale}" for name, (_, scales) in PAPER.items() for scale in scales if name.startswith("table")]
+TABLES = [f"{name}-{scale}" for name in PAPER for scale in SCALES if name.startswith("table")]
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -87,12 +87,12 @@ def test_a_cell_has_ours_and_the_controls_by_threat_model() -> None:
 def test_the_verdict_names_the_threat_model_and_what_the_control_has() -> None:
     cells = cells_by_place(RunRecord.from_json(record()))
     assert reproduction.verdict(cells["defend", "fgsm"]) == (
-        "as printed: transfer; against the control: white-box not told apart, transfer more"
+        "in range: transfer; against the control: white-box not told apart, transfer more"
     )
-    assert reproduction.verdict(cells["defend", "bim"]) == "not as printed; against the control: white-box less"
-    assert reproduction.verdict(cells["defend", "clean"]) == "as printed"
-    assert reproduction.verdict(cells["no_defense", "clean"]) == "as printed"
-    assert reproduction.verdict(cells["no_defense", "fgsm"]) == "as printed: white-box"
+    assert reproduction.verdict(cells["defend", "bim"]) == "out of range; against the control: white-box less"
+    assert reproduction.verdict(cells["defend", "clean"]) == "in range"
+    assert reproduction.verdict(cells["no_defense", "clean"]) == "in range"
+    assert reproduction.verdict(cells["no_defense", "fgsm"]) == "in range: white-box"
 
 
 def test_one_seed_tells_nothing_against_the_control() -> None:
@@ -102,7 +102,7 @@ def test_one_seed_tells_nothing_against_the_control() -> None:
     ]
     cell = cells_by_place(RunRecord.from_json(one))["defend", "fgsm"]
     assert {value["against"] for value in cell["ours"]} == {""}
-    assert reproduction.verdict(cell) == "as printed: transfer"
+    assert reproduction.verdict(cell) == "in range: transfer"
 
 
 def test_the_command_writes_a_page_with_every_table(
@@ -112,7 +112,7 @@ def test_the_command_writes_a_page_with_every_table(
     Storage(tmp_path / "results/table2-small").write_json("run.json", record())
     out = tmp_path / "page.md"
     assert main(["reproduction", "results/table2-small", "--out", "page.md"]) == 0
-    assert "1 runs" in capsys.readouterr().out
+    assert "1 run:" in capsys.readouterr().out
     page = out.read_text()
     assert "reproduction results/table2-small --out page.md" in page
     lines = page.splitlines()
@@ -129,7 +129,7 @@ def test_the_command_writes_a_page_with_every_table(
     assert "| Defend++ | resnet18 | fgsm | 86.81 |" in section
     assert "No run has a value for 30 of the 30 numbers." in page[page.index("## Table 3") : page.index("## Table 4")]
     [numbers] = [line for line in lines if line.startswith("| Table 2 |") and "results/table2-small" in line]
-    assert [cell.strip() for cell in numbers.strip("|").split("|")][2:] == ["4", "1", "1", "2", "1", "2", "1"]
+    assert [cell.strip() for cell in numbers.strip("|").split("|")][2:] == ["3", "0", "1", "2", "4", "1", "2"]
 
 
 def test_what_is_no_run_of_a_table_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

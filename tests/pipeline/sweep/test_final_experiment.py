@@ -15,6 +15,7 @@ from sweeps import (
     recipe,
 )
 
+from components.config import roles
 from components.errors import ConfigError
 from components.fields import to_dict
 from components.search_space import Choice, Space
@@ -89,3 +90,15 @@ def test_the_best_recipe_is_one_that_run_takes(tmp_path: Path) -> None:
     (tmp_path / "best.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"best\.json"):
         parse_experiment("run", ["--from", str(tmp_path / "best.json")])
+
+
+def test_the_choice_of_adversarial_training_is_tested_beside_the_same_without_the_auto_encoder() -> None:
+    experiment = parse_experiment(
+        "run", ["mnist-smoke", "--models", "no_defense:defense=none", "ours:seed=1,adversarial_training=true"]
+    )
+    final = final_experiment.final_experiment(experiment, "ours", {"lam": 0.1, "adversarial_eps": 0.1})
+    configs = final.first_replicates()
+    assert list(configs) == ["no_defense", "control", "adversarial", "best"]
+    assert configs["adversarial"].defense == "adversarial"
+    assert configs["adversarial"].adversarial_eps == 0.1
+    assert roles.control_of(final)["best"] == "adversarial"

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_shards import SHAPES, write_shards
+import torch
+from made_up_shards import SHAPES, Shards, write_shards
 from sweeps import recipe
+from torch import nn
 
 from components.config import TrainConfig
 from pipeline.runtime.lease import WorkingLease
@@ -16,9 +18,9 @@ from pipeline.runtime.storage import Storage
 from pipeline.sweep.trials.plan import Objective, SweepPlan
 from pipeline.sweep.trials.queue import JobQueue, NoRequest
 from pipeline.sweep.trials.states import DIVERGED, DONE, FAILED, TRAINING, WAITING
-from pipeline.sweep.trials.worker import SweepWorker, Task, Work, worker_settings
+from pipeline.sweep.trials.worker import SweepWorker, Task, Work, _MeasureEpochs, worker_settings
 from pipeline.training.jobs import NOT_FINITE, TrainingData
-from pipeline.training.loop import Ranks
+from pipeline.training.loop import RankData, Ranks, TrainingLoop
 
 
 @pytest.fixture
@@ -133,3 +135,20 @@ def test_damaged_shards_close_the_queue_and_fail_no_model(plan: SweepPlan, addre
     worker_of(queue, plan).serve()
     assert address in queue.error()
     assert queue.follow([request], "trial")[0][0] in (WAITING, TRAINING)
+
+
+def test_the_network_that_is_measured_is_the_one_that_is_exported(plan: SweepPlan) -> None:
+    """With a moving average of the weights, that is the average."""
+    config = TrainConfig(width=4, epochs=1, batch_size=20, defense="none", ema_decay=0.9)
+    loop = TrainingLoop(config, SHAPES, RankData(Shards(40), 0, 1, torch.device("cpu"), levels=False), None)
+    measured = []
+
+    class Meter:
+        def measure(self, classifier: nn.Module, home: Storage, **_: Any) -> None:
+            measured.append(classifier)
+
+    record = {**loop.run_epoch(), "validation": {"accuracy": 0.5}}
+    callback = _MeasureEpochs(Meter(), Storage(plan.root), lambda: False)  # type: ignore[arg-type]
+    callback.measure(loop, record)
+    assert measured == [loop.trained_net]
+    assert loop.trained_net is not loop.net

@@ -380,3 +380,21 @@ def test_weights_that_were_replaced_are_refused_where_they_are_used(tmp_path: Pa
         DataError, match=r"models/m/classifier.safetensors does not hold the weights that its records name"
     ):
         attack_tasks.load_model(str(tmp_path), first, "cpu")
+
+
+def test_a_checkpoint_of_before_a_setting_existed_is_continued(tmp_path: Path) -> None:
+    """Where the setting is at its default. A changed one is another model."""
+    storage = Storage(tmp_path)
+    first = make_loop(tiny())
+    first.run_epoch()
+    first.save(storage)
+    [name] = storage.list()
+    state = torch.load(tmp_path / name, weights_only=True)
+    for setting in ("adversarial_training", "adversarial_loss", "adversarial_beta", "ema_decay"):
+        del state["config"][setting]
+    torch.save(state, tmp_path / name)
+    second = make_loop(tiny())
+    second.resume(storage)
+    assert second.epoch == 1
+    with pytest.raises(DataError, match=r"is of another model: ema_decay is 0\.0 there, 0\.9 here"):
+        make_loop(tiny(ema_decay=0.9)).resume(storage)
