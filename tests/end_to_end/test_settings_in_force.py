@@ -29,6 +29,14 @@ BASES: dict[str, dict[str, Any]] = {
     "adversarial, fgsm": {"defense": "adversarial", "adversarial_epochs": 2},
     "adversarial, pgd": {"defense": "adversarial", "adversarial_attack": "pgd", "adversarial_steps": 2},
     "adversarial, ddn": {"defense": "adversarial", "adversarial_attack": "ddn", "adversarial_steps": 8, "lr": 0.1},
+    "adversarial, n-fgsm": {"defense": "adversarial", "adversarial_attack": "n-fgsm", "ema_decay": 0.9},
+    "defend++ on examples": {"adversarial_training": True, "adversarial_epochs": 2},
+    "defend++ on examples, trades": {
+        "adversarial_training": True,
+        "adversarial_attack": "pgd",
+        "adversarial_steps": 2,
+        "adversarial_loss": "trades",
+    },
     "comdefend": {"defense": "comdefend", "optimizer": "adam"},
     "step, adam": {"defense": "none", "lr_schedule": "step", "lr_step_epochs": 2, "optimizer": "adam"},
 }
@@ -43,7 +51,10 @@ OTHER: dict[str, Any] = {
     "reconstruction_reduction": "sum",
     "noise_location": "input",
     "noise_sigma": 0.7,
+    "adversarial_training": True,
     "adversarial_attack": "pgd",
+    "adversarial_loss": "trades",
+    "adversarial_beta": 1.0,
     "adversarial_eps": 0.4,
     "adversarial_steps": 3,
     "adversarial_max_norm": 0.05,
@@ -63,6 +74,7 @@ OTHER: dict[str, Any] = {
     "optimizer": "adam",
     "momentum": 0.5,
     "weight_decay": 0.01,
+    "ema_decay": 0.5,
     "clip_norm": 0.01,
     "precision": "bfloat16",
     "normalize": ((0.5,), (0.5,)),
@@ -100,7 +112,7 @@ def weights(config: TrainConfig) -> list[Tensor]:
     loop = TrainingLoop(config, SHAPES, data, None)
     for _ in range(config.epochs):
         loop.run_epoch()
-    return [p.detach() for p in loop.net.parameters()]
+    return [p.detach() for p in loop.trained_net.parameters()]
 
 
 def test_every_field_is_tried() -> None:

@@ -20,8 +20,9 @@ import pytest
 import torch
 from repository import ROOT
 
-from components.config import DataConfig, Experiment
+from components.config import DataConfig, Experiment, roles
 from components.fields import to_dict
+from components.threat_models import TRANSFER
 from pipeline.cli import usage
 from pipeline.cli.options import options_of
 from pipeline.cli.recipe_arguments import parse_experiment
@@ -49,14 +50,15 @@ def test_every_recipe_is_complete_and_named_as_it_is_called(name: str) -> None:
     if experiment.scale == "paper":
         assert experiment.data.validation_fraction == 0
     variants = experiment.model_configs()
+    controls = roles.control_of(experiment)
+    for model, config in experiment.first_replicates().items():
+        if config.defense != "none":
+            assert model in {*controls, *controls.values()}, "a control belongs to every comparison"
     for model, config in variants.items():
-        if config.defense == "none":
-            continue
-        alike = [v for v in variants.values() if (v.defense, v.arch) == ("none", config.arch)]
-        assert len({v.seed for v in alike}) >= 2, "an undefended control of another seed belongs to every comparison"
-        source = experiment.transfer_source_of(model)
-        assert source is not None
-        assert variants[source].defense == "none"
+        if config.defense != "none" and TRANSFER in experiment.evaluation.threat_models:
+            source = experiment.transfer_source_of(model)
+            assert source is not None
+            assert variants[source].defense == "none"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -331,6 +331,8 @@ def test_defaults_leave_the_addresses_of_runs_as_they_were(name: str) -> None:
         del config[field]
     for field in ("test_split", "image_column", "label_column"):
         assert config["data"].pop(field) == ""
+    for field in ("adversarial_training", "adversarial_loss", "adversarial_beta", "ema_decay"):
+        del config["train"][field]
     config["scaling"] = {"workers": config["scaling"]["workers"]}
     assert run_directory.run_address(experiment) == f"runs/{name}-{fields.content_hash(config)}"
     changed: Experiment = replace(experiment, data=replace(experiment.data, test_split="validation"))
