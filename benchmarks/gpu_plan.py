@@ -28,9 +28,9 @@ from components.attacks.spec import AttackSpec
 from components.config import DataConfig, Experiment, Shapes, TrainConfig, level_sizes
 from components.dct import target_levels
 from components.network import build_net, classifier_of
-from components.training.augment import Batch, gaussian_noise
+from components.training.augment import Batch, gaussian_noise, targets_of
 from components.training.schedule import Phase, phase_at_epoch
-from components.training.step import PhaseModule, make_optimizer, train_step
+from components.training.step import PhaseModule
 from pipeline.recipes.registry import RECIPES
 
 TRAINING_TFLOPS, ATTACK_TFLOPS = 70.0, 22.0
@@ -53,12 +53,17 @@ def step_flops(config: TrainConfig, phase: Phase, shapes: Shapes) -> float:
     net = build_net(config, shapes).train()
     images = torch.zeros(BATCH, shapes.channels, shapes.image_size, shapes.image_size, dtype=torch.uint8)
     levels = tuple(target_levels(images.float() / 255, shapes.sizes, "lowpass")[1:])
-    batch = Batch(images=images, labels=torch.zeros(BATCH, dtype=torch.int64), levels=levels)
+    labels = torch.zeros(BATCH, dtype=torch.int64)
     noise = gaussian_noise(config, 0, 0, torch.device("cpu"))
-    module, optimizer = PhaseModule(net, phase, config), make_optimizer(net, config)
+    inputs, module = images.float() / 255, PhaseModule(net, phase, config)
+    targets = targets_of(inputs, Batch(images=images, labels=labels, levels=levels), config, shapes.sizes)
     with FlopCounterMode(display=False) as counter:
-        train_step(module, optimizer, batch, lr=0.0, config=config, sizes=shapes.sizes, noise=noise)
-    return float(counter.get_total_flops()) / BATCH
+        loss, _ = module(inputs, labels, targets, noise, inputs if module.on_examples else None)
+        loss.backward()
+    # The counter does not see inside an attack, which takes gradients of its own.
+    passes = config.adversarial_steps if config.adversarial_attack in ("pgd", "ddn") else 1
+    examples = passes * pass_flops(config.arch, config.width, shapes) if module.on_examples else 0.0
+    return float(counter.get_total_flops()) / BATCH + examples
 
 
 @functools.cache
