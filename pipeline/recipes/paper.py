@@ -77,7 +77,7 @@ def table3(scale: str) -> Experiment:
     models = (
         *UNDEFENDED,
         ADV_FGSM,
-        ADV_PGD + (",adversarial_steps=5" if scale == "slim" else ""),
+        ADV_PGD + (",adversarial_steps=5,adversarial_epochs=4" if scale == "slim" else ""),
         _adv_ddn(scale, 1.0, _last_tenth(base)),
         COMDEFEND,
         "defend:seed=1",
@@ -310,8 +310,8 @@ def robust_cifar10(scale: str) -> Experiment:
     base = cifar10("robust-cifar10", scale)
     train = replace(base.train, adversarial_attack="pgd", adversarial_eps=8 / 255, schedule="joint")
     if scale == "slim":  # N-FGSM takes a fifth of the time of ten steps of PGD.
-        train = replace(train, adversarial_attack="n-fgsm")
-        base = replace(base, data=replace(base.data, train_limit=20_000))
+        train = replace(train, adversarial_attack="n-fgsm", epochs=6)
+        base = replace(base, data=replace(base.data, train_limit=15_000))
     return _robust(replace(base, train=train), "8/255")
 
 
