@@ -61,8 +61,7 @@ def step_flops(config: TrainConfig, phase: Phase, shapes: Shapes) -> float:
         loss, _ = module(inputs, labels, targets, noise, inputs if module.on_examples else None)
         loss.backward()
     # The counter does not see inside an attack, which takes gradients of its own.
-    passes = config.adversarial_steps if config.adversarial_attack in ("pgd", "ddn") else 1
-    examples = passes * pass_flops(config.arch, config.width, shapes) if module.on_examples else 0.0
+    examples = config.example_passes * pass_flops(config.arch, config.width, shapes) if module.on_examples else 0.0
     return float(counter.get_total_flops()) / BATCH + examples
 
 

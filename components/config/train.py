@@ -185,6 +185,11 @@ class TrainConfig:
         return self.defense == "adversarial" or (self.defense == "defend++" and self.adversarial_training)
 
     @property
+    def example_passes(self) -> int:
+        """Return the passes forward and back that an example of adversarial training takes."""
+        return self.adversarial_steps if self.adversarial_attack in ("pgd", "ddn") else 1
+
+    @property
     def may_fold_examples(self) -> bool:
         """Tell whether examples may be searched for on a copy with batch norm folded.
 
@@ -198,7 +203,7 @@ class TrainConfig:
         """Approximate time of training, in epochs of the bare classifier."""
         cost = 1.0 if self.defense in ("none", "adversarial") else 2.0
         if self.on_examples:
-            cost += 0.7 * (self.adversarial_steps if self.adversarial_attack in ("pgd", "ddn") else 1)
+            cost += 0.7 * self.example_passes
         return self.epochs * cost
 
     def canonical(self) -> TrainConfig:

@@ -142,28 +142,23 @@ class TrainingLoop:
         """
         newest = self.ranks.agreed(lambda: checkpoints.newest_whole(storage))
         if newest.path:
-            self.epoch = checkpoints.load_checkpoint(
-                newest,
-                net=self.net,
-                optimizer=self.optimizer,
-                average=self.average,
-                config=self.config,
-                shapes=self.shapes,
-            )
+            self.epoch = checkpoints.load_checkpoint(newest, **self._checkpointed())
         if newest.damaged:
             self.resumed = {"from": newest.path, "damaged": list(newest.damaged)}
 
     def save(self, storage: Storage) -> None:
         """Write a checkpoint of the epochs done so far."""
-        checkpoints.save_checkpoint(
-            storage,
-            net=self.net,
-            optimizer=self.optimizer,
-            average=self.average,
-            epoch=self.epoch,
-            config=self.config,
-            shapes=self.shapes,
-        )
+        checkpoints.save_checkpoint(storage, epoch=self.epoch, **self._checkpointed())
+
+    def _checkpointed(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside the number of epochs."""
+        return {
+            "net": self.net,
+            "optimizer": self.optimizer,
+            "average": self.average,
+            "config": self.config,
+            "shapes": self.shapes,
+        }
 
     @property
     def trained_net(self) -> nn.Module:

@@ -383,7 +383,7 @@ def test_weights_that_were_replaced_are_refused_where_they_are_used(tmp_path: Pa
 
 
 def test_a_checkpoint_of_before_a_setting_existed_is_continued(tmp_path: Path) -> None:
-    """Where the setting is at its default. A changed one is another model."""
+    """Continue where the setting is at its default; a changed setting is another model."""
     storage = Storage(tmp_path)
     first = make_loop(tiny())
     first.run_epoch()
